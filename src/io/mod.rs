@@ -1,0 +1,1 @@
+//! The world: sockets, devices, netlink, clock. No decisions are made here.

@@ -1,0 +1,3 @@
+//! The `overlay` binary.
+
+fn main() {}
