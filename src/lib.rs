@@ -18,3 +18,4 @@
 
 pub mod io;
 pub mod types;
+pub mod wire;
