@@ -127,9 +127,7 @@ impl Message {
             Self::Pong { tx, observed } => {
                 let mut bytes = vec![PONG];
                 bytes.extend_from_slice(&tx.0);
-                bytes.extend_from_slice(
-                    &observed.map_or([0; ENDPOINT_LEN], |endpoint| endpoint_bytes(endpoint)),
-                );
+                bytes.extend_from_slice(&observed.map_or([0; ENDPOINT_LEN], endpoint_bytes));
                 bytes
             }
             Self::CallMeMaybe { epoch, candidates } => {
@@ -196,9 +194,9 @@ impl DiscoKeys {
         let own_public = own.public();
         let (low, high) =
             if own_public < *peer { (&own_public, peer) } else { (peer, &own_public) };
-        let key = keyed_hash(&*shared, &[b"overlay disco 1 key", &low.0, &high.0]);
+        let key = keyed_hash(&shared, &[b"overlay disco 1 key", &low.0, &high.0]);
         let tag = |from: &PublicKey| {
-            let hash = keyed_hash(&*shared, &[b"overlay disco 1 tag", &from.0]);
+            let hash = keyed_hash(&shared, &[b"overlay disco 1 tag", &from.0]);
             let mut tag = [0; 8];
             tag.copy_from_slice(&hash[..8]);
             Tag(tag)
