@@ -17,5 +17,9 @@
 //! `tests/architecture.rs` holds this to be true. `docs/architecture.md` is the longer map.
 
 pub mod io;
+pub mod path;
 pub mod types;
 pub mod wire;
+
+#[cfg(test)]
+pub(crate) mod testing;
