@@ -19,9 +19,8 @@ use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, TxId, usable_underl
 const MAX_LEARNED: usize = 8;
 /// An endpoint that answered this long ago, and was not heard since, has to prove itself again.
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
-/// A proved path is not checked again for this long when the peer pings it: over the keepalive, so
-/// that one side's keepalive serves both.
-const RECENT_PROOF: Duration = Duration::from_secs(30);
+/// A proved path is not checked again for this long when the peer pings it.
+const RECENT_PROOF: Duration = Duration::from_secs(5);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
 /// A round is not started over before this: news tends to come in bursts.
@@ -261,11 +260,15 @@ impl PathAgent {
     pub fn handle_ping(&mut self, tx: TxId, via: Via, now: Instant) {
         self.transmits.push_back(PathTransmit::Pong { via, tx });
         let Via::Direct { remote, local } = via else { return };
+        // One side's keepalive serves both, as long as nothing is in doubt.
+        let settled =
+            self.primary.is_some_and(|primary| same_path(primary, via)) && self.doubt.is_calm();
         let Some(endpoint) = self.learn(remote, local, now) else { return };
         let recently = |at: Option<Instant>, within: Duration| {
             at.is_some_and(|at| now.saturating_duration_since(at) < within)
         };
-        let checked = recently(endpoint.prober.last_pong(), RECENT_PROOF)
+        let checked = settled
+            || recently(endpoint.prober.last_pong(), RECENT_PROOF)
             || recently(endpoint.prober.last_sent(), PING_SPACING);
         if !checked {
             // The triggered check: the peer's NAT is open for us at this moment.
@@ -274,7 +277,7 @@ impl PathAgent {
                 self.ping(via, now);
             }
         }
-        if self.primary == Some(via) {
+        if settled {
             self.postpone_keepalive(now);
         }
     }
