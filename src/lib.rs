@@ -16,7 +16,9 @@
 //!
 //! `tests/architecture.rs` holds this to be true. `docs/architecture.md` is the longer map.
 
+pub mod dataplane;
 pub mod io;
+pub mod node;
 pub mod path;
 pub mod types;
 pub mod wire;

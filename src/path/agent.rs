@@ -237,6 +237,15 @@ impl PathAgent {
         }
     }
 
+    /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
+    pub fn handle_own_candidates(&mut self, now: Instant) {
+        if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
+            self.called_at = Some(now);
+            self.transmits.push_back(PathTransmit::CallMeMaybe { via });
+            self.start_round(now);
+        }
+    }
+
     /// The local network changed: nothing that was proved holds.
     pub fn handle_network_change(&mut self, now: Instant) {
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
@@ -425,6 +434,12 @@ impl PathAgent {
             None if probing => format!("probing {} candidates, no relay", tried.len()),
             None => format!("no relay, and {}", self.why),
         }
+    }
+
+    /// Whether probes are under way or planned.
+    #[must_use]
+    pub fn is_trying(&self) -> bool {
+        self.endpoints.values().any(|endpoint| endpoint.prober.in_round())
     }
 
     /// Each endpoint with its kind, the pings sent to it and how it answered.
