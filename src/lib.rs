@@ -16,6 +16,9 @@
 //!
 //! `tests/architecture.rs` holds this to be true. `docs/architecture.md` is the longer map.
 
+pub mod cli;
+pub mod config;
 pub mod io;
+pub mod store;
 pub mod types;
 pub mod wire;
