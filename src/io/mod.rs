@@ -3,3 +3,4 @@
 pub mod clock;
 pub mod link;
 pub mod listen;
+pub mod local;
