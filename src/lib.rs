@@ -16,5 +16,7 @@
 //!
 //! `tests/architecture.rs` holds this to be true. `docs/architecture.md` is the longer map.
 
+pub mod cli;
 pub mod io;
+pub mod lab;
 pub mod types;
