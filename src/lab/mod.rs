@@ -10,3 +10,4 @@
 //! uses the same NATs as the lab.
 
 pub mod nat;
+pub mod packet;
