@@ -17,9 +17,12 @@
 //! `tests/architecture.rs` holds this to be true. `docs/architecture.md` is the longer map.
 
 pub mod cli;
+pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod dataplane;
 pub mod io;
+pub mod lab;
 pub mod node;
 pub mod path;
 pub mod store;

@@ -83,6 +83,12 @@ pub enum NetmapError {
 }
 
 impl Identity {
+    /// Whether an interface made for this identity fits `other` too.
+    #[must_use]
+    pub fn same_addresses(&self, other: &Self) -> bool {
+        self.addrs == other.addrs && self.range == other.range
+    }
+
     /// Reads a welcome.
     ///
     /// # Errors

@@ -88,6 +88,12 @@ impl Node {
         }
     }
 
+    /// The endpoints of our sockets on the local interfaces.
+    #[must_use]
+    pub fn host_endpoints(&self) -> &[SocketAddr] {
+        &self.host_endpoints
+    }
+
     /// All peers, by number.
     #[must_use]
     pub fn peer_statuses(&self, now: Instant) -> Vec<PeerStatus> {

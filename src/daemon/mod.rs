@@ -1,0 +1,3 @@
+//! Where a core meets the world: the event loops of the two daemons.
+
+pub mod node;
