@@ -77,6 +77,8 @@ fn perform(
         overlay.tell(options, &lab.machines, directory, shutdown, report)?;
     }
     state.write(directory)?;
+    // A node that has died is the better explanation of a missing answer.
+    overlay.check_running()?;
     let verdict = if options.bare { Ok(()) } else { overlay.verdict(options, report) };
     match verdict {
         Ok(()) => report.ok = true,
@@ -152,7 +154,7 @@ impl Lab {
                 }
             }
             let answer = answer.with_context(|| format!("{name} cannot reach {SERVER}"))?;
-            times.push(format!("{name} {} ms", milliseconds(answer)));
+            times.push(format!("{name} {:.1} ms", milliseconds(answer)));
         }
         report.done("links", &format!("the server answers pings: {}", times.join(", ")));
         Ok(())

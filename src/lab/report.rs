@@ -190,12 +190,13 @@ pub(super) fn drawing(options: &LabOptions) -> String {
     if options.loss_percent > 0.0 {
         line.push(format!("{}% loss", options.loss_percent));
     }
-    let lines = if line.is_empty() {
-        String::new()
-    } else {
-        format!("\n  each home's line: {}", line.join(", "))
-    };
-    let blocked = if options.block_udp { "\n  alice's line drops UDP" } else { "" };
+    let mut notes = String::new();
+    if !line.is_empty() {
+        notes.push_str(&format!("\n  each home's line: {}\n", line.join(", ")));
+    }
+    if options.block_udp {
+        notes.push_str("\n  alice's line drops UDP\n");
+    }
     let server = if options.bare { "server" } else { "overlay server" };
     format!(
         "
@@ -206,8 +207,7 @@ pub(super) fn drawing(options: &LabOptions) -> String {
   203.0.113.10              203.0.113.1          203.0.113.20
          |                                             |
   alice {:<37} bob {}
-{lines}{blocked}
-",
+{notes}",
         home(alice),
         home(bob),
         inside(alice),

@@ -110,6 +110,7 @@ pub(crate) fn running(labs: &Path) -> Result<Vec<LabState>> {
     for entry in fs::read_dir(labs).with_context(|| format!("reading {}", labs.display()))? {
         let path = entry?.path();
         if path.extension().is_none_or(|extension| extension != "json") {
+            remove_if_abandoned(&path);
             continue;
         }
         let state: Option<LabState> =
@@ -123,6 +124,15 @@ pub(crate) fn running(labs: &Path) -> Result<Vec<LabState>> {
     }
     found.sort_by_key(|state| std::cmp::Reverse(state.started_unix));
     Ok(found)
+}
+
+/// Removes the directory of a lab that was killed before it was ready.
+fn remove_if_abandoned(path: &Path) {
+    let starter = path.file_name().map(|pid| Path::new("/proc").join(pid));
+    if starter.is_some_and(|starter| !starter.exists()) && !state_file(path).exists() {
+        // Only an empty one: nothing of anybody else's is in danger.
+        let _ = fs::remove_dir(path);
+    }
 }
 
 #[cfg(test)]
@@ -147,10 +157,14 @@ mod tests {
             state.write(&labs.path().join(name)).unwrap();
         }
         fs::write(labs.path().join("4.json"), "not JSON").unwrap();
+        fs::create_dir(labs.path().join("99999999")).unwrap();
+        fs::create_dir(labs.path().join(us.to_string())).unwrap();
 
         let found = running(labs.path()).unwrap();
         assert_eq!(found, [written[1].1.clone(), written[0].1.clone()], "newest first");
         assert!(!labs.path().join("3.json").exists(), "that PID is somebody else by now");
+        assert!(!labs.path().join("99999999").exists(), "no such process: abandoned");
+        assert!(labs.path().join(us.to_string()).exists(), "its process is still building it");
         let mode = fs::metadata(labs.path().join("1.json")).unwrap().mode();
         assert_eq!(mode & 0o777, 0o600, "others must not read it");
     }

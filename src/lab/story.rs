@@ -50,11 +50,13 @@ impl Overlay {
         stage.wait_for_socket(server_node, "server")?;
         report.done("server", &format!("server up at {LISTEN}"));
 
-        let began = clock::now();
         for machine in [alice, bob] {
             stage.write_join_line(server, machine.name)?;
-            self.nodes.push(stage.start_node(machine)?);
         }
+        report.begin();
+        self.nodes.push(stage.start_node(alice)?);
+        let began = clock::now();
+        self.nodes.push(stage.start_node(bob)?);
         let mut overlay_ips = Vec::new();
         for (machine, node) in [alice, bob].into_iter().zip(self.nodes.iter_mut().skip(1)) {
             let ip = stage.wait_for_node(machine, node)?;
@@ -238,11 +240,12 @@ impl Stage<'_> {
             report.pong(pong);
             if report.first_reply_ms.is_none() {
                 report.first_reply_ms = Some(since);
-                report.done("first-reply", &format!("first answer {since} ms after the start"));
+                report
+                    .done("first-reply", &format!("first answer, {since:.1} ms after bob started"));
             }
             if is_direct && report.direct_ms.is_none() {
                 report.direct_ms = Some(since);
-                report.done("direct", &format!("direct path {since} ms after the start"));
+                report.done("direct", &format!("direct path, {since:.1} ms after bob started"));
             }
         }
         bail!("overlay ping bob goes on for too long");
