@@ -17,6 +17,15 @@
 //! `tests/architecture.rs` holds this to be true. `docs/architecture.md` is the longer map.
 
 pub mod cli;
+pub mod config;
+pub mod dataplane;
 pub mod io;
 pub mod lab;
+pub mod node;
+pub mod path;
+pub mod store;
 pub mod types;
+pub mod wire;
+
+#[cfg(test)]
+pub(crate) mod testing;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
+use super::fail::{Failure, NOT_RUNNING, PERMISSION};
 use crate::io::tun::TunError;
 use crate::lab::nat::NatKind;
 use crate::lab::{self, ExecRequest, LabOptions, NamespacesForbidden, NoLab};
@@ -89,8 +90,10 @@ pub fn run(args: LabArgs) -> ExitCode {
     match dispatch(args) {
         Ok(code) => code,
         Err(error) => {
-            print_error(&error);
-            ExitCode::FAILURE
+            let failure = failure(error);
+            // Where standard error is closed there is nobody to tell.
+            let _ = writeln!(std::io::stderr().lock(), "{failure}");
+            ExitCode::from(failure.exit_code())
         }
     }
 }
@@ -132,30 +135,28 @@ fn percent(text: &str) -> Result<f64, String> {
     Err(format!("must be from 0 to {HIGHEST_LOSS_PERCENT} percent"))
 }
 
-fn print_error(error: &anyhow::Error) {
-    let mut chain = error.chain().map(ToString::to_string);
-    let mut text = format!("error: {}\n", chain.next().unwrap_or_default());
-    for cause in chain {
-        text.push_str(&format!("cause: {cause}\n"));
-    }
-    if let Some(help) = help(error) {
-        text.push_str(&format!("help:  {help}\n"));
-    }
-    // Where standard error is closed there is nobody to tell.
-    let _ = std::io::stderr().lock().write_all(text.as_bytes());
-}
-
-fn help(error: &anyhow::Error) -> Option<String> {
-    error.chain().find_map(|cause| {
+/// Adds to an error what a person can do about it.
+fn failure(error: anyhow::Error) -> Failure {
+    let mut help = None;
+    let mut code = None;
+    for cause in error.chain() {
         if let Some(forbidden) = cause.downcast_ref::<NamespacesForbidden>() {
-            return Some(forbidden.help());
+            (help, code) = (Some(forbidden.help()), Some(PERMISSION));
+        } else if cause.is::<NoLab>() {
+            let start = "start one in another terminal: overlay lab".to_owned();
+            (help, code) = (Some(start), Some(NOT_RUNNING));
+        } else if let Some(tun) = cause.downcast_ref::<TunError>() {
+            help = tun.help().map(str::to_owned);
         }
-        if cause.is::<NoLab>() {
-            return Some("start one in another terminal: overlay lab".to_owned());
-        }
-        let tun = cause.downcast_ref::<TunError>()?;
-        tun.help().map(str::to_owned)
-    })
+    }
+    let mut failure = Failure::from(error);
+    if let Some(help) = help {
+        failure = failure.help(help);
+    }
+    match code {
+        Some(code) => failure.code(code),
+        None => failure,
+    }
 }
 
 /// A minute one way is beyond any line on earth.
@@ -199,5 +200,13 @@ mod tests {
         assert_eq!(machine, "alice");
         assert_eq!(command, ["overlay", "ping", "bob", "--json"]);
         assert!(parse("exec").is_err(), "which machine?");
+    }
+
+    #[test]
+    fn a_missing_lab_is_told_with_the_command_that_starts_one() {
+        let failure = failure(anyhow::Error::new(NoLab));
+        assert_eq!(failure.exit_code(), NOT_RUNNING);
+        let text = failure.to_string();
+        assert!(text.ends_with("help: start one in another terminal: overlay lab"), "{text}");
     }
 }

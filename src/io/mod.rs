@@ -1,6 +1,9 @@
 //! The world: sockets, devices, netlink, clock. No decisions are made here.
 
 pub mod clock;
+pub mod link;
+pub mod listen;
+pub mod local;
 pub mod os;
 mod sys;
 pub mod tun;

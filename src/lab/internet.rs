@@ -385,7 +385,7 @@ mod tests {
     #[test]
     fn two_hosts_of_the_same_private_address_punch_through_their_nats() {
         let mut internet = internet([NatKind::PortRestricted; 2], Link::default());
-        let now = crate::io::clock::now();
+        let now = crate::testing::epoch();
         internet.handle_packet(ALICE, udp("192.168.1.2:5000", "203.0.113.20:6000", 64), now);
         assert_eq!(arrivals(&mut internet, now), [], "bob's NAT does not know alice");
         internet.handle_packet(BOB, udp("192.168.1.2:6000", "203.0.113.10:5000", 64), now);
@@ -400,7 +400,7 @@ mod tests {
     #[test]
     fn a_host_without_nat_is_reached_and_seen_by_its_own_address() {
         let mut internet = internet([NatKind::None; 2], Link::default());
-        let now = crate::io::clock::now();
+        let now = crate::testing::epoch();
         internet.handle_packet(ALICE, udp("203.0.113.10:5000", "203.0.113.20:6000", 64), now);
         let expected = (BOB, pair("203.0.113.10:5000", "203.0.113.20:6000"));
         assert_eq!(arrivals(&mut internet, now), [expected]);
@@ -410,7 +410,7 @@ mod tests {
     fn each_link_delays_and_order_is_kept() {
         let delay = Duration::from_millis(20);
         let mut internet = internet([NatKind::None; 2], Link { delay, ..Link::default() });
-        let now = crate::io::clock::now();
+        let now = crate::testing::epoch();
         for port in 1..=9 {
             let dst = format!("203.0.113.20:{port}");
             internet.handle_packet(ALICE, udp("203.0.113.10:5000", &dst, 64), now);
@@ -428,7 +428,7 @@ mod tests {
     #[test]
     fn a_packet_with_ttl_two_opens_its_nat_and_dies_before_the_other() {
         let mut internet = internet([NatKind::PortRestricted; 2], Link::default());
-        let now = crate::io::clock::now();
+        let now = crate::testing::epoch();
         internet.handle_packet(ALICE, udp("192.168.1.2:5000", "203.0.113.20:6000", 2), now);
         let error = (ALICE, pair("about 192.168.1.2:5000", "about 203.0.113.20:6000"));
         assert_eq!(arrivals(&mut internet, now), [error], "the internet's router says so");
@@ -440,7 +440,7 @@ mod tests {
     fn blocked_udp_is_dropped_in_both_directions_and_only_there() {
         let link = Link { udp: UdpPolicy::Blocked, ..Link::default() };
         let mut internet = internet([NatKind::None; 2], link);
-        let now = crate::io::clock::now();
+        let now = crate::testing::epoch();
         internet.handle_packet(ALICE, udp("203.0.113.10:1", "203.0.113.1:2", 64), now);
         internet.handle_packet(SERVER, udp("203.0.113.1:2", "203.0.113.10:1", 64), now);
         assert_eq!(arrivals(&mut internet, now), []);
@@ -452,7 +452,7 @@ mod tests {
     #[test]
     fn loss_takes_its_part_of_the_packets() {
         let mut internet = internet([NatKind::None; 2], Link { loss: 0.25, ..Link::default() });
-        let now = crate::io::clock::now();
+        let now = crate::testing::epoch();
         for _ in 0..1000 {
             internet.handle_packet(ALICE, udp("203.0.113.10:1", "203.0.113.1:2", 64), now);
         }
@@ -463,7 +463,7 @@ mod tests {
     #[test]
     fn the_home_router_answers_for_itself_and_nobody_else_does() {
         let mut internet = internet([NatKind::FullCone; 2], Link::default());
-        let now = crate::io::clock::now();
+        let now = crate::testing::epoch();
         internet.handle_packet(ALICE, udp("192.168.1.2:5000", "192.168.1.1:5351", 64), now);
         let error = (ALICE, pair("about 192.168.1.2:5000", "about 192.168.1.1:5351"));
         assert_eq!(arrivals(&mut internet, now), [error], "no port mapping service there");

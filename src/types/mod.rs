@@ -1,3 +1,17 @@
 //! Words of the domain: parse, print, compare, nothing else.
 //!
 //! A value of one of these types was checked when it was made and is valid for ever.
+
+mod candidate;
+mod drops;
+mod id;
+mod key;
+mod name;
+mod net;
+
+pub use candidate::{Candidate, CandidateKind, MAX_CANDIDATES, usable_underlay};
+pub use drops::{DropCounters, DropReason};
+pub use id::{InviteId, NetworkId, NodeId, ParseIdError, TxId};
+pub use key::{KeyError, PublicKey, SecretKey};
+pub use name::{NameError, NodeName};
+pub use net::{OverlayAddrs, OverlayRange, RangeError};

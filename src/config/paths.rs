@@ -1,0 +1,97 @@
+//! Where files are, unless somebody says otherwise.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Which program the files belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// `overlay server`.
+    Server,
+    /// `overlay up`.
+    Node,
+}
+
+impl Role {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Node => "node",
+        }
+    }
+}
+
+/// The three default places of a program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Paths {
+    /// The directory with keys and state.
+    pub state_dir: PathBuf,
+    /// The local socket.
+    pub socket: PathBuf,
+    /// The configuration file.
+    pub config: PathBuf,
+}
+
+impl Paths {
+    /// The places for the user that runs this process.
+    #[must_use]
+    pub fn of(role: Role) -> Self {
+        if nix::unistd::geteuid().is_root() {
+            Self::of_system(role)
+        } else {
+            Self::of_user(role, |name| std::env::var_os(name))
+        }
+    }
+
+    fn of_system(role: Role) -> Self {
+        let word = role.word();
+        Self {
+            state_dir: format!("/var/lib/overlay/{word}").into(),
+            socket: format!("/run/overlay/{word}.sock").into(),
+            config: format!("/etc/overlay/{word}.toml").into(),
+        }
+    }
+
+    /// The XDG base directories; a relative path in a variable counts as none, as the standard says.
+    fn of_user(role: Role, variable: impl Fn(&str) -> Option<OsString>) -> Self {
+        let word = role.word();
+        let absolute = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let home = absolute("HOME").unwrap_or_else(|| "/".into());
+        let state = absolute("XDG_STATE_HOME").unwrap_or_else(|| home.join(".local/state"));
+        let config = absolute("XDG_CONFIG_HOME").unwrap_or_else(|| home.join(".config"));
+        let runtime = absolute("XDG_RUNTIME_DIR").unwrap_or_else(|| state.clone());
+        Self {
+            state_dir: state.join("overlay").join(word),
+            socket: runtime.join("overlay").join(format!("{word}.sock")),
+            config: config.join("overlay").join(format!("{word}.toml")),
+        }
+    }
+
+    /// The socket that a command should talk to: the user's own daemon if there is one, else the
+    /// system's.
+    #[must_use]
+    pub fn socket_to_ask(role: Role) -> PathBuf {
+        let own = Self::of(role).socket;
+        let system = Self::of_system(role).socket;
+        if !own.exists() && system.exists() { system } else { own }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_has_the_systems_places_and_others_their_own() {
+        assert_eq!(Paths::of_system(Role::Node).state_dir, PathBuf::from("/var/lib/overlay/node"));
+        let user = Paths::of_user(Role::Server, |name| match name {
+            "HOME" => Some("/home/ann".into()),
+            "XDG_RUNTIME_DIR" => Some("/run/user/1000".into()),
+            "XDG_CONFIG_HOME" => Some("relative".into()),
+            _ => None,
+        });
+        assert_eq!(user.state_dir, PathBuf::from("/home/ann/.local/state/overlay/server"));
+        assert_eq!(user.socket, PathBuf::from("/run/user/1000/overlay/server.sock"));
+        assert_eq!(user.config, PathBuf::from("/home/ann/.config/overlay/server.toml"));
+    }
+}

@@ -1,0 +1,57 @@
+//! `server.toml`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use serde::Deserialize;
+
+use crate::wire::join::ServerAddr;
+
+/// The content of `server.toml`; what is not set has the default that `config/server.toml` shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct ServerConfig {
+    /// Addresses to listen on, TCP and UDP.
+    pub listen: Vec<SocketAddr>,
+    /// Addresses to put into join lines.
+    pub public_addr: Vec<ServerAddr>,
+    /// Where keys and members are kept.
+    pub state_dir: Option<PathBuf>,
+    /// The local socket for `overlay server nodes` and the like.
+    pub socket: Option<PathBuf>,
+    /// The overlay's IPv4 range; only before the first node has joined.
+    pub network: Option<Ipv4Net>,
+    /// The overlay's IPv6 range; only before the first node has joined.
+    pub network_ipv6: Option<Ipv6Net>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::load;
+
+    const EXAMPLE: &str = include_str!("../../config/server.toml");
+
+    #[test]
+    fn the_example_as_it_is_changes_nothing() {
+        let config: ServerConfig = load(Path::new("config/server.toml"), EXAMPLE).unwrap();
+        assert_eq!(config, ServerConfig::default());
+    }
+
+    #[test]
+    fn every_setting_of_the_example_is_one_that_exists() {
+        let uncommented: String = EXAMPLE
+            .lines()
+            .filter_map(|line| line.strip_prefix('#'))
+            .filter(|line| line.contains(" = ") && !line.starts_with(' '))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let config: ServerConfig = load(Path::new("config/server.toml"), &uncommented).unwrap();
+        assert!(!config.listen.is_empty() && !config.public_addr.is_empty());
+        assert!(config.state_dir.is_some() && config.socket.is_some());
+        assert!(config.network.is_some() && config.network_ipv6.is_some());
+    }
+}

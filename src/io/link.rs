@@ -1,0 +1,247 @@
+//! The control stream: framed, encrypted messages between a node and the server over TCP.
+//!
+//! [`connect`] is the node's side, [`super::listen`] the server's; behind the handshake both are a
+//! [`Link`]. A link carries control messages and, for nodes without UDP, relay datagrams. It knows
+//! nothing of what the messages mean, and it never reconnects: that is its owner's decision.
+
+mod connect;
+mod noise;
+mod outbox;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::net::tcp::OwnedReadHalf;
+use tokio::task::JoinHandle;
+
+pub use connect::{ConnectError, connect};
+pub(crate) use noise::{Answered, Responder};
+pub use outbox::LinkSender;
+
+use crate::types::PublicKey;
+use crate::wire::frame::{Assembler, Frame, FrameError, LENGTH_LEN, MAC_LEN};
+use noise::Opener;
+use outbox::Outbox;
+
+/// Data that nobody acknowledges for this long is the end of a connection: the kernel's own limit
+/// is a quarter of an hour.
+pub const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the end of a connection may take: the last messages out, the peer's end in.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// Room for one read; a link at rest keeps no more than this.
+const READ_BYTES: usize = 16 * 1024;
+
+/// An encrypted connection whose other end holds the secret half of [`Link::peer_key`].
+#[derive(Debug)]
+pub struct Link {
+    /// Puts messages into the link's bounded queues.
+    pub sender: LinkSender,
+    /// Yields what arrives; dropping it ends the connection.
+    pub receiver: LinkReceiver,
+    /// Our address.
+    pub local: SocketAddr,
+    /// Their address.
+    pub remote: SocketAddr,
+    /// Who is there: for a node the server's static key, for the server the node's machine key.
+    pub peer_key: PublicKey,
+}
+
+/// What arrives on a link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Inbound {
+    /// A whole control message (see [`crate::wire::control`]).
+    Control(Vec<u8>),
+    /// A relay datagram, as it would be on UDP.
+    Relay(Vec<u8>),
+}
+
+/// Why a link is of no more use.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// One of the two ends closed it.
+    #[error("the connection was closed")]
+    Closed,
+    /// The socket failed.
+    #[error("the connection failed: {0}")]
+    Io(#[from] io::Error),
+    /// The kernel would not take our data for too long.
+    #[error("the other side takes no data")]
+    WriteTimedOut,
+    /// A frame that does not decrypt: forged or damaged on the way.
+    #[error("a frame of the connection was forged or damaged")]
+    Forged,
+    /// A frame that makes no sense.
+    #[error("a frame of the connection is malformed: {0}")]
+    Frame(#[from] FrameError),
+    /// More control messages wait than a healthy connection ever has.
+    #[error("too many control messages wait to be sent")]
+    QueueFull,
+}
+
+impl Link {
+    /// A link over `stream`, after the handshake; `early` are bytes that came right behind it.
+    fn start(stream: TcpStream, early: Vec<u8>, secured: noise::Secured) -> io::Result<Self> {
+        let local = canonical(stream.local_addr()?);
+        let remote = canonical(stream.peer_addr()?);
+        let (read, write) = stream.into_split();
+        let (sealer, opener) = secured.split();
+        let outbox = Arc::new(Outbox::default());
+        let writer = tokio::spawn(outbox::write_all(Arc::clone(&outbox), write, sealer));
+        let receiver = LinkReceiver {
+            stream: read,
+            buffer: early,
+            start: 0,
+            opener,
+            assembler: Assembler::default(),
+            outbox: Arc::clone(&outbox),
+            writer,
+            ended: false,
+        };
+        let sender = LinkSender::new(outbox);
+        Ok(Self { sender, receiver, local, remote, peer_key: secured.peer_key })
+    }
+}
+
+/// The receiving half, and the owner of the connection.
+#[derive(Debug)]
+pub struct LinkReceiver {
+    stream: OwnedReadHalf,
+    buffer: Vec<u8>,
+    /// Where in `buffer` the next frame starts.
+    start: usize,
+    opener: Opener,
+    assembler: Assembler,
+    outbox: Arc<Outbox>,
+    writer: JoinHandle<Result<(), LinkError>>,
+    ended: bool,
+}
+
+impl LinkReceiver {
+    /// The next message. Cancel-safe: a dropped future loses nothing.
+    ///
+    /// # Errors
+    /// When the link has ended, also because of its sending half; every later call says `Closed`.
+    pub async fn next(&mut self) -> Result<Inbound, LinkError> {
+        if self.ended {
+            return Err(LinkError::Closed);
+        }
+        let result = self.next_unless_ended().await;
+        if result.is_err() {
+            self.ended = true;
+            self.outbox.close();
+        }
+        result
+    }
+
+    async fn next_unless_ended(&mut self) -> Result<Inbound, LinkError> {
+        loop {
+            if let Some(inbound) = self.take_frame()? {
+                return Ok(inbound);
+            }
+            self.buffer.reserve(READ_BYTES);
+            tokio::select! {
+                read = self.stream.read_buf(&mut self.buffer) => {
+                    if read? == 0 {
+                        return Err(LinkError::Closed);
+                    }
+                }
+                outcome = &mut self.writer => {
+                    return Err(match outcome {
+                        Ok(Err(error)) => error,
+                        Ok(Ok(())) | Err(_) => LinkError::Closed,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Takes whole frames out of the buffer until one completes a message.
+    fn take_frame(&mut self) -> Result<Option<Inbound>, LinkError> {
+        loop {
+            let waiting = self.buffer.get(self.start..).unwrap_or_default();
+            let Some((length, rest)) = waiting.split_first_chunk::<LENGTH_LEN>() else {
+                break;
+            };
+            let length = usize::from(u16::from_be_bytes(*length));
+            if length <= MAC_LEN {
+                return Err(FrameError::Empty.into());
+            }
+            let Some(sealed) = rest.get(..length) else {
+                break;
+            };
+            let plain = self.opener.open(sealed)?;
+            self.start += LENGTH_LEN + length;
+            let whole = match Frame::parse(plain)? {
+                Some(Frame::ControlLast(body)) => {
+                    self.assembler.push(body, true)?.map(Inbound::Control)
+                }
+                Some(Frame::ControlMore(body)) => {
+                    self.assembler.push(body, false)?.map(Inbound::Control)
+                }
+                Some(Frame::Relay(body)) => Some(Inbound::Relay(body.to_vec())),
+                None => None,
+            };
+            if whole.is_some() {
+                return Ok(whole);
+            }
+        }
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        if self.buffer.is_empty() && self.buffer.capacity() > 2 * READ_BYTES {
+            self.buffer = Vec::new();
+        }
+        Ok(None)
+    }
+
+    /// Ends the connection in good order: what is queued goes out first, within two seconds.
+    pub async fn close(mut self) {
+        self.outbox.close();
+        let end = async {
+            if !self.ended {
+                // The outcome does not matter: the connection ends in any case.
+                let _ = (&mut self.writer).await;
+            }
+            // To close a socket with unread input resets it, and the reset may overtake our last
+            // message; so what still comes is read away until the other side has closed too.
+            let mut scratch = [0; 4096];
+            while matches!(self.stream.read(&mut scratch).await, Ok(1..)) {}
+        };
+        // At the limit the drop below cuts the connection.
+        let _ = tokio::time::timeout(CLOSE_LIMIT, end).await;
+    }
+}
+
+impl Drop for LinkReceiver {
+    fn drop(&mut self) {
+        self.outbox.close();
+        self.writer.abort();
+    }
+}
+
+/// The settings of every control connection: small messages at once, death noticed in seconds.
+pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    SockRef::from(stream).set_tcp_user_timeout(Some(TCP_USER_TIMEOUT))
+}
+
+/// IPv4 addresses of dual-stack sockets, written as IPv4.
+pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+/// The link of the server's side, once the upgrade is through.
+pub(crate) fn accepted(
+    stream: TcpStream,
+    early: Vec<u8>,
+    answered: Answered,
+) -> Result<Link, LinkError> {
+    Ok(Link::start(stream, early, answered.secured)?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! The sending half of a link: two bounded queues and the task that empties them.
+//!
+//! Control goes before relay, so a flood of data cannot delay a decision. A full control queue is
+//! an error, since the other side would miss a change for ever; a full relay queue loses its oldest
+//! datagram, as any router does.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::tcp::OwnedWriteHalf;
+use tokio::sync::Notify;
+
+use super::LinkError;
+use super::noise::Sealer;
+use crate::types::DropReason;
+use crate::wire::frame::{Frame, MAX_BODY, MAX_MESSAGE, split_control};
+
+/// Relay datagrams that may wait; more would only be delay.
+const RELAY_QUEUE_DATAGRAMS: usize = 256;
+/// Control messages that may wait: a burst of changes in a network of thousands.
+const CONTROL_QUEUE_MESSAGES: usize = 4096;
+/// Bytes of control messages that may wait: two of the largest.
+const CONTROL_QUEUE_BYTES: usize = 2 * MAX_MESSAGE;
+/// Bytes that are sealed before they are written: one system call for many frames.
+const WRITE_BYTES: usize = 64 * 1024;
+/// A peer that takes no data for this long is gone.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Puts messages into a link's queues; never waits. Clones share the queues.
+#[derive(Debug, Clone)]
+pub struct LinkSender(Arc<Outbox>);
+
+impl LinkSender {
+    pub(super) fn new(outbox: Arc<Outbox>) -> Self {
+        Self(outbox)
+    }
+
+    /// Queues a control message.
+    ///
+    /// # Errors
+    /// When the link has ended, or so much waits already that it should.
+    pub fn try_send_control(&self, message: Vec<u8>) -> Result<(), LinkError> {
+        let mut queues = self.0.lock();
+        if queues.closed {
+            return Err(LinkError::Closed);
+        }
+        let bytes = queues.control_bytes + message.len();
+        if message.len() > MAX_MESSAGE
+            || bytes > CONTROL_QUEUE_BYTES
+            || queues.control.len() >= CONTROL_QUEUE_MESSAGES
+        {
+            return Err(LinkError::QueueFull);
+        }
+        queues.control_bytes = bytes;
+        queues.control.push_back(message);
+        drop(queues);
+        self.0.changed.notify_one();
+        Ok(())
+    }
+
+    /// Queues a relay datagram; when the queue is full, the oldest makes room.
+    ///
+    /// # Errors
+    /// The reason for which a datagram died, to be counted by the caller: this one, or with
+    /// [`DropReason::QueueFull`] the oldest in the queue.
+    pub fn try_send_relay(&self, datagram: &[u8]) -> Result<(), DropReason> {
+        if datagram.len() > MAX_BODY {
+            return Err(DropReason::TooLarge);
+        }
+        let mut queues = self.0.lock();
+        if queues.closed {
+            return Err(DropReason::NoPath);
+        }
+        let full = queues.relay.len() >= RELAY_QUEUE_DATAGRAMS;
+        if full {
+            queues.relay.pop_front();
+        }
+        queues.relay.push_back(datagram.to_vec());
+        drop(queues);
+        self.0.changed.notify_one();
+        if full { Err(DropReason::QueueFull) } else { Ok(()) }
+    }
+
+    /// Takes no more messages; when the queued ones are sent, the link ends.
+    pub fn close(&self) {
+        self.0.close();
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Outbox {
+    queues: Mutex<Queues>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Queues {
+    control: VecDeque<Vec<u8>>,
+    control_bytes: usize,
+    relay: VecDeque<Vec<u8>>,
+    closed: bool,
+}
+
+enum Queued {
+    Control(Vec<u8>),
+    Relay(Vec<u8>),
+}
+
+impl Outbox {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Queues> {
+        // The queues are whole between any two statements, also after a panic elsewhere.
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_one();
+    }
+
+    /// The next message in order of importance, or what to do without one.
+    fn pop(&self) -> Next {
+        let mut queues = self.lock();
+        if let Some(message) = queues.control.pop_front() {
+            queues.control_bytes -= message.len();
+            return Next::Send(Queued::Control(message));
+        }
+        if let Some(datagram) = queues.relay.pop_front() {
+            return Next::Send(Queued::Relay(datagram));
+        }
+        if queues.closed { Next::End } else { Next::Wait }
+    }
+}
+
+enum Next {
+    Send(Queued),
+    Wait,
+    End,
+}
+
+/// Empties the queues into the socket until they are closed or the socket fails.
+pub(super) async fn write_all(
+    outbox: Arc<Outbox>,
+    mut socket: OwnedWriteHalf,
+    mut sealer: Sealer,
+) -> Result<(), LinkError> {
+    let result = write_until_closed(&outbox, &mut socket, &mut sealer).await;
+    outbox.close();
+    result
+}
+
+async fn write_until_closed(
+    outbox: &Outbox,
+    socket: &mut OwnedWriteHalf,
+    sealer: &mut Sealer,
+) -> Result<(), LinkError> {
+    let mut bytes = Vec::new();
+    loop {
+        match outbox.pop() {
+            Next::Send(Queued::Control(message)) => {
+                for frame in split_control(&message) {
+                    sealer.seal(&frame, &mut bytes)?;
+                    flush(socket, &mut bytes, WRITE_BYTES).await?;
+                }
+            }
+            Next::Send(Queued::Relay(datagram)) => {
+                sealer.seal(&Frame::Relay(&datagram), &mut bytes)?;
+                flush(socket, &mut bytes, WRITE_BYTES).await?;
+            }
+            Next::Wait if bytes.is_empty() => outbox.changed.notified().await,
+            Next::Wait => flush(socket, &mut bytes, 0).await?,
+            Next::End => {
+                flush(socket, &mut bytes, 0).await?;
+                // The other side may have closed first; then there is nobody to tell.
+                let _ = socket.shutdown().await;
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Writes `bytes` when there are more than `limit` of them.
+async fn flush(
+    socket: &mut OwnedWriteHalf,
+    bytes: &mut Vec<u8>,
+    limit: usize,
+) -> Result<(), LinkError> {
+    if bytes.len() <= limit {
+        return Ok(());
+    }
+    match tokio::time::timeout(WRITE_LIMIT, socket.write_all(bytes)).await {
+        Ok(result) => result?,
+        Err(_) => return Err(LinkError::WriteTimedOut),
+    }
+    // A link at rest keeps no buffer: a server has thousands of them.
+    if bytes.capacity() > WRITE_BYTES / 4 {
+        *bytes = Vec::new();
+    } else {
+        bytes.clear();
+    }
+    Ok(())
+}

@@ -1,0 +1,257 @@
+//! Links over loopback: a true server side, and things that are no server.
+
+use std::future::Future;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::io::listen::{self, UpgradeError};
+use crate::types::{DropReason, SecretKey};
+use crate::wire::frame::MAX_MESSAGE;
+use crate::wire::join::ServerAddr;
+
+fn server_key() -> SecretKey {
+    SecretKey::from_bytes([1; 32])
+}
+
+fn machine_key() -> SecretKey {
+    SecretKey::from_bytes([2; 32])
+}
+
+async fn listener() -> (TcpListener, ServerAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap().into();
+    (listener, addr)
+}
+
+/// The two ends of a link.
+async fn pair() -> (Link, Link) {
+    let (listener, addr) = listener().await;
+    let accept = async {
+        let (stream, _) = listener.accept().await.unwrap();
+        listen::upgrade(stream, &server_key()).await
+    };
+    let keys = [server_key().public()];
+    let machine = machine_key();
+    let (server, client) = tokio::join!(accept, connect(&addr, &keys, &machine));
+    (client.unwrap(), server.unwrap())
+}
+
+/// What `connect` says when `behave` is done with the one connection that comes.
+async fn connect_to<F: Future<Output = ()>>(behave: impl FnOnce(TcpStream) -> F) -> ConnectError {
+    let (listener, addr) = listener().await;
+    let serve = async {
+        let (stream, _) = listener.accept().await.unwrap();
+        behave(stream).await;
+        std::future::pending::<()>().await;
+    };
+    let keys = [server_key().public()];
+    let machine = machine_key();
+    let result = tokio::select! {
+        result = connect(&addr, &keys, &machine) => result,
+        () = serve => unreachable!("it waits for ever"),
+    };
+    result.expect_err("no link comes of this")
+}
+
+#[tokio::test]
+async fn both_ends_know_each_other_and_messages_of_any_size_arrive_in_order() {
+    let (mut client, mut server) = pair().await;
+    assert_eq!(client.peer_key, server_key().public());
+    assert_eq!(server.peer_key, machine_key().public());
+    assert_eq!((client.local, client.remote), (server.remote, server.local));
+    for len in [0, 1, 70_000, 1_000_000] {
+        client.sender.try_send_control(vec![7; len]).unwrap();
+        assert_eq!(server.receiver.next().await.unwrap(), Inbound::Control(vec![7; len]));
+    }
+    server.sender.try_send_relay(b"datagram").unwrap();
+    assert_eq!(client.receiver.next().await.unwrap(), Inbound::Relay(b"datagram".to_vec()));
+}
+
+#[tokio::test]
+async fn control_goes_before_relay_and_the_oldest_datagram_makes_room() {
+    let (client, mut server) = pair().await;
+    // Nothing is written before this task waits, so everything below meets in the queues.
+    for number in 0..300u16 {
+        let result = client.sender.try_send_relay(&number.to_be_bytes());
+        let full = number >= 256;
+        assert_eq!(result, if full { Err(DropReason::QueueFull) } else { Ok(()) }, "{number}");
+    }
+    client.sender.try_send_control(b"first".to_vec()).unwrap();
+    assert_eq!(server.receiver.next().await.unwrap(), Inbound::Control(b"first".to_vec()));
+    for number in 44..300u16 {
+        let datagram = number.to_be_bytes().to_vec();
+        assert_eq!(server.receiver.next().await.unwrap(), Inbound::Relay(datagram));
+    }
+}
+
+#[tokio::test]
+async fn queues_are_bounded() {
+    let (client, _server) = pair().await;
+    let results: Vec<_> =
+        (0..3).map(|_| client.sender.try_send_control(vec![0; MAX_MESSAGE])).collect();
+    assert!(results[..2].iter().all(Result::is_ok));
+    assert!(matches!(results[2], Err(LinkError::QueueFull)));
+    assert_eq!(client.sender.try_send_relay(&[0; 65_536]), Err(DropReason::TooLarge));
+}
+
+#[tokio::test]
+async fn a_cancelled_wait_loses_nothing() {
+    let (client, mut server) = pair().await;
+    let message = vec![9; 500_000];
+    client.sender.try_send_control(message.clone()).unwrap();
+    let mut received = None;
+    while received.is_none() {
+        tokio::select! {
+            biased;
+            result = server.receiver.next() => received = Some(result.unwrap()),
+            () = tokio::task::yield_now() => {}
+        }
+    }
+    assert_eq!(received, Some(Inbound::Control(message)));
+}
+
+#[tokio::test]
+async fn the_last_message_arrives_before_the_end() {
+    let (mut client, server) = pair().await;
+    client.sender.try_send_control(b"never read".to_vec()).unwrap();
+    server.sender.try_send_control(b"refused".to_vec()).unwrap();
+    let (_, received) = tokio::join!(server.receiver.close(), async {
+        let received = client.receiver.next().await.unwrap();
+        assert!(matches!(client.receiver.next().await, Err(LinkError::Closed)));
+        drop(client.receiver);
+        received
+    });
+    assert_eq!(received, Inbound::Control(b"refused".to_vec()));
+    assert!(client.sender.try_send_control(Vec::new()).is_err(), "the sender knows of the end");
+}
+
+#[tokio::test]
+async fn a_forged_frame_ends_the_link() {
+    let (mut client, _server) = pair().await;
+    client.receiver.buffer.extend_from_slice(&[0, 17]);
+    client.receiver.buffer.extend_from_slice(&[0; 17]);
+    assert!(matches!(client.receiver.next().await, Err(LinkError::Forged)));
+    assert!(matches!(client.receiver.next().await, Err(LinkError::Closed)));
+}
+
+#[tokio::test]
+async fn another_server_key_is_told_as_such_by_both_ends() {
+    let (listener, addr) = listener().await;
+    let accept = async {
+        let (stream, _) = listener.accept().await.unwrap();
+        listen::upgrade(stream, &SecretKey::from_bytes([9; 32])).await
+    };
+    let keys = [server_key().public()];
+    let machine = machine_key();
+    let (server, client) = tokio::join!(accept, connect(&addr, &keys, &machine));
+    assert!(matches!(client, Err(ConnectError::WrongKey { .. })));
+    assert!(matches!(server, Err(UpgradeError::WrongKey)));
+}
+
+#[tokio::test]
+async fn the_next_server_key_is_tried_after_the_first() {
+    let (listener, addr) = listener().await;
+    let accept = async {
+        let (stream, _) = listener.accept().await.unwrap();
+        assert!(listen::upgrade(stream, &server_key()).await.is_err());
+        let (stream, _) = listener.accept().await.unwrap();
+        listen::upgrade(stream, &server_key()).await.unwrap()
+    };
+    let keys = [SecretKey::from_bytes([9; 32]).public(), server_key().public()];
+    let machine = machine_key();
+    let (_server, client) = tokio::join!(accept, connect(&addr, &keys, &machine));
+    assert_eq!(client.unwrap().peer_key, server_key().public());
+}
+
+#[tokio::test]
+async fn a_web_server_is_not_ours_and_says_so() {
+    let error = connect_to(|mut stream| async move {
+        let mut request = [0; 1024];
+        let _ = stream.read(&mut request).await;
+        let answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n";
+        stream.write_all(answer).await.unwrap();
+    })
+    .await;
+    assert!(
+        matches!(&error, ConnectError::NotOurProtocol { found, .. } if found.contains("404")),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn another_protocol_is_not_ours() {
+    let error = connect_to(|mut stream| async move {
+        stream.write_all(b"SSH-2.0-OpenSSH_9.2p1\r\n").await.unwrap();
+        let _ = stream.read(&mut [0; 1024]).await;
+    })
+    .await;
+    assert!(matches!(error, ConnectError::NotOurProtocol { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_up_is_told_from_a_silent_one() {
+    let error = connect_to(|mut stream| async move {
+        let _ = stream.read(&mut [0; 1024]).await;
+    })
+    .await;
+    assert!(matches!(error, ConnectError::Closed { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_silent_server_is_given_up_after_five_seconds() {
+    let error = connect_to(|stream| async move {
+        let _held_open = stream;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    assert!(matches!(error, ConnectError::TimedOut { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_closed_port_is_unreachable() {
+    let (listener, addr) = listener().await;
+    drop(listener);
+    let error = connect(&addr, &[server_key().public()], &machine_key()).await.unwrap_err();
+    assert!(matches!(error, ConnectError::Unreachable { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_browser_sees_a_short_text_and_no_name() {
+    let (listener, addr) = listener().await;
+    let accept = async {
+        let (stream, _) = listener.accept().await.unwrap();
+        listen::upgrade(stream, &server_key()).await
+    };
+    let browse = async {
+        let mut stream = TcpStream::connect(addr.literal().unwrap()).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut page = String::new();
+        stream.read_to_string(&mut page).await.unwrap();
+        page
+    };
+    let (server, page) = tokio::join!(accept, browse);
+    assert!(matches!(server, Err(UpgradeError::NotOurs)));
+    assert!(page.starts_with("HTTP/1.1 404") && page.len() < 200, "{page}");
+    assert!(!page.to_lowercase().contains("overlay"), "{page}");
+}
+
+#[tokio::test]
+async fn garbage_and_endless_headers_end_the_connection() {
+    for bytes in [vec![0xff; 64], [b"GET / HTTP/1.1\r\nX: ".to_vec(), vec![b'a'; 20_000]].concat()]
+    {
+        let (listener, addr) = listener().await;
+        let accept = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            listen::upgrade(stream, &server_key()).await
+        };
+        let send = async {
+            let mut stream = TcpStream::connect(addr.literal().unwrap()).await.unwrap();
+            let _ = stream.write_all(&bytes).await;
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+        };
+        let (server, ()) = tokio::join!(accept, send);
+        assert!(matches!(server, Err(UpgradeError::Http(_))));
+    }
+}

@@ -1,0 +1,222 @@
+//! Small files that must survive a power cut, and the lock of a state directory.
+//!
+//! A file is written beside its place, synced and renamed over it, so that a reader sees the old
+//! content or the new one and nothing between.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use zeroize::Zeroizing;
+
+/// Mode of a file with a secret in it.
+pub const SECRET_MODE: u32 = 0o600;
+/// No file of ours is larger; a larger one is not ours.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+const LOCK_FILE: &str = "lock";
+
+/// Why a state file is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The file system said no.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried: "read", "write", "create", "lock".
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A secret that others may read is no secret.
+    #[error("{} may be read by others (mode {mode:o}); make it private with chmod 600", path.display())]
+    TooOpen {
+        /// Which file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Not one of ours.
+    #[error("{} is too large to be a state file", path.display())]
+    TooLarge {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// Another process uses the directory.
+    #[error("another process uses the state directory {}", path.display())]
+    Locked {
+        /// Which directory.
+        path: PathBuf,
+    },
+}
+
+impl FileError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// Whether the process lacks a right that another user would have.
+    #[must_use]
+    pub fn is_permission(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+    }
+}
+
+/// Replaces `path` by `bytes`; when this returns, a power cut cannot undo it.
+///
+/// # Errors
+/// When a step fails; the old content is then still in place.
+pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".new");
+    let beside = directory.join(name);
+    let written = (|| {
+        match fs::remove_file(&beside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
+        file.write_all(bytes)?;
+        // The umask may have taken bits away that the caller wants.
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
+        file.sync_all()?;
+        fs::rename(&beside, path)?;
+        File::open(directory)?.sync_all()
+    })();
+    written.map_err(FileError::io("write", path))
+}
+
+/// The content of a file, or `None` when there is no such file.
+///
+/// # Errors
+/// When it exists and cannot be read.
+pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
+    Ok(open(path)?.map(|content| content.bytes.to_vec()))
+}
+
+/// The content of a file that only its owner may read, or `None` when there is no such file.
+///
+/// # Errors
+/// When it exists and cannot be read, or others can read it.
+pub fn read_secret(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, FileError> {
+    let Some(Content { bytes, mode }) = open(path)? else {
+        return Ok(None);
+    };
+    if mode & 0o077 != 0 {
+        return Err(FileError::TooOpen { path: path.to_path_buf(), mode });
+    }
+    Ok(Some(bytes))
+}
+
+struct Content {
+    bytes: Zeroizing<Vec<u8>>,
+    mode: u32,
+}
+
+fn open(path: &Path) -> Result<Option<Content>, FileError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(FileError::io("read", path)(error)),
+    };
+    let metadata = file.metadata().map_err(FileError::io("read", path))?;
+    if metadata.len() > MAX_FILE_BYTES {
+        return Err(FileError::TooLarge { path: path.to_path_buf() });
+    }
+    let mut bytes = Zeroizing::new(Vec::new());
+    file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(FileError::io("read", path))?;
+    Ok(Some(Content { bytes, mode: metadata.permissions().mode() & 0o777 }))
+}
+
+/// Makes sure that a directory exists; one that is made here is for its owner alone.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn private_dir(path: &Path) -> Result<(), FileError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        fs::create_dir_all(parent).map_err(FileError::io("create", path))?;
+    }
+    DirBuilder::new().mode(0o700).create(path).map_err(FileError::io("create", path))
+}
+
+/// Holds a state directory for this process; let go when dropped, and by the kernel when killed.
+#[derive(Debug)]
+pub struct DirLock {
+    _file: Flock<File>,
+}
+
+impl DirLock {
+    /// Takes the lock of `directory`, which must exist.
+    ///
+    /// # Errors
+    /// [`FileError::Locked`] when another process has it.
+    pub fn acquire(directory: &Path) -> Result<Self, FileError> {
+        let path = directory.join(LOCK_FILE);
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(SECRET_MODE)
+            .open(&path)
+            .map_err(FileError::io("lock", &path))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => Ok(Self { _file: file }),
+            Err((_, Errno::EWOULDBLOCK)) => {
+                Err(FileError::Locked { path: directory.to_path_buf() })
+            }
+            Err((_, errno)) => Err(FileError::io("lock", &path)(errno.into())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_written_file_is_whole_private_and_replaced_in_one_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("server.key");
+        assert!(read_secret(&path).unwrap().is_none());
+        // What a killed predecessor left does not stand in the way.
+        fs::write(dir.path().join("server.key.new"), "half").unwrap();
+        for content in ["first", "second, longer", "3"] {
+            write_atomically(&path, content.as_bytes(), SECRET_MODE).unwrap();
+            assert_eq!(read_secret(&path).unwrap().unwrap().as_slice(), content.as_bytes());
+        }
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn a_secret_that_others_may_read_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("server.key");
+        write_atomically(&path, b"secret", 0o644).unwrap();
+        assert!(matches!(read_secret(&path), Err(FileError::TooOpen { mode: 0o644, .. })));
+        assert_eq!(read(&path).unwrap().unwrap(), b"secret");
+    }
+
+    #[test]
+    fn a_state_directory_has_one_user_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("a/b");
+        private_dir(&state).unwrap();
+        assert_eq!(fs::metadata(&state).unwrap().permissions().mode() & 0o777, 0o700);
+        let first = DirLock::acquire(&state).unwrap();
+        assert!(matches!(DirLock::acquire(&state), Err(FileError::Locked { .. })));
+        drop(first);
+        DirLock::acquire(&state).unwrap();
+    }
+}

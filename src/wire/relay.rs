@@ -1,0 +1,299 @@
+//! Relay datagrams and the sign-on and reflector messages between a node and the server.
+//!
+//! Data, 8 bytes before the payload. `node` is whom it is for on the way to the server, and whom
+//! it is from on the way to a node; the server changes these four bytes and nothing else, so a
+//! train of equal-sized datagrams stays one.
+//!
+//! ```text
+//!  0      1      2      4        8
+//! +------+------+------+--------+----------------------------------+
+//! | 0xB2 | 0x01 | zero |  node  | payload: WireGuard or disco      |
+//! +------+------+------+--------+----------------------------------+
+//! ```
+//!
+//! Control, always 50 bytes, so an answer is never larger than its question and the server cannot
+//! be used to amplify traffic to a forged source.
+//!
+//! ```text
+//!  0      1      2      3       4        8          16                    34        50
+//! +------+------+------+-------+--------+----------+---------------------+---------+
+//! | 0xB3 | 0x01 | type | flags |  node  | counter  | endpoint or zero    |  MAC    |
+//! +------+------+------+-------+--------+----------+---------------------+---------+
+//! ```
+//!
+//! *Bind* (1) tells the server at which address a node is; the MAC is keyed BLAKE2s over all that
+//! stands before it, under the relay key that the control connection gave out, and the counter
+//! must rise, so an old bind cannot be replayed from elsewhere. *Bound* (2) answers with the
+//! address seen. *Reflect* (3) and *Reflected* (4) do the same for anybody, unauthenticated: node
+//! and counter together are the 12-byte transaction id, the MAC bytes are zero, and flag 1 asks
+//! for the answer from the server's other port (RFC 5780 section 4.4: which filter has my NAT?).
+//! Reflected addresses are written inverted, since some routers rewrite addresses that they find
+//! in payloads (RFC 8489 section 14.2 has the same reason).
+
+use std::net::SocketAddr;
+
+use blake2::digest::consts::U16;
+use blake2::digest::{KeyInit, Mac};
+
+use super::cursor::{ENDPOINT_LEN, Reader, UnexpectedEnd, endpoint_bytes};
+use crate::types::{NodeId, TxId};
+
+/// First byte of a relay datagram.
+pub const DATA_MAGIC: u8 = 0xB2;
+/// First byte of a sign-on or reflector message.
+pub const CONTROL_MAGIC: u8 = 0xB3;
+/// Bytes before the payload of a relay datagram.
+pub const DATA_HEADER_LEN: usize = 8;
+/// Length of every sign-on and reflector message.
+pub const CONTROL_LEN: usize = 50;
+
+const VERSION: u8 = 1;
+const BIND: u8 = 1;
+const BOUND: u8 = 2;
+const REFLECT: u8 = 3;
+const REFLECTED: u8 = 4;
+const FLAG_OTHER_PORT: u8 = 1;
+const MAC_LEN: usize = 16;
+
+/// Why a relay message was not understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RelayError {
+    /// Cut short, or a control message of another length.
+    #[error("relay message of wrong length")]
+    WrongLength,
+    /// A version that we do not speak.
+    #[error("unknown relay version {version}")]
+    UnknownVersion {
+        /// The version found.
+        version: u8,
+    },
+    /// An unknown type, or node number zero.
+    #[error("unknown relay message type {kind}")]
+    UnknownType {
+        /// The type found.
+        kind: u8,
+    },
+    /// The MAC does not fit the key.
+    #[error("relay message with a wrong MAC")]
+    Forged,
+}
+
+impl From<UnexpectedEnd> for RelayError {
+    fn from(_: UnexpectedEnd) -> Self {
+        Self::WrongLength
+    }
+}
+
+/// The 8 bytes before a relayed payload.
+#[must_use]
+pub fn data_header(node: NodeId) -> [u8; DATA_HEADER_LEN] {
+    let [a, b, c, d] = node.number().to_be_bytes();
+    [DATA_MAGIC, VERSION, 0, 0, a, b, c, d]
+}
+
+/// Splits a relay datagram into the node in its header and the payload.
+///
+/// # Errors
+/// When it is too short, of another version, or names no node.
+pub fn parse_data(datagram: &[u8]) -> Result<(NodeId, &[u8]), RelayError> {
+    let mut reader = Reader(datagram);
+    reader.u8()?;
+    let version = reader.u8()?;
+    if version != VERSION {
+        return Err(RelayError::UnknownVersion { version });
+    }
+    reader.u16()?;
+    let node = NodeId::new(reader.u32()?).ok_or(RelayError::UnknownType { kind: 0 })?;
+    Ok((node, reader.0))
+}
+
+/// The key that proves a bind, given out on the control connection.
+#[derive(Clone, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
+pub struct RelayKey(pub [u8; 32]);
+
+impl std::fmt::Debug for RelayKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RelayKey(***)")
+    }
+}
+
+impl RelayKey {
+    fn mac(&self, bytes: &[u8]) -> blake2::Blake2sMac<U16> {
+        let mut mac = <blake2::Blake2sMac<U16> as KeyInit>::new((&self.0).into());
+        mac.update(bytes);
+        mac
+    }
+}
+
+/// A sign-on or reflector message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// Node to server: here I am. Check with [`verify`] under the node's key.
+    Bind {
+        /// Who says so.
+        node: NodeId,
+        /// Rises with every bind under one key.
+        counter: u64,
+    },
+    /// Server to node: I saw you at `observed`. Check with [`verify`].
+    Bound {
+        /// The node.
+        node: NodeId,
+        /// Of the bind that is answered.
+        counter: u64,
+        /// Where the bind came from: the node's reflexive candidate.
+        observed: SocketAddr,
+    },
+    /// Anybody to server: where do you see me?
+    Reflect {
+        /// Comes back in the answer.
+        tx: TxId,
+        /// Whether to answer from the server's other port.
+        from_other_port: bool,
+    },
+    /// Server to anybody: there.
+    Reflected {
+        /// Of the question.
+        tx: TxId,
+        /// Where the question came from.
+        observed: SocketAddr,
+    },
+}
+
+impl Control {
+    /// The 50 bytes of this message. Bind and bound need the node's `key`, the others have none.
+    #[must_use]
+    pub fn encode(&self, key: Option<&RelayKey>) -> [u8; CONTROL_LEN] {
+        let zero = [0; ENDPOINT_LEN];
+        let (kind, flags, id, endpoint) = match *self {
+            Self::Bind { node, counter } => (BIND, 0, node_id_bytes(node, counter), zero),
+            Self::Bound { node, counter, observed } => {
+                (BOUND, 0, node_id_bytes(node, counter), inverted(observed))
+            }
+            Self::Reflect { tx, from_other_port } => {
+                (REFLECT, if from_other_port { FLAG_OTHER_PORT } else { 0 }, tx.0, zero)
+            }
+            Self::Reflected { tx, observed } => (REFLECTED, 0, tx.0, inverted(observed)),
+        };
+        let mut bytes = [0; CONTROL_LEN];
+        bytes[..4].copy_from_slice(&[CONTROL_MAGIC, VERSION, kind, flags]);
+        bytes[4..16].copy_from_slice(&id);
+        bytes[16..34].copy_from_slice(&endpoint);
+        if let Some(key) = key {
+            let mac = key.mac(&bytes[..CONTROL_LEN - MAC_LEN]).finalize().into_bytes();
+            bytes[CONTROL_LEN - MAC_LEN..].copy_from_slice(&mac);
+        }
+        bytes
+    }
+
+    /// Reads a message. The MAC is not checked here, see [`verify`].
+    ///
+    /// # Errors
+    /// When the length, version or type is not one of ours.
+    pub fn parse(datagram: &[u8]) -> Result<Self, RelayError> {
+        if datagram.len() != CONTROL_LEN {
+            return Err(RelayError::WrongLength);
+        }
+        let mut reader = Reader(datagram);
+        reader.u8()?;
+        let version = reader.u8()?;
+        if version != VERSION {
+            return Err(RelayError::UnknownVersion { version });
+        }
+        let kind = reader.u8()?;
+        let flags = reader.u8()?;
+        let id: [u8; 12] = reader.array()?;
+        let endpoint = invert(reader.array()?);
+        let mut id_reader = Reader(&id);
+        let node = NodeId::new(id_reader.u32()?);
+        let counter = id_reader.u64()?;
+        let observed = Reader(&endpoint).endpoint()?;
+        match (kind, node) {
+            (BIND, Some(node)) => Ok(Self::Bind { node, counter }),
+            (BOUND, Some(node)) => Ok(Self::Bound { node, counter, observed }),
+            (REFLECT, _) => {
+                Ok(Self::Reflect { tx: TxId(id), from_other_port: flags & FLAG_OTHER_PORT != 0 })
+            }
+            (REFLECTED, _) => Ok(Self::Reflected { tx: TxId(id), observed }),
+            _ => Err(RelayError::UnknownType { kind }),
+        }
+    }
+}
+
+/// Checks the MAC of a bind or bound message, in constant time.
+///
+/// # Errors
+/// When it was not made with this key.
+pub fn verify(datagram: &[u8], key: &RelayKey) -> Result<(), RelayError> {
+    let (head, mac) =
+        datagram.split_at_checked(CONTROL_LEN - MAC_LEN).ok_or(RelayError::WrongLength)?;
+    key.mac(head).verify_slice(mac).map_err(|_| RelayError::Forged)
+}
+
+fn node_id_bytes(node: NodeId, counter: u64) -> [u8; 12] {
+    let mut bytes = [0; 12];
+    bytes[..4].copy_from_slice(&node.number().to_be_bytes());
+    bytes[4..].copy_from_slice(&counter.to_be_bytes());
+    bytes
+}
+
+fn invert(bytes: [u8; ENDPOINT_LEN]) -> [u8; ENDPOINT_LEN] {
+    bytes.map(|byte| !byte)
+}
+
+fn inverted(endpoint: SocketAddr) -> [u8; ENDPOINT_LEN] {
+    invert(endpoint_bytes(endpoint))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node() -> NodeId {
+        NodeId::new(0x0102_0304).unwrap()
+    }
+
+    #[test]
+    fn a_relay_header_survives_and_keeps_the_payload() {
+        let mut datagram = data_header(node()).to_vec();
+        datagram.extend_from_slice(b"payload");
+        assert_eq!(parse_data(&datagram), Ok((node(), b"payload".as_slice())));
+        assert_eq!(data_header(node()), [0xb2, 1, 0, 0, 1, 2, 3, 4]);
+        for len in 0..DATA_HEADER_LEN {
+            assert!(parse_data(&datagram[..len]).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    fn control_messages_survive_and_are_all_of_one_length() {
+        let observed = "203.0.113.9:1234".parse().unwrap();
+        let key = RelayKey([5; 32]);
+        for message in [
+            Control::Bind { node: node(), counter: 7 },
+            Control::Bound { node: node(), counter: 7, observed },
+            Control::Reflect { tx: TxId([1; 12]), from_other_port: true },
+            Control::Reflected { tx: TxId([1; 12]), observed },
+        ] {
+            assert_eq!(Control::parse(&message.encode(Some(&key))), Ok(message));
+        }
+    }
+
+    #[test]
+    fn a_bind_under_another_key_or_with_another_counter_is_forged() {
+        let key = RelayKey([5; 32]);
+        let mut bytes = Control::Bind { node: node(), counter: 7 }.encode(Some(&key));
+        assert_eq!(verify(&bytes, &key), Ok(()));
+        assert_eq!(verify(&bytes, &RelayKey([6; 32])), Err(RelayError::Forged));
+        bytes[15] += 1;
+        assert_eq!(verify(&bytes, &key), Err(RelayError::Forged));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_the_parsers_panic(bytes in proptest::collection::vec(0u8.., 0..80)) {
+            let _ = parse_data(&bytes);
+            let _ = Control::parse(&bytes);
+            let _ = verify(&bytes, &RelayKey([0; 32]));
+        }
+    }
+}
