@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -11,7 +12,7 @@ use clap::{Args, Subcommand};
 
 use super::fail::{Failure, NOT_RUNNING, PERMISSION};
 use crate::io::tun::TunError;
-use crate::lab::nat::NatKind;
+use crate::lab::nat::{NatKind, UnknownNatKind};
 use crate::lab::{self, ExecRequest, LabOptions, NamespacesForbidden, NoLab};
 
 /// Arguments of `overlay lab`.
@@ -32,11 +33,10 @@ pub struct LabArgs {
     #[arg(
         long,
         value_name = "KIND,KIND",
-        value_delimiter = ',',
-        num_args = 1..=2,
-        default_value = "port-restricted"
+        default_value = "port-restricted",
+        value_parser = Nats::from_str
     )]
-    nat: Vec<NatKind>,
+    nat: Nats,
 
     /// Milliseconds that a packet takes on the line of each home, one way
     #[arg(long, value_name = "MS", default_value = "0", value_parser = delay)]
@@ -102,10 +102,8 @@ fn dispatch(args: LabArgs) -> Result<ExitCode> {
     if let Some(LabCommand::Exec { machine, pid, command }) = args.command {
         return lab::exec(&ExecRequest { machine, lab_pid: pid, command });
     }
-    let alice = args.nat.first().copied().unwrap_or(NatKind::PortRestricted);
-    let bob = args.nat.get(1).copied().unwrap_or(alice);
     let options = LabOptions {
-        nats: [alice, bob],
+        nats: args.nat.0,
         delay: args.delay,
         loss_percent: args.loss,
         block_udp: args.block_udp,
@@ -116,6 +114,19 @@ fn dispatch(args: LabArgs) -> Result<ExitCode> {
     match args.inside {
         Some(directory) => lab::inside(&options, &directory),
         None => lab::start(&options),
+    }
+}
+
+/// The NAT of alice's home and of bob's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Nats([NatKind; 2]);
+
+impl FromStr for Nats {
+    type Err = UnknownNatKind;
+
+    fn from_str(text: &str) -> Result<Self, UnknownNatKind> {
+        let (alice, bob) = text.split_once(',').unwrap_or((text, text));
+        Ok(Self([alice.parse()?, bob.parse()?]))
     }
 }
 
@@ -184,10 +195,13 @@ mod tests {
 
     #[test]
     fn one_nat_kind_means_both_homes_and_three_are_refused() {
-        assert_eq!(parse("").unwrap().nat, [NatKind::PortRestricted]);
-        let two = parse("--nat symmetric,none").unwrap().nat;
+        let nats = |line: &str| parse(line).map(|args| args.nat.0);
+        assert_eq!(nats("").unwrap(), [NatKind::PortRestricted; 2]);
+        assert_eq!(nats("--nat full-cone").unwrap(), [NatKind::FullCone; 2]);
+        let two = nats("--nat symmetric,none").unwrap();
         assert_eq!(two, [NatKind::Symmetric, NatKind::None]);
-        assert!(parse("--nat cone").is_err(), "no such kind");
+        assert!(nats("--nat cone").is_err(), "no such kind");
+        assert!(nats("--nat none,none,none").is_err(), "there are two homes");
         assert!(parse("--delay -1").is_err() && parse("--loss 101").is_err());
     }
 

@@ -82,7 +82,7 @@ fn command(request: &ExecRequest, machine: &MachineState, us: Option<&Path>) -> 
     let shell = || std::env::var_os("SHELL").unwrap_or_else(|| "/bin/sh".into());
     let mut words = request.command.iter().cloned();
     let mut command = Command::new(words.next().unwrap_or_else(shell));
-    command.args(words).env("OVERLAY_LAB_MACHINE", &machine.name);
+    command.args(words);
     if let Some(socket) = &machine.socket {
         command.env("OVERLAY_SOCKET", socket);
     }

@@ -36,13 +36,19 @@ pub fn inside(options: &LabOptions, directory: &Path) -> Result<ExitCode> {
     let pid = std::fs::read_link("/proc/self").context("reading /proc/self")?;
     let pid = pid.to_string_lossy().parse().context("reading /proc/self")?;
     prepare_mounts(directory)?;
-    let shutdown = Shutdown::when_stdin_ends();
-    let mut report = Report::new(options);
-    let mut overlay = Overlay::default();
-    let mut lab = None;
-    let result = perform(pid, options, directory, &shutdown, &mut report, &mut overlay, &mut lab);
-    overlay.stop();
-    if let Some(internet) = lab.and_then(|lab| lab.forwarder.stop()) {
+    let mut run = Run {
+        options,
+        directory,
+        pid,
+        shutdown: Shutdown::when_stdin_ends(),
+        report: Report::new(options),
+        overlay: Overlay::default(),
+        lab: None,
+    };
+    let result = run.perform();
+    run.overlay.stop();
+    let mut report = run.report;
+    if let Some(internet) = run.lab.and_then(|lab| lab.forwarder.stop()) {
         report.set_drops(internet.drops());
     }
     match result {
@@ -61,39 +67,56 @@ pub fn inside(options: &LabOptions, directory: &Path) -> Result<ExitCode> {
     }
 }
 
-fn perform(
+/// One run from the first machine to the last word.
+struct Run<'a> {
+    options: &'a LabOptions,
+    directory: &'a Path,
     pid: i32,
-    options: &LabOptions,
-    directory: &Path,
-    shutdown: &Shutdown,
-    report: &mut Report,
-    overlay: &mut Overlay,
-    lab: &mut Option<Lab>,
-) -> Result<()> {
-    let lab = lab.insert(Lab::build(options, report)?);
-    lab.check_links(options, shutdown, report)?;
-    let state = lab.state(pid, directory, options)?;
-    if !options.bare {
-        overlay.tell(options, &lab.machines, directory, shutdown, report)?;
-    }
-    state.write(directory)?;
-    // A node that has died is the better explanation of a missing answer.
-    overlay.check_running()?;
-    let verdict = if options.bare { Ok(()) } else { overlay.verdict(options, report) };
-    match verdict {
-        Ok(()) => report.ok = true,
-        Err(error) if options.check => return Err(error),
-        // It stays up, so that one can look for the reason.
-        Err(error) => {
-            report.failed(&error);
-            report.say(&format!("\n  FAIL {error:#}"));
+    shutdown: Shutdown,
+    report: Report,
+    overlay: Overlay,
+    lab: Option<Lab>,
+}
+
+impl Run<'_> {
+    fn perform(&mut self) -> Result<()> {
+        let Self { options, directory, shutdown, report, overlay, .. } = self;
+        let lab = self.lab.insert(Lab::build(options, report)?);
+        lab.check_links(options, shutdown, report)?;
+        let state = lab.state(self.pid, directory, options)?;
+        if !options.bare {
+            overlay.tell(options, &lab.machines, directory, shutdown, report)?;
         }
+        state.write(directory)?;
+        // A node that has died is the better explanation of a missing answer.
+        overlay.check_running()?;
+        let verdict = if options.bare { Ok(()) } else { overlay.verdict(options, report) };
+        match verdict {
+            Ok(()) => report.ok = true,
+            Err(error) if options.check => return Err(error),
+            // It stays up, so that one can look for the reason.
+            Err(error) => {
+                report.failed(&error);
+                report.say(&format!("\n  FAIL {error:#}"));
+            }
+        }
+        if options.check {
+            return Ok(());
+        }
+        report.print_json();
+        self.stay()
     }
-    if options.check {
-        return Ok(());
+
+    fn stay(&mut self) -> Result<()> {
+        let example = if self.options.bare { "COMMAND" } else { "overlay status" };
+        self.report.say("");
+        self.report.say(&format!("  run anything inside:  overlay lab exec alice -- {example}"));
+        self.report.say("  stop:                 Ctrl-C");
+        while self.shutdown.sleep(WATCH).is_ok() {
+            self.overlay.check_running()?;
+        }
+        Ok(())
     }
-    report.print_json();
-    stay(options, overlay, shutdown, report)
 }
 
 /// The machines and what connects them.
@@ -188,22 +211,6 @@ fn homes(options: &LabOptions) -> [(&'static str, Ipv4Addr, NatKind, Link); 3] {
         ("alice", Ipv4Addr::new(203, 0, 113, 10), alice, Link { udp, ..link }),
         ("bob", Ipv4Addr::new(203, 0, 113, 20), bob, link),
     ]
-}
-
-fn stay(
-    options: &LabOptions,
-    overlay: &mut Overlay,
-    shutdown: &Shutdown,
-    report: &Report,
-) -> Result<()> {
-    let example = if options.bare { "COMMAND" } else { "overlay status" };
-    report.say("");
-    report.say(&format!("  run anything inside:  overlay lab exec alice -- {example}"));
-    report.say("  stop:                 Ctrl-C");
-    while shutdown.sleep(WATCH).is_ok() {
-        overlay.check_running()?;
-    }
-    Ok(())
 }
 
 /// A mount namespace in which the lab's files are in memory, the processes are the lab's, and an

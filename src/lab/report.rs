@@ -60,6 +60,8 @@ pub(super) struct Report {
     #[serde(skip)]
     json: bool,
     #[serde(skip)]
+    json_due: bool,
+    #[serde(skip)]
     step_began: Instant,
 }
 
@@ -111,6 +113,7 @@ impl Report {
             error: None,
             drops: BTreeMap::new(),
             json: options.json,
+            json_due: options.json,
             step_began: clock::now(),
         }
     }
@@ -157,9 +160,9 @@ impl Report {
         self.drops = drops.iter().map(|(reason, count)| (reason.to_string(), *count)).collect();
     }
 
-    /// The JSON object, if it is wanted.
-    pub(super) fn print_json(&self) {
-        if self.json
+    /// The JSON object, if it is wanted; once.
+    pub(super) fn print_json(&mut self) {
+        if std::mem::take(&mut self.json_due)
             && let Ok(text) = serde_json::to_string(self)
         {
             let _ = writeln!(std::io::stdout().lock(), "{text}");

@@ -71,8 +71,13 @@ pub(crate) fn state_file(lab_directory: &Path) -> PathBuf {
 /// The directory of this user's labs, made if need be.
 pub(crate) fn labs_directory() -> Result<PathBuf> {
     let user = nix::unistd::geteuid();
-    let directory = match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()) {
-        Some(runtime) => PathBuf::from(runtime).join("overlay-lab"),
+    // Under sudo the variable may still name the directory of somebody else.
+    let ours = |runtime: &PathBuf| {
+        fs::metadata(runtime).is_ok_and(|facts| facts.is_dir() && facts.uid() == user.as_raw())
+    };
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(ours);
+    let directory = match runtime {
+        Some(runtime) => runtime.join("overlay-lab"),
         None => PathBuf::from(format!("/tmp/overlay-lab-{user}")),
     };
     let shown = directory.display();
