@@ -17,7 +17,6 @@
 //! `tests/architecture.rs` holds this to be true. `docs/architecture.md` is the longer map.
 
 pub mod cli;
-pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod dataplane;

@@ -82,7 +82,7 @@ proptest! {
         events in prop::collection::vec(event(), 1..200),
         seed: u64,
     ) {
-        let mut now = crate::io::clock::now();
+        let mut now = crate::testing::epoch();
         let timeout = behaviour.mapping_timeout;
         let mut nat = Nat::with_behaviour(behaviour, external(), seed);
         let mut owners: BTreeMap<SocketAddr, (SocketAddr, Instant)> = BTreeMap::new();
@@ -115,7 +115,7 @@ proptest! {
         remotes in prop::collection::vec(remote(), 1..50),
         seed: u64,
     ) {
-        let now = crate::io::clock::now();
+        let now = crate::testing::epoch();
         let mapping = Dependence::EndpointIndependent;
         let mut nat =
             Nat::with_behaviour(NatBehaviour { mapping, ..behaviour }, external(), seed);
@@ -137,7 +137,7 @@ proptest! {
         events in prop::collection::vec(event(), 1..200),
         seed: u64,
     ) {
-        let mut now = crate::io::clock::now();
+        let mut now = crate::testing::epoch();
         let mut nat = Nat::with_behaviour(behaviour, external(), seed);
         for event in events {
             match event {
@@ -164,7 +164,7 @@ proptest! {
         events in prop::collection::vec(event(), 1..200),
         seed: u64,
     ) {
-        let mut now = crate::io::clock::now();
+        let mut now = crate::testing::epoch();
         let filtering = Dependence::AddressAndPort;
         let behaviour = NatBehaviour { filtering, inbound_refresh: false, ..behaviour };
         let timeout = behaviour.mapping_timeout;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::testing::epoch;
 
 const EXTERNAL: &str = "203.0.113.10";
 
@@ -28,10 +29,6 @@ fn send(nat: &mut Nat, src: &str, dst: &str, now: Instant) -> SocketAddr {
         Ok(Outbound::Forward(flow)) => flow.src,
         other => panic!("{src} to {dst} gave {other:?}"),
     }
-}
-
-fn epoch() -> Instant {
-    crate::io::clock::now()
 }
 
 const HOST: &str = "192.168.1.2:5000";
