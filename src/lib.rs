@@ -19,6 +19,10 @@
 pub mod cli;
 pub mod config;
 pub mod io;
+pub mod server;
 pub mod store;
 pub mod types;
 pub mod wire;
+
+#[cfg(test)]
+pub(crate) mod testing;
