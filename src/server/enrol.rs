@@ -1,0 +1,180 @@
+//! The first message of a connection: join, come back, or be turned away.
+//!
+//! Who somebody is, is told by the session's machine key alone. A member needs no invite, whatever
+//! it presents; so the repetition of a join whose answer was lost is a login, and costs no use.
+
+use rand::Rng;
+
+use super::distribute::Presence;
+use super::records::MemberRecord;
+use super::relay::RelayChange;
+use super::{Act, ConnectionId, Decision, Output, Server};
+use crate::types::{Candidate, NodeId, NodeName, PublicKey};
+use crate::wire::control::{
+    Hello, RefusedCode, ServerMessage, VERSION, Welcome, usable_candidates,
+};
+use crate::wire::relay::RelayKey;
+
+/// A node that is let in, as soon as that is on disk.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    pub(super) connection: ConnectionId,
+    node: NodeId,
+    candidates: Vec<Candidate>,
+}
+
+impl Decision {
+    pub(super) fn refuse(connection: ConnectionId, code: RefusedCode) -> Self {
+        Self { changes: Vec::new(), act: Act::Refuse { connection, code } }
+    }
+}
+
+impl Server {
+    pub(super) fn decide_hello(
+        &self,
+        connection: ConnectionId,
+        hello: Hello,
+        wall: u64,
+    ) -> Decision {
+        self.admit(connection, hello, wall)
+            .unwrap_or_else(|code| Decision::refuse(connection, code))
+    }
+
+    fn admit(
+        &self,
+        connection: ConnectionId,
+        hello: Hello,
+        wall: u64,
+    ) -> Result<Decision, RefusedCode> {
+        let known = self.connections.get(&connection).ok_or(RefusedCode::BadRequest)?;
+        if known.node.is_some() {
+            return Err(RefusedCode::BadRequest);
+        }
+        if !(hello.min_version..=hello.max_version).contains(&VERSION) {
+            return Err(RefusedCode::Version);
+        }
+        let machine_key = known.about.machine_key;
+        let node_key = PublicKey(hello.node_key);
+        let member = self.members.with_machine_key(&machine_key);
+        let other_has_key = self
+            .members
+            .with_node_key(&node_key)
+            .is_some_and(|owner| member.is_none_or(|member| member.record.id != owner));
+        // A key of zeros is no key; with another node's key one could take its packets.
+        if node_key.0 == [0; 32] || other_has_key {
+            return Err(RefusedCode::BadRequest);
+        }
+        let wish = hello.name.as_deref().map(NodeName::from_hostname);
+        let candidates = self.underlay(&usable_candidates(&hello.candidates));
+        let (node, changes) = match member {
+            Some(member) => {
+                let record = self.returning(&member.record, node_key, wish);
+                let changed = record != member.record;
+                (record.id, if changed { vec![self.members.write(record)] } else { Vec::new() })
+            }
+            None => self.joining(machine_key, node_key, wish, &hello, wall)?,
+        };
+        let arrival = Arrival { connection, node, candidates };
+        Ok(Decision { changes, act: Act::Welcome(arrival) })
+    }
+
+    /// The record of a member that logs in, with what is new about it.
+    fn returning(
+        &self,
+        member: &MemberRecord,
+        node_key: PublicKey,
+        wish: Option<NodeName>,
+    ) -> MemberRecord {
+        let mut record = MemberRecord { node_key, ..member.clone() };
+        if wish.is_some() && wish != member.wish {
+            if let Some(wish) = &wish {
+                record.name = self.members.free_name(wish, Some(member.id));
+            }
+            record.wish = wish;
+        }
+        record
+    }
+
+    /// A new member and the use of its invite: both are written, or none.
+    fn joining(
+        &self,
+        machine_key: PublicKey,
+        node_key: PublicKey,
+        wish: Option<NodeName>,
+        hello: &Hello,
+        wall: u64,
+    ) -> Result<(NodeId, Vec<super::Change>), RefusedCode> {
+        let presented = hello.invite.as_ref().ok_or(RefusedCode::NotMember)?;
+        if presented.network != self.network.record.id.0 {
+            return Err(RefusedCode::WrongNetwork);
+        }
+        let mut invite = self.invites.check(presented, wall)?.record.clone();
+        let host = self.members.free_host().ok_or(RefusedCode::NetworkFull)?;
+        let id = self.members.free_id().ok_or(RefusedCode::NetworkFull)?;
+        let wanted = invite.name.as_ref().or(wish.as_ref()).cloned();
+        let wanted = wanted.unwrap_or_else(|| NodeName::from_hostname(""));
+        let record = MemberRecord {
+            id,
+            machine_key,
+            node_key,
+            name: self.members.free_name(&wanted, None),
+            wish,
+            host,
+            joined: wall,
+            last_seen: wall,
+            invite: invite.id,
+        };
+        invite.used += 1;
+        Ok((id, vec![self.invites.write(invite), self.members.write(record)]))
+    }
+
+    /// Tells a node that it is in, and everybody that it is online.
+    pub(super) fn welcome(&mut self, arrival: Arrival, wall: u64) {
+        let Arrival { connection, node, candidates } = arrival;
+        let Some(member) = self.members.of(node) else {
+            return;
+        };
+        let Some(known) = self.connections.get_mut(&connection) else {
+            return;
+        };
+        known.node = Some(node);
+        let key = RelayKey(self.rng.random());
+        let range = self.network.record.range;
+        let addresses = self.members.addresses(&member.record);
+        let welcome = Welcome {
+            version: VERSION,
+            network: self.network.record.id.0,
+            id: node.number(),
+            name: member.record.name.to_string(),
+            ipv4: addresses.v4,
+            ipv6: addresses.v6,
+            ipv4_prefix_len: range.v4().prefix_len(),
+            ipv6_prefix_len: range.v6().prefix_len(),
+            relay_key: key.0,
+            relay_port: known.about.relay_port,
+            second_port: known.about.second_port,
+            observed: Some(known.about.observed),
+            server_addresses: self.settings.addresses.iter().map(ToString::to_string).collect(),
+        };
+        if let Some(replaced) = self.online.insert(node, connection) {
+            if let Some(old) = self.connections.get_mut(&replaced) {
+                old.node = None;
+            }
+            self.refuse(replaced, RefusedCode::Replaced);
+        }
+        self.seen.insert(node, wall);
+        self.outputs.push_back(Output::Relay(RelayChange::Online { node, key, connection }));
+        self.send(connection, &ServerMessage { welcome: Some(welcome), ..Default::default() });
+        self.distribution.set_online(node, Presence::Online);
+        self.distribution.set_candidates(node, candidates);
+        let message = self.distribution.full(node);
+        self.outputs.push_back(Output::Send { connection, message });
+    }
+
+    /// The candidates that lie outside the overlay: the way to a node never leads through itself.
+    pub(super) fn underlay(&self, candidates: &[Candidate]) -> Vec<Candidate> {
+        let range = self.network.record.range;
+        let outside = |candidate: &&Candidate| !range.contains(candidate.endpoint.ip());
+        candidates.iter().filter(outside).copied().collect()
+    }
+}

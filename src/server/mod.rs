@@ -1,0 +1,324 @@
+//! The server's control plane: who is in the network, and what each node is told.
+//!
+//! A state machine without socket, file, clock or task. Whoever drives it hands in what happened
+//! (`handle_*`) with the time, takes out what is to be done ([`Server::poll_output`]), and calls
+//! [`Server::handle_timeout`] when [`Server::poll_timeout`] says so. A change of what is on disk
+//! goes in two steps, so that nothing is acknowledged before it is written: a [`Decision`] is made,
+//! its changes are committed, and only then [`Server::apply`] makes it true; after a failed commit
+//! [`Server::give_up`] leaves everything as it was.
+//!
+//! This file holds fields and queues; the rules are in the rooms beside it.
+
+mod addresses;
+pub mod admin;
+mod distribute;
+mod enrol;
+mod invites;
+mod members;
+pub mod records;
+mod reflect;
+pub mod relay;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+pub use addresses::choose_range;
+
+use crate::types::{NodeId, PublicKey};
+use crate::wire::control::{
+    self, ClientMessage, Refused, RefusedCode, ServerMessage, TICK_INTERVAL_S, usable_candidates,
+};
+use crate::wire::join::ServerAddr;
+use distribute::Distribution;
+use invites::Invites;
+use members::Members;
+use records::{Change, Key, NetworkRecord, Record, Records, Versioned};
+use relay::RelayChange;
+
+/// One control connection; its owner gives the numbers and never gives one twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ConnectionId(pub u64);
+
+/// What the server knows of itself.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Its static key, for join lines.
+    pub server_key: PublicKey,
+    /// Where it can be reached, for join lines and for the next time a node connects.
+    pub addresses: Vec<ServerAddr>,
+}
+
+/// A new control connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Connected {
+    /// The node's machine key, proved by the handshake and a first frame.
+    pub machine_key: PublicKey,
+    /// Where the connection comes from.
+    pub observed: SocketAddr,
+    /// The UDP port of relay and reflector on the address that the node connected to.
+    pub relay_port: Option<u16>,
+    /// The second reflector port there.
+    pub second_port: Option<u16>,
+}
+
+/// What the driver has to do.
+#[derive(Debug, Clone)]
+pub enum Output {
+    /// Send this control message.
+    Send {
+        /// To whom.
+        connection: ConnectionId,
+        /// The encoded message.
+        message: Vec<u8>,
+    },
+    /// Close this connection when all that was sent before is out.
+    Close {
+        /// Which one.
+        connection: ConnectionId,
+    },
+    /// Change the relay's table.
+    Relay(RelayChange),
+}
+
+/// Something that was decided and is not true before it is written.
+#[derive(Debug)]
+#[must_use = "a decision does nothing before it is applied"]
+pub struct Decision {
+    changes: Vec<Change>,
+    act: Act,
+}
+
+#[derive(Debug)]
+enum Act {
+    Welcome(enrol::Arrival),
+    Refuse { connection: ConnectionId, code: RefusedCode },
+    Answer(admin::Answer),
+    Nothing,
+}
+
+impl Decision {
+    /// What has to be written, in one transaction, before the decision is applied.
+    #[must_use]
+    pub fn changes(&self) -> &[Change] {
+        &self.changes
+    }
+}
+
+/// The server's control plane.
+#[derive(Debug)]
+pub struct Server {
+    settings: Settings,
+    network: Versioned<NetworkRecord>,
+    members: Members,
+    invites: Invites,
+    connections: BTreeMap<ConnectionId, Connection>,
+    /// The newest connection of each node that is online.
+    online: BTreeMap<NodeId, ConnectionId>,
+    /// When nodes were last seen that were online since the last write of this.
+    seen: BTreeMap<NodeId, u64>,
+    distribution: Distribution,
+    outputs: VecDeque<Output>,
+    next_tick: Instant,
+    rng: StdRng,
+}
+
+#[derive(Debug)]
+struct Connection {
+    about: Connected,
+    /// Once it has been welcomed.
+    node: Option<NodeId>,
+}
+
+impl Server {
+    /// The server with what its store holds. Everything random comes from `seed`.
+    #[must_use]
+    pub fn new(
+        settings: Settings,
+        records: Records,
+        seed: [u8; 32],
+        now: Instant,
+        wall: u64,
+    ) -> Self {
+        let range = records.network.record.range;
+        let members = Members::new(range, records.members, records.highest_node);
+        let mut distribution = Distribution::new(now, wall);
+        let mut outputs = VecDeque::new();
+        for member in members.iter() {
+            distribution.put_member(member, members.addresses(member));
+            outputs.push_back(Output::Relay(RelayChange::Member(member.id)));
+        }
+        distribution.forget_pending();
+        Self {
+            settings,
+            network: records.network,
+            invites: Invites::new(records.invites),
+            members,
+            connections: BTreeMap::new(),
+            online: BTreeMap::new(),
+            seen: BTreeMap::new(),
+            distribution,
+            outputs,
+            next_tick: now + TICK_INTERVAL,
+            rng: StdRng::from_seed(seed),
+        }
+    }
+
+    /// Whether nobody has joined yet.
+    #[must_use]
+    pub fn has_no_members(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// The network.
+    #[must_use]
+    pub fn network(&self) -> &NetworkRecord {
+        &self.network.record
+    }
+
+    /// Replaces the addresses that join lines name.
+    pub fn set_addresses(&mut self, addresses: Vec<ServerAddr>) {
+        self.settings.addresses = addresses;
+    }
+
+    /// A connection has been made, and its first frame was genuine.
+    pub fn handle_connected(&mut self, connection: ConnectionId, about: Connected) {
+        self.connections.insert(connection, Connection { about, node: None });
+    }
+
+    /// A connection has ended, whoever ended it.
+    pub fn handle_disconnected(&mut self, connection: ConnectionId, wall: u64) {
+        let Some(Connection { node: Some(node), .. }) = self.connections.remove(&connection) else {
+            return;
+        };
+        self.outputs.push_back(Output::Relay(RelayChange::Offline { node, connection }));
+        // A connection that was replaced says nothing about the node.
+        if self.online.get(&node) == Some(&connection) {
+            self.online.remove(&node);
+            self.seen.insert(node, wall);
+            self.distribution.set_online(node, distribute::Presence::Offline);
+        }
+    }
+
+    /// Takes a message; a hello leads to a decision, everything else is done at once.
+    pub fn handle_message(
+        &mut self,
+        connection: ConnectionId,
+        message: ClientMessage,
+        wall: u64,
+    ) -> Option<Decision> {
+        let node = self.connections.get(&connection)?.node;
+        if let Some(hello) = message.hello {
+            return Some(self.decide_hello(connection, hello, wall));
+        }
+        let Some(node) = node else {
+            return Some(Decision::refuse(connection, RefusedCode::BadRequest));
+        };
+        if let Some(candidates) = message.candidates {
+            let usable = self.underlay(&usable_candidates(&candidates));
+            self.distribution.set_candidates(node, usable);
+        }
+        if let Some(ping) = message.ping {
+            self.send(connection, &ServerMessage { pong: Some(ping), ..Default::default() });
+        }
+        None
+    }
+
+    /// Makes a decision true whose changes are on disk at revision `rev`.
+    pub fn apply(&mut self, decision: Decision, rev: u64, wall: u64) -> Option<admin::Answer> {
+        for change in decision.changes {
+            self.apply_change(change, rev);
+        }
+        match decision.act {
+            Act::Welcome(arrival) => self.welcome(arrival, wall),
+            Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Answer(answer) => return Some(answer),
+            Act::Nothing => {}
+        }
+        None
+    }
+
+    /// Drops a decision whose changes could not be written. Who waits for it is told.
+    pub fn give_up(&mut self, decision: Decision) {
+        match decision.act {
+            Act::Welcome(arrival) => self.refuse(arrival.connection, RefusedCode::Unavailable),
+            Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Answer(_) | Act::Nothing => {}
+        }
+    }
+
+    fn apply_change(&mut self, change: Change, rev: u64) {
+        match (change.key, change.record) {
+            (_, Some(Record::Network(record))) => self.network = Versioned { rev, record },
+            (_, Some(Record::Invite(record))) => self.invites.put(Versioned { rev, record }),
+            (_, Some(Record::Member(record))) => {
+                let addresses = self.members.addresses(&record);
+                self.distribution.put_member(&record, addresses);
+                self.outputs.push_back(Output::Relay(RelayChange::Member(record.id)));
+                self.members.put(Versioned { rev, record });
+            }
+            (Key::Member(node), None) => self.forget_member(node),
+            (Key::Invite(id), None) => self.invites.remove(id),
+            (Key::Network, None) => {}
+        }
+    }
+
+    fn forget_member(&mut self, node: NodeId) {
+        self.members.remove(node);
+        self.seen.remove(&node);
+        self.distribution.remove(node);
+        self.outputs.push_back(Output::Relay(RelayChange::Removed(node)));
+        if let Some(connection) = self.online.remove(&node) {
+            if let Some(connection) = self.connections.get_mut(&connection) {
+                connection.node = None;
+            }
+            self.refuse(connection, RefusedCode::NotMember);
+        }
+    }
+
+    /// The next thing to be done.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] has something to do.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Instant {
+        self.distribution.flush_at().map_or(self.next_tick, |at| at.min(self.next_tick))
+    }
+
+    /// Tells the nodes what has changed, and that the server is alive. May be called at any time.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.distribute(now);
+        if self.next_tick <= now {
+            self.next_tick = now + TICK_INTERVAL;
+            let tick =
+                ServerMessage { tick: Some(self.distribution.epoch()), ..Default::default() };
+            let message = control::encode(&tick);
+            for connection in self.online.values() {
+                let message = message.clone();
+                self.outputs.push_back(Output::Send { connection: *connection, message });
+            }
+        }
+    }
+
+    /// The last word of the server on a connection.
+    fn refuse(&mut self, connection: ConnectionId, code: RefusedCode) {
+        let refused = Refused::from(code);
+        self.send(connection, &ServerMessage { refused: Some(refused), ..Default::default() });
+        self.outputs.push_back(Output::Close { connection });
+    }
+
+    fn send(&mut self, connection: ConnectionId, message: &ServerMessage) {
+        let message = control::encode(message);
+        self.outputs.push_back(Output::Send { connection, message });
+    }
+}
+
+const TICK_INTERVAL: Duration = Duration::from_secs(TICK_INTERVAL_S);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,140 @@
+//! What the server keeps on disk, as typed records. How they are written is the store's business.
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{InviteId, NetworkId, NodeId, NodeName, OverlayRange, PublicKey};
+
+/// The network itself; there is one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkRecord {
+    /// Its id, random.
+    pub id: NetworkId,
+    /// Its addresses.
+    pub range: OverlayRange,
+    /// When it was made, in Unix seconds.
+    pub created: u64,
+}
+
+/// A node that is let in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberRecord {
+    /// Its number, for ever.
+    pub id: NodeId,
+    /// Its identity on the control connection.
+    pub machine_key: PublicKey,
+    /// Its WireGuard and disco key.
+    pub node_key: PublicKey,
+    /// Its name.
+    pub name: NodeName,
+    /// The name that it asked for last. A name given by the administrator stays until the node
+    /// asks for another one.
+    pub wish: Option<NodeName>,
+    /// Its place in the address range.
+    pub host: u32,
+    /// When it joined, in Unix seconds.
+    pub joined: u64,
+    /// When it was last seen, in Unix seconds; written now and then.
+    pub last_seen: u64,
+    /// With which invite it came.
+    pub invite: InviteId,
+}
+
+/// A right to join, for whoever holds the secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InviteRecord {
+    /// Its id.
+    pub id: InviteId,
+    /// A hash of its secret; the secret itself is only in the join line.
+    pub secret_hash: String,
+    /// The name of the node that joins with it.
+    pub name: Option<NodeName>,
+    /// How often it was used.
+    pub used: u32,
+    /// How often it may be used.
+    pub uses: u32,
+    /// When it was made, in Unix seconds.
+    pub created: u64,
+    /// When it ends, in Unix seconds.
+    pub expires: u64,
+    /// Whether somebody took it back.
+    pub revoked: bool,
+}
+
+/// One of the three kinds of record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Record {
+    /// The network.
+    Network(NetworkRecord),
+    /// A node.
+    Member(MemberRecord),
+    /// An invite.
+    Invite(InviteRecord),
+}
+
+/// Which record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    /// The network.
+    Network,
+    /// The node of this number.
+    Member(NodeId),
+    /// The invite of this id.
+    Invite(InviteId),
+}
+
+impl Record {
+    /// Which record this is.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Network(_) => Key::Network,
+            Self::Member(member) => Key::Member(member.id),
+            Self::Invite(invite) => Key::Invite(invite.id),
+        }
+    }
+}
+
+/// A record and the revision of the store at which it was written; 0 when it was not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Versioned<T> {
+    /// The revision.
+    pub rev: u64,
+    /// The record.
+    pub record: T,
+}
+
+/// One change to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Of which record.
+    pub key: Key,
+    /// The revision that the record must have; 0 when it must not exist.
+    pub expected_rev: u64,
+    /// The new content, or none to delete it.
+    pub record: Option<Record>,
+}
+
+impl Change {
+    /// Writes `record` in place of revision `expected_rev`.
+    pub(super) fn put(record: Record, expected_rev: u64) -> Self {
+        Self { key: record.key(), expected_rev, record: Some(record) }
+    }
+
+    /// Deletes revision `expected_rev` of a record.
+    pub(super) fn delete(key: Key, expected_rev: u64) -> Self {
+        Self { key, expected_rev, record: None }
+    }
+}
+
+/// All that the store holds, as the server starts with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Records {
+    /// The network.
+    pub network: Versioned<NetworkRecord>,
+    /// The nodes.
+    pub members: Vec<Versioned<MemberRecord>>,
+    /// The invites.
+    pub invites: Vec<Versioned<InviteRecord>>,
+    /// The highest node number ever given, removed nodes included.
+    pub highest_node: u32,
+}

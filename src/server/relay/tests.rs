@@ -1,0 +1,149 @@
+use super::*;
+use crate::testing::epoch;
+
+fn node(number: u32) -> NodeId {
+    NodeId::new(number).unwrap()
+}
+
+fn arrival(port: u16) -> Arrival {
+    Arrival {
+        socket: SocketId(0),
+        source: SocketAddr::new("203.0.113.9".parse().unwrap(), port),
+        local: Some("192.0.2.1".parse().unwrap()),
+    }
+}
+
+fn online(table: &mut RelayTable, number: u32) -> RelayKey {
+    let key = RelayKey([u8::try_from(number).unwrap(); 32]);
+    let connection = ConnectionId(u64::from(number));
+    table.apply(RelayChange::Online { node: node(number), key: key.clone(), connection });
+    key
+}
+
+fn bind(
+    table: &mut RelayTable,
+    number: u32,
+    key: &RelayKey,
+    counter: u64,
+    port: u16,
+    now: Instant,
+) -> Verdict {
+    let mut datagram = Control::Bind { node: node(number), counter }.encode(Some(key));
+    table.handle_datagram(&mut datagram, arrival(port), now)
+}
+
+fn data(target: u32) -> Vec<u8> {
+    let mut datagram = data_header(node(target)).to_vec();
+    datagram.extend_from_slice(b"sealed");
+    datagram
+}
+
+const BAD: Verdict = Verdict::Drop(DropReason::BadRelayFrame);
+
+#[test]
+fn members_reach_each_other_by_udp_and_by_link() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    assert!(matches!(bind(&mut table, 1, &key, 1, 1001, now), Verdict::Reply { .. }));
+
+    let mut datagram = data(2);
+    let verdict = table.handle_datagram(&mut datagram, arrival(1001), now);
+    assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(2))), "2 has no UDP");
+    assert_eq!(
+        parse_data(&datagram),
+        Ok((node(1), b"sealed".as_slice())),
+        "it says whom it is from"
+    );
+
+    let verdict = table.handle_from(node(2), &mut data(1), now);
+    assert_eq!(verdict, Verdict::Forward(Way::Udp(arrival(1001))));
+    let later = now + BIND_LIFETIME;
+    let verdict = table.handle_from(node(2), &mut data(1), later);
+    assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(1))), "the bind is too old");
+    assert_eq!(table.handle_datagram(&mut data(2), arrival(1001), later), BAD);
+
+    table.apply(RelayChange::Offline { node: node(1), connection: ConnectionId(1) });
+    let verdict = table.handle_from(node(2), &mut data(1), later);
+    assert_eq!(verdict, Verdict::Drop(DropReason::RelayPeerAbsent));
+}
+
+#[test]
+fn nothing_goes_out_of_the_network_or_comes_from_outside() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    let other = online(&mut table, 2);
+    bind(&mut table, 1, &key, 1, 1001, now);
+    bind(&mut table, 2, &other, 1, 1002, now);
+    assert_eq!(table.handle_datagram(&mut data(2), arrival(9), now), BAD, "from a stranger");
+    assert_eq!(table.handle_datagram(&mut data(7), arrival(1001), now), BAD, "to a stranger");
+    assert_eq!(table.handle_datagram(&mut data(1), arrival(1001), now), BAD, "to itself");
+    table.apply(RelayChange::Removed(node(2)));
+    assert_eq!(table.handle_datagram(&mut data(2), arrival(1001), now), BAD, "to a removed node");
+    assert_eq!(table.handle_datagram(&mut data(1), arrival(1002), now), BAD, "from a removed one");
+    assert_eq!(bind(&mut table, 2, &other, 9, 1002, now), BAD, "its key is of no use");
+}
+
+#[test]
+fn a_bind_counts_once_and_only_with_its_key() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    assert_eq!(bind(&mut table, 1, &RelayKey([9; 32]), 1, 1001, now), BAD, "another key");
+    assert!(matches!(bind(&mut table, 1, &key, 5, 1001, now), Verdict::Reply { .. }));
+    assert_eq!(bind(&mut table, 1, &key, 5, 6666, now), BAD, "a replay from elsewhere");
+    assert_eq!(bind(&mut table, 1, &key, 4, 6666, now), BAD, "an old one");
+    let Verdict::Reply { bytes, from } = bind(&mut table, 1, &key, 6, 1002, now) else {
+        panic!("a newer bind moves the node");
+    };
+    assert_eq!(from, SocketId(0));
+    assert_eq!(wire::verify(&bytes, &key), Ok(()));
+    let observed = arrival(1002).source;
+    assert_eq!(Control::parse(&bytes), Ok(Control::Bound { node: node(1), counter: 6, observed }));
+    online(&mut table, 2);
+    assert_eq!(table.handle_datagram(&mut data(2), arrival(1001), now), BAD, "it has moved");
+    let new_key = RelayKey([77; 32]);
+    let connection = ConnectionId(9);
+    table.apply(RelayChange::Online { node: node(1), key: new_key.clone(), connection });
+    assert_eq!(bind(&mut table, 1, &key, 7, 1001, now), BAD, "the key of an older connection");
+    assert!(matches!(bind(&mut table, 1, &new_key, 0, 1001, now), Verdict::Reply { .. }));
+}
+
+#[test]
+fn an_address_that_a_nat_gives_to_another_node_is_that_nodes() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let (key, other) = (online(&mut table, 1), online(&mut table, 2));
+    bind(&mut table, 1, &key, 1, 1001, now);
+    bind(&mut table, 2, &other, 1, 1001, now);
+    let verdict = table.handle_from(node(2), &mut data(1), now);
+    assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(1))));
+}
+
+#[test]
+fn anybody_is_told_where_they_are_seen_from_either_port() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let tx = crate::types::TxId([1; 12]);
+    for (from_other_port, socket) in [(false, SocketId(0)), (true, SocketId(1))] {
+        let mut question = Control::Reflect { tx, from_other_port }.encode(None);
+        let verdict = table.handle_datagram(&mut question, arrival(7), now);
+        let bytes = Control::Reflected { tx, observed: arrival(7).source }.encode(None);
+        assert_eq!(verdict, Verdict::Reply { bytes, from: socket });
+    }
+}
+
+proptest::proptest! {
+    #[test]
+    fn garbage_is_dropped(mut bytes in proptest::collection::vec(0u8.., 0..80), first in 0xb0u8..0xb5) {
+        let mut table = RelayTable::default();
+        online(&mut table, 1);
+        if let Some(byte) = bytes.first_mut() {
+            *byte = first;
+        }
+        let verdict = table.handle_datagram(&mut bytes, arrival(1), epoch());
+        proptest::prop_assert!(!matches!(verdict, Verdict::Forward(_)));
+    }
+}

@@ -1,0 +1,449 @@
+//! The server as its driver sees it, with a store of a few lines and nodes that only keep a netmap.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::admin::{Answer, Request, RequestError};
+use super::*;
+use crate::testing::epoch;
+use crate::types::{NetworkId, OverlayRange, SecretKey};
+use crate::wire::control::{Hello, InviteUse, NetmapUpdate, WireCandidate, WirePeer, decode};
+use crate::wire::join::JoinLine;
+
+const WALL: u64 = 1_800_000_000;
+
+/// A server, the revision of its store, and what every connection was sent.
+struct World {
+    server: Server,
+    rev: u64,
+    now: Instant,
+    store_works: bool,
+    nodes: BTreeMap<ConnectionId, Node>,
+    next_connection: u64,
+}
+
+/// What a node knows.
+#[derive(Debug, Default)]
+struct Node {
+    id: Option<u32>,
+    name: String,
+    epoch: u64,
+    peers: BTreeMap<u32, WirePeer>,
+    refused: Option<RefusedCode>,
+    closed: bool,
+}
+
+impl Node {
+    fn hear(&mut self, message: ServerMessage) {
+        if let Some(welcome) = message.welcome {
+            self.id = Some(welcome.id);
+            self.name = welcome.name;
+        }
+        if let Some(refused) = message.refused {
+            self.refused = Some(RefusedCode::from_code(refused.code));
+        }
+        if let Some(NetmapUpdate { from, to, peers, removed, own_name }) = message.netmap {
+            match from {
+                None => self.peers.clear(),
+                Some(from) => assert_eq!(from, self.epoch, "no delta is left out"),
+            }
+            self.epoch = to;
+            for gone in removed {
+                self.peers.remove(&gone);
+            }
+            for peer in peers {
+                assert_ne!(Some(peer.id), self.id, "nobody is its own peer");
+                self.peers.insert(peer.id, peer);
+            }
+            self.name = own_name.unwrap_or(std::mem::take(&mut self.name));
+        }
+    }
+}
+
+impl World {
+    fn new(range: &str) -> Self {
+        let range =
+            OverlayRange::new(range.parse().unwrap(), "fd12:3456:789a::/48".parse().unwrap());
+        let record = NetworkRecord { id: NetworkId([7; 8]), range: range.unwrap(), created: WALL };
+        let records = Records {
+            network: Versioned { rev: 1, record },
+            members: Vec::new(),
+            invites: Vec::new(),
+            highest_node: 0,
+        };
+        let settings = Settings {
+            server_key: SecretKey::from_bytes([1; 32]).public(),
+            addresses: vec!["192.0.2.1".parse().unwrap()],
+        };
+        Self {
+            server: Server::new(settings, records, [3; 32], epoch(), WALL),
+            rev: 1,
+            now: epoch(),
+            store_works: true,
+            nodes: BTreeMap::new(),
+            next_connection: 1,
+        }
+    }
+
+    fn commit(&mut self, decision: Decision) -> Option<Answer> {
+        let answer = if self.store_works || decision.changes().is_empty() {
+            self.rev += 1;
+            self.server.apply(decision, self.rev, WALL)
+        } else {
+            self.server.give_up(decision);
+            None
+        };
+        self.deliver();
+        answer
+    }
+
+    fn deliver(&mut self) {
+        while let Some(output) = self.server.poll_output() {
+            match output {
+                Output::Send { connection, message } => {
+                    if let Some(node) = self.nodes.get_mut(&connection) {
+                        node.hear(decode(&message).unwrap());
+                    }
+                }
+                Output::Close { connection } => {
+                    if let Some(node) = self.nodes.get_mut(&connection) {
+                        node.closed = true;
+                    }
+                    self.server.handle_disconnected(connection, WALL);
+                }
+                Output::Relay(_) => {}
+            }
+        }
+    }
+
+    fn connect(&mut self, machine: u8) -> ConnectionId {
+        let connection = ConnectionId(self.next_connection);
+        self.next_connection += 1;
+        let about = Connected {
+            machine_key: PublicKey([machine; 32]),
+            observed: "203.0.113.9:1234".parse().unwrap(),
+            relay_port: Some(41820),
+            second_port: Some(41821),
+        };
+        self.server.handle_connected(connection, about);
+        self.nodes.insert(connection, Node::default());
+        connection
+    }
+
+    fn say(&mut self, connection: ConnectionId, message: ClientMessage) {
+        if let Some(decision) = self.server.handle_message(connection, message, WALL) {
+            self.commit(decision);
+        }
+        self.deliver();
+    }
+
+    fn disconnect(&mut self, connection: ConnectionId) {
+        self.server.handle_disconnected(connection, WALL);
+        if let Some(node) = self.nodes.get_mut(&connection) {
+            node.closed = true;
+        }
+        self.deliver();
+    }
+
+    /// Connects the machine and lets it say hello.
+    fn enter(&mut self, machine: u8, hello: Hello) -> ConnectionId {
+        let connection = self.connect(machine);
+        let hello = Some(hello);
+        self.say(connection, ClientMessage { hello, ..Default::default() });
+        connection
+    }
+
+    fn ask(&mut self, request: Request) -> Result<Option<Answer>, RequestError> {
+        let decision = self.server.decide(request, WALL)?;
+        Ok(self.commit(decision))
+    }
+
+    fn invite(&mut self, uses: u32) -> InviteUse {
+        let request = Request::Invite { uses, ttl_s: 3600, name: None };
+        let Some(Answer::Invited(invited)) = self.ask(request).unwrap() else {
+            panic!("an invite is answered with an invite");
+        };
+        let line: JoinLine = invited.join.expose().parse().unwrap();
+        InviteUse { id: line.invite.0, secret: line.secret, network: line.network.0 }
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.server.handle_timeout(self.now);
+        self.deliver();
+    }
+
+    fn node(&self, connection: ConnectionId) -> &Node {
+        &self.nodes[&connection]
+    }
+}
+
+fn hello(machine: u8, invite: Option<&InviteUse>) -> Hello {
+    Hello {
+        min_version: 1,
+        max_version: 1,
+        software: "test".into(),
+        node_key: [machine.wrapping_add(100); 32],
+        name: Some("node".into()),
+        invite: invite.cloned(),
+        candidates: Vec::new(),
+    }
+}
+
+#[test]
+fn of_two_nodes_with_one_invite_exactly_one_gets_in() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(1);
+    let first = world.connect(1);
+    let second = world.connect(2);
+    for (connection, machine) in [(second, 2), (first, 1)] {
+        let hello = Some(hello(machine, Some(&invite)));
+        world.say(connection, ClientMessage { hello, ..Default::default() });
+    }
+    assert_eq!(world.node(second).id, Some(1));
+    assert_eq!(world.node(first).refused, Some(RefusedCode::InviteUsedUp));
+    assert!(world.node(first).closed);
+}
+
+#[test]
+fn a_repeated_join_gives_the_same_node_and_costs_no_use() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(2);
+    let first = world.enter(1, hello(1, Some(&invite)));
+    let again = world.enter(1, hello(1, Some(&invite)));
+    assert_eq!(world.node(first).refused, Some(RefusedCode::Replaced), "the newer one counts");
+    assert_eq!(world.node(again).id, world.node(first).id);
+    let other = world.enter(2, hello(2, Some(&invite)));
+    assert_eq!(world.node(other).id, Some(2), "the second use is still there");
+    assert_eq!(world.node(other).name, "node-2");
+}
+
+#[test]
+fn a_failed_commit_changes_nothing() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(1);
+    world.store_works = false;
+    let failed = world.enter(1, hello(1, Some(&invite)));
+    assert_eq!(world.node(failed).refused, Some(RefusedCode::Unavailable));
+    assert!(world.server.has_no_members());
+    world.store_works = true;
+    let node = world.enter(2, hello(2, Some(&invite)));
+    assert_eq!(world.node(node).id, Some(1), "the invite was not used, the number not given");
+    world.store_works = false;
+    assert_eq!(world.ask(Request::Remove { node: "node".into() }).unwrap(), None);
+    assert!(!world.node(node).closed && !world.server.has_no_members());
+}
+
+#[test]
+fn who_is_no_member_is_told_so_and_nothing_else() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(1);
+    let code = |world: &mut World, hello| {
+        let connection = world.enter(9, hello);
+        assert!(world.node(connection).closed);
+        world.node(connection).refused
+    };
+    assert_eq!(code(&mut world, hello(9, None)), Some(RefusedCode::NotMember));
+    let mut foreign = invite.clone();
+    foreign.network = [0; 8];
+    assert_eq!(code(&mut world, hello(9, Some(&foreign))), Some(RefusedCode::WrongNetwork));
+    let newer = Hello { min_version: 2, max_version: 3, ..hello(9, Some(&invite)) };
+    assert_eq!(code(&mut world, newer), Some(RefusedCode::Version));
+    let no_key = Hello { node_key: [0; 32], ..hello(9, Some(&invite)) };
+    assert_eq!(code(&mut world, no_key), Some(RefusedCode::BadRequest));
+    let connection = world.connect(9);
+    world.say(connection, ClientMessage { ping: Some(1), ..Default::default() });
+    assert_eq!(world.node(connection).refused, Some(RefusedCode::BadRequest));
+}
+
+#[test]
+fn a_node_cannot_take_the_key_of_another() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(2);
+    world.enter(1, hello(1, Some(&invite)));
+    let thief = world.enter(2, Hello { node_key: [101; 32], ..hello(2, Some(&invite)) });
+    assert_eq!(world.node(thief).refused, Some(RefusedCode::BadRequest));
+}
+
+#[test]
+fn a_removed_node_is_out_at_once_and_stays_out() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(3);
+    let staying = world.enter(1, hello(1, Some(&invite)));
+    let leaving = world.enter(2, hello(2, Some(&invite)));
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(staying).peers.len(), 1);
+    world.ask(Request::Remove { node: "10.77.0.2".into() }).unwrap();
+    assert_eq!(world.node(leaving).refused, Some(RefusedCode::NotMember));
+    world.pass(Duration::from_millis(50));
+    assert!(world.node(staying).peers.is_empty());
+    let again = world.enter(2, hello(2, None));
+    assert_eq!(world.node(again).refused, Some(RefusedCode::NotMember));
+    let joined = world.enter(2, hello(2, Some(&invite)));
+    assert_eq!(world.node(joined).id, Some(3), "a new node, with a number of its own");
+    let unknown = world.ask(Request::Remove { node: "nobody".into() });
+    assert_eq!(unknown, Err(RequestError::UnknownNode { node: "nobody".into() }));
+}
+
+#[test]
+fn a_name_from_the_administrator_stays_until_the_node_wants_another() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(2);
+    let first = world.enter(1, hello(1, Some(&invite)));
+    let peer = world.enter(2, hello(2, Some(&invite)));
+    let rename =
+        |node: &str, name: &str| Request::Rename { node: node.into(), name: name.parse().unwrap() };
+    world.ask(rename("node", "bob")).unwrap();
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(first).name, "bob", "it is told its own new name");
+    assert_eq!(world.node(peer).peers[&1].name, "bob");
+    let taken = world.ask(rename("bob", "node-2"));
+    assert_eq!(taken, Err(RequestError::NameTaken { name: "node-2".parse().unwrap() }));
+    let again = world.enter(1, hello(1, None));
+    assert_eq!(world.node(again).name, "bob");
+    let wish = world.enter(1, Hello { name: Some("carol".into()), ..hello(1, None) });
+    assert_eq!(world.node(wish).name, "carol");
+}
+
+#[test]
+fn a_new_node_key_is_stored_and_told_to_the_others() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(2);
+    let peer = world.enter(1, hello(1, Some(&invite)));
+    world.enter(2, hello(2, Some(&invite)));
+    world.enter(2, Hello { node_key: [99; 32], ..hello(2, None) });
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(peer).peers[&2].node_key, [99; 32]);
+}
+
+#[test]
+fn a_full_network_says_so() {
+    let mut world = World::new("10.77.0.0/29");
+    let invite = world.invite(10);
+    for machine in 1..=6 {
+        world.enter(machine, hello(machine, Some(&invite)));
+    }
+    let late = world.enter(7, hello(7, Some(&invite)));
+    assert_eq!(world.node(late).refused, Some(RefusedCode::NetworkFull));
+}
+
+#[test]
+fn every_connection_hears_a_tick_and_its_ping() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(1);
+    let connection = world.enter(1, hello(1, Some(&invite)));
+    world.pass(Duration::from_secs(1));
+    let at = world.server.poll_timeout();
+    assert_eq!(at, epoch() + TICK_INTERVAL, "nothing else is pending");
+    world.server.handle_timeout(at);
+    let message = ClientMessage { ping: Some(5), ..Default::default() };
+    assert!(world.server.handle_message(connection, message, WALL).is_none());
+    let mut heard = Vec::new();
+    while let Some(Output::Send { message, .. }) = world.server.poll_output() {
+        heard.push(decode::<ServerMessage>(&message).unwrap());
+    }
+    assert_eq!(heard.len(), 2);
+    assert_eq!(heard[0].tick, Some(world.node(connection).epoch));
+    assert_eq!(heard[1].pong, Some(5));
+}
+
+#[test]
+fn candidates_inside_the_overlay_are_left_out() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(2);
+    let peer = world.enter(1, hello(1, Some(&invite)));
+    let at = |text: &str| WireCandidate { kind: 1, endpoint: text.parse().unwrap() };
+    let candidates = vec![at("10.77.0.9:1"), at("192.168.1.2:1"), at("127.0.0.1:1")];
+    world.enter(2, Hello { candidates, ..hello(2, Some(&invite)) });
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(peer).peers[&2].candidates, vec![at("192.168.1.2:1")]);
+}
+
+/// Anything that can happen to a network of eight machines.
+#[derive(Debug, Clone)]
+enum Event {
+    Enter(u8),
+    Leave(u8),
+    Move(u8, u16),
+    Remove(u8),
+    Rename(u8, u8),
+    Rekey(u8, u8),
+    StoreFails(bool),
+    Pass(u64),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let machine = 1..9u8;
+    prop_oneof![
+        4 => machine.clone().prop_map(Event::Enter),
+        1 => machine.clone().prop_map(Event::Leave),
+        2 => (machine.clone(), 1..9u16).prop_map(|(m, port)| Event::Move(m, port)),
+        1 => machine.clone().prop_map(Event::Remove),
+        1 => (machine.clone(), 0..4u8).prop_map(|(m, name)| Event::Rename(m, name)),
+        1 => (machine, 200..210u8).prop_map(|(m, key)| Event::Rekey(m, key)),
+        1 => any::<bool>().prop_map(Event::StoreFails),
+        4 => (0..200u64).prop_map(Event::Pass),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn deltas_in_order_give_the_same_as_the_whole_netmap_and_no_address_twice(
+        events in proptest::collection::vec(event(), 1..60)
+    ) {
+        let mut world = World::new("10.77.0.0/29");
+        let invite = world.invite(1000);
+        let mut connections = BTreeMap::new();
+        for event in events {
+            match event {
+                Event::Enter(machine) => {
+                    let connection = world.enter(machine, hello(machine, Some(&invite)));
+                    connections.insert(machine, connection);
+                }
+                Event::Leave(machine) => {
+                    if let Some(connection) = connections.remove(&machine) {
+                        world.disconnect(connection);
+                    }
+                }
+                Event::Move(machine, port) => {
+                    if let Some(connection) = connections.get(&machine) {
+                        let endpoint = SocketAddr::new("192.168.1.2".parse().unwrap(), port);
+                        let candidates = Some(vec![WireCandidate { kind: 1, endpoint }]);
+                        world.say(*connection, ClientMessage { candidates, ..Default::default() });
+                    }
+                }
+                Event::Remove(number) => {
+                    let node = format!("{number:08x}");
+                    let _ = world.ask(Request::Remove { node });
+                }
+                Event::Rename(number, name) => {
+                    let (node, name) = (format!("{number:08x}"), format!("name-{name}"));
+                    let _ = world.ask(Request::Rename { node, name: name.parse().unwrap() });
+                }
+                Event::Rekey(machine, key) => {
+                    let hello = Hello { node_key: [key; 32], ..hello(machine, Some(&invite)) };
+                    let connection = world.enter(machine, hello);
+                    connections.insert(machine, connection);
+                }
+                Event::StoreFails(fails) => world.store_works = !fails,
+                Event::Pass(ms) => world.pass(Duration::from_millis(ms)),
+            }
+        }
+        world.pass(Duration::from_secs(1));
+        let addresses: Vec<u32> = world.server.members.iter().map(|member| member.host).collect();
+        let mut unique = addresses.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        prop_assert_eq!(addresses.len(), unique.len(), "an address was given twice");
+        for node in world.nodes.values().filter(|node| !node.closed) {
+            let Some(id) = node.id.and_then(NodeId::new) else { continue };
+            let mut fresh = Node { id: node.id, ..Node::default() };
+            fresh.hear(decode(&world.server.distribution.full(id)).unwrap());
+            prop_assert_eq!(&node.peers, &fresh.peers);
+            prop_assert_eq!(node.epoch, fresh.epoch);
+            let name = &world.server.members.of(id).unwrap().record.name;
+            prop_assert_eq!(node.name.as_str(), name.as_str());
+        }
+    }
+}

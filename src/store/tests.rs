@@ -1,0 +1,107 @@
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+fn put(id: &str, expected_rev: u64, body: &str) -> Change {
+    Change { kind: "member", id: id.into(), expected_rev, body: Some(body.into()) }
+}
+
+fn database() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("odd name?#%.db");
+    (dir, path)
+}
+
+#[tokio::test]
+async fn what_was_committed_is_there_after_opening_again() {
+    let (dir, path) = database();
+    let store = Store::open(&path).await.unwrap();
+    assert_eq!(store.commit(&[put("a", 0, "1"), put("b", 0, "2")]).await.unwrap(), 1);
+    let delete = Change { body: None, ..put("b", 1, "") };
+    assert_eq!(store.commit(&[put("a", 1, "3"), delete]).await.unwrap(), 2);
+    let records = store.load().await.unwrap();
+    store.close().await;
+    let store = Store::open(&path).await.unwrap();
+    assert_eq!(store.load().await.unwrap(), records);
+    let bodies: Vec<_> = records.iter().map(|record| record.body.as_deref()).collect();
+    assert_eq!(bodies, [Some("3"), None], "the deleted one is remembered");
+    assert_eq!(store.commit(&[put("c", 0, "4")]).await.unwrap(), 3, "revisions go on");
+    for file in std::fs::read_dir(dir.path()).unwrap() {
+        let file = file.unwrap();
+        let mode = file.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{:?}", file.path());
+    }
+}
+
+#[tokio::test]
+async fn a_change_of_something_else_than_expected_is_refused_whole() {
+    let (_dir, path) = database();
+    let store = Store::open(&path).await.unwrap();
+    store.commit(&[put("a", 0, "1")]).await.unwrap();
+    let before = store.load().await.unwrap();
+    for wrong in [put("a", 0, "2"), put("a", 7, "2"), put("never", 1, "2")] {
+        let error = store.commit(&[put("z", 0, "9"), wrong]).await.unwrap_err();
+        assert!(matches!(error, StoreError::Conflict { .. }), "{error}");
+        assert_eq!(store.load().await.unwrap(), before, "nothing of it was written");
+    }
+}
+
+#[tokio::test]
+async fn of_two_writers_exactly_one_wins() {
+    let (_dir, path) = database();
+    let first = Store::open(&path).await.unwrap();
+    let second = Store::open(&path).await.unwrap();
+    first.commit(&[put("invite", 0, "unused")]).await.unwrap();
+    let (first_use, second_use) = ([put("invite", 1, "by 1")], [put("invite", 1, "by 2")]);
+    let (a, b) = tokio::join!(first.commit(&first_use), second.commit(&second_use));
+    assert!(a.is_ok() != b.is_ok(), "{a:?} {b:?}");
+}
+
+#[tokio::test]
+async fn a_newer_schema_is_refused_and_left_alone() {
+    let (_dir, path) = database();
+    let store = Store::open(&path).await.unwrap();
+    sqlx::query("UPDATE meta SET value = 2 WHERE key = 'schema'")
+        .execute(&store.pool)
+        .await
+        .unwrap();
+    store.close().await;
+    let before = std::fs::read(&path).unwrap();
+    assert!(matches!(Store::open(&path).await, Err(StoreError::Newer { found: 2 })));
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_database_or_of_another_program_is_refused_and_left_alone() {
+    let (_dir, path) = database();
+    let garbage = vec![0xa5; 8192];
+    std::fs::write(&path, &garbage).unwrap();
+    let error = Store::open(&path).await.unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), garbage);
+
+    std::fs::remove_file(&path).unwrap();
+    let store = Store::open(&path).await.unwrap();
+    for statement in ["DROP TABLE records", "DROP TABLE meta", "CREATE TABLE cats (name TEXT)"] {
+        sqlx::query(statement).execute(&store.pool).await.unwrap();
+    }
+    store.close().await;
+    let error = Store::open(&path).await.unwrap_err();
+    assert!(matches!(error, StoreError::Foreign { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_damaged_database_is_refused() {
+    let (_dir, path) = database();
+    let store = Store::open(&path).await.unwrap();
+    for number in 0..200 {
+        store.commit(&[put(&number.to_string(), 0, &"x".repeat(500))]).await.unwrap();
+    }
+    store.close().await;
+    let mut bytes = std::fs::read(&path).unwrap();
+    let len = bytes.len();
+    bytes[4096..len.min(20_000)].fill(0x5a);
+    std::fs::write(&path, &bytes).unwrap();
+    let error = Store::open(&path).await.unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+}
