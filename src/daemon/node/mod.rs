@@ -14,6 +14,7 @@ mod state;
 mod threads;
 mod uplink;
 
+pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
 pub use startup::{NodeOptions, StartError, run};
 
