@@ -32,7 +32,7 @@ impl SocketArg {
     /// When the daemon does not run, may not be asked, or says no.
     pub fn ask<A: DeserializeOwned>(&self, question: &Question) -> Result<A, Failure> {
         let mut answers = self.start(question)?;
-        answers.next()?.ok_or_else(|| Failure::new("the daemon hung up without an answer"))
+        answers.next_answer()?.ok_or_else(|| Failure::new("the daemon hung up without an answer"))
     }
 
     /// Asks a question that has several answers.
@@ -64,7 +64,7 @@ impl Answers {
     ///
     /// # Errors
     /// When the daemon says no.
-    pub fn next<A: DeserializeOwned>(&mut self) -> Result<Option<A>, Failure> {
+    pub fn next_answer<A: DeserializeOwned>(&mut self) -> Result<Option<A>, Failure> {
         let reply: Option<Reply<A>> = self.runtime.block_on(self.client.next()).map_err(failure)?;
         match reply {
             None => Ok(None),

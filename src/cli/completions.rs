@@ -18,7 +18,6 @@ pub struct CompletionsArgs {
 ///
 /// # Errors
 /// Never.
-#[expect(clippy::unnecessary_wraps, reason = "every command returns the same")]
 pub fn run(args: &CompletionsArgs) -> Done {
     clap_complete::generate(args.shell, &mut Cli::command(), "overlay", &mut std::io::stdout());
     Ok(())

@@ -82,7 +82,7 @@ pub fn run(args: &PingArgs) -> Done {
     })?;
     let (mut sent, mut rtts, mut direct) = (0, Vec::new(), false);
     let mut last_kind = String::new();
-    while let Some(Some(line)) = answers.next::<Option<PingLine>>()? {
+    while let Some(Some(line)) = answers.next_answer::<Option<PingLine>>()? {
         sent = line.seq;
         if let Some(rtt_ms) = line.rtt_ms {
             rtts.push(rtt_ms);
