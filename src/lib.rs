@@ -18,6 +18,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod io;
 pub mod server;
 pub mod store;
