@@ -1,3 +1,4 @@
 //! What people type: one file per subcommand.
 
 pub mod fail;
+pub mod server;
