@@ -10,6 +10,7 @@ pub mod lab;
 pub mod netcheck;
 pub mod ping;
 mod print;
+pub mod server;
 pub mod status;
 pub mod up;
 pub mod version;
@@ -39,6 +40,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Server(server::ServerArgs),
     Up(up::UpArgs),
     Down(down::DownArgs),
     Status(status::StatusArgs),
@@ -56,6 +58,7 @@ pub fn run() -> ExitCode {
     let done = match Cli::parse().command {
         // The lab makes namespaces, which must come before any thread.
         Command::Lab(args) => return lab::run(args),
+        Command::Server(args) => server::run(args),
         Command::Up(args) => up::run(args),
         Command::Down(args) => down::run(&args),
         Command::Status(args) => status::run(&args),

@@ -9,15 +9,12 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::report::{OwnStatus, PathReport, PeerReport, SCHEMA, ServerStatus, Status, millis};
 use super::{Daemon, Ended, netcheck};
+use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
 use crate::path::{Answer, Via};
 use crate::types::NodeId;
 
-/// Exit code of a command about a peer that nobody knows.
-const UNKNOWN_PEER: u8 = 5;
-const NO_PERMISSION: u8 = 4;
-const FAILED: u8 = 1;
 /// How long one reply to a ping is waited for.
 const REPLY_LIMIT: Duration = Duration::from_secs(2);
 /// Between pings of a person.
@@ -137,7 +134,7 @@ async fn serve(
             }
             Question::Down => {
                 let refusal = Refusal {
-                    code: NO_PERMISSION,
+                    code: exit::PERMISSION,
                     error: "only root may stop the daemon".into(),
                     help: Some("sudo overlay down".into()),
                 };
@@ -152,7 +149,7 @@ fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     answer.map_or_else(
         || {
             let error = "the daemon is stopping".to_string();
-            Reply::Error(Refusal { code: FAILED, error, help: None })
+            Reply::Error(Refusal { code: exit::FAILED, error, help: None })
         },
         Reply::Ok,
     )
@@ -182,7 +179,7 @@ async fn ping(
     let find = |sender| Request::Find(text.clone(), sender);
     let Some(Some((id, _))) = ask(requests, find).await else {
         let refusal = Refusal {
-            code: UNKNOWN_PEER,
+            code: exit::UNKNOWN_PEER,
             error: format!("no peer is called \"{text}\""),
             help: Some("overlay status lists all peers".into()),
         };
