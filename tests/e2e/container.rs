@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 use crate::clock::wait_for;
 use crate::lab::{Host, Net};
-use crate::overlay::{BINARY, path};
+use crate::overlay::{binary, path};
 use crate::process::{self, Daemon, Output};
 
 /// A running container in the network namespace of a host; powered off on drop.
@@ -28,7 +28,7 @@ impl Container {
         let name = &host.name;
         let programs = net.dir().join(format!("{name}-bin"));
         fs::create_dir(&programs).unwrap();
-        fs::copy(BINARY, programs.join("overlay")).unwrap();
+        fs::copy(binary(), programs.join("overlay")).unwrap();
 
         let mut command = Command::new("systemd-nspawn");
         command.args(["--register=no", "--keep-unit", "--volatile=yes", "-M", name, "-D", "/"]);

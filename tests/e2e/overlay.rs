@@ -13,14 +13,18 @@ use crate::clock::{now, wait_for};
 use crate::lab::{Host, Net};
 use crate::process::{self, Daemon, Output};
 
-pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_overlay");
+/// The program under test.
+pub(crate) fn binary() -> String {
+    std::env::var("OVERLAY_TEST_BINARY")
+        .unwrap_or_else(|_| env!("CARGO_BIN_EXE_overlay").to_owned())
+}
 
 /// The port that servers use in these tests, TCP and UDP.
 pub(crate) const PORT: u16 = 41820;
 
 /// A command that runs the program in the namespace of `host`.
 pub(crate) fn overlay(host: &Host, args: &[&str]) -> Command {
-    let mut command = host.ns.command(BINARY);
+    let mut command = host.ns.command(binary());
     command.args(args);
     command
 }
@@ -181,8 +185,7 @@ impl Node {
     pub(crate) fn with_config(net: &Net, host: &Host, name: &str, config: &str) -> Self {
         let dir = net.dir().join(name);
         fs::create_dir_all(&dir).unwrap();
-        let mut args = vec!["--name".to_owned(), name.to_owned()];
-        args.extend(["--state-dir".to_owned(), path(&dir.join("state"))]);
+        let mut args = vec!["--state-dir".to_owned(), path(&dir.join("state"))];
         args.extend(["--socket".to_owned(), path(&dir.join("socket"))]);
         args.extend(config_args(&dir, "node.toml", config));
         let log = net.log_file(name);
@@ -198,6 +201,11 @@ impl Node {
         node
     }
 
+    /// Gives the node another name than its folder and log have.
+    pub(crate) fn call_itself(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+    }
+
     /// Further flags of `up`.
     pub(crate) fn add_args(&mut self, args: &[&str]) {
         self.args.extend(args.iter().map(|&arg| arg.to_owned()));
@@ -211,6 +219,7 @@ impl Node {
             fs::write(&file, format!("{join}\n")).unwrap();
             args.push(format!("file:{}", file.display()));
         }
+        args.extend(["--name".to_owned(), self.name.clone()]);
         args.extend(self.args.iter().cloned());
         args
     }

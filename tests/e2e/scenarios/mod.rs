@@ -2,9 +2,32 @@
 
 use crate::case::Case;
 
+mod commands;
+mod enrol;
+mod local;
+mod matrix;
+mod members;
+mod netcheck;
 mod recipes;
+mod relay;
+mod server_loss;
 mod service;
+mod spoof;
 
+/// All tests; those that check the lab itself come first.
 pub(crate) fn all() -> Vec<Case> {
-    [recipes::cases(), service::cases()].into_iter().flatten().collect()
+    let subjects = [
+        recipes::cases(),
+        matrix::cases(),
+        relay::cases(),
+        server_loss::cases(),
+        enrol::cases(),
+        members::cases(),
+        spoof::cases(),
+        netcheck::cases(),
+        commands::cases(),
+        local::cases(),
+        service::cases(),
+    ];
+    subjects.into_iter().flatten().collect()
 }

@@ -1,0 +1,151 @@
+//! Exit codes and the commands that need no network.
+
+use std::fs;
+
+use crate::case::Case;
+use crate::lab::Net;
+use crate::nat::Nat;
+use crate::overlay::{Node, Server, assert_error, call, parse, path, text};
+use crate::ping;
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("commands::usage_errors_are_2", usage),
+        Case::new("commands::no_daemon_is_3", no_daemon),
+        Case::new("commands::an_unknown_peer_is_5_and_no_reply_is_6", unknown_and_silent),
+        Case::new("commands::only_relayed_is_7", only_relayed),
+        Case::new("commands::until_direct_ends_at_the_first_direct_reply", until_direct),
+        Case::new("commands::not_enrolled_is_8", not_enrolled),
+        Case::new("commands::unknown_config_keys_are_pointed_at", unknown_keys),
+        Case::new("commands::ping_prints_json_lines", ping_json),
+        Case::new("commands::version_and_completions", version_and_completions),
+    ]
+}
+
+fn usage() {
+    let net = Net::new();
+    let host = net.machine("alice", Nat::None);
+    for wrong in [&["upp"][..], &["ping"], &["up", "--mtu", "many"], &["status", "--nonsense"]] {
+        assert_eq!(call(&host, wrong).code, Some(2), "{wrong:?}");
+    }
+    assert_eq!(call(&host, &["--help"]).code, Some(0));
+}
+
+fn no_daemon() {
+    let net = Net::new();
+    let host = net.machine("alice", Nat::None);
+    let words = ["not running", "does not run", "no daemon", "no node", "no server"];
+    let socket = ["--socket", "/run/e2e/nothing.sock"];
+    for command in [&["status"][..], &["down"], &["ping", "bob"], &["ip"], &["status", "--json"]] {
+        assert_error(&call(&host, &[command, &socket].concat()), &[3], &words);
+    }
+    for command in [&["invite"][..], &["nodes"], &["remove", "bob"]] {
+        let args = [&["server"], command, &socket].concat();
+        assert_error(&call(&host, &args), &[3], &words);
+    }
+}
+
+fn unknown_and_silent() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let alice = Node::start(&net, &net.machine("alice", Nat::None), &server);
+    let mut bob = Node::start(&net, &net.machine("bob", Nat::None), &server);
+    ping::assert_answers(&alice.host, &bob.ipv4());
+    assert_error(&alice.cli(&["ping", "bbo", "-c", "1"]), &[5], &["bbo"]);
+    assert_error(&alice.cli(&["ip", "bbo"]), &[5], &["bbo"]);
+    assert_error(&alice.cli(&["ping", "203.0.113.99", "-c", "1"]), &[5], &["203.0.113.99"]);
+    bob.kill();
+    let silent = alice.cli(&["ping", "bob", "-c", "2", "--timeout", "1s"]);
+    assert_error(&silent, &[6], &["bob", "reply", "answer"]);
+}
+
+fn only_relayed() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let alice = Node::start(&net, &net.machine("alice", Nat::Symmetric), &server);
+    let bob = Node::start(&net, &net.machine("bob", Nat::Symmetric), &server);
+    ping::assert_answers(&alice.host, &bob.ipv4());
+    let relayed = alice.cli(&["ping", "bob", "--until-direct", "--timeout", "2s"]);
+    assert_error(&relayed, &[7], &["relay"]);
+    assert!(relayed.stdout.contains("relay-udp"), "each reply shows its path: {relayed:?}");
+}
+
+fn until_direct() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let alice = Node::start(&net, &net.machine("alice", Nat::PortRestricted), &server);
+    let bob = Node::start(&net, &net.machine("bob", Nat::PortRestricted), &server);
+    let direct = alice.cli(&["ping", "bob", "--until-direct", "--timeout", "5s"]);
+    let printed = direct.success("ping --until-direct");
+    assert!(printed.contains("direct"), "{printed}");
+    drop(bob);
+}
+
+fn not_enrolled() {
+    let net = Net::new();
+    let node = Node::new(&net, &net.machine("alice", Nat::None));
+    assert_error(&node.up_to_end(""), &[8], &["join line", "enrol", "invite"]);
+}
+
+fn unknown_keys() {
+    let net = Net::new();
+    let host = net.machine("alice", Nat::None);
+    let good = net.dir().join("node.toml");
+    fs::write(&good, "# a comment\nlisten-port = 45678\n").unwrap();
+    call(&host, &["config", "check", &path(&good)]).success("config check of a good file");
+    fs::write(&good, "# a comment\nlisten-prot = 45678\n").unwrap();
+    let checked = call(&host, &["config", "check", &path(&good)]);
+    assert_error(&checked, &[1], &["listen-prot"]);
+    assert_points_at(&checked.stderr, "listen-port");
+
+    let bad = net.dir().join("server.toml");
+    fs::write(&bad, "# a comment\nnetwrok = \"10.1.0.0/20\"\n").unwrap();
+    let args = ["server", "--config", &path(&bad), "--state-dir", &path(&net.dir().join("s"))];
+    let started = call(&host, &args);
+    assert_error(&started, &[1], &["netwrok"]);
+    assert_points_at(&started.stderr, "network");
+
+    let node = Node::with_config(&net, &host, "bad", "# a comment\nmtuu = 1300\n");
+    let started = node.up_to_end("");
+    assert_error(&started, &[1], &["mtuu"]);
+    assert_points_at(&started.stderr, "mtu");
+}
+
+/// Line 2, column 1, and the name that was meant.
+fn assert_points_at(stderr: &str, meant: &str) {
+    let place = ["line 2, column 1", "line 2 column 1", ":2:1"];
+    assert!(place.iter().any(|place| stderr.contains(place)), "no line and column:\n{stderr}");
+    assert!(stderr.contains(meant), "the nearest name is {meant}:\n{stderr}");
+}
+
+fn ping_json() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let alice = Node::start(&net, &net.machine("alice", Nat::PortRestricted), &server);
+    let bob = Node::start(&net, &net.machine("bob", Nat::FullCone), &server);
+    ping::assert_answers(&alice.host, &bob.ipv4());
+    let printed = alice.cli(&["ping", "bob", "-c", "3", "--json"]).success("ping --json");
+    let lines: Vec<_> = printed.lines().map(parse).collect();
+    assert_eq!(lines.len(), 4, "three replies and a summary:\n{printed}");
+    for reply in &lines[..3] {
+        assert!(reply["seq"].is_u64() && reply["rtt_ms"].is_number(), "{reply}");
+        let kind = text(reply, "/path/kind");
+        assert!(["direct", "relay-udp", "relay-tcp"].contains(&kind.as_str()), "{reply}");
+    }
+    let summary = &lines[3];
+    assert_eq!((&summary["sent"], &summary["received"]), (&3.into(), &3.into()), "{summary}");
+    for key in ["min_ms", "avg_ms", "max_ms"] {
+        assert!(summary[key].is_number(), "{summary}");
+    }
+}
+
+fn version_and_completions() {
+    let net = Net::new();
+    let host = net.machine("alice", Nat::None);
+    let version = call(&host, &["version"]).success("version");
+    assert!(version.contains(env!("CARGO_PKG_VERSION")), "{version}");
+    let json = parse(&call(&host, &["version", "--json"]).success("version --json"));
+    assert_eq!(json["version"], env!("CARGO_PKG_VERSION"), "{json}");
+    let script = call(&host, &["completions", "bash"]).success("completions bash");
+    assert!(script.contains("netcheck"), "the script knows the commands");
+}
