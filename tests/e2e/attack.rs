@@ -2,12 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::clock::now;
+use crate::clock::{now, wait_for};
 use crate::lab::Host;
 use crate::probe::open_socket;
 
@@ -147,7 +149,7 @@ pub(crate) fn hostile_openings(real: &[u8]) -> Vec<Vec<u8>> {
 /// Waits for one client at `listener`, answers it with an upgrade and then noise, and returns
 /// what the client said first.
 pub(crate) fn answer_with_noise(listener: &TcpListener) -> Vec<u8> {
-    let (mut stream, _) = listener.accept().unwrap();
+    let mut stream = accept(listener);
     stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
     let mut request = Vec::new();
     let mut part = [0; 4096];
@@ -169,6 +171,55 @@ pub(crate) fn answer_with_noise(listener: &TcpListener) -> Vec<u8> {
     let _ = stream.write_all(answer.as_bytes());
     let _ = stream.write_all(&Noise(0x0dd_ba11).bytes(70_000));
     request
+}
+
+fn accept(listener: &TcpListener) -> TcpStream {
+    listener.set_nonblocking(true).unwrap();
+    let client = || listener.accept().ok();
+    let ((stream, _), _) = wait_for("a client comes", Duration::from_secs(30), client);
+    stream.set_nonblocking(false).unwrap();
+    stream
+}
+
+/// A web server that knows no page; gone on drop.
+pub(crate) struct WebServer {
+    over: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl WebServer {
+    pub(crate) fn start(host: &Host, port: u16) -> Self {
+        let listener = host.ns.enter(|| TcpListener::bind((host.address, port)).unwrap());
+        listener.set_nonblocking(true).unwrap();
+        let over = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&over);
+        let thread = thread::spawn(move || {
+            while !until.load(Ordering::Relaxed) {
+                match listener.accept() {
+                    Ok((stream, _)) => say_not_found(stream),
+                    Err(_) => thread::sleep(Duration::from_millis(5)),
+                }
+            }
+        });
+        Self { over, thread: Some(thread) }
+    }
+}
+
+impl Drop for WebServer {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn say_not_found(mut stream: TcpStream) {
+    let _ = stream.set_nonblocking(false);
+    let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
+    let _ = stream.read(&mut [0; 4096]);
+    let page = "HTTP/1.1 404 Not Found\r\nServer: test\r\nContent-Length: 0\r\n\r\n";
+    let _ = stream.write_all(page.as_bytes());
 }
 
 fn connect(to: SocketAddr) -> Option<TcpStream> {

@@ -36,6 +36,10 @@ fn main() -> ExitCode {
     // Tests measure times, and the machine may have two cores only.
     arguments.test_threads.get_or_insert(1);
 
+    if std::env::var_os("OVERLAY_TEST_SKIP_E2E").is_some_and(|value| value == "1") {
+        eprintln!("e2e: not run, as OVERLAY_TEST_SKIP_E2E asks");
+        return ExitCode::SUCCESS;
+    }
     let cases = scenarios::all();
     if arguments.list {
         return case::run(&arguments, cases, &sandbox::Limits::none());

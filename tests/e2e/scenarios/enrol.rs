@@ -1,10 +1,9 @@
 //! Join lines: good, bad, old, used up, of another server, and two nodes at once.
 
-use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::thread;
 use std::time::Duration;
 
+use crate::attack::WebServer;
 use crate::case::Case;
 use crate::clock::{now, wait_for};
 use crate::lab::{Host, Net};
@@ -197,15 +196,7 @@ fn unreachable() {
 fn web_server() {
     let net = Net::new();
     let (host, join) = join_of_the_gone(&net);
-    let listener = host.ns.enter(|| TcpListener::bind((host.address, PORT)).unwrap());
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            let Ok(mut stream) = stream else { return };
-            let _ = stream.read(&mut [0; 4096]);
-            let page = "HTTP/1.1 404 Not Found\r\nServer: test\r\nContent-Length: 0\r\n\r\n";
-            let _ = stream.write_all(page.as_bytes());
-        }
-    });
+    let _web = WebServer::start(&host, PORT);
     let node = Node::new(&net, &net.machine("alice", Nat::None));
     assert_refused(
         &node,

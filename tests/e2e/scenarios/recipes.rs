@@ -1,8 +1,12 @@
 //! The lab checks itself: a NAT recipe that is not what it says must not pass for one.
 
+use std::time::Duration;
+
+use crate::attack::{self, Recorder};
 use crate::case::Case;
 use crate::lab::Net;
 use crate::nat::Nat;
+use crate::ping::{self, Stream};
 use crate::probe::{Reflectors, classify, punch};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -11,6 +15,9 @@ pub(crate) fn cases() -> Vec<Case> {
         .map(|nat| Case::new(format!("recipes::{nat}_is_what_it_says"), move || classifies(nat)))
         .collect();
     cases.push(Case::new("recipes::blocked_udp_passes_tcp_only", blocked_udp_passes_tcp_only));
+    cases.push(Case::new("recipes::a_ping_stream_notices_one_lost_packet", stream_notices_loss));
+    cases.push(Case::new("recipes::a_recorder_sees_payloads_as_sent", recorder_sees_payloads));
+    cases.push(Case::new("recipes::a_dual_stack_home_is_closed_to_strangers", ipv6_home));
     cases.push(Case::new("recipes::punching_joins_the_pairs_of_the_table", punching_table));
     cases
 }
@@ -55,4 +62,45 @@ fn punching_table() {
             assert_eq!(joined, a.can_be_punched(*b), "{a} with {b}");
         }
     }
+}
+
+fn stream_notices_loss() {
+    let net = Net::new();
+    let [alice, bob] = ["alice", "bob"].map(|name| net.machine(name, Nat::None));
+    let stream = Stream::start(&net, &alice, &bob.address.to_string());
+    stream.wait_for_more(20);
+    let received = stream.stop_without_loss();
+    assert!(received.packets >= 20);
+
+    // The thirtieth request dies.
+    bob.ns.nft(
+        "table inet lossy {\n chain input { type filter hook input priority 0; policy accept;\n  \
+         icmp type echo-request numgen inc mod 1000 30 drop\n }\n}\n",
+    );
+    let stream = Stream::start(&net, &alice, &bob.address.to_string());
+    stream.wait_for_more(50);
+    assert_eq!(stream.stop().lost, [31]);
+    ping::assert_silent(&alice, "203.0.113.250");
+}
+
+fn recorder_sees_payloads() {
+    let net = Net::new();
+    let [alice, bob] = ["alice", "bob"].map(|name| net.machine(name, Nat::None));
+    let recorder = Recorder::open(&bob, 7001);
+    let sent = [b"first".to_vec(), b"second".to_vec()];
+    for port in [7001, 7002] {
+        attack::flood(&alice, (bob.address, port).into(), &sent);
+    }
+    assert_eq!(recorder.record(Duration::from_millis(100)), sent);
+}
+
+fn ipv6_home() {
+    let net = Net::new();
+    let server = net.machine("server", Nat::None);
+    let outside = net.add_ipv6(&server).to_string();
+    let [alice, bob] = ["alice", "bob"].map(|name| net.machine(name, Nat::Symmetric));
+    let [_, inside] = [&alice, &bob].map(|host| net.add_ipv6(host).to_string());
+    ping::assert_answers(&alice, &outside);
+    ping::assert_silent(&server, &inside);
+    ping::assert_silent(&alice, &inside);
 }
