@@ -1,7 +1,7 @@
 //! Hostile packets: real ones are recorded and played back whole, cut, changed and blown up.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -85,21 +85,20 @@ pub(crate) fn hostile_datagrams(recorded: &[Vec<u8>]) -> Vec<Vec<u8>> {
     all
 }
 
-/// Sends datagrams at a pace that a receiver's queue can hold.
-pub(crate) fn send_datagrams(from: &UdpSocket, to: SocketAddr, datagrams: &[Vec<u8>]) {
-    for burst in datagrams.chunks(4) {
-        for datagram in burst {
-            // A refusal by ICMP shows at the next send, and is no reason to stop.
-            let _ = from.send_to(datagram, to);
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// Sends every datagram from a new port of `host`.
+/// Sends every datagram from a new port of `host`, at a pace that a receiver's queue can hold:
+/// what the kernel drops for want of room says nothing about the program.
 pub(crate) fn flood(host: &Host, to: SocketAddr, datagrams: &[Vec<u8>]) {
     let socket = open_socket(host, SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
-    send_datagrams(&socket, to, datagrams);
+    let mut queued_bytes = 0;
+    for datagram in datagrams {
+        // A refusal by ICMP shows at the next send, and is no reason to stop.
+        let _ = socket.send_to(datagram, to);
+        queued_bytes += datagram.len() + 500;
+        if queued_bytes > 4000 {
+            thread::sleep(Duration::from_micros(queued_bytes as u64 / 4));
+            queued_bytes = 0;
+        }
+    }
 }
 
 /// Connections that were opened and say nothing; they end when this is dropped.

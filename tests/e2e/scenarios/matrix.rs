@@ -79,7 +79,7 @@ fn one_home() {
     let alice = net.machine("alice", Nat::Symmetric);
     let address = [192, 168, 1, 99].into();
     let bob = net.at_home("bob", alice.router.as_ref().unwrap(), address);
-    let [_, bob] = check_pair("one home", &net, &server, [&alice, &bob], "direct");
+    let [_alice, bob] = check_pair("one home", &net, &server, [&alice, &bob], "direct");
 
     let status = bob.status().unwrap();
     let remote = overlay::text(find_peer(&status, "alice"), "/path/remote");
