@@ -2,11 +2,17 @@
 
 use std::fs;
 
+use nix::sys::signal::Signal;
+
 use crate::case::Case;
+use crate::clock::wait_for;
 use crate::lab::Net;
 use crate::nat::Nat;
-use crate::overlay::{Node, Server, assert_error, call, parse, path, text};
+use crate::overlay::{
+    EXIT_LIMIT, Node, START_LIMIT, Server, assert_error, call, overlay, parse, path, text,
+};
 use crate::ping;
+use crate::process::Daemon;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -18,6 +24,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("commands::not_enrolled_is_8", not_enrolled),
         Case::new("commands::unknown_config_keys_are_pointed_at", unknown_keys),
         Case::new("commands::ping_prints_json_lines", ping_json),
+        Case::new("commands::status_can_be_watched", watched),
         Case::new("commands::version_and_completions", version_and_completions),
     ]
 }
@@ -95,19 +102,19 @@ fn unknown_keys() {
     call(&host, &["config", "check", &path(&good)]).success("config check of a good file");
     fs::write(&good, "# a comment\nlisten-prot = 45678\n").unwrap();
     let checked = call(&host, &["config", "check", &path(&good)]);
-    assert_error(&checked, &[1], &["listen-prot"]);
+    assert_error(&checked, &[1, 2], &["listen-prot"]);
     assert_points_at(&checked.stderr, "listen-port");
 
     let bad = net.dir().join("server.toml");
     fs::write(&bad, "# a comment\nnetwrok = \"10.1.0.0/20\"\n").unwrap();
     let args = ["server", "--config", &path(&bad), "--state-dir", &path(&net.dir().join("s"))];
     let started = call(&host, &args);
-    assert_error(&started, &[1], &["netwrok"]);
+    assert_error(&started, &[1, 2], &["netwrok"]);
     assert_points_at(&started.stderr, "network");
 
     let node = Node::with_config(&net, &host, "bad", "# a comment\nmtuu = 1300\n");
     let started = node.up_to_end("");
-    assert_error(&started, &[1], &["mtuu"]);
+    assert_error(&started, &[1, 2], &["mtuu"]);
     assert_points_at(&started.stderr, "mtu");
 }
 
@@ -148,4 +155,18 @@ fn version_and_completions() {
     assert_eq!(json["version"], env!("CARGO_PKG_VERSION"), "{json}");
     let script = call(&host, &["completions", "bash"]).success("completions bash");
     assert!(script.contains("netcheck"), "the script knows the commands");
+}
+
+fn watched() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let alice = Node::start(&net, &net.machine("alice", Nat::None), &server);
+    let command = overlay(&alice.host, &["status", "--watch", "--socket", &alice.socket()]);
+    let mut watch = Daemon::start(command, &net.log_file("watch"));
+    wait_for("the first picture", START_LIMIT, || watch.log().contains("alice").then_some(()));
+    let _bob = Node::start(&net, &net.machine("bob", Nat::None), &server);
+    wait_for("a picture with bob", START_LIMIT, || watch.log().contains("bob").then_some(()));
+    assert!(watch.exit().is_none(), "it goes on until it is told to stop");
+    watch.signal(Signal::SIGINT);
+    watch.wait_exit(EXIT_LIMIT);
 }

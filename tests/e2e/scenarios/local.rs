@@ -1,6 +1,11 @@
 //! Faults of the machine itself: devices, rights, names, ports and routes that are taken.
 
-use std::net::{TcpListener, UdpSocket};
+use std::fs::{self, Permissions};
+use std::io::Write;
+use std::net::{Shutdown, TcpListener, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use crate::case::Case;
 use crate::lab::{Host, Net};
@@ -8,9 +13,6 @@ use crate::nat::Nat;
 use crate::overlay::{self, Node, PORT, Server, assert_error, binary, text};
 use crate::process::{self, Output};
 use crate::{ping, sandbox};
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -24,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("local::sigterm_takes_everything_away", || leaves_nothing(Node::stop)),
         Case::new("local::down_takes_everything_away", || leaves_nothing(down)),
         Case::new("local::a_start_after_sigkill_cleans_up_and_works", restart_after_kill),
+        Case::new("local::garbage_on_the_local_sockets_does_no_harm", garbage_on_sockets),
         Case::new("local::interface_name_port_and_mtu_are_as_asked", asked_interface),
     ]
 }
@@ -222,4 +225,24 @@ fn asked_interface() {
         assert!(link.contains(&address), "{address} is not in {link}");
     }
     assert!(host.ns.ip("-o link show dev lan7").contains("mtu 1320"));
+}
+
+fn garbage_on_sockets() {
+    let Place { net, server, host } = place();
+    let mut node = Node::start(&net, &host, &server);
+    let mut silent = Vec::new();
+    for socket in [net.dir().join("server/socket"), node.dir.join("socket")] {
+        let lines = [&b""[..], b"\n", b"{", b"{\"nonsense\":1}\n", b"\xff\xfe\n", &[b'a'; 300_000]];
+        for line in lines {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+            // It may hang up in the middle of it.
+            let _ = stream.write_all(line);
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+        silent.extend((0..50).filter_map(|_| UnixStream::connect(&socket).ok()));
+    }
+    assert!(node.status().is_some(), "the node answers");
+    server.cli(&["nodes"]).success("nodes");
+    node.wait_connected();
 }

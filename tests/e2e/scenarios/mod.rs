@@ -4,12 +4,14 @@ use crate::case::Case;
 
 mod commands;
 mod enrol;
+mod lab;
 mod local;
 mod matrix;
 mod members;
 mod netcheck;
 mod recipes;
 mod relay;
+mod server;
 mod server_loss;
 mod service;
 mod spoof;
@@ -21,12 +23,14 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         relay::cases(),
         server_loss::cases(),
+        server::cases(),
         enrol::cases(),
         members::cases(),
         spoof::cases(),
         netcheck::cases(),
         commands::cases(),
         local::cases(),
+        lab::cases(),
         service::cases(),
     ];
     subjects.into_iter().flatten().collect()

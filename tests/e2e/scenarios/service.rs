@@ -1,5 +1,7 @@
 //! systemd: install, restart, survive, uninstall; on a real one.
 
+use std::time::Duration;
+
 use crate::case::{Case, Needs};
 use crate::clock::{now, wait_for};
 use crate::container::Container;
@@ -8,7 +10,6 @@ use crate::nat::Nat;
 use crate::overlay::{Node, assert_error, parse, text};
 use crate::ping;
 use crate::process::Output;
-use std::time::Duration;
 
 pub(crate) fn cases() -> Vec<Case> {
     [

@@ -1,12 +1,13 @@
 //! Inner packets that lie about their sender.
 
+use std::time::Duration;
+
 use crate::case::Case;
 use crate::clock::wait_for;
 use crate::lab::{Namespace, Net};
 use crate::nat::Nat;
 use crate::overlay::{Node, Server};
 use crate::ping::{self, Stream};
-use std::time::Duration;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
