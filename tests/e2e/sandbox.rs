@@ -87,6 +87,13 @@ fn inside(program: &Path) -> Command {
     }
     command.args(["--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child=KILL"]);
     command.args(["--mount-proc", "--"]).arg(program).env("PATH", search_path());
+    // Settings of the user for the program under test have no place in its tests.
+    for (name, _) in env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("OVERLAY_") && !name.starts_with("OVERLAY_TEST_") {
+            command.env_remove(name.as_ref());
+        }
+    }
     command
 }
 
@@ -138,6 +145,6 @@ fn search_path() -> OsString {
 }
 
 /// Set inside the namespaces; the value says who the run is outside of them.
-const INSIDE: &str = "OVERLAY_E2E_INSIDE";
+const INSIDE: &str = "OVERLAY_TEST_INSIDE";
 
 const TOOLS: [&str; 8] = ["ip", "nft", "ping", "conntrack", "unshare", "nsenter", "setpriv", "sh"];

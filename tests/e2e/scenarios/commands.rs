@@ -23,6 +23,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("commands::until_direct_ends_at_the_first_direct_reply", until_direct),
         Case::new("commands::not_enrolled_is_8", not_enrolled),
         Case::new("commands::unknown_config_keys_are_pointed_at", unknown_keys),
+        Case::new("commands::flags_win_over_variables_and_these_over_files", precedence),
         Case::new("commands::ping_prints_json_lines", ping_json),
         Case::new("commands::status_can_be_watched", watched),
         Case::new("commands::version_and_completions", version_and_completions),
@@ -123,6 +124,24 @@ fn assert_points_at(stderr: &str, meant: &str) {
     let place = ["line 2, column 1", "line 2 column 1", ":2:1"];
     assert!(place.iter().any(|place| stderr.contains(place)), "no line and column:\n{stderr}");
     assert!(stderr.contains(meant), "the nearest name is {meant}:\n{stderr}");
+}
+
+fn precedence() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let host = net.machine("alice", Nat::None);
+    let file = "interface = \"file0\"\nmtu = 1300\nlisten-port = 45001\n";
+    let mut node = Node::with_config(&net, &host, "alice", file);
+    node.add_args(&["--listen-port", "45003"]);
+    let args = node.up_args(&server.join());
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut command = overlay(&host, &args);
+    command.env("OVERLAY_MTU", "1310").env("OVERLAY_LISTEN_PORT", "45002");
+    node.up_by(command);
+    let status = node.wait_connected();
+    assert_eq!(status["self"]["interface"], "file0", "only the file names an interface");
+    assert_eq!(status["self"]["mtu"], 1310, "the variable wins over the file");
+    assert_eq!(status["self"]["listen_port"], 45003, "the flag wins over both");
 }
 
 fn ping_json() {
