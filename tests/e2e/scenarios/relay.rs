@@ -100,14 +100,17 @@ fn datagrams_to_server() {
     let Pair { net, server, mut alice, mut bob } = pair(nats, [false, false], "relay-udp");
     let mallory = stranger(&net);
     let target = SocketAddr::from((server.host.address, PORT));
-    let stream = Stream::start(&net, &bob.host, &alice.ipv4());
+    // A start shows everything that a node ever says to its server by UDP.
+    let recorder = Recorder::open(&server.host, PORT);
+    let alice_ipv4 = alice.ipv4();
+    assert_eq!(alice.stop(), Some(0));
+    alice.up_again();
+    ping::assert_answers(&bob.host, &alice_ipv4);
+    alice.wait_path("bob", "relay-udp", PATH_LIMIT);
+    bob.wait_path("alice", "relay-udp", PATH_LIMIT);
+    let stream = Stream::start(&net, &bob.host, &alice_ipv4);
     let back = Stream::start(&net, &alice.host, &bob.ipv6());
-    let recorded = Recorder::open(&server.host, PORT).record(Duration::from_millis(400));
-    assert!(!recorded.is_empty(), "relayed packets pass the server");
-    // A few stand for all: the streams' packets are of few kinds.
-    let recorded: Vec<_> = recorded.into_iter().take(6).collect();
-
-    let hostile = attack::hostile_datagrams(&recorded);
+    let hostile = attack::hostile_datagrams(&record_some(&recorder));
     attack::flood(&mallory, target, &hostile);
     // The same from inside the network: a member's own address, another port.
     attack::flood(&alice.host, target, &hostile);
@@ -120,6 +123,14 @@ fn datagrams_to_server() {
     assert_new_node_gets_in(&net, &server, &alice);
 }
 
+/// Some of what came, which stands for all: a node's packets are of few kinds.
+fn record_some(recorder: &Recorder) -> Vec<Vec<u8>> {
+    let mut recorded = recorder.record(Duration::from_millis(500));
+    assert!(!recorded.is_empty(), "packets were recorded");
+    recorded.truncate(12);
+    recorded
+}
+
 fn datagrams_to_node() {
     let nats = [Nat::None, Nat::PortRestricted];
     let Pair { net, server: _server, alice, mut bob } = pair(nats, [false, false], "direct");
@@ -127,12 +138,15 @@ fn datagrams_to_node() {
     let port = alice.status().unwrap()["self"]["listen_port"].as_u64().expect("a listen port");
     let port = u16::try_from(port).unwrap();
     let target = SocketAddr::from((alice.host.address, port));
+    // A start shows everything that nodes say to each other.
+    let recorder = Recorder::open(&alice.host, port);
+    let bob_ipv4 = bob.ipv4();
+    assert_eq!(bob.stop(), Some(0));
+    bob.up_again();
+    ping::assert_answers(&alice.host, &bob_ipv4);
+    bob.wait_path("alice", "direct", PATH_LIMIT);
     let stream = Stream::start(&net, &bob.host, &alice.ipv4());
-    let recorded = Recorder::open(&alice.host, port).record(Duration::from_millis(400));
-    assert!(!recorded.is_empty(), "direct packets reach the node's port");
-    let recorded: Vec<_> = recorded.into_iter().take(6).collect();
-
-    attack::flood(&mallory, target, &attack::hostile_datagrams(&recorded));
+    attack::flood(&mallory, target, &attack::hostile_datagrams(&record_some(&recorder)));
 
     stream.wait_for_more(100);
     stream.stop_without_loss();
