@@ -5,7 +5,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -87,11 +87,27 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), File
         file.write_all(bytes)?;
         // The umask may have taken bits away that the caller wants.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
+        leave_to_owner_of(directory, &file);
         file.sync_all()?;
         fs::rename(&beside, path)?;
         File::open(directory)?.sync_all()
     })();
     written.map_err(FileError::io("write", path))
+}
+
+/// Root works in the state directory of the service now and then; what it leaves there must be of
+/// use to the service.
+fn leave_to_owner_of(directory: &Path, file: &File) {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let owner = fs::metadata(directory).map(|owner| (owner.uid(), owner.gid()));
+    if let Ok((uid, gid)) = owner
+        && (uid, gid) != (0, 0)
+    {
+        // A root without this right is one in a user namespace, where there is no other user.
+        let _ = fchown(file, Some(uid), Some(gid));
+    }
 }
 
 /// The content of a file, or `None` when there is no such file.
@@ -170,6 +186,7 @@ impl DirLock {
             .mode(SECRET_MODE)
             .open(&path)
             .map_err(FileError::io("lock", &path))?;
+        leave_to_owner_of(directory, &file);
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(file) => Ok(Self { _file: file }),
             Err((_, Errno::EWOULDBLOCK)) => {
@@ -197,6 +214,24 @@ mod tests {
         }
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn what_root_writes_belongs_to_the_owner_of_the_directory() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        if std::os::unix::fs::chown(dir.path(), Some(4711), Some(4712)).is_err() {
+            return; // root of a user namespace that knows no other user
+        }
+        let path = dir.path().join("server.key");
+        write_atomically(&path, b"secret", SECRET_MODE).unwrap();
+        let _lock = DirLock::acquire(dir.path()).unwrap();
+        for path in [path, dir.path().join(LOCK_FILE)] {
+            let file = fs::metadata(&path).unwrap();
+            assert_eq!((file.uid(), file.gid()), (4711, 4712), "{}", path.display());
+        }
     }
 
     #[test]
