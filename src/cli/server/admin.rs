@@ -14,6 +14,9 @@ use crate::io::local::{LocalClient, LocalError, Reply};
 use crate::server::admin::{Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Request};
 use crate::types::{InviteId, NodeName};
 
+/// How long an invite lives if nobody says otherwise; `--ttl` has the same.
+const DEFAULT_TTL_S: u64 = 3600;
+
 #[derive(Debug, Args)]
 pub(super) struct InviteArgs {
     /// How many nodes may join with it
@@ -71,12 +74,27 @@ pub(super) fn run(command: Command, socket: &Path) -> Result<(), Failure> {
             (Request::Invite { uses, ttl_s: ttl.as_secs(), name }, Show::of(json))
         }
     };
+    print(&answer(socket, &request)?, show)
+}
+
+/// Makes and prints an invite when nobody has joined yet; returns whether it did.
+pub(super) fn first_invite(socket: &Path) -> Result<bool, Failure> {
+    let Answer::Nodes(list) = answer(socket, &Request::Nodes)? else { return Ok(false) };
+    if !list.nodes.is_empty() {
+        return Ok(false);
+    }
+    let request = Request::Invite { uses: 1, ttl_s: DEFAULT_TTL_S, name: None };
+    print(&answer(socket, &request)?, Show::Text)?;
+    Ok(true)
+}
+
+fn answer(socket: &Path, request: &Request) -> Result<Answer, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::new("cannot start").cause(error))?;
-    match runtime.block_on(ask(socket, &request)).map_err(|error| unreachable(&error))? {
-        Reply::Ok(answer) => print(&answer, show),
+    match runtime.block_on(ask(socket, request)).map_err(|error| unreachable(&error))? {
+        Reply::Ok(answer) => Ok(answer),
         Reply::Error(refusal) => {
             let failure = Failure::new(refusal.error).code(refusal.code);
             Err(match refusal.help {
