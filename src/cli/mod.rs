@@ -11,6 +11,7 @@ pub mod netcheck;
 pub mod ping;
 mod print;
 pub mod server;
+pub mod service;
 pub mod status;
 pub mod up;
 pub mod version;
@@ -47,6 +48,7 @@ enum Command {
     Ping(ping::PingArgs),
     Netcheck(netcheck::NetcheckArgs),
     Ip(ip::IpArgs),
+    Service(service::ServiceArgs),
     Lab(lab::LabArgs),
     Config(config::ConfigArgs),
     Completions(completions::CompletionsArgs),
@@ -65,6 +67,7 @@ pub fn run() -> ExitCode {
         Command::Ping(args) => ping::run(&args),
         Command::Netcheck(args) => netcheck::run(&args),
         Command::Ip(args) => ip::run(&args),
+        Command::Service(args) => service::run(args),
         Command::Config(args) => config::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Version(args) => version::run(&args),

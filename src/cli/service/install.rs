@@ -1,0 +1,229 @@
+//! From nothing to a service that is ready.
+//!
+//! What can be wrong with the request is looked at before anything is changed. Every step leaves
+//! alone what is as it should be, so that a second run updates the first.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::process::Command;
+use zeroize::Zeroizing;
+
+use super::Service;
+use super::system::{self, Account, USUAL_PROGRAM, UnitState, hint, systemctl};
+use crate::cli::ask::SocketArg;
+use crate::cli::fail::{Failure, NOT_ENROLLED};
+use crate::cli::{Done, config as config_command, print, server, up};
+use crate::config::node::NodeConfig;
+use crate::config::server::ServerConfig;
+use crate::config::{self, Wanted};
+use crate::daemon::node::Question;
+use crate::daemon::node::report::Status;
+use crate::store::files;
+
+/// A child that connects and waits for the server's word; it has shorter limits of its own.
+const ENROL_LIMIT: Duration = Duration::from_secs(60);
+/// A little more than the units give a start and a stop.
+const START_LIMIT: Duration = Duration::from_secs(120);
+/// For what systemd does by itself.
+const QUICK: Duration = Duration::from_secs(20);
+
+pub(super) fn run(service: Service, join: Option<&str>) -> Done {
+    system::need_root(&format!("install {}", service.word()))?;
+    system::need_systemd()?;
+    let join = join.map(up::join_line).transpose()?.map(|line| line.expose());
+    if service == Service::Node && join.is_none() && !is_enrolled(service) {
+        return Err(Failure::new("this machine is not enrolled in a network")
+            .cause("there is no join line, and no membership from before")
+            .help(
+                "on the server: overlay server invite, then here: \
+                 sudo overlay service install node JOINLINE",
+            )
+            .code(NOT_ENROLLED));
+    }
+    let socket = socket_of_config(service)?;
+    let running = UnitState::of(service)?.is_active();
+    if !running && UnixStream::connect(&socket).is_ok() {
+        return Err(Failure::new(format!("a {} runs outside of its service", service.word()))
+            .cause(format!("it answers on {}", socket.display()))
+            .help("stop it (Ctrl-C there, or for a node: sudo overlay down), then try again"));
+    }
+
+    let account = system::account()?;
+    let program = system::program()?;
+    let state_dir = service.paths().state_dir;
+    if let Some(join) = join {
+        if running {
+            // It holds the state directory.
+            systemctl(&["stop", service.unit()], START_LIMIT)?;
+        }
+        let enrolled = system::give_state(&state_dir, account)
+            .and_then(|()| enrol(&program, service, account, &join));
+        if let Err(failure) = enrolled {
+            if running {
+                systemctl(&["start", service.unit()], START_LIMIT)?;
+            }
+            return Err(failure);
+        }
+    } else if !running {
+        system::give_state(&state_dir, account)?;
+    }
+    write_unit(service, &program)?;
+    systemctl(&["daemon-reload"], QUICK)?;
+    systemctl(&["enable", "--quiet", service.unit()], QUICK)?;
+    // Ends when the service says that it is ready, or gives up.
+    systemctl(&["restart", service.unit()], START_LIMIT)
+        .map_err(|failure| why(service, failure))?;
+    match service {
+        Service::Node => tell_node(service, socket),
+        Service::Server => tell_server(service, &socket),
+    }
+}
+
+fn is_enrolled(service: Service) -> bool {
+    service.paths().state_dir.join(crate::daemon::node::ENROLMENT_FILE).exists()
+}
+
+/// Where the service will listen for commands, if its configuration is one that it can use.
+fn socket_of_config(service: Service) -> Result<PathBuf, Failure> {
+    let paths = service.paths();
+    let file = &paths.config;
+    let failure = |error| config_command::failure(&error);
+    let (state_dir, socket) = match service {
+        Service::Node => {
+            let config: NodeConfig = config::load_file(file, Wanted::IfThere).map_err(failure)?;
+            (config.state_dir, config.socket)
+        }
+        Service::Server => {
+            let config: ServerConfig = config::load_file(file, Wanted::IfThere).map_err(failure)?;
+            (config.state_dir, config.socket)
+        }
+    };
+    let refused = |key: &str, wanted: &Path, place: &Path| {
+        Failure::usage(format!("{key} = \"{}\" cannot be used by a service", wanted.display()))
+            .cause(format!("the service may write to {} only", place.display()))
+            .help(format!("remove {key} from {}", file.display()))
+    };
+    if let Some(wanted) = state_dir.filter(|wanted| *wanted != paths.state_dir) {
+        return Err(refused("state-dir", &wanted, &paths.state_dir));
+    }
+    let Some(socket) = socket else { return Ok(paths.socket) };
+    match paths.socket.parent() {
+        Some(place) if socket.parent() != Some(place) => Err(refused("socket", &socket, place)),
+        _ => Ok(socket),
+    }
+}
+
+/// Joins as the user of the service, who then owns all that is written.
+fn enrol(program: &Path, service: Service, account: Account, join: &Zeroizing<String>) -> Done {
+    let paths = service.paths();
+    let mut command = Command::new(program);
+    command.args(["up", "-", "--enrol-only"]);
+    command.arg("--state-dir").arg(&paths.state_dir);
+    command.arg("--socket").arg(paths.state_dir.join("enrol.sock"));
+    // It sees the configuration that the service will see, and nothing of the user who installs;
+    // a name is kept by the server.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("OVERLAY_") && name != "OVERLAY_NAME" {
+            command.env_remove(name);
+        }
+    }
+    if let Some(directory) = paths.config.parent() {
+        command.env("CONFIGURATION_DIRECTORY", directory);
+    }
+    command.current_dir("/").uid(account.uid.as_raw()).gid(account.gid.as_raw());
+    let ran = system::run(command, join, ENROL_LIMIT)?;
+    if ran.code == Some(0) {
+        return Ok(());
+    }
+    let code = ran.code.and_then(|code| u8::try_from(code).ok());
+    let failure = told(&ran.stderr).unwrap_or_else(|| {
+        Failure::new("this machine could not join")
+            .cause(ran.stderr.trim())
+            .help("try it in the foreground: sudo overlay up JOINLINE")
+    });
+    Err(failure.code(code.unwrap_or(crate::cli::fail::FAILED)))
+}
+
+/// The failure that a program of ours printed last.
+fn told(stderr: &str) -> Option<Failure> {
+    let lines: Vec<&str> = stderr.lines().collect();
+    let at = lines.iter().rposition(|line| line.starts_with("error: "))?;
+    let part = |name: &str| lines.iter().skip(at).find_map(|line| line.strip_prefix(name));
+    let mut failure = Failure::new(part("error: ")?);
+    if let Some(cause) = part("cause: ") {
+        failure = failure.cause(cause);
+    }
+    if let Some(help) = part("help: ") {
+        failure = failure.help(help);
+    }
+    Some(failure)
+}
+
+fn write_unit(service: Service, program: &Path) -> Done {
+    let text = service.unit_text().replace(USUAL_PROGRAM, &program.to_string_lossy());
+    let path = service.unit_file();
+    files::write_atomically(&path, text.as_bytes(), 0o644)
+        .map_err(|error| Failure::new("cannot write the unit file").cause(error))
+}
+
+/// Why a service does not start: what it wrote before it ended.
+fn why(service: Service, failure: Failure) -> Failure {
+    let unit = service.unit();
+    let journal = system::journal(service);
+    hint(format_args!("the last lines of journalctl -u {unit}:\n{}\n", journal.trim_end()));
+    let cause = told(&journal).map_or_else(|| failure.to_string(), |told| told.to_string());
+    Failure::new(format!("{unit} does not start")).cause(cause.replace('\n', "; ")).help(format!(
+        "when it can start: sudo systemctl restart {unit}; to give up: \
+             sudo overlay service uninstall {}",
+        service.word()
+    ))
+}
+
+fn tell_node(service: Service, socket: PathBuf) -> Done {
+    let status: Status = SocketArg { socket: Some(socket) }.ask(&Question::Status)?;
+    let own = status.own;
+    print::line(format!(
+        "{} is ready: {} at {} and {}",
+        service.unit(),
+        own.name,
+        own.ipv4,
+        own.ipv6
+    ))?;
+    hint("overlay status shows the others");
+    Ok(())
+}
+
+fn tell_server(service: Service, socket: &Path) -> Done {
+    let state = UnitState::of(service)?;
+    print::line(format!("{} is ready: {}", service.unit(), state.text))?;
+    if !server::first_invite(socket)? {
+        hint("overlay server invite prints a join line for one more node");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_failure_of_a_program_is_understood() {
+        let printed = "error: old\ncause: old\n2026-01-01T00:00:00Z  INFO connected\n\
+                       error: no\ncause: because\nhelp: do this\n";
+        let failure = told(printed).unwrap();
+        assert_eq!(failure.to_string(), "error: no\ncause: because\nhelp: do this");
+        assert_eq!(told("error: alone").unwrap().to_string(), "error: alone");
+        assert_eq!(told("Segmentation fault"), None);
+    }
+
+    #[test]
+    fn every_unit_names_the_program_once_where_it_is_started() {
+        for service in [Service::Node, Service::Server] {
+            let text = service.unit_text();
+            assert_eq!(text.matches(USUAL_PROGRAM).count(), 1, "{}", service.unit());
+            assert!(text.contains(&format!("\nExecStart={USUAL_PROGRAM} ")), "{}", service.unit());
+        }
+    }
+}
