@@ -120,4 +120,4 @@ fn assert_not_installed(container: &Container, unit: &str) {
 }
 
 const SERVER_UNIT: &str = "overlay-server.service";
-const NODE_UNIT: &str = "overlay-node.service";
+const NODE_UNIT: &str = "overlay.service";
