@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use zeroize::Zeroizing;
 
 /// Mode of a file with a secret in it.
@@ -102,8 +102,11 @@ fn leave_to_owner_of(directory: &Path, file: &File) {
         return;
     }
     let owner = fs::metadata(directory).map(|owner| (owner.uid(), owner.gid()));
+    // One with a second name may be somebody else's, linked to here by the directory's owner.
+    let is_ours = file.metadata().is_ok_and(|file| file.is_file() && file.nlink() <= 1);
     if let Ok((uid, gid)) = owner
         && (uid, gid) != (0, 0)
+        && is_ours
     {
         // A root without this right is one in a user namespace, where there is no other user.
         let _ = fchown(file, Some(uid), Some(gid));
@@ -184,6 +187,8 @@ impl DirLock {
             .create(true)
             .truncate(false)
             .mode(SECRET_MODE)
+            // The owner of the directory must not lead root to another file.
+            .custom_flags(OFlag::O_NOFOLLOW.bits())
             .open(&path)
             .map_err(FileError::io("lock", &path))?;
         leave_to_owner_of(directory, &file);
@@ -232,6 +237,15 @@ mod tests {
             let file = fs::metadata(&path).unwrap();
             assert_eq!((file.uid(), file.gid()), (4711, 4712), "{}", path.display());
         }
+    }
+
+    #[test]
+    fn the_lock_is_never_a_way_to_another_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join("other");
+        fs::write(&other, "precious").unwrap();
+        std::os::unix::fs::symlink(&other, dir.path().join(LOCK_FILE)).unwrap();
+        assert!(matches!(DirLock::acquire(dir.path()), Err(FileError::Io { .. })));
     }
 
     #[test]
