@@ -214,7 +214,6 @@ impl PathAgent {
             self.endpoints.entry(remote).or_insert_with(|| Endpoint::new(kind));
         }
         if fresh && self.wanted && !self.is_direct() {
-            self.round_at = None;
             self.start_round(now);
         }
     }
@@ -505,16 +504,22 @@ impl PathAgent {
         tx
     }
 
+    /// Pings every endpoint that is not proved, and asks the peer to do the same. Soon after the
+    /// last round only endpoints that were not in it are taken in.
     fn start_round(&mut self, now: Instant) {
-        if self.round_at.is_some_and(|at| now.saturating_duration_since(at) < ROUND_SPACING) {
-            return;
-        }
-        self.round_at = Some(now);
+        let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
+        let again = !self.round_at.is_some_and(recent);
         for endpoint in self.endpoints.values_mut() {
-            if !endpoint.proved(now) {
+            let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
+            if !endpoint.proved(now) && (again || untried) {
                 endpoint.prober.start_round(now);
             }
         }
+        if !again {
+            self.ping_due(now);
+            return;
+        }
+        self.round_at = Some(now);
         if let Some(via) = self.relay {
             self.relay_prober.start_round(now);
             let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
