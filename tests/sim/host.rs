@@ -311,8 +311,9 @@ fn hand_over(node: &mut Node, notes: Vec<Note>, now: Instant) {
 /// Thirty-two bytes for one purpose.
 pub(crate) fn spread(seed: u64, purpose: u64) -> [u8; 32] {
     let mut bytes = [0x5a; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    bytes[8..16].copy_from_slice(&purpose.to_le_bytes());
+    // Not the first byte: keys made of this ignore its low bits (RFC 7748 section 5).
+    bytes[8..16].copy_from_slice(&seed.to_le_bytes());
+    bytes[16..24].copy_from_slice(&purpose.to_le_bytes());
     bytes
 }
 

@@ -97,9 +97,6 @@ impl ServerHost {
         host
     }
 
-    pub(crate) fn is_running(&self) -> bool {
-        self.running.is_some()
-    }
 
     /// Starts it with its records.
     pub(crate) fn start(&mut self, now: Instant) {
