@@ -148,6 +148,10 @@ impl Node {
                 info.last_direct = Some(remote);
                 self.events.push_back(Event::Save);
             }
+            if matches!((from, to), (Some(Via::Direct { .. }), Some(Via::RelayUdp))) {
+                // Perhaps it was not the path that died but all of UDP.
+                self.relay.hurry(now);
+            }
             self.events.push_back(Event::Path { peer: id, from, to, why });
         }
         peer.fast.set_choice(peer.agent.choice());
