@@ -30,8 +30,14 @@ impl Node {
     pub(super) fn restore(&mut self, netmap: Netmap, now: Instant) {
         self.netmap = netmap;
         let ids: Vec<NodeId> = self.netmap.peers.keys().copied().collect();
+        let eager = ids.len() <= self.settings.eager_peers;
         for id in ids {
             self.make_peer(id, now);
+            // A peer that we talked to in an earlier life has keys for us that we have lost, and
+            // would not notice before it renews them: the first handshake is ours, whoever we are.
+            if let Some(peer) = self.peers.get_mut(&id) {
+                peer.session_wanted = eager;
+            }
         }
         self.publish();
         self.update_peers(now);
@@ -141,6 +147,10 @@ impl Node {
             {
                 info.last_direct = Some(remote);
                 self.events.push_back(Event::Save);
+            }
+            if matches!((from, to), (Some(Via::Direct { .. }), Some(Via::RelayUdp))) {
+                // Perhaps it was not the path that died but all of UDP.
+                self.relay.hurry(now);
             }
             self.events.push_back(Event::Path { peer: id, from, to, why });
         }

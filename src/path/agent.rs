@@ -21,6 +21,8 @@ const MAX_LEARNED: usize = 8;
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
 /// A proved path is not checked again for this long when the peer pings it.
 const RECENT_PROOF: Duration = Duration::from_secs(5);
+/// When the primary dies, another path that was heard this long ago takes over at once.
+const JUST_NOW: Duration = Duration::from_secs(1);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
 /// A round is not started over before this: news tends to come in bursts.
@@ -117,6 +119,16 @@ impl Endpoint {
             at.is_some_and(|at| now.saturating_duration_since(at) < PROOF_LIFETIME)
         };
         fresh(self.prober.last_pong()) || (self.prober.last_pong().is_some() && fresh(self.heard))
+    }
+
+    fn heard_lately(&self, now: Instant) -> bool {
+        let last = self.heard.max(self.prober.last_pong());
+        last.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW)
+    }
+
+    fn forget(&mut self) {
+        self.prober.forget();
+        self.heard = None;
     }
 }
 
@@ -231,8 +243,13 @@ impl PathAgent {
                     .or_insert_with(|| Endpoint::new(candidate.kind));
             }
         }
-        if !self.is_direct() {
-            self.start_round(now);
+        match self.primary {
+            // The peer is not direct, or it has moved: does our path still lead to it?
+            Some(via @ Via::Direct { .. }) => {
+                self.ping(via, now);
+                self.doubt.handle_keepalive(now);
+            }
+            _ => self.start_round(now),
         }
     }
 
@@ -249,8 +266,7 @@ impl PathAgent {
     pub fn handle_network_change(&mut self, now: Instant) {
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
         for endpoint in self.endpoints.values_mut() {
-            endpoint.prober.forget();
-            endpoint.heard = None;
+            endpoint.forget();
             endpoint.penalty_until = None;
         }
         self.relay_prober.forget();
@@ -564,9 +580,13 @@ impl PathAgent {
                 self.ping(via, now);
             }
             Suspicion::Dead => {
+                // Whatever killed it may have killed the others too, and they were not watched:
+                // only what was heard just now counts, the rest proves itself again.
+                for endpoint in self.endpoints.values_mut().filter(|e| !e.heard_lately(now)) {
+                    endpoint.forget();
+                }
                 if let Some(endpoint) = self.endpoints.get_mut(&remote) {
-                    endpoint.prober.forget();
-                    endpoint.heard = None;
+                    endpoint.forget();
                     endpoint.penalty_until = Some(now + PENALTY);
                 }
                 self.doubt = Doubt::default();
