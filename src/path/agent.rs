@@ -243,14 +243,27 @@ impl PathAgent {
                     .or_insert_with(|| Endpoint::new(candidate.kind));
             }
         }
-        match self.primary {
+        if self.is_direct() {
             // The peer is not direct, or it has moved: does our path still lead to it?
-            Some(via @ Via::Direct { .. }) => {
-                self.ping(via, now);
-                self.doubt.handle_keepalive(now);
-            }
-            _ => self.start_round(now),
+            self.verify(now);
+        } else {
+            self.start_round(now);
         }
+    }
+
+    /// Asks the direct path, if it carries data, whether it still leads to the peer; silence moves
+    /// data away within a second.
+    pub fn verify(&mut self, now: Instant) {
+        if let Some(via @ Via::Direct { .. }) = self.primary {
+            self.ping(via, now);
+            self.doubt.handle_keepalive(now);
+        }
+    }
+
+    /// Whether this endpoint is one of the peer's.
+    #[must_use]
+    pub fn knows(&self, remote: SocketAddr) -> bool {
+        self.endpoints.contains_key(&remote)
     }
 
     /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
