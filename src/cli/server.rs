@@ -2,7 +2,7 @@
 
 mod admin;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -137,7 +137,7 @@ fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
 async fn serve(options: Options) -> Result<(), Failure> {
     let server = start(options.clone()).await.map_err(|error| explain(&error, &options))?;
     if let Some(line) = server.first_join_line() {
-        info!("nobody has joined yet; the line below lets one node in, within one hour");
+        info!("nobody has joined yet: the join line on stdout lets one node in, within one hour");
         info!("type on that machine: sudo overlay up JOINLINE");
         say(line.expose())?;
     }
@@ -151,6 +151,7 @@ fn log_to_stderr() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
         .with_target(false)
         .try_init();
 }
