@@ -19,9 +19,14 @@
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod dataplane;
 pub mod io;
+pub mod lab;
+pub mod node;
+pub mod path;
 pub mod server;
 pub mod store;
+pub mod telemetry;
 pub mod types;
 pub mod wire;
 

@@ -2,13 +2,12 @@
 
 mod admin;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use tracing::info;
-use tracing_subscriber::EnvFilter;
 
 use super::fail::{self, Failure};
 use crate::config::paths::{Paths, Role};
@@ -126,7 +125,7 @@ fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
         network: config.network,
         network_ipv6: config.network_ipv6,
     };
-    log_to_stderr();
+    crate::telemetry::start();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -142,18 +141,6 @@ async fn serve(options: Options) -> Result<(), Failure> {
         say(line.expose())?;
     }
     server.run_until_signal().await.map_err(|error| explain(&error, &options))
-}
-
-fn log_to_stderr() {
-    let filter =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
-    // Somebody who embeds the program may have set a logger up already.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
-        .with_target(false)
-        .try_init();
 }
 
 /// Prints a line to stdout. Who does not want to read it any more is no failure.

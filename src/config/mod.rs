@@ -3,6 +3,7 @@
 //! An unknown key is an error, since a misspelt setting that is silently ignored costs an evening.
 //! Flags and environment are the business of `cli`, which lays them over what is read here.
 
+pub mod node;
 pub mod paths;
 pub mod server;
 

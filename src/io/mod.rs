@@ -4,3 +4,7 @@ pub mod clock;
 pub mod link;
 pub mod listen;
 pub mod local;
+pub mod os;
+mod sys;
+pub mod tun;
+pub mod udp;

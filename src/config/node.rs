@@ -1,0 +1,63 @@
+//! `node.toml`.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use crate::types::NodeName;
+
+/// What can be set in `node.toml`. Every key is optional; flags and variables win over it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct NodeConfig {
+    /// The name to ask the server for when joining. Default: the host name.
+    pub name: Option<NodeName>,
+    /// Where keys and the last netmap are kept.
+    pub state_dir: Option<PathBuf>,
+    /// The local socket.
+    pub socket: Option<PathBuf>,
+    /// The name of the TUN interface. Default: `overlay0`.
+    pub interface: Option<String>,
+    /// UDP port. Default: a random one, kept for the next start; 0 is a new one each start.
+    pub listen_port: Option<u16>,
+    /// MTU of the TUN interface, in bytes. Default: 1280, which fits every path.
+    pub mtu: Option<u16>,
+    /// Renew WireGuard keys after so many seconds, 5 to 120. Default: 120.
+    pub rekey_after_s: Option<u16>,
+    /// Make paths before they are used in networks of up to so many peers. Default: 64.
+    pub eager_peers: Option<u16>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn the_example_shows_every_key_and_parses_with_and_without_them() {
+        let example = include_str!("../../config/node.toml");
+        let path = Path::new("node.toml");
+        let plain: NodeConfig = crate::config::load(path, example).unwrap();
+        assert_eq!(plain, NodeConfig::default(), "as shipped, everything is the default");
+        let uncommented: String = example
+            .lines()
+            .map(|line| {
+                line.strip_prefix("#").filter(|rest| !rest.starts_with(' ')).unwrap_or(line)
+            })
+            .fold(String::new(), |text, line| text + line + "\n");
+        let all: NodeConfig = crate::config::load(path, &uncommented).unwrap();
+        let NodeConfig {
+            name,
+            state_dir,
+            socket,
+            interface,
+            listen_port,
+            mtu,
+            rekey_after_s,
+            eager_peers,
+        } = all;
+        assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
+        assert!(listen_port.is_some() && mtu.is_some());
+        assert!(rekey_after_s.is_some() && eager_peers.is_some());
+    }
+}

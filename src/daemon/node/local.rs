@@ -1,0 +1,333 @@
+//! Answers to the command line. Each connection has a task; what it needs of the core it asks the
+//! control task for.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::report::{OwnStatus, PathReport, PeerReport, SCHEMA, ServerStatus, Status, millis};
+use super::{Daemon, Ended, netcheck};
+use crate::daemon::exit;
+use crate::io::clock;
+use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
+use crate::path::{Answer, Via};
+use crate::types::NodeId;
+
+/// How long one reply to a ping is waited for.
+const REPLY_LIMIT: Duration = Duration::from_secs(2);
+/// Between pings of a person.
+const CALM: Duration = Duration::from_secs(1);
+/// Between pings of somebody who waits for the direct path.
+const EAGER: Duration = Duration::from_millis(100);
+
+/// What the command line asks a node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Question {
+    /// Everything that is known.
+    Status,
+    /// Ping a peer, one answer per ping.
+    Ping {
+        /// Name, address or id.
+        peer: String,
+        /// How often; none without end.
+        count: Option<u64>,
+        /// Stop at the first direct reply.
+        until_direct: bool,
+        /// Stop after this.
+        timeout_ms: Option<u64>,
+    },
+    /// Measure the network in front of us.
+    Netcheck,
+    /// Stop the daemon.
+    Down,
+}
+
+/// One ping, as it is told on the socket.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PingLine {
+    /// Counted from 1.
+    pub seq: u64,
+    /// The peer's name, for people.
+    pub name: String,
+    /// Its overlay address, for people.
+    pub ipv4: std::net::Ipv4Addr,
+    /// Round trip in milliseconds; none when there was no reply.
+    pub rtt_ms: Option<f64>,
+    /// `direct`, `relay-udp` or `relay-tcp`; of no reply, the state of the path.
+    pub kind: String,
+    /// The endpoint.
+    pub remote: Option<String>,
+}
+
+/// What a connection asks the control task.
+pub(super) enum Request {
+    Status(oneshot::Sender<Status>),
+    Find(String, oneshot::Sender<Option<(NodeId, PingLine)>>),
+    Ping(NodeId, oneshot::Sender<Option<oneshot::Receiver<Answer>>>),
+    Netcheck(oneshot::Sender<netcheck::Inputs>),
+    Down(oneshot::Sender<()>),
+}
+
+/// Serves the socket until this is dropped.
+pub(super) struct LocalServer(AbortHandle);
+
+impl Drop for LocalServer {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+pub(super) fn serve_local(listener: LocalListener, requests: mpsc::Sender<Request>) -> LocalServer {
+    let accepting = async move {
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok(connection) => {
+                        let requests = requests.clone();
+                        connections.spawn(async move {
+                            if let Err(error) = serve(connection, &requests).await {
+                                tracing::debug!(%error, "a command went away");
+                            }
+                        });
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "local socket");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                },
+                Some(_) = connections.join_next() => {}
+            }
+        }
+    };
+    LocalServer(tokio::spawn(accepting).abort_handle())
+}
+
+async fn serve(
+    mut connection: LocalConnection,
+    requests: &mpsc::Sender<Request>,
+) -> Result<(), LocalError> {
+    while let Some(question) = connection.question().await? {
+        match question {
+            Question::Status => {
+                let status = ask(requests, Request::Status).await;
+                connection.answer(&or_stopping(status)).await?;
+            }
+            Question::Ping { peer, count, until_direct, timeout_ms } => {
+                let limit = timeout_ms.map(Duration::from_millis);
+                let plan = PingPlan { count, until_direct, limit };
+                ping(&mut connection, requests, peer, plan).await?;
+            }
+            Question::Netcheck => match ask(requests, Request::Netcheck).await {
+                Some(inputs) => {
+                    let report = netcheck::run(inputs).await;
+                    connection.answer(&Reply::Ok(report)).await?;
+                }
+                None => connection.answer(&or_stopping::<()>(None)).await?,
+            },
+            Question::Down if connection.peer.may_write => {
+                let done = ask(requests, Request::Down).await;
+                connection.answer(&or_stopping(done)).await?;
+            }
+            Question::Down => {
+                let refusal = Refusal {
+                    code: exit::PERMISSION,
+                    error: "only root may stop the daemon".into(),
+                    help: Some("sudo overlay down".into()),
+                };
+                connection.answer(&Reply::<()>::Error(refusal)).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
+    answer.map_or_else(
+        || {
+            let error = "the daemon is stopping".to_string();
+            Reply::Error(Refusal { code: exit::FAILED, error, help: None })
+        },
+        Reply::Ok,
+    )
+}
+
+async fn ask<T>(
+    requests: &mpsc::Sender<Request>,
+    request: impl FnOnce(oneshot::Sender<T>) -> Request,
+) -> Option<T> {
+    let (sender, receiver) = oneshot::channel();
+    requests.send(request(sender)).await.ok()?;
+    receiver.await.ok()
+}
+
+struct PingPlan {
+    count: Option<u64>,
+    until_direct: bool,
+    limit: Option<Duration>,
+}
+
+async fn ping(
+    connection: &mut LocalConnection,
+    requests: &mpsc::Sender<Request>,
+    text: String,
+    plan: PingPlan,
+) -> Result<(), LocalError> {
+    let find = |sender| Request::Find(text.clone(), sender);
+    let Some(Some((id, _))) = ask(requests, find).await else {
+        let refusal = Refusal {
+            code: exit::UNKNOWN_PEER,
+            error: format!("no peer is called \"{text}\""),
+            help: Some("overlay status lists all peers".into()),
+        };
+        return connection.answer(&Reply::<PingLine>::Error(refusal)).await;
+    };
+    let started = clock::now();
+    let end = plan.limit.map(|limit| started + limit);
+    let mut seq = 0;
+    while plan.count.is_none_or(|count| seq < count) {
+        seq += 1;
+        let sent_at = clock::now();
+        let left = end.map(|end| end.saturating_duration_since(sent_at));
+        if left == Some(Duration::ZERO) {
+            break;
+        }
+        let wait = left.map_or(REPLY_LIMIT, |left| left.min(REPLY_LIMIT));
+        let answer = match ask(requests, |sender| Request::Ping(id, sender)).await {
+            Some(Some(pong)) => tokio::time::timeout(wait, pong).await.ok().and_then(Result::ok),
+            // No path at this moment: as good as a lost ping, and nothing to wait for.
+            Some(None) | None => None,
+        };
+        let Some(Some((_, mut line))) =
+            ask(requests, |sender| Request::Find(id.to_string(), sender)).await
+        else {
+            break;
+        };
+        line.seq = seq;
+        if let Some(answer) = answer {
+            line.rtt_ms = Some(millis(answer.rtt));
+            line.kind = answer.via.kind().into();
+            if let Via::Direct { remote, .. } = answer.via {
+                line.remote = Some(remote.to_string());
+            }
+        }
+        let direct = answer.is_some_and(|answer| !answer.via.is_relay());
+        connection.answer(&Reply::Ok(line)).await?;
+        if plan.until_direct && direct || plan.count == Some(seq) {
+            break;
+        }
+        let spacing = if plan.until_direct { EAGER } else { CALM };
+        let next = sent_at + spacing;
+        let next = end.map_or(next, |end| next.min(end));
+        tokio::time::sleep_until(next.into()).await;
+    }
+    // An empty line of pings ends the row.
+    connection.answer(&Reply::Ok(Option::<PingLine>::None)).await
+}
+
+impl Daemon {
+    pub(super) fn handle_request(&mut self, request: Request) {
+        let now = clock::now();
+        // A command that went away meanwhile does not take its answer; that is no error.
+        match request {
+            Request::Status(reply) => {
+                if let Some(status) = self.status() {
+                    let _ = reply.send(status);
+                }
+            }
+            Request::Find(text, reply) => {
+                let found = self.node.netmap().find(&text).and_then(|id| {
+                    let status = self.node.peer_status(id, now)?;
+                    let line = PingLine {
+                        seq: 0,
+                        name: status.name.to_string(),
+                        ipv4: status.addrs.v4,
+                        rtt_ms: None,
+                        kind: status.path.as_str().into(),
+                        remote: status.remote.map(|remote| remote.to_string()),
+                    };
+                    Some((id, line))
+                });
+                let _ = reply.send(found);
+            }
+            Request::Ping(id, reply) => {
+                let (sender, receiver) = oneshot::channel();
+                self.next_token += 1;
+                self.pings.retain(|_, sender| !sender.is_closed());
+                let sent = self.node.ping(id, self.next_token, now).is_some();
+                if sent {
+                    self.pings.insert(self.next_token, sender);
+                }
+                let _ = reply.send(sent.then_some(receiver));
+            }
+            Request::Netcheck(reply) => {
+                let _ = reply.send(self.netcheck_inputs());
+            }
+            Request::Down(reply) => {
+                tracing::info!("stopped by a command");
+                self.ended = Some(Ended::Stopped);
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn status(&self) -> Option<Status> {
+        let now = clock::now();
+        let own = self.node.self_status();
+        let identity = own.identity?;
+        let state = match (self.server.is_some() && own.link_up, self.uplink.is_trying()) {
+            (true, _) => "connected",
+            (false, true) => "connecting",
+            (false, false) => "unreachable",
+        };
+        let address = self
+            .server
+            .map(|server| server.to_string())
+            .or_else(|| Some(self.state.enrolment()?.servers.first()?.to_string()));
+        Some(Status {
+            schema: SCHEMA,
+            own: OwnStatus {
+                id: identity.id.to_string(),
+                name: identity.name.to_string(),
+                ipv4: identity.addrs.v4,
+                ipv6: identity.addrs.v6,
+                interface: self.options.interface.clone(),
+                mtu: self.options.mtu,
+                listen_port: self.ports.listen_port(),
+                public_key: own.public_key.to_string(),
+                network: identity.network.to_string(),
+                drops: own.drops.iter().map(|(why, count)| ((*why).into(), *count)).collect(),
+                version: env!("CARGO_PKG_VERSION").into(),
+            },
+            server: ServerStatus {
+                state: state.into(),
+                address,
+                rtt_ms: own.server_rtt.filter(|_| own.link_up).map(millis),
+            },
+            peers: self.node.peer_statuses(now).into_iter().map(peer_report).collect(),
+        })
+    }
+}
+
+fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
+    PeerReport {
+        id: peer.id.to_string(),
+        name: peer.name.to_string(),
+        ipv4: peer.addrs.v4,
+        ipv6: peer.addrs.v6,
+        online: peer.online,
+        path: PathReport {
+            kind: peer.path.as_str().into(),
+            remote: peer.remote.map(|remote| remote.to_string()),
+            since_s: peer.since.as_secs(),
+            why: peer.why,
+        },
+        rtt_ms: peer.rtt.map(millis),
+        tx_bytes: peer.tx_bytes,
+        rx_bytes: peer.rx_bytes,
+        last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
+    }
+}

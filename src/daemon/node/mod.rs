@@ -1,0 +1,318 @@
+//! The node daemon: joins the node core to sockets, TUN, netlink and the local socket.
+//!
+//! One task owns the core and serves every source once per turn; two plain threads (`threads`)
+//! move packets. `startup` makes all of it, `state` is what is on disk, `uplink` keeps the control
+//! connection, `interface` the TUN interface, `local` answers the command line, `netcheck`
+//! measures the network in front of us.
+
+mod interface;
+mod local;
+mod netcheck;
+pub mod report;
+mod startup;
+mod state;
+mod threads;
+mod uplink;
+
+pub use interface::InterfaceError;
+pub use local::{PingLine, Question};
+pub use startup::{NodeOptions, StartError, run};
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound};
+use crate::io::clock;
+use crate::io::link::{ConnectError, Inbound};
+use crate::io::os::Changes;
+use crate::node::{Event, Node};
+use crate::path::Answer;
+use crate::types::NodeId;
+use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
+use interface::Interface;
+use local::Request;
+use state::StateDir;
+use threads::{Ports, send_all, write_tun};
+use uplink::{Uplink, UplinkEvent};
+
+/// Changes of addresses come in groups; the last one counts.
+const NETWORK_SETTLE: Duration = Duration::from_millis(100);
+/// The netmap changes in groups too, and a lost one only costs a re-fetch.
+const SAVE_DELAY: Duration = Duration::from_millis(500);
+/// Notes taken in one turn, so that no flood starves the other sources.
+const NOTES_PER_TURN: usize = 256;
+
+/// Why the daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to.
+    Stopped,
+    /// The server says that this machine is not a member.
+    Removed,
+}
+
+/// What runs: the core and everything it is joined to.
+struct Daemon {
+    node: Node,
+    ports: Arc<Ports>,
+    interface: Option<Interface>,
+    state: StateDir,
+    uplink: Uplink,
+    server: Option<SocketAddr>,
+    reflector_ports: (Option<u16>, Option<u16>),
+    heard_server: Instant,
+    notes: mpsc::Receiver<Note>,
+    requests: mpsc::Receiver<Request>,
+    changes: Option<Changes>,
+    pings: BTreeMap<u64, oneshot::Sender<Answer>>,
+    next_token: u64,
+    rescan_at: Option<Instant>,
+    save_at: Option<Instant>,
+    out: UdpBatch,
+    options: NodeOptions,
+    refused: Option<(RefusedCode, String)>,
+    connect_error: Option<ConnectError>,
+    ended: Option<Ended>,
+}
+
+impl Daemon {
+    /// Serves until something ends it.
+    async fn serve(&mut self, stop: &mut startup::StopSignals) -> Result<Ended, StartError> {
+        loop {
+            self.drain().await?;
+            if let Some(ended) = self.ended {
+                return Ok(ended);
+            }
+            self.turn(stop).await;
+        }
+    }
+
+    /// Waits for one source and takes what it has.
+    async fn turn(&mut self, stop: &mut startup::StopSignals) {
+        let deadline = self.deadline();
+        let sleep = tokio::time::sleep_until(deadline.into());
+        tokio::select! {
+            biased;
+            () = stop.wait() => self.ended = Some(Ended::Stopped),
+            Some(request) = self.requests.recv() => self.handle_request(request),
+            event = self.uplink.next() => self.handle_uplink(event),
+            Some(note) = self.notes.recv() => {
+                let now = clock::now();
+                self.node.handle_note(note, now);
+                for _ in 1..NOTES_PER_TURN {
+                    let Ok(note) = self.notes.try_recv() else { break };
+                    self.node.handle_note(note, now);
+                }
+            }
+            () = network_change(self.changes.as_mut()) => {
+                self.rescan_at.get_or_insert(clock::now() + NETWORK_SETTLE);
+            }
+            () = sleep => {}
+        }
+        let now = clock::now();
+        let silent = Duration::from_secs(SILENCE_LIMIT_S);
+        if self.server.is_some() && now.saturating_duration_since(self.heard_server) > silent {
+            tracing::warn!("the server is silent, connecting again");
+            self.uplink.reconnect();
+            self.handle_link_down();
+        }
+        self.node.handle_timeout(now);
+    }
+
+    fn deadline(&self) -> Instant {
+        let silence = self.server.map(|_| {
+            self.heard_server + Duration::from_secs(SILENCE_LIMIT_S) + Duration::from_millis(10)
+        });
+        [self.node.poll_timeout().map(|(at, _)| at), self.rescan_at, self.save_at, silence]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or_else(|| clock::now() + Duration::from_secs(3600))
+    }
+
+    fn handle_uplink(&mut self, event: UplinkEvent) {
+        let now = clock::now();
+        match event {
+            UplinkEvent::Connected { server, sender } => {
+                self.server = Some(server);
+                self.heard_server = now;
+                let invite = self.options.join.as_ref().map(|join| control::InviteUse {
+                    id: join.invite.0,
+                    secret: join.secret.clone(),
+                    network: join.network.0,
+                });
+                let name = self.options.name.as_ref().map(ToString::to_string);
+                let hello = self.node.hello(name, invite);
+                // What was queued for an older connection is in the hello already.
+                while self.node.poll_message().is_some() {}
+                if sender.try_send_control(control::encode(&hello)).is_err() {
+                    self.uplink.reconnect();
+                }
+                self.ports.set_link(Some(sender));
+            }
+            UplinkEvent::Inbound(Inbound::Control(bytes)) => {
+                self.heard_server = now;
+                match control::decode::<ServerMessage>(&bytes) {
+                    Ok(message) => {
+                        if let Some(server) = self.server {
+                            self.node.handle_message(&message, server, now);
+                        }
+                        if let Some(welcome) = &message.welcome {
+                            tracing::info!(server = ?self.server, name = %welcome.name,
+                                address = %welcome.ipv4, "connected to the server");
+                            self.reflector_ports = (welcome.relay_port, welcome.second_port);
+                            self.state.note_welcome(welcome, self.server);
+                        }
+                    }
+                    Err(error) => tracing::warn!(%error, "message of the server not understood"),
+                }
+            }
+            UplinkEvent::Inbound(Inbound::Relay(datagram)) => {
+                self.heard_server = now;
+                self.handle_relayed(&datagram, now);
+            }
+            UplinkEvent::Lost(error) => {
+                if self.server.is_some() {
+                    tracing::info!(%error, "connection to the server lost");
+                }
+                self.handle_link_down();
+            }
+            UplinkEvent::Failed(error) => {
+                tracing::info!(%error, "cannot reach the server");
+                self.connect_error = Some(error);
+            }
+        }
+    }
+
+    fn handle_link_down(&mut self) {
+        self.ports.set_link(None);
+        self.server = None;
+        self.node.handle_link_down(clock::now());
+    }
+
+    /// A relay frame that came by the control connection takes the same way in as one by UDP.
+    fn handle_relayed(&mut self, datagram: &[u8], now: Instant) {
+        let shared = Arc::clone(self.node.shared());
+        let table = shared.table();
+        let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
+        inbound(&shared, &table, Source::Link, datagram, now, &mut tun, &mut notes);
+        write_tun(&self.ports, &tun);
+        for note in notes {
+            self.node.handle_note(note, now);
+        }
+    }
+
+    /// Carries out all that the core wants.
+    async fn drain(&mut self) -> Result<(), StartError> {
+        let now = clock::now();
+        while let Some(event) = self.node.poll_event() {
+            self.handle_event(event, now).await?;
+        }
+        let mut out = std::mem::take(&mut self.out);
+        self.node.take_datagrams(&mut out);
+        send_all(&self.ports, &out);
+        self.out = out;
+        while let Some(message) = self.node.poll_message() {
+            if let Some(link) = self.ports.link() {
+                // When the link is full or gone, the next hello says the same.
+                let _ = link.try_send_control(control::encode(&message));
+            }
+        }
+        if self.rescan_at.is_some_and(|at| at <= now) {
+            self.rescan_at = None;
+            self.scan_interfaces().await;
+        }
+        if self.save_at.is_some_and(|at| at <= now) {
+            self.save_at = None;
+            self.save();
+        }
+        Ok(())
+    }
+
+    async fn handle_event(&mut self, event: Event, now: Instant) -> Result<(), StartError> {
+        match event {
+            Event::Identity(identity) => {
+                let current = self.interface.as_ref().map(Interface::identity);
+                let known = current.is_some_and(|current| current.same_addresses(&identity));
+                if !known && !self.options.enrol_only {
+                    self.interface = None;
+                    self.ports.set_tun(None);
+                    let interface = Interface::create(&self.options, identity).await?;
+                    self.ports.set_tun(Some(interface.tun()));
+                    self.interface = Some(interface);
+                    self.save();
+                    self.scan_interfaces().await;
+                }
+            }
+            Event::Save => {
+                self.save_at.get_or_insert(now + SAVE_DELAY);
+            }
+            Event::Path { peer, from, to, why } => self.log_path(peer, from, to, why),
+            Event::Pinged { token, answer } => {
+                if let Some(reply) = self.pings.remove(&token) {
+                    // The command may have gone away meanwhile.
+                    let _ = reply.send(answer);
+                }
+            }
+            Event::Refused(code, message) => self.handle_refused(code, message),
+        }
+        Ok(())
+    }
+
+    fn handle_refused(&mut self, code: RefusedCode, message: String) {
+        tracing::warn!(%message, "refused by the server");
+        self.refused = Some((code, message));
+        match code {
+            RefusedCode::NotMember if self.node.netmap().identity.is_some() => {
+                self.node.handle_removed(clock::now());
+                self.state.forget_enrolment();
+                self.ended = Some(Ended::Removed);
+            }
+            RefusedCode::Replaced => self.uplink.pause(),
+            _ => self.uplink.reconnect(),
+        }
+        self.handle_link_down();
+    }
+
+    fn log_path(
+        &self,
+        peer: NodeId,
+        from: Option<crate::path::Via>,
+        to: Option<crate::path::Via>,
+        why: &str,
+    ) {
+        let name = self.node.peer_info(peer).map(|info| info.name.to_string()).unwrap_or_default();
+        let show = |via: Option<crate::path::Via>| {
+            via.map_or_else(|| "none".to_string(), |via| via.to_string())
+        };
+        tracing::info!(peer = name, path = show(to), was = show(from), why, "path changed");
+    }
+
+    fn save(&self) {
+        if let Err(error) = self.state.save_netmap(self.node.netmap()) {
+            tracing::warn!(%error, "the netmap could not be saved");
+        }
+    }
+
+    /// Tells the core at which addresses our sockets can be reached.
+    async fn scan_interfaces(&mut self) {
+        let own = self.interface.as_ref().map(Interface::index);
+        match interface::host_endpoints(&self.ports, own).await {
+            Ok(endpoints) => self.node.handle_host_endpoints(endpoints, clock::now()),
+            Err(error) => tracing::warn!(%error, "the local addresses could not be read"),
+        }
+    }
+}
+
+async fn network_change(changes: Option<&mut Changes>) {
+    match changes {
+        Some(changes) => {
+            changes.changed().await;
+        }
+        None => std::future::pending().await,
+    }
+}

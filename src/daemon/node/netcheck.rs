@@ -1,0 +1,249 @@
+//! Measures the network in front of this node, with sockets of its own: a port that has never
+//! talked to the server is what shows how a NAT filters.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use tokio::net::UdpSocket;
+use tokio::time::{sleep_until, timeout};
+
+use super::Daemon;
+use super::report::{NatReport, Netcheck, SCHEMA, ServerProbe, millis};
+use crate::io::clock;
+use crate::path::{NatFacts, NatKind};
+use crate::types::TxId;
+use crate::wire::control::DEFAULT_PORT;
+use crate::wire::relay::{CONTROL_LEN, Control};
+
+/// A question is sent again after these, in milliseconds from the first.
+const REPEAT_MS: [u64; 3] = [0, 150, 400];
+/// An answer is waited for this long: no path to a server is slower.
+const ANSWER_LIMIT: Duration = Duration::from_millis(1_200);
+/// The own router answers faster.
+const HAIRPIN_LIMIT: Duration = Duration::from_millis(400);
+
+/// What has to be known to measure.
+#[derive(Debug, Clone)]
+pub(super) struct Inputs {
+    /// The server's two reflector ports, for each of its addresses.
+    reflectors: Vec<[SocketAddr; 2]>,
+    /// Addresses of this machine.
+    local: Vec<IpAddr>,
+}
+
+impl Daemon {
+    pub(super) fn netcheck_inputs(&self) -> Inputs {
+        let connected = self.server.map(|server| {
+            let (first, second) = self.reflector_ports;
+            let first = first.unwrap_or_else(|| server.port());
+            [first, second.unwrap_or_else(|| first.saturating_add(1))]
+                .map(|port| SocketAddr::new(server.ip(), port))
+        });
+        let known = self.state.enrolment().into_iter().flat_map(|enrolment| {
+            enrolment.servers.iter().filter_map(|server| {
+                let addr = server.literal()?;
+                // Control also listens on 443, the reflector does not.
+                let port = if addr.port() == 443 { DEFAULT_PORT } else { addr.port() };
+                Some([port, port.saturating_add(1)].map(|port| SocketAddr::new(addr.ip(), port)))
+            })
+        });
+        let mut reflectors: Vec<[SocketAddr; 2]> = connected.into_iter().collect();
+        for pair in known {
+            if !reflectors.contains(&pair) {
+                reflectors.push(pair);
+            }
+        }
+        reflectors.truncate(8);
+        let local = self.node.host_endpoints().iter().map(SocketAddr::ip).collect();
+        Inputs { reflectors, local }
+    }
+}
+
+/// Measures; takes two seconds at the most.
+pub(super) async fn run(inputs: Inputs) -> Netcheck {
+    let v4 = inputs.reflectors.iter().find(|pair| pair[0].is_ipv4()).copied();
+    let v6 = inputs.reflectors.iter().find(|pair| pair[0].is_ipv6()).copied();
+    let (nat, ipv6, servers) = tokio::join!(
+        async {
+            match v4 {
+                Some(pair) => measure_nat(pair, &inputs.local).await,
+                None => None,
+            }
+        },
+        async {
+            let pair = v6?;
+            let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).await.ok()?;
+            reflect(&socket, pair[0], false).await.map(|(observed, _)| observed)
+        },
+        probe_servers(&inputs.reflectors),
+    );
+    let udp = servers.iter().any(|server| server.rtt_ms.is_some());
+    let global_v6 = inputs.local.iter().find(|ip| match ip {
+        IpAddr::V6(ip) => !ip.is_unique_local() && !ip.is_unicast_link_local(),
+        IpAddr::V4(_) => false,
+    });
+    let kind = nat.as_ref().map(|nat| nat.facts.kind());
+    Netcheck {
+        schema: SCHEMA,
+        udp,
+        ipv4: nat.as_ref().map(|nat| nat.observed.to_string()),
+        ipv6: ipv6
+            .map(|observed| observed.to_string())
+            .or_else(|| global_v6.map(ToString::to_string)),
+        nat: NatReport {
+            mapping: nat.as_ref().map_or("unknown", |nat| nat.facts.mapping.as_str()).into(),
+            filtering: nat
+                .as_ref()
+                .and_then(|nat| nat.facts.filtering)
+                .map_or("unknown", |filtering| filtering.as_str())
+                .into(),
+            kind: match (kind, udp) {
+                (Some(kind), _) => kind.as_str(),
+                (None, false) => "udp-blocked",
+                (None, true) => "unknown",
+            }
+            .into(),
+            hairpin: nat.as_ref().and_then(|nat| nat.hairpin),
+            port_mapping: None,
+        },
+        servers,
+        verdict: verdict(kind, udp, ipv6.is_some()).into(),
+    }
+}
+
+struct Measured {
+    facts: NatFacts,
+    observed: SocketAddr,
+    hairpin: Option<bool>,
+}
+
+async fn measure_nat(reflectors: [SocketAddr; 2], local: &[IpAddr]) -> Option<Measured> {
+    let mapping = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await.ok()?;
+    let port = mapping.local_addr().ok()?.port();
+    // A port that talks to nobody else: an answer from the second port must find its own way in.
+    let filtering = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await.ok()?;
+    let (both, open) = tokio::join!(
+        async {
+            let (first, _) = reflect(&mapping, reflectors[0], false).await?;
+            let (second, _) = reflect(&mapping, reflectors[1], false).await?;
+            Some((first, second))
+        },
+        reflect(&filtering, reflectors[0], true),
+    );
+    let (first, second) = both?;
+    let local: Vec<SocketAddr> = local.iter().map(|ip| SocketAddr::new(*ip, port)).collect();
+    let facts = NatFacts::observe(&local, first, second, Some(open.is_some()));
+    let behind_nat = !local.contains(&first);
+    let hairpin = if behind_nat { Some(hairpins(&mapping, first).await) } else { None };
+    Some(Measured { facts, observed: first, hairpin })
+}
+
+/// Whether the router turns a packet to our own external endpoint around (RFC 4787 section 6).
+async fn hairpins(inside: &UdpSocket, external: SocketAddr) -> bool {
+    let Ok(other) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await else { return false };
+    let tx = TxId(rand::random());
+    let probe = Control::Reflect { tx, from_other_port: false }.encode(None);
+    if other.send_to(&probe, external).await.is_err() {
+        return false;
+    }
+    let arrived = async {
+        let mut buffer = [0; CONTROL_LEN + 1];
+        loop {
+            match inside.recv_from(&mut buffer).await {
+                Ok((len, _)) if buffer[..len] == probe => return true,
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
+    };
+    timeout(HAIRPIN_LIMIT, arrived).await.unwrap_or(false)
+}
+
+async fn probe_servers(reflectors: &[[SocketAddr; 2]]) -> Vec<ServerProbe> {
+    let mut probes = Vec::new();
+    for pair in reflectors {
+        let server = pair[0];
+        let bind: SocketAddr = if server.is_ipv4() {
+            (Ipv4Addr::UNSPECIFIED, 0).into()
+        } else {
+            (Ipv6Addr::UNSPECIFIED, 0).into()
+        };
+        let rtt = match UdpSocket::bind(bind).await {
+            Ok(socket) => reflect(&socket, server, false).await.map(|(_, rtt)| rtt),
+            Err(_) => None,
+        };
+        probes.push(ServerProbe { address: server.to_string(), rtt_ms: rtt.map(millis) });
+    }
+    probes
+}
+
+/// Asks a reflector where it sees `socket`.
+async fn reflect(
+    socket: &UdpSocket,
+    server: SocketAddr,
+    from_other_port: bool,
+) -> Option<(SocketAddr, Duration)> {
+    let start = clock::now();
+    let tx = TxId(rand::random());
+    let question = Control::Reflect { tx, from_other_port }.encode(None);
+    let mut repeats = REPEAT_MS.iter().map(|ms| start + Duration::from_millis(*ms));
+    let mut next = repeats.next();
+    let mut sent_at = start;
+    let exchange = async {
+        let mut buffer = [0; CONTROL_LEN + 1];
+        loop {
+            let due = next.unwrap_or(start + ANSWER_LIMIT * 2);
+            tokio::select! {
+                () = sleep_until(due.into()) => {
+                    next = repeats.next();
+                    sent_at = clock::now();
+                    // An error here is one more question without an answer.
+                    let _ = socket.send_to(&question, server).await;
+                }
+                received = socket.recv_from(&mut buffer) => {
+                    let (len, from) = received.ok()?;
+                    let answer = buffer.get(..len).and_then(|bytes| Control::parse(bytes).ok());
+                    if let Some(Control::Reflected { tx: answered, observed }) = answer
+                        && answered == tx
+                        && from.ip() == server.ip()
+                    {
+                        return Some((observed, clock::now().saturating_duration_since(sent_at)));
+                    }
+                }
+            }
+        }
+    };
+    timeout(ANSWER_LIMIT, exchange).await.ok().flatten()
+}
+
+fn verdict(kind: Option<NatKind>, udp: bool, ipv6: bool) -> &'static str {
+    if !udp {
+        return "UDP does not reach the server: everything goes through its relay over TCP; allow \
+                outgoing UDP to get direct paths";
+    }
+    match kind {
+        Some(NatKind::None) => {
+            "no NAT and no filter: every peer can be talked to directly, whatever it is behind"
+        }
+        Some(NatKind::Firewall) => {
+            "no NAT, and a firewall that lets in only answers: direct paths work with all peers \
+             but those behind a symmetric NAT"
+        }
+        Some(NatKind::FullConeOrAddressRestricted) => {
+            "an open NAT: direct paths work with every peer that has UDP"
+        }
+        Some(NatKind::PortRestricted) => {
+            "an ordinary NAT: direct paths work with all peers but those behind a symmetric NAT, \
+             which are relayed"
+        }
+        Some(NatKind::Symmetric) if ipv6 => {
+            "a symmetric NAT, and IPv6: direct paths work over IPv6, and over IPv4 with peers that \
+             are not behind a port-restricted or symmetric NAT"
+        }
+        Some(NatKind::Symmetric) => {
+            "a symmetric NAT: direct paths work with peers in the open or behind an open NAT, the \
+             others are relayed"
+        }
+        None => "UDP works; the NAT for IPv4 could not be measured",
+    }
+}

@@ -1,0 +1,162 @@
+//! The answers of the local socket: the JSON contract of the command line. Fields are added here,
+//! never renamed or removed.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use serde::{Deserialize, Serialize};
+
+/// Version of all of these.
+pub const SCHEMA: u32 = 1;
+
+/// `overlay status --json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Always [`SCHEMA`].
+    pub schema: u32,
+    /// This node.
+    #[serde(rename = "self")]
+    pub own: OwnStatus,
+    /// The coordination server.
+    pub server: ServerStatus,
+    /// All other nodes.
+    pub peers: Vec<PeerReport>,
+}
+
+/// This node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OwnStatus {
+    /// Eight hex digits.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Overlay address.
+    pub ipv4: Ipv4Addr,
+    /// Overlay address.
+    pub ipv6: Ipv6Addr,
+    /// The TUN interface.
+    pub interface: String,
+    /// Its MTU in bytes.
+    pub mtu: u16,
+    /// UDP port.
+    pub listen_port: u16,
+    /// WireGuard public key, base64.
+    pub public_key: String,
+    /// The network's id.
+    pub network: String,
+    /// Dropped packets by reason.
+    pub drops: BTreeMap<String, u64>,
+    /// Version of the running daemon.
+    pub version: String,
+}
+
+/// The coordination server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// `connected`, `connecting` or `unreachable`.
+    pub state: String,
+    /// Where it is, or was last.
+    pub address: Option<String>,
+    /// Round trip to its relay, in milliseconds.
+    pub rtt_ms: Option<f64>,
+}
+
+/// Another node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PeerReport {
+    /// Eight hex digits.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Overlay address.
+    pub ipv4: Ipv4Addr,
+    /// Overlay address.
+    pub ipv6: Ipv6Addr,
+    /// Whether the server sees it or it answers directly.
+    pub online: bool,
+    /// The way that a packet sent now would take.
+    pub path: PathReport,
+    /// Round trip on that path in milliseconds.
+    pub rtt_ms: Option<f64>,
+    /// Inner bytes sent.
+    pub tx_bytes: u64,
+    /// Inner bytes received.
+    pub rx_bytes: u64,
+    /// Seconds since the last WireGuard handshake.
+    pub last_handshake_s: Option<u64>,
+}
+
+/// A way to a peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PathReport {
+    /// `direct`, `relay-udp`, `relay-tcp`, `connecting` or `offline`.
+    pub kind: String,
+    /// The endpoint that datagrams go to.
+    pub remote: Option<String>,
+    /// For how long, in seconds.
+    pub since_s: u64,
+    /// Why, in a sentence.
+    pub why: String,
+}
+
+/// `overlay netcheck --json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Netcheck {
+    /// Always [`SCHEMA`].
+    pub schema: u32,
+    /// Whether UDP reaches the server and comes back.
+    pub udp: bool,
+    /// Our endpoint as the server sees it over IPv4.
+    pub ipv4: Option<String>,
+    /// A global IPv6 address of ours, or our endpoint as the server sees it.
+    pub ipv6: Option<String>,
+    /// The NAT in front of us.
+    pub nat: NatReport,
+    /// The reflectors that were asked.
+    pub servers: Vec<ServerProbe>,
+    /// What it means, in a sentence.
+    pub verdict: String,
+}
+
+/// The NAT in front of us.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NatReport {
+    /// RFC 4787 mapping behaviour, or `unknown`.
+    pub mapping: String,
+    /// RFC 4787 filtering behaviour, or `unknown`.
+    pub filtering: String,
+    /// The classical name, or `udp-blocked`.
+    pub kind: String,
+    /// Whether it turns packets for our own external endpoint around.
+    pub hairpin: Option<bool>,
+    /// Port mapping protocols that the router answers; not probed by this version.
+    pub port_mapping: Option<Vec<String>>,
+}
+
+/// A reflector that was asked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ServerProbe {
+    /// Where it is.
+    pub address: String,
+    /// Round trip in milliseconds, when it answered.
+    pub rtt_ms: Option<f64>,
+}
+
+/// `overlay ip --json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Addresses {
+    /// Always [`SCHEMA`].
+    pub schema: u32,
+    /// Whose.
+    pub name: String,
+    /// Overlay address.
+    pub ipv4: IpAddr,
+    /// Overlay address.
+    pub ipv6: IpAddr,
+}
+
+/// Milliseconds with three decimals: microseconds are what a clock here can tell.
+#[must_use]
+pub fn millis(duration: std::time::Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}

@@ -1,0 +1,289 @@
+//! From options to a running daemon, and its end.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::interface::InterfaceError;
+use super::local::serve_local;
+use super::state::{StateDir, StateError};
+use super::threads::{Ports, Threads};
+use super::uplink::{Destination, Uplink};
+use super::{Daemon, Ended};
+use crate::dataplane::UdpBatch;
+use crate::io::clock;
+use crate::io::link::ConnectError;
+use crate::io::local::{LocalError, LocalListener};
+use crate::io::os::Netlink;
+use crate::io::udp::UdpSocket;
+use crate::node::{Event, Node, NodeSettings};
+use crate::types::{NetworkId, NodeName};
+use crate::wire::control::RefusedCode;
+use crate::wire::join::JoinLine;
+
+/// A first enrolment takes no longer: the connection has its own, shorter limits.
+const ENROL_LIMIT: Duration = Duration::from_secs(20);
+/// Notes and requests that wait for the control task.
+const QUEUE: usize = 1024;
+
+/// What the daemon is told by flags, variables and files.
+#[derive(Debug, Clone)]
+pub struct NodeOptions {
+    /// To join with; none to use the enrolment in the state directory.
+    pub join: Option<JoinLine>,
+    /// The name to ask for.
+    pub name: Option<NodeName>,
+    /// Keys and netmap.
+    pub state_dir: PathBuf,
+    /// The local socket.
+    pub socket: PathBuf,
+    /// The TUN interface.
+    pub interface: String,
+    /// UDP port; none for the last one or a random one.
+    pub listen_port: Option<u16>,
+    /// MTU of the TUN interface in bytes.
+    pub mtu: u16,
+    /// What the core can be told.
+    pub settings: NodeSettings,
+    /// Stop as soon as the server has let us in.
+    pub enrol_only: bool,
+}
+
+/// Why the daemon did not start, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A daemon serves this socket.
+    #[error("overlay is already running (it answers on {})", socket.display())]
+    AlreadyRunning {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// No join line, and nothing in the state directory.
+    #[error("this machine is not enrolled in a network")]
+    NotEnrolled,
+    /// The join line is for another network than the one in the state directory.
+    #[error("this machine is a member of network {have}, the join line is for {wanted}")]
+    OtherNetwork {
+        /// In the state directory.
+        have: NetworkId,
+        /// In the join line.
+        wanted: NetworkId,
+    },
+    /// The server cannot be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The server says no.
+    #[error("{message}")]
+    Refused {
+        /// Why.
+        code: RefusedCode,
+        /// In its words.
+        message: String,
+    },
+    /// The server neither let us in nor said no.
+    #[error("the server did not answer the request to join within {} s", ENROL_LIMIT.as_secs())]
+    NoAnswer,
+    /// The UDP port is taken.
+    #[error("UDP port {port} is taken by another program")]
+    PortTaken {
+        /// The port.
+        port: u16,
+    },
+    /// The local socket.
+    #[error(transparent)]
+    Local(#[from] LocalError),
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The TUN interface.
+    #[error(transparent)]
+    Interface(#[from] InterfaceError),
+    /// Anything else that the kernel refuses.
+    #[error("{action}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// SIGTERM and SIGINT.
+pub(super) struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn new() -> Result<Self, StartError> {
+        let signal = |kind| {
+            signal(kind).map_err(|source| StartError::Io { action: "watching signals", source })
+        };
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for one of them. Cancel-safe.
+    pub(super) async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Runs a node until it is stopped or removed. `ready` is called when the overlay address is
+/// usable.
+///
+/// # Errors
+/// When it cannot start; after that only when the interface cannot be remade.
+pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ended, StartError> {
+    let mut stop = StopSignals::new()?;
+    let listener = match LocalListener::bind(&options.socket).await {
+        Err(LocalError::AlreadyRunning { path }) => {
+            return Err(StartError::AlreadyRunning { socket: path });
+        }
+        result => result?,
+    };
+    let mut state = StateDir::open(&options.state_dir)?;
+    match (&options.join, state.enrolment()) {
+        (None, None) => return Err(StartError::NotEnrolled),
+        (Some(join), Some(enrolment)) if join.network != enrolment.network => {
+            return Err(StartError::OtherNetwork { have: enrolment.network, wanted: join.network });
+        }
+        (Some(join), _) => state.prepare(join),
+        (None, Some(_)) => {}
+    }
+    let keys = state.keys()?;
+    let enrolment = state.enrolment().ok_or(StartError::NotEnrolled)?.clone();
+    let netmap = if enrolment.joined { state.netmap() } else { crate::node::Netmap::default() };
+
+    let now = clock::now();
+    let call_epoch = clock::unix_seconds().saturating_mul(1000);
+    let node = Node::new(keys.node, netmap, options.settings, rand::random(), call_epoch, now);
+    let (udp_v4, udp_v6) = bind_udp(&options, enrolment.listen_port)?;
+    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()))
+        .map_err(|source| StartError::Io { action: "making an event descriptor", source })?;
+    let ports = Arc::new(ports);
+    let (note_sender, notes) = mpsc::channel(QUEUE);
+    let (request_sender, requests) = mpsc::channel(QUEUE);
+    let uplink = Uplink::new(Destination {
+        servers: enrolment.servers.clone(),
+        server_keys: enrolment.server_keys.clone(),
+        machine_key: keys.machine,
+    });
+    let changes = Netlink::changes()
+        .inspect_err(|error| tracing::warn!(%error, "changes of the network are not noticed"))
+        .ok();
+    let mut daemon = Daemon {
+        node,
+        ports: Arc::clone(&ports),
+        interface: None,
+        state,
+        uplink,
+        server: None,
+        reflector_ports: (None, None),
+        heard_server: now,
+        notes,
+        requests,
+        changes,
+        pings: std::collections::BTreeMap::new(),
+        next_token: 0,
+        rescan_at: None,
+        save_at: None,
+        out: UdpBatch::default(),
+        options,
+        refused: None,
+        connect_error: None,
+        ended: None,
+    };
+    daemon.scan_interfaces().await;
+    if let Some(identity) = daemon.node.netmap().identity.clone()
+        && !daemon.options.enrol_only
+    {
+        daemon.handle_event(Event::Identity(identity), now).await?;
+    } else if let Some(ended) = daemon.enrol(&mut stop).await? {
+        return Ok(ended);
+    }
+    let port = ports.listen_port();
+    daemon.state.set_listen_port(port);
+    daemon.save();
+    if daemon.options.enrol_only {
+        ready(&daemon.node);
+        return Ok(Ended::Stopped);
+    }
+    let threads = Threads::start(&ports, &note_sender)
+        .map_err(|source| StartError::Io { action: "starting the packet threads", source })?;
+    let local = serve_local(listener, request_sender);
+    ready(&daemon.node);
+    let ended = daemon.serve(&mut stop).await;
+    drop(local);
+    drop(threads);
+    daemon.save();
+    ended
+}
+
+impl Daemon {
+    /// Serves until the server has let us in, or will not.
+    async fn enrol(&mut self, stop: &mut StopSignals) -> Result<Option<Ended>, StartError> {
+        let deadline = clock::now() + ENROL_LIMIT;
+        loop {
+            self.drain().await?;
+            if let Some((code, message)) = self.refused.take() {
+                return Err(StartError::Refused { code, message });
+            }
+            if let Some(error) = self.connect_error.take() {
+                return Err(StartError::Connect(error));
+            }
+            if self.ended.is_some() {
+                return Ok(self.ended);
+            }
+            let let_in = self.node.netmap().identity.is_some() && self.server.is_some();
+            if let_in && (self.options.enrol_only || self.interface.is_some()) {
+                return Ok(None);
+            }
+            if clock::now() >= deadline {
+                return Err(StartError::NoAnswer);
+            }
+            let limit = deadline.saturating_duration_since(clock::now());
+            // Every source in a turn is cancel-safe, so nothing is lost at the limit.
+            let _ = tokio::time::timeout(limit, self.turn(stop)).await;
+        }
+    }
+}
+
+fn bind_udp(
+    options: &NodeOptions,
+    saved_port: u16,
+) -> Result<(Option<UdpSocket>, Option<UdpSocket>), StartError> {
+    let v4 = |port| UdpSocket::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
+    let v6 = |port| UdpSocket::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
+    let wanted = options.listen_port.unwrap_or(saved_port);
+    let udp_v4 = match v4(wanted) {
+        Ok(socket) => Some(socket),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if options.listen_port.is_some() {
+                return Err(StartError::PortTaken { port: wanted });
+            }
+            tracing::warn!(port = wanted, "the UDP port of the last run is taken, using another");
+            v4(0).ok()
+        }
+        Err(_) => None,
+    };
+    let port =
+        udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()).map_or(wanted, |a| a.port());
+    // Another port for IPv6 is as good, it has candidates of its own.
+    let udp_v6 = v6(port).or_else(|_| v6(0)).ok();
+    if udp_v4.is_none() && udp_v6.is_none() {
+        let source = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        return Err(StartError::Io { action: "binding a UDP socket", source });
+    }
+    Ok((udp_v4, udp_v6))
+}

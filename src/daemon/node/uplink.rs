@@ -1,0 +1,164 @@
+//! The control connection, kept up: all known server addresses are tried side by side, the first
+//! that answers with the pinned key wins, and a lost connection is made again with growing,
+//! jittered waits.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use tokio::task::JoinSet;
+
+use crate::io::clock;
+use crate::io::link::{ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, connect};
+use crate::types::{PublicKey, SecretKey};
+use crate::wire::join::ServerAddr;
+
+/// The next address is tried beside the first after this (RFC 8305 section 5).
+const STAGGER: Duration = Duration::from_millis(250);
+/// The first wait after a loss; every next one is up to three times the last.
+const MIN_WAIT: Duration = Duration::from_millis(200);
+/// A thousand nodes spread over this come back to a restarted server within seconds, and no
+/// faster than it can serve them.
+const MAX_WAIT: Duration = Duration::from_secs(6);
+/// When another machine connected with our key, there is no hurry to throw it out again.
+const PAUSE: Duration = Duration::from_secs(60);
+
+/// What became of the connection.
+#[derive(Debug)]
+pub(super) enum UplinkEvent {
+    /// There is one.
+    Connected {
+        /// Its far end.
+        server: SocketAddr,
+        /// To send on it.
+        sender: LinkSender,
+    },
+    /// Something came.
+    Inbound(Inbound),
+    /// It is gone; another is being made.
+    Lost(LinkError),
+    /// None of the addresses works; they are tried again.
+    Failed(ConnectError),
+}
+
+/// Whom to connect to, and as whom.
+#[derive(Debug, Clone)]
+pub(super) struct Destination {
+    pub(super) servers: Vec<ServerAddr>,
+    pub(super) server_keys: Vec<PublicKey>,
+    pub(super) machine_key: SecretKey,
+}
+
+enum Phase {
+    Waiting(Instant),
+    Connecting(JoinSet<Result<Link, ConnectError>>, Option<ConnectError>),
+    Connected(Box<LinkReceiver>),
+}
+
+/// The control connection.
+pub(super) struct Uplink {
+    destination: Arc<Destination>,
+    phase: Phase,
+    wait: Duration,
+}
+
+impl Uplink {
+    pub(super) fn new(destination: Destination) -> Self {
+        Self {
+            destination: Arc::new(destination),
+            phase: Phase::Waiting(clock::now()),
+            wait: MIN_WAIT,
+        }
+    }
+
+    /// Whether a connection is being made at this moment, rather than waited for.
+    pub(super) fn is_trying(&self) -> bool {
+        matches!(self.phase, Phase::Connecting(..))
+    }
+
+    /// Drops the connection and makes another.
+    pub(super) fn reconnect(&mut self) {
+        self.wait_for(self.wait);
+    }
+
+    /// Drops the connection for a while.
+    pub(super) fn pause(&mut self) {
+        self.phase = Phase::Waiting(clock::now() + PAUSE);
+    }
+
+    fn wait_for(&mut self, longest: Duration) {
+        let low = MIN_WAIT.as_secs_f64();
+        let high = longest.as_secs_f64().max(low * 1.01);
+        let wait = Duration::from_secs_f64(rand::rng().random_range(low..high));
+        self.wait = (self.wait * 3).min(MAX_WAIT);
+        self.phase = Phase::Waiting(clock::now() + wait);
+    }
+
+    /// The next event. Cancel-safe.
+    pub(super) async fn next(&mut self) -> UplinkEvent {
+        loop {
+            match &mut self.phase {
+                Phase::Waiting(at) => {
+                    tokio::time::sleep_until((*at).into()).await;
+                    self.phase = Phase::Connecting(self.start(), None);
+                }
+                Phase::Connecting(attempts, worst) => match attempts.join_next().await {
+                    Some(Ok(Ok(link))) => {
+                        let Link { sender, receiver, remote, .. } = link;
+                        self.phase = Phase::Connected(Box::new(receiver));
+                        return UplinkEvent::Connected { server: remote, sender };
+                    }
+                    Some(Ok(Err(error))) => {
+                        if worst.as_ref().is_none_or(|worst| telling(&error) > telling(worst)) {
+                            *worst = Some(error);
+                        }
+                    }
+                    Some(Err(panicked)) => tracing::error!(%panicked, "connecting panicked"),
+                    None => {
+                        let error = worst.take();
+                        self.wait_for(self.wait);
+                        if let Some(error) = error {
+                            return UplinkEvent::Failed(error);
+                        }
+                    }
+                },
+                Phase::Connected(receiver) => match receiver.next().await {
+                    Ok(inbound) => {
+                        self.wait = MIN_WAIT;
+                        return UplinkEvent::Inbound(inbound);
+                    }
+                    Err(error) => {
+                        self.wait_for(self.wait);
+                        return UplinkEvent::Lost(error);
+                    }
+                },
+            }
+        }
+    }
+
+    fn start(&self) -> JoinSet<Result<Link, ConnectError>> {
+        let mut attempts = JoinSet::new();
+        let mut delay = Duration::ZERO;
+        for server in self.destination.servers.clone() {
+            let destination = Arc::clone(&self.destination);
+            attempts.spawn(async move {
+                tokio::time::sleep(delay).await;
+                connect(&server, &destination.server_keys, &destination.machine_key).await
+            });
+            delay += STAGGER;
+        }
+        attempts
+    }
+}
+
+/// Of several failures, the one that says most is shown.
+fn telling(error: &ConnectError) -> u8 {
+    match error {
+        ConnectError::WrongKey { .. } => 4,
+        ConnectError::NotOurProtocol { .. } => 3,
+        ConnectError::Closed { .. } => 2,
+        ConnectError::TimedOut { .. } | ConnectError::Unreachable { .. } => 1,
+        ConnectError::Resolve { .. } => 0,
+    }
+}

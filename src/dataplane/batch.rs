@@ -1,0 +1,209 @@
+//! Buffers that carry packets from a packet function to a syscall.
+
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+
+/// The most bytes that one run may hold: the largest UDP payload, less some slack.
+const MAX_RUN_BYTES: usize = 65_000;
+/// The most datagrams of one run: `UDP_MAX_SEGMENTS` of Linux before 6.9.
+const MAX_RUN_SEGMENTS: usize = 63;
+
+/// Where a run of datagrams goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// Out of the UDP socket of that family.
+    Udp {
+        /// To this endpoint.
+        remote: SocketAddr,
+        /// From this address of ours, when it matters.
+        local: Option<IpAddr>,
+    },
+    /// As a relay frame on the control connection.
+    Link,
+}
+
+/// Datagrams to one target, all of one length but for the last, which may be shorter: what UDP
+/// generic segmentation offload can send in one call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// Where to.
+    pub target: Target,
+    /// Length of each datagram but the last.
+    pub segment: usize,
+    range: Range<usize>,
+    segments: usize,
+}
+
+/// Datagrams to be sent, in order, in runs.
+#[derive(Debug, Default)]
+pub struct UdpBatch {
+    buf: Vec<u8>,
+    runs: Vec<Run>,
+    used: usize,
+}
+
+impl UdpBatch {
+    /// Forgets all datagrams, keeps the memory.
+    pub fn clear(&mut self) {
+        self.runs.clear();
+        self.used = 0;
+    }
+
+    /// Whether there is nothing to send.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// Bytes waiting.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.used
+    }
+
+    /// Adds one datagram that `write` puts into a buffer of at least `room` bytes; it returns the
+    /// length, or an error, and then nothing is added.
+    ///
+    /// # Errors
+    /// What `write` returns.
+    pub fn push<E>(
+        &mut self,
+        target: Target,
+        room: usize,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+    ) -> Result<(), E> {
+        let start = self.used;
+        if self.buf.len() < start + room {
+            self.buf.resize(start + room, 0);
+        }
+        let len = write(&mut self.buf[start..start + room])?;
+        self.used = start + len;
+        if let Some(run) = self.runs.last_mut()
+            && run.target == target
+            && len <= run.segment
+            && run.range.len() % run.segment == 0
+            && run.range.len() + len <= MAX_RUN_BYTES
+            && run.segments < MAX_RUN_SEGMENTS
+        {
+            run.range.end += len;
+            run.segments += 1;
+        } else {
+            self.runs.push(Run { target, segment: len, range: start..self.used, segments: 1 });
+        }
+        Ok(())
+    }
+
+    /// Adds a datagram that is there already.
+    pub fn push_bytes(&mut self, target: Target, datagram: &[u8]) {
+        let copied: Result<(), std::convert::Infallible> =
+            self.push(target, datagram.len(), |room| {
+                room.copy_from_slice(datagram);
+                Ok(datagram.len())
+            });
+        match copied {
+            Ok(()) => {}
+            Err(never) => match never {},
+        }
+    }
+
+    /// The runs, in order, each with its bytes.
+    pub fn runs(&self) -> impl Iterator<Item = (&Run, &[u8])> {
+        self.runs.iter().map(|run| (run, &self.buf[run.range.clone()]))
+    }
+
+    /// The single datagrams, in order.
+    pub fn datagrams(&self) -> impl Iterator<Item = (Target, &[u8])> {
+        self.runs().flat_map(|(run, bytes)| {
+            bytes.chunks(run.segment.max(1)).map(|datagram| (run.target, datagram))
+        })
+    }
+}
+
+/// IP packets to be written to the TUN interface, in order.
+#[derive(Debug, Default)]
+pub struct TunBatch {
+    buf: Vec<u8>,
+    packets: Vec<Range<usize>>,
+    used: usize,
+}
+
+impl TunBatch {
+    /// Forgets all packets, keeps the memory.
+    pub fn clear(&mut self) {
+        self.packets.clear();
+        self.used = 0;
+    }
+
+    /// Whether there is nothing to write.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.packets.is_empty()
+    }
+
+    /// Adds one packet that `write` puts into a buffer of `room` bytes; `Ok(0)` adds nothing.
+    ///
+    /// # Errors
+    /// What `write` returns; then nothing is added.
+    pub fn push<E>(
+        &mut self,
+        room: usize,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+    ) -> Result<(), E> {
+        let start = self.used;
+        if self.buf.len() < start + room {
+            self.buf.resize(start + room, 0);
+        }
+        let len = write(&mut self.buf[start..start + room])?;
+        if len > 0 {
+            self.packets.push(start..start + len);
+            self.used = start + len;
+        }
+        Ok(())
+    }
+
+    /// The packets, in order.
+    pub fn packets(&self) -> impl Iterator<Item = &[u8]> {
+        self.packets.iter().map(|range| &self.buf[range.clone()])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(port: u16) -> Target {
+        Target::Udp { remote: SocketAddr::new([192, 0, 2, 1].into(), port), local: None }
+    }
+
+    #[test]
+    fn equal_datagrams_to_one_target_form_a_run_and_a_shorter_one_ends_it() {
+        let mut batch = UdpBatch::default();
+        for len in [100, 100, 60, 100, 120] {
+            batch.push_bytes(target(1), &vec![7; len]);
+        }
+        batch.push_bytes(target(2), &[8; 120]);
+        let runs: Vec<_> = batch.runs().map(|(run, bytes)| (run.segment, bytes.len())).collect();
+        assert_eq!(runs, [(100, 260), (100, 100), (120, 120), (120, 120)]);
+        let lens: Vec<_> = batch.datagrams().map(|(_, datagram)| datagram.len()).collect();
+        assert_eq!(lens, [100, 100, 60, 100, 120, 120]);
+    }
+
+    #[test]
+    fn a_run_never_grows_over_what_one_call_can_send() {
+        let mut batch = UdpBatch::default();
+        for _ in 0..200 {
+            batch.push_bytes(target(1), &[0; 1400]);
+        }
+        for (run, bytes) in batch.runs() {
+            assert!(bytes.len() <= MAX_RUN_BYTES && bytes.len() / run.segment <= MAX_RUN_SEGMENTS);
+        }
+        assert_eq!(batch.datagrams().count(), 200);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_no_trace() {
+        let mut batch = UdpBatch::default();
+        assert_eq!(batch.push(target(1), 10, |_| Err::<usize, _>("no")), Err("no"));
+        assert!(batch.is_empty() && batch.datagrams().count() == 0);
+    }
+}

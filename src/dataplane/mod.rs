@@ -1,0 +1,130 @@
+//! The data plane: packet functions over shared per-peer state.
+//!
+//! Follow a packet out: TUN batch -> [`outbound::outbound`] (route, seal) -> [`UdpBatch`]. In: UDP
+//! batch -> [`inbound::inbound`] (classify, open, source check) -> [`TunBatch`]. Buffers and the
+//! time come in as arguments; two threads, the simulator and the tests call the same functions.
+//!
+//! What cannot be decided here (a handshake, disco, no session yet) becomes a [`Note`] for the
+//! control plane. The control plane publishes a [`ForwardingTable`] and each peer's path; locks
+//! are held per peer only. No socket, no file, no clock.
+
+mod batch;
+mod inbound;
+mod outbound;
+mod peer;
+mod session;
+mod table;
+
+pub use batch::{Run, Target, TunBatch, UdpBatch};
+pub use inbound::inbound;
+pub(crate) use outbound::send_datagram;
+pub use outbound::{flush_pending, outbound};
+pub use peer::{Peer, PeerCounters};
+pub use session::{
+    EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
+};
+pub use table::ForwardingTable;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+
+use crate::path::Via;
+use crate::types::{DropCounters, NodeId};
+
+/// Where a datagram came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// From a UDP socket.
+    Udp {
+        /// The sender's endpoint.
+        remote: SocketAddr,
+        /// Our address that it was sent to, when the kernel told.
+        local: Option<IpAddr>,
+    },
+    /// A relay frame on the control connection.
+    Link,
+}
+
+/// Something for the control plane.
+#[derive(Debug)]
+pub enum Note {
+    /// A handshake, disco or relay control message. `relayed` is its sender when it came in a
+    /// relay frame; the frame's header is gone already.
+    Control {
+        /// Where from.
+        source: Source,
+        /// Through the relay, from whom.
+        relayed: Option<NodeId>,
+        /// The message.
+        datagram: Vec<u8>,
+    },
+    /// There are packets for this peer and no session or no path.
+    SessionWanted(NodeId),
+    /// The first packet to this peer after a pause was sent: watch its path.
+    Active(NodeId),
+    /// The first packet of a new session was opened: both sides have it.
+    SessionConfirmed(NodeId),
+    /// Authenticated data arrived by another way than the primary.
+    HeardOn {
+        /// The peer.
+        peer: NodeId,
+        /// The way.
+        via: Via,
+    },
+}
+
+/// What the threads and the control plane of one node share.
+#[derive(Debug)]
+pub struct Shared {
+    table: ArcSwap<ForwardingTable>,
+    drops: DropCounters,
+    base: Instant,
+}
+
+impl Shared {
+    /// Shared state with an empty table. `base` is where activity stamps start.
+    #[must_use]
+    pub fn new(base: Instant) -> Arc<Self> {
+        Arc::new(Self {
+            table: ArcSwap::from_pointee(ForwardingTable::default()),
+            drops: DropCounters::default(),
+            base,
+        })
+    }
+
+    /// The table of this moment; take it once per batch.
+    #[must_use]
+    pub fn table(&self) -> Arc<ForwardingTable> {
+        self.table.load_full()
+    }
+
+    /// Publishes a new table.
+    pub fn publish(&self, table: ForwardingTable) {
+        self.table.store(Arc::new(table));
+    }
+
+    /// Why packets died.
+    #[must_use]
+    pub fn drops(&self) -> &DropCounters {
+        &self.drops
+    }
+
+    /// `now` as a number for an atomic: milliseconds since the start, never zero.
+    #[must_use]
+    pub fn stamp(&self, now: Instant) -> u64 {
+        let since = now.saturating_duration_since(self.base).as_millis();
+        u64::try_from(since).unwrap_or(u64::MAX - 1) + 1
+    }
+
+    /// The instant of a stamp; zero is never.
+    #[must_use]
+    pub fn unstamp(&self, stamp: u64) -> Option<Instant> {
+        (stamp != 0).then(|| self.base + std::time::Duration::from_millis(stamp - 1))
+    }
+}
+
+#[cfg(test)]
+mod tests;

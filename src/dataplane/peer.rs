@@ -1,0 +1,135 @@
+//! The state of one peer that packets touch: session, path, counters.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+
+use super::session::Session;
+use crate::path::Choice;
+use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
+
+/// Packets that wait for a session, per peer: one TCP window's worth of a handshake's time.
+const MAX_PENDING: usize = 64;
+/// A packet that waited for longer is of no use to its program any more.
+const PENDING_LIFETIME: Duration = Duration::from_secs(3);
+
+/// What the data plane counts per peer.
+#[derive(Debug, Default)]
+pub struct PeerCounters {
+    /// Inner bytes sent.
+    pub tx_bytes: AtomicU64,
+    /// Inner bytes received.
+    pub rx_bytes: AtomicU64,
+    /// Stamp of the last inner packet sent.
+    pub last_sent: AtomicU64,
+    /// Stamp of the last authenticated data on the primary path.
+    pub last_heard_primary: AtomicU64,
+    /// Stamp of the last authenticated data on any path.
+    pub last_heard: AtomicU64,
+}
+
+/// What stands behind the peer's lock.
+#[derive(Debug)]
+pub struct PeerState {
+    /// The WireGuard session.
+    pub session: Session,
+    pending: VecDeque<(Instant, Vec<u8>)>,
+}
+
+/// One peer, as packets see it.
+#[derive(Debug)]
+pub struct Peer {
+    /// The peer's id.
+    pub id: NodeId,
+    /// Its overlay addresses: what it may send from, and what is routed to it.
+    pub addrs: OverlayAddrs,
+    /// Our receiver index for its sessions (24 bits).
+    pub index: u32,
+    /// Counters and stamps.
+    pub counters: PeerCounters,
+    choice: ArcSwap<Choice>,
+    session_wanted: AtomicBool,
+    state: Mutex<PeerState>,
+}
+
+impl Peer {
+    /// A peer without a path.
+    #[must_use]
+    pub fn new(id: NodeId, addrs: OverlayAddrs, index: u32, session: Session) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            addrs,
+            index,
+            counters: PeerCounters::default(),
+            choice: ArcSwap::from_pointee(Choice::default()),
+            session_wanted: AtomicBool::new(false),
+            state: Mutex::new(PeerState { session, pending: VecDeque::new() }),
+        })
+    }
+
+    /// Takes the peer's lock: once per run of packets, never while holding another peer's.
+    pub fn lock(&self) -> MutexGuard<'_, PeerState> {
+        // A panic while holding it can only come from the crypto library refusing a buffer; the
+        // state behind it is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The path of this moment.
+    #[must_use]
+    pub fn choice(&self) -> Choice {
+        **self.choice.load()
+    }
+
+    /// Sets the path.
+    pub fn set_choice(&self, choice: Choice) {
+        if self.choice() != choice {
+            self.choice.store(Arc::new(choice));
+        }
+    }
+
+    /// Whether the control plane has still to be told that a session is wanted.
+    pub(super) fn ask_for_session(&self) -> bool {
+        !self.session_wanted.swap(true, Ordering::Relaxed)
+    }
+
+    /// The control plane has heard: the next packet without a session may ask again.
+    pub fn session_request_heard(&self) {
+        self.session_wanted.store(false, Ordering::Relaxed);
+    }
+}
+
+impl PeerState {
+    /// Keeps a packet until there is a session; the oldest makes room.
+    pub(super) fn keep(&mut self, packet: &[u8], drops: &DropCounters, now: Instant) {
+        if self.pending.len() >= MAX_PENDING {
+            self.pending.pop_front();
+            drops.count(DropReason::QueueFull);
+        }
+        self.pending.push_back((now, packet.to_vec()));
+    }
+
+    /// Takes the oldest packet that is still worth sending.
+    pub(super) fn take_pending(&mut self, drops: &DropCounters, now: Instant) -> Option<Vec<u8>> {
+        while let Some((at, packet)) = self.pending.pop_front() {
+            if now.saturating_duration_since(at) <= PENDING_LIFETIME {
+                return Some(packet);
+            }
+            drops.count(DropReason::NoPath);
+        }
+        None
+    }
+
+    /// Drops the packets that waited for too long; tells whether any still wait.
+    pub fn expire_pending(&mut self, drops: &DropCounters, now: Instant) -> bool {
+        while let Some((at, _)) = self.pending.front()
+            && now.saturating_duration_since(*at) > PENDING_LIFETIME
+        {
+            self.pending.pop_front();
+            drops.count(DropReason::NoPath);
+        }
+        !self.pending.is_empty()
+    }
+}

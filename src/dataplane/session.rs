@@ -1,0 +1,351 @@
+//! WireGuard keys with one peer. The only file that names `boringtun`.
+//!
+//! The engine does the cryptography; *when* to shake hands is decided here, with the `now` that we
+//! are given, so that a handshake lost on a fresh path is repeated after a quarter of a second and
+//! not after five. What of WireGuard the engine leaves to its caller, and where that is done:
+//! inner source addresses (`inbound`), padding (not done: allowed), giving up and key lifetimes
+//! (here), limits on handshakes (`node`).
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use boringtun::noise::errors::WireGuardError;
+use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::rate_limiter::RateLimiter;
+use boringtun::noise::{Packet, Tunn, TunnResult};
+use boringtun::x25519;
+
+use crate::types::{DropReason, PublicKey, SecretKey};
+
+/// Bytes that sealing adds: 16 of header and 16 of authentication tag.
+pub(super) const SEAL_OVERHEAD: usize = 32;
+/// The engine wants at least this much room: it may write a handshake instead.
+pub const MIN_SEAL_BUFFER: usize = 148;
+
+/// WireGuard's `REJECT_AFTER_TIME` (180 s), less what clocks and timers may differ by.
+const KEY_LIFETIME: Duration = Duration::from_secs(175);
+/// The side that answered the handshake lets the other start the next one for this long.
+const RESPONDER_PATIENCE: Duration = Duration::from_secs(10);
+/// Keys are renewed only while data flows: this long after the last packet it does not.
+const IN_USE: Duration = Duration::from_secs(15);
+/// Waits before a handshake initiation is repeated; the last one repeats.
+const RETRY: [Duration; 5] = [
+    Duration::from_millis(250),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+];
+/// The engine's own timers are looked at this often.
+const ENGINE_TICK: Duration = Duration::from_millis(250);
+
+/// Our static keys in the engine's form, shared by all sessions of a node.
+#[derive(Clone)]
+pub struct EngineKeys {
+    secret: x25519::StaticSecret,
+    public: x25519::PublicKey,
+    limiter: Arc<RateLimiter>,
+}
+
+impl std::fmt::Debug for EngineKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineKeys").finish_non_exhaustive()
+    }
+}
+
+impl EngineKeys {
+    /// Prepares the node key.
+    #[must_use]
+    pub fn new(node_key: &SecretKey) -> Self {
+        let secret = x25519::StaticSecret::from(*node_key.expose());
+        let public = x25519::PublicKey::from(&secret);
+        // The engine's limiter is one counter for all sources, which lets one flooder lock all
+        // others out; handshakes are limited per source before they come here.
+        let limiter = Arc::new(RateLimiter::new(&public, u64::MAX));
+        Self { secret, public, limiter }
+    }
+}
+
+/// How often keys are renewed.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionSettings {
+    /// WireGuard's `REKEY_AFTER_TIME`: 120 s. Tests shorten it.
+    pub rekey_after: Duration,
+}
+
+impl Default for SessionSettings {
+    fn default() -> Self {
+        Self { rekey_after: Duration::from_secs(120) }
+    }
+}
+
+/// Why a packet could not be sealed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SealError {
+    NoSession,
+    NoPath,
+    TooLarge,
+}
+
+/// A packet that was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Opened {
+    /// Length of the inner packet; zero is a keepalive.
+    pub(super) len: usize,
+    /// Whether this is the first packet under new keys.
+    pub(super) confirms_session: bool,
+}
+
+/// What came of a handshake message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HandshakeOutcome {
+    /// Length of the datagram to send back on the same path.
+    pub reply: Option<usize>,
+    /// Whether data can be sent from here on.
+    pub established: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Attempt {
+    next_at: Instant,
+    tries: usize,
+}
+
+/// WireGuard keys with one peer, and the timers around them.
+pub struct Session {
+    engine: Tunn,
+    settings: SessionSettings,
+    established: Option<Instant>,
+    initiator: bool,
+    /// The index under which we answered a handshake that the peer has not yet confirmed.
+    unconfirmed: Option<u32>,
+    attempt: Option<Attempt>,
+    last_data: Option<Instant>,
+    engine_tick_at: Option<Instant>,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("established", &self.established).finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// A session with `peer`, without keys yet. `index` has 24 bits and is unique on this node.
+    #[must_use]
+    pub fn new(keys: &EngineKeys, peer: &PublicKey, index: u32, settings: SessionSettings) -> Self {
+        let engine = Tunn::new(
+            keys.secret.clone(),
+            x25519::PublicKey::from(peer.0),
+            None,
+            None,
+            index & 0x00ff_ffff,
+            Some(Arc::clone(&keys.limiter)),
+        );
+        Self {
+            engine,
+            settings,
+            established: None,
+            initiator: false,
+            unconfirmed: None,
+            attempt: None,
+            last_data: None,
+            engine_tick_at: None,
+        }
+    }
+
+    /// Whether data can be sealed now.
+    #[must_use]
+    pub fn is_usable(&self, now: Instant) -> bool {
+        self.established.is_some_and(|at| now.saturating_duration_since(at) < KEY_LIFETIME)
+    }
+
+    /// When the keys in use were agreed on.
+    #[must_use]
+    pub fn established(&self) -> Option<Instant> {
+        self.established
+    }
+
+    /// Seals `packet` into `out`, which has room for `max(packet + 32, 148)` bytes.
+    pub(super) fn seal(
+        &mut self,
+        packet: &[u8],
+        out: &mut [u8],
+        now: Instant,
+    ) -> Result<usize, SealError> {
+        if out.len() < (packet.len() + SEAL_OVERHEAD).max(MIN_SEAL_BUFFER) {
+            return Err(SealError::TooLarge);
+        }
+        if !self.is_usable(now) {
+            return Err(SealError::NoSession);
+        }
+        match self.engine.encapsulate(packet, out) {
+            TunnResult::WriteToNetwork(sealed) if sealed[0] == 4 => {
+                self.last_data = Some(now);
+                Ok(sealed.len())
+            }
+            // The engine threw its keys away before we did. It keeps the packet and wants to
+            // start over, which is done by the timers here, so that is not lost either.
+            _ => {
+                self.established = None;
+                Err(SealError::NoSession)
+            }
+        }
+    }
+
+    /// Opens a data packet for receiver index `receiver` into `out`, which is no shorter.
+    pub(super) fn open(
+        &mut self,
+        receiver: u32,
+        datagram: &[u8],
+        out: &mut [u8],
+        now: Instant,
+    ) -> Result<Opened, DropReason> {
+        if out.len() < datagram.len() {
+            return Err(DropReason::TooLarge);
+        }
+        let len = match self.engine.decapsulate(None, datagram, out) {
+            TunnResult::Done => 0,
+            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
+                packet.len()
+            }
+            TunnResult::WriteToNetwork(_) => return Err(DropReason::Malformed),
+            TunnResult::Err(error) => return Err(reason_of(&error)),
+        };
+        if len > 0 {
+            self.last_data = Some(now);
+        }
+        let confirms_session = self.unconfirmed == Some(receiver);
+        if confirms_session {
+            self.unconfirmed = None;
+            self.established = Some(now);
+            self.initiator = false;
+            self.attempt = None;
+        }
+        Ok(Opened { len, confirms_session })
+    }
+
+    /// Takes a handshake message from the peer; `out` has at least 148 bytes.
+    ///
+    /// # Errors
+    /// When the message is not from this peer, or is a replay.
+    pub fn handle_handshake(
+        &mut self,
+        datagram: &[u8],
+        from: IpAddr,
+        out: &mut [u8],
+        now: Instant,
+    ) -> Result<HandshakeOutcome, DropReason> {
+        let is_initiation = datagram.first() == Some(&1);
+        match self.engine.decapsulate(Some(from), datagram, out) {
+            TunnResult::WriteToNetwork(reply) => {
+                if is_initiation {
+                    let index = reply.get(4..8).and_then(|bytes| bytes.try_into().ok());
+                    self.unconfirmed = index.map(u32::from_le_bytes);
+                } else {
+                    self.established = Some(now);
+                    self.initiator = true;
+                    self.attempt = None;
+                }
+                Ok(HandshakeOutcome { reply: Some(reply.len()), established: !is_initiation })
+            }
+            TunnResult::Done => Ok(HandshakeOutcome { reply: None, established: false }),
+            TunnResult::Err(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => Err(DropReason::BadHandshake),
+        }
+    }
+
+    /// Starts a handshake, unless one is under way. Returns the length of the initiation in `out`.
+    pub fn initiate(&mut self, out: &mut [u8], now: Instant) -> Option<usize> {
+        if self.attempt.is_some_and(|attempt| attempt.next_at > now) {
+            return None;
+        }
+        let tries = self.attempt.map_or(0, |attempt| attempt.tries + 1);
+        let wait = RETRY[tries.min(RETRY.len() - 1)];
+        self.attempt = Some(Attempt { next_at: now + wait, tries });
+        match self.engine.format_handshake_initiation(out, true) {
+            TunnResult::WriteToNetwork(initiation) => Some(initiation.len()),
+            _ => None,
+        }
+    }
+
+    /// Forgets the waits of the handshake under way: there is a new path, try it at once.
+    pub fn hurry(&mut self, now: Instant) {
+        if let Some(attempt) = &mut self.attempt {
+            *attempt = Attempt { next_at: now, tries: 0 };
+        }
+    }
+
+    /// Gives up the handshake under way: nobody waits for it.
+    pub fn give_up(&mut self) {
+        self.attempt = None;
+    }
+
+    /// Whether a handshake is under way.
+    #[must_use]
+    pub fn is_initiating(&self) -> bool {
+        self.attempt.is_some()
+    }
+
+    /// Does what is due; returns the length of a datagram in `out` that wants sending.
+    pub fn handle_timeout(&mut self, out: &mut [u8], now: Instant) -> Option<usize> {
+        let due = self.attempt.is_some_and(|attempt| attempt.next_at <= now);
+        if due || (self.attempt.is_none() && self.rekey_at().is_some_and(|at| at <= now)) {
+            return self.initiate(out, now);
+        }
+        if self.engine_tick_at.is_none_or(|at| at <= now) {
+            self.engine_tick_at = Some(now + ENGINE_TICK);
+            if let TunnResult::WriteToNetwork(datagram) = self.engine.update_timers(out) {
+                if datagram[0] == 1 {
+                    self.attempt = Some(Attempt { next_at: now + RETRY[0], tries: 0 });
+                }
+                return Some(datagram.len());
+            }
+        }
+        None
+    }
+
+    /// When [`Self::handle_timeout`] has something to do, beside the engine's tick.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
+        match self.attempt {
+            Some(attempt) => Some((attempt.next_at, "handshake retry")),
+            None => self.rekey_at().map(|at| (at, "key renewal")),
+        }
+    }
+
+    /// When keys are renewed, if data flows; none when it does not.
+    fn rekey_at(&self) -> Option<Instant> {
+        let established = self.established?;
+        let patience = if self.initiator { Duration::ZERO } else { RESPONDER_PATIENCE };
+        let at = established + self.settings.rekey_after + patience;
+        self.last_data.filter(|last| *last + IN_USE >= at).map(|_| at)
+    }
+}
+
+/// Whose static key a handshake initiation carries, before any session is touched.
+///
+/// # Errors
+/// When its first MAC is not for our key, or it does not decrypt.
+pub fn handshake_sender(keys: &EngineKeys, initiation: &[u8]) -> Result<PublicKey, DropReason> {
+    let mut scratch = [0; MIN_SEAL_BUFFER];
+    let packet = keys
+        .limiter
+        .verify_packet(None, initiation, &mut scratch)
+        .map_err(|_| DropReason::BadHandshake)?;
+    let Packet::HandshakeInit(initiation) = packet else { return Err(DropReason::BadHandshake) };
+    parse_handshake_anon(&keys.secret, &keys.public, &initiation)
+        .map(|half| PublicKey(half.peer_static_public))
+        .map_err(|_| DropReason::BadHandshake)
+}
+
+fn reason_of(error: &WireGuardError) -> DropReason {
+    match error {
+        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => DropReason::Replayed,
+        WireGuardError::InvalidPacket => DropReason::BadInnerPacket,
+        WireGuardError::NoCurrentSession | WireGuardError::WrongIndex => DropReason::UnknownSession,
+        _ => DropReason::Undecryptable,
+    }
+}

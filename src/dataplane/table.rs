@@ -1,0 +1,73 @@
+//! The forwarding table: which peer a packet is for, and which peer it is from.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use prefix_trie::PrefixMap;
+
+use super::Peer;
+use crate::types::{NodeId, OverlayAddrs};
+
+/// Immutable once published; the control plane makes a new one for each change of the netmap.
+#[derive(Debug, Default)]
+pub struct ForwardingTable {
+    /// This node's own overlay addresses.
+    pub own: Option<OverlayAddrs>,
+    /// Where relay datagrams go to and come from.
+    pub relay: Option<SocketAddr>,
+    routes_v4: PrefixMap<Ipv4Net, Arc<Peer>>,
+    routes_v6: PrefixMap<Ipv6Net, Arc<Peer>>,
+    // Only for look-up, never iterated: its order is of no consequence.
+    by_index: HashMap<u32, Arc<Peer>>,
+    by_id: HashMap<NodeId, Arc<Peer>>,
+}
+
+impl ForwardingTable {
+    /// An empty table of the node with these addresses.
+    #[must_use]
+    pub fn new(own: Option<OverlayAddrs>, relay: Option<SocketAddr>) -> Self {
+        Self { own, relay, ..Self::default() }
+    }
+
+    /// Adds a peer: its addresses, its session index, its id.
+    pub fn insert(&mut self, peer: Arc<Peer>) {
+        for prefix in peer.addrs.prefixes() {
+            match prefix {
+                IpNet::V4(prefix) => drop(self.routes_v4.insert(prefix, Arc::clone(&peer))),
+                IpNet::V6(prefix) => drop(self.routes_v6.insert(prefix, Arc::clone(&peer))),
+            }
+        }
+        self.by_index.insert(peer.index, Arc::clone(&peer));
+        self.by_id.insert(peer.id, peer);
+    }
+
+    /// The peer that packets to `dst` go to: the longest prefix wins.
+    #[must_use]
+    pub fn route(&self, dst: IpAddr) -> Option<&Arc<Peer>> {
+        match dst {
+            IpAddr::V4(dst) => self.routes_v4.get_lpm(&Ipv4Net::from(dst)).map(|(_, peer)| peer),
+            IpAddr::V6(dst) => self.routes_v6.get_lpm(&Ipv6Net::from(dst)).map(|(_, peer)| peer),
+        }
+    }
+
+    /// The peer whose session has this receiver index: the upper 24 bits are ours per peer, the
+    /// lower 8 count its sessions.
+    #[must_use]
+    pub fn by_receiver(&self, receiver: u32) -> Option<&Arc<Peer>> {
+        self.by_index.get(&(receiver >> 8))
+    }
+
+    /// The peer with this id.
+    #[must_use]
+    pub fn by_id(&self, id: NodeId) -> Option<&Arc<Peer>> {
+        self.by_id.get(&id)
+    }
+
+    /// Whether a session index is taken.
+    #[must_use]
+    pub fn has_index(&self, index: u32) -> bool {
+        self.by_index.contains_key(&index)
+    }
+}

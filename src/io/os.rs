@@ -1,0 +1,340 @@
+//! What the kernel knows of networks: links, addresses, routes, and news of their changes.
+//!
+//! Speaks netlink for IPv4 and IPv6, in the network namespace of the thread that connected. Decides
+//! nothing: which address or route belongs where is the caller's business.
+
+mod changes;
+mod conflicts;
+mod messages;
+
+use std::io;
+use std::net::IpAddr;
+
+use futures_util::TryStreamExt;
+use ipnet::IpNet;
+use rtnetlink::packet_route::link::LinkMessage;
+use rtnetlink::{LinkUnspec, RouteMessageBuilder};
+use tokio::task::JoinHandle;
+
+pub use changes::{ChangeSet, Changes};
+pub use conflicts::{Conflict, LocalNet, Overlap, conflicts};
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// The interface index.
+    pub index: u32,
+    /// The interface name.
+    pub name: String,
+    /// Whether it is switched on.
+    pub up: bool,
+    /// Whether it is a loopback interface.
+    pub loopback: bool,
+    /// The largest packet it sends.
+    pub mtu_bytes: u32,
+}
+
+/// An address on an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterfaceAddress {
+    /// The interface index.
+    pub index: u32,
+    /// The interface name.
+    pub name: String,
+    /// Whether the interface is switched on.
+    pub up: bool,
+    /// Whether the interface is a loopback interface.
+    pub loopback: bool,
+    /// The address and its prefix length.
+    pub addr: IpNet,
+    /// The address should not be used for anything new.
+    pub deprecated: bool,
+    /// Duplicate detection has not finished, or has failed: the address does not work yet.
+    pub tentative: bool,
+    /// A privacy address that will be replaced within hours (RFC 8981).
+    pub temporary: bool,
+}
+
+/// A route of the main table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// Where it leads; a default route has prefix length 0.
+    pub dst: IpNet,
+    /// The interface it leaves by.
+    pub index: u32,
+    /// The router to hand packets to; none on a directly connected net.
+    pub gateway: Option<IpAddr>,
+    /// The source address that this route suggests.
+    pub pref_src: Option<IpAddr>,
+    /// The kernel's order among routes to the same place, lowest first.
+    pub metric: Option<u32>,
+}
+
+impl Route {
+    /// A route straight out of interface `index`, without router, hint or metric.
+    pub fn direct(dst: IpNet, index: u32) -> Self {
+        Self { dst, index, gateway: None, pref_src: None, metric: None }
+    }
+
+    /// Whether this is a default route.
+    pub fn is_default(&self) -> bool {
+        self.dst.prefix_len() == 0
+    }
+}
+
+/// A netlink connection. The task behind it ends when this is dropped.
+#[derive(Debug)]
+pub struct Netlink {
+    handle: rtnetlink::Handle,
+    task: JoinHandle<()>,
+}
+
+impl Netlink {
+    /// Connects to the kernel. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// When no netlink socket can be opened.
+    pub fn connect() -> Result<Self, NetlinkError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(NetlinkError::Connect)?;
+        Ok(Self { handle, task: tokio::spawn(connection) })
+    }
+
+    /// All interfaces.
+    ///
+    /// # Errors
+    /// When the kernel refuses, as every request here.
+    pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
+        let stream = self.handle.link().get().execute();
+        let messages: Vec<LinkMessage> =
+            stream.try_collect().await.map_err(refused(|| Request::ListLinks))?;
+        Ok(messages.iter().map(messages::link).collect())
+    }
+
+    /// The index of interface `name`, if there is one.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn link_index(&self, name: &str) -> Result<Option<u32>, NetlinkError> {
+        let links = self.links().await?;
+        Ok(links.iter().find(|link| link.name == name).map(|link| link.index))
+    }
+
+    /// Sets the MTU, if one is given, and switches the interface on or off.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn set_link(
+        &self,
+        index: u32,
+        mtu_bytes: Option<u32>,
+        state: LinkState,
+    ) -> Result<(), NetlinkError> {
+        let mut builder = LinkUnspec::new_with_index(index);
+        if let Some(mtu) = mtu_bytes {
+            builder = builder.mtu(mtu);
+        }
+        builder = match state {
+            LinkState::Up => builder.up(),
+            LinkState::Down => builder.down(),
+        };
+        let request = self.handle.link().change(builder.build());
+        request.execute().await.map_err(refused(|| Request::SetLink { index }))
+    }
+
+    /// Removes an interface.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn delete_link(&self, index: u32) -> Result<(), NetlinkError> {
+        let request = self.handle.link().del(index);
+        request.execute().await.map_err(refused(|| Request::DeleteLink { index }))
+    }
+
+    /// Adds an address; one that is already there is no error. An IPv6 address skips duplicate
+    /// detection, so that it works at once.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn add_address(&self, index: u32, addr: IpNet) -> Result<(), NetlinkError> {
+        let mut request = self.handle.address().add(index, addr.addr(), addr.prefix_len());
+        if addr.addr().is_ipv6() {
+            messages::skip_duplicate_detection(request.message_mut());
+        }
+        let result = request.replace().execute().await;
+        result.map_err(refused(|| Request::AddAddress { index, addr }))
+    }
+
+    /// All addresses of all interfaces, both families.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn addresses(&self) -> Result<Vec<InterfaceAddress>, NetlinkError> {
+        let links = self.links().await?;
+        let stream = self.handle.address().get().execute();
+        let messages: Vec<_> =
+            stream.try_collect().await.map_err(refused(|| Request::ListAddresses))?;
+        Ok(messages.iter().filter_map(|message| messages::address(message, &links)).collect())
+    }
+
+    /// Adds a route to the main table; one that is already there is replaced.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or when the families of the addresses differ.
+    pub async fn add_route(&self, route: &Route) -> Result<(), NetlinkError> {
+        let message = messages::route_message(route)?;
+        let result = self.handle.route().add(message).replace().execute().await;
+        result.map_err(refused(|| Request::AddRoute { route: route.clone() }))
+    }
+
+    /// Removes a route from the main table.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or has no such route.
+    pub async fn del_route(&self, route: &Route) -> Result<(), NetlinkError> {
+        let message = messages::route_message(route)?;
+        let result = self.handle.route().del(message).execute().await;
+        result.map_err(refused(|| Request::DeleteRoute { route: route.clone() }))
+    }
+
+    /// The unicast routes of the main table, both families. A route with several next hops is
+    /// several routes here.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn routes(&self) -> Result<Vec<Route>, NetlinkError> {
+        let mut routes = Vec::new();
+        for question in [
+            RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+        ] {
+            let stream = self.handle.route().get(question).execute();
+            let messages: Vec<_> =
+                stream.try_collect().await.map_err(refused(|| Request::ListRoutes))?;
+            routes.extend(messages.iter().flat_map(messages::routes));
+        }
+        Ok(routes)
+    }
+
+    /// Listens for changes of links, addresses and routes, from now on. Must be called inside a
+    /// tokio runtime.
+    ///
+    /// # Errors
+    /// When no netlink socket can be opened.
+    pub fn changes() -> Result<Changes, NetlinkError> {
+        Changes::listen().map_err(NetlinkError::Connect)
+    }
+}
+
+impl Drop for Netlink {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Whether an interface is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkState {
+    /// Switched on.
+    Up,
+    /// Switched off.
+    Down,
+}
+
+/// What was asked of the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// List the interfaces.
+    ListLinks,
+    /// List the addresses.
+    ListAddresses,
+    /// List the routes.
+    ListRoutes,
+    /// Set MTU and state of interface `index`.
+    #[expect(missing_docs, reason = "the fields are what the request names")]
+    SetLink { index: u32 },
+    /// Remove interface `index`.
+    #[expect(missing_docs, reason = "the fields are what the request names")]
+    DeleteLink { index: u32 },
+    /// Put `addr` on interface `index`.
+    #[expect(missing_docs, reason = "the fields are what the request names")]
+    AddAddress { index: u32, addr: IpNet },
+    /// Add `route`.
+    #[expect(missing_docs, reason = "the fields are what the request names")]
+    AddRoute { route: Route },
+    /// Remove `route`.
+    #[expect(missing_docs, reason = "the fields are what the request names")]
+    DeleteRoute { route: Route },
+}
+
+impl std::fmt::Display for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::ListLinks => write!(f, "listing interfaces"),
+            Self::ListAddresses => write!(f, "listing addresses"),
+            Self::ListRoutes => write!(f, "listing routes"),
+            Self::SetLink { index } => write!(f, "setting up interface {index}"),
+            Self::DeleteLink { index } => write!(f, "removing interface {index}"),
+            Self::AddAddress { index, addr } => write!(f, "adding {addr} to interface {index}"),
+            Self::AddRoute { route } => {
+                write!(f, "adding a route to {} by interface {}", route.dst, route.index)
+            }
+            Self::DeleteRoute { route } => {
+                write!(f, "removing the route to {} by interface {}", route.dst, route.index)
+            }
+        }
+    }
+}
+
+/// Why netlink did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// No netlink socket.
+    #[error("cannot open a netlink socket")]
+    Connect(#[source] io::Error),
+    /// The kernel said no.
+    #[error("{request} was refused by the kernel")]
+    Refused {
+        /// What was asked.
+        request: Request,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The conversation with the kernel broke.
+    #[error("{request} failed")]
+    Broken {
+        /// What was asked.
+        request: Request,
+        /// What went wrong.
+        source: Box<rtnetlink::Error>,
+    },
+    /// A route whose destination, router and source are not of one family.
+    #[error("route to {} mixes IPv4 and IPv6", route.dst)]
+    MixedFamilies {
+        /// The route.
+        route: Box<Route>,
+    },
+}
+
+impl NetlinkError {
+    /// The kernel's error number, if it gave one.
+    pub fn kernel_error(&self) -> Option<nix::errno::Errno> {
+        match self {
+            Self::Connect(source) | Self::Refused { source, .. } => {
+                source.raw_os_error().map(nix::errno::Errno::from_raw)
+            }
+            Self::Broken { .. } | Self::MixedFamilies { .. } => None,
+        }
+    }
+}
+
+fn refused(request: impl FnOnce() -> Request) -> impl FnOnce(rtnetlink::Error) -> NetlinkError {
+    move |error| match error {
+        rtnetlink::Error::NetlinkError(answer) => {
+            NetlinkError::Refused { request: request(), source: answer.to_io() }
+        }
+        source => NetlinkError::Broken { request: request(), source: Box::new(source) },
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,162 @@
+//! Netlink messages to our words and back.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use rtnetlink::RouteMessageBuilder;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage,
+};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteScope, RouteType, RouteVia,
+};
+
+use super::{InterfaceAddress, Link, NetlinkError, Route};
+
+pub(super) fn link(message: &LinkMessage) -> Link {
+    let mut name = String::new();
+    let mut mtu_bytes = 0;
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(value) => name.clone_from(value),
+            LinkAttribute::Mtu(value) => mtu_bytes = *value,
+            _ => {}
+        }
+    }
+    Link {
+        index: message.header.index,
+        name,
+        up: message.header.flags.contains(LinkFlags::Up),
+        loopback: message.header.flags.contains(LinkFlags::Loopback),
+        mtu_bytes,
+    }
+}
+
+pub(super) fn address(message: &AddressMessage, links: &[Link]) -> Option<InterfaceAddress> {
+    let mut local = None;
+    let mut remote = None;
+    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
+    for attribute in &message.attributes {
+        match attribute {
+            // On a point-to-point link `Address` is the other end; `Local` is ours.
+            AddressAttribute::Local(addr) => local = Some(*addr),
+            AddressAttribute::Address(addr) => remote = Some(*addr),
+            AddressAttribute::Flags(all) => flags = *all,
+            _ => {}
+        }
+    }
+    let index = message.header.index;
+    let link = links.iter().find(|link| link.index == index)?;
+    let addr = IpNet::new(local.or(remote)?, message.header.prefix_len).ok()?;
+    Some(InterfaceAddress {
+        index,
+        name: link.name.clone(),
+        up: link.up,
+        loopback: link.loopback,
+        addr,
+        deprecated: flags.contains(AddressFlags::Deprecated),
+        tentative: flags.intersects(AddressFlags::Tentative | AddressFlags::Dadfailed),
+        // For IPv6 the kernel uses the bit of IPv4's "secondary" for a privacy address.
+        temporary: addr.addr().is_ipv6() && flags.contains(AddressFlags::Secondary),
+    })
+}
+
+pub(super) fn skip_duplicate_detection(message: &mut AddressMessage) {
+    message.header.flags |= AddressHeaderFlags::Nodad;
+}
+
+pub(super) fn route_message(route: &Route) -> Result<RouteMessage, NetlinkError> {
+    let mixed = |_| NetlinkError::MixedFamilies { route: Box::new(route.clone()) };
+    let mut builder = RouteMessageBuilder::<IpAddr>::new()
+        .output_interface(route.index)
+        .destination_prefix(route.dst.network(), route.dst.prefix_len())
+        .map_err(mixed)?;
+    builder = match route.gateway {
+        Some(gateway) => builder.gateway(gateway).map_err(mixed)?,
+        None if route.dst.addr().is_ipv4() => builder.scope(RouteScope::Link),
+        None => builder,
+    };
+    if let Some(source) = route.pref_src {
+        builder = builder.pref_source(source).map_err(mixed)?;
+    }
+    if let Some(metric) = route.metric {
+        builder = builder.priority(metric);
+    }
+    Ok(builder.build())
+}
+
+pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
+    let mut facts = Facts::default();
+    facts.read(&message.attributes);
+    let table = facts.table.unwrap_or_else(|| u32::from(message.header.table));
+    if message.header.kind != RouteType::Unicast || table != u32::from(RouteHeader::RT_TABLE_MAIN) {
+        return Vec::new();
+    }
+    let unspecified = match message.header.address_family {
+        AddressFamily::Inet => IpAddr::from([0; 4]),
+        AddressFamily::Inet6 => IpAddr::from([0; 16]),
+        _ => return Vec::new(),
+    };
+    let length = message.header.destination_prefix_length;
+    let Ok(dst) = IpNet::new(facts.destination.unwrap_or(unspecified), length) else {
+        return Vec::new();
+    };
+    let route = |index, gateway| Route {
+        dst,
+        index,
+        gateway,
+        pref_src: facts.pref_src,
+        metric: facts.metric,
+    };
+    let mut routes: Vec<Route> =
+        facts.next_hops.iter().map(|(index, gateway)| route(*index, *gateway)).collect();
+    if let Some(index) = facts.index {
+        routes.push(route(index, facts.gateway));
+    }
+    routes
+}
+
+#[derive(Default)]
+struct Facts {
+    destination: Option<IpAddr>,
+    index: Option<u32>,
+    gateway: Option<IpAddr>,
+    pref_src: Option<IpAddr>,
+    metric: Option<u32>,
+    table: Option<u32>,
+    next_hops: Vec<(u32, Option<IpAddr>)>,
+}
+
+impl Facts {
+    fn read(&mut self, attributes: &[RouteAttribute]) {
+        for attribute in attributes {
+            match attribute {
+                RouteAttribute::Destination(addr) => self.destination = ip(addr),
+                RouteAttribute::Oif(index) => self.index = Some(*index),
+                RouteAttribute::Gateway(addr) => self.gateway = ip(addr),
+                RouteAttribute::Via(RouteVia::Inet6(addr)) => self.gateway = Some((*addr).into()),
+                RouteAttribute::PrefSource(addr) => self.pref_src = ip(addr),
+                RouteAttribute::Priority(metric) => self.metric = Some(*metric),
+                RouteAttribute::Table(table) => self.table = Some(*table),
+                RouteAttribute::MultiPath(hops) => {
+                    for hop in hops {
+                        let mut inner = Self::default();
+                        inner.read(&hop.attributes);
+                        self.next_hops.push((hop.interface_index, inner.gateway));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(addr) => Some((*addr).into()),
+        RouteAddress::Inet6(addr) => Some((*addr).into()),
+        _ => None,
+    }
+}

@@ -1,0 +1,201 @@
+//! A kernel TUN device: whole IP packets in and out of one network interface.
+//!
+//! Sets no address, route or MTU and brings nothing up: that is netlink's business ([`super::os`]).
+//! Reads and writes never block, so that a poll(2) thread and a tokio `AsyncFd` can both drive it.
+//! The interface disappears when the value is dropped.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+
+use nix::errno::Errno;
+
+use super::sys;
+
+/// What kind of device to open.
+#[derive(Debug, Clone)]
+pub struct TunOptions {
+    name: String,
+}
+
+impl TunOptions {
+    /// A device called `name`, one plain IP packet per read and write.
+    pub fn named(name: &str) -> Self {
+        Self { name: name.to_owned() }
+    }
+}
+
+/// An open TUN device.
+pub struct Tun {
+    device: tun::Device,
+    name: String,
+    index: u32,
+}
+
+impl Tun {
+    /// Creates the interface in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// Tells apart what a person can do about it: a bad or taken name, a missing `/dev/net/tun`, a
+    /// missing permission.
+    pub fn open(options: &TunOptions) -> Result<Self, TunError> {
+        let name = options.name.as_str();
+        check_name(name)?;
+        let mut config = tun::Configuration::default();
+        config.tun_name(name).platform_config(|platform| {
+            // Not about privileges: it keeps the crate from setting addresses, MTU and flags.
+            platform.ensure_root_privileges(false);
+        });
+        let device = tun::Device::new(&config).map_err(|source| open_error(name, source.into()))?;
+        device.set_nonblock().map_err(|source| TunError::Open { name: name.to_owned(), source })?;
+        let index = nix::net::if_::if_nametoindex(name)
+            .map_err(|errno| TunError::Open { name: name.to_owned(), source: errno.into() })?;
+        Ok(Self { device, name: name.to_owned(), index })
+    }
+
+    /// The interface name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The interface index, valid in the namespace where the device was opened.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Reads one packet; a packet longer than `buffer` is cut.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is none.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(nix::unistd::read(self, buffer)?)
+    }
+
+    /// Writes one whole packet.
+    ///
+    /// # Errors
+    /// `EINVAL` for bytes that are no IP packet, `EIO` while the interface is down.
+    pub fn write(&self, packet: &[u8]) -> io::Result<usize> {
+        Ok(nix::unistd::write(self, packet)?)
+    }
+}
+
+impl AsFd for Tun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        sys::tun_fd(&self.device)
+    }
+}
+
+impl AsRawFd for Tun {
+    fn as_raw_fd(&self) -> RawFd {
+        self.device.as_raw_fd()
+    }
+}
+
+impl std::fmt::Debug for Tun {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tun").field("name", &self.name).field("index", &self.index).finish()
+    }
+}
+
+/// Why there is no TUN device.
+#[derive(Debug, thiserror::Error)]
+pub enum TunError {
+    /// Linux would not take this as an interface name.
+    #[error("{name:?} is not an interface name: 1 to 15 bytes without '/', ':', '%' or spaces")]
+    InvalidName {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// Another interface, or another program's TUN, has the name.
+    #[error("interface name {name} is taken")]
+    NameTaken {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// The kernel has no TUN driver here, or the container did not get the device.
+    #[error("/dev/net/tun is missing or has no driver")]
+    NoDevice,
+    /// The process may not open the device or create interfaces.
+    #[error("no permission to create interface {name}: needs CAP_NET_ADMIN and /dev/net/tun")]
+    NoPermission {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// Anything else the kernel said.
+    #[error("cannot create interface {name}")]
+    Open {
+        /// The name that was asked for.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl TunError {
+    /// What a person can do about it, if there is something.
+    pub fn help(&self) -> Option<&'static str> {
+        match self {
+            Self::InvalidName { .. } | Self::NameTaken { .. } => Some("choose another --interface"),
+            Self::NoDevice => Some(
+                "load the driver (sudo modprobe tun); in a container pass the device \
+                 (docker run --device /dev/net/tun)",
+            ),
+            Self::NoPermission { .. } => {
+                Some("run it with sudo; in a container add --cap-add NET_ADMIN")
+            }
+            Self::Open { .. } => None,
+        }
+    }
+}
+
+fn check_name(name: &str) -> Result<(), TunError> {
+    let fits = (1..libc::IFNAMSIZ).contains(&name.len());
+    let plain = name.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:%".contains(&byte));
+    if fits && plain && name != "." && name != ".." {
+        return Ok(());
+    }
+    Err(TunError::InvalidName { name: name.to_owned() })
+}
+
+fn open_error(name: &str, source: io::Error) -> TunError {
+    let name = name.to_owned();
+    let Some(code) = source.raw_os_error() else {
+        return TunError::Open { name, source };
+    };
+    match Errno::from_raw(code) {
+        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => TunError::NoDevice,
+        Errno::EPERM | Errno::EACCES => TunError::NoPermission { name },
+        Errno::EBUSY => TunError::NameTaken { name },
+        // An interface that is no TUN at all has the name.
+        Errno::EINVAL if nix::net::if_::if_nametoindex(name.as_str()).is_ok() => {
+            TunError::NameTaken { name }
+        }
+        _ => TunError::Open { name, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_linux_refuses_are_refused_before_the_kernel_is_asked() {
+        for name in ["", ".", "..", "a/b", "a b", "eth0:1", "tun%d", "sixteen-bytes-xx"] {
+            let error = Tun::open(&TunOptions::named(name)).unwrap_err();
+            assert!(matches!(error, TunError::InvalidName { .. }), "{name:?} gave {error}");
+        }
+        assert!(check_name("fifteen-bytes-x").is_ok(), "15 bytes are the longest name");
+    }
+
+    #[test]
+    fn kernel_answers_become_facts_that_a_person_can_act_on() {
+        let error = |errno: Errno| open_error("overlay-none", errno.into());
+        assert!(matches!(error(Errno::ENOENT), TunError::NoDevice), "the file is missing");
+        assert!(matches!(error(Errno::ENODEV), TunError::NoDevice), "the driver is missing");
+        assert!(matches!(error(Errno::EPERM), TunError::NoPermission { .. }), "no capability");
+        assert!(matches!(error(Errno::EBUSY), TunError::NameTaken { .. }), "a TUN in use");
+        assert!(matches!(error(Errno::EINVAL), TunError::Open { .. }), "no such interface exists");
+        let loopback = open_error("lo", Errno::EINVAL.into());
+        assert!(matches!(loopback, TunError::NameTaken { .. }), "lo is no TUN");
+    }
+}

@@ -1,0 +1,177 @@
+//! UDP sockets that send and receive many datagrams per call.
+//!
+//! `quinn-udp` does the system calls: UDP segmentation offload out, receive offload in, and the
+//! address that a datagram was sent to, so that an answer can leave from there. Sockets never
+//! block; whoever waits uses poll(2).
+
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Datagrams of at most this size are received, alone or many in one buffer.
+const SLOT_BYTES: usize = 65_536;
+/// Buffers per receive call.
+const SLOTS: usize = 16;
+/// Kernel buffers, each way: two hundred full trains, so that a busy core loses nothing.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+
+/// A UDP socket of one address family.
+#[derive(Debug)]
+pub struct UdpSocket {
+    socket: std::net::UdpSocket,
+    state: UdpSocketState,
+}
+
+impl UdpSocket {
+    /// Binds a socket. An IPv6 one takes no IPv4 traffic.
+    ///
+    /// # Errors
+    /// What the kernel says; `AddrInUse` when the port is taken.
+    pub fn bind(addr: SocketAddr) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
+        if addr.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.bind(&addr.into())?;
+        let socket = std::net::UdpSocket::from(socket);
+        let state = UdpSocketState::new((&socket).into())?;
+        // Where the kernel allows less, less it is.
+        let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
+        let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
+        Ok(Self { socket, state })
+    }
+
+    /// The address that the socket is bound to.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// Sends datagrams of `segment` bytes each (the last may be shorter) to `remote`, from address
+    /// `local` of ours if one is given. Where the kernel cannot cut them, they are sent singly.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the socket's buffer is full, else what the kernel says. Some of the
+    /// datagrams may have left.
+    pub fn send(
+        &self,
+        remote: SocketAddr,
+        local: Option<IpAddr>,
+        bytes: &[u8],
+        segment: usize,
+    ) -> io::Result<()> {
+        let transmit = |contents, segment_size| Transmit {
+            destination: remote,
+            ecn: None,
+            contents,
+            segment_size,
+            src_ip: local,
+        };
+        if bytes.len() > segment && self.state.max_gso_segments() > 1 {
+            match self.state.try_send((&self.socket).into(), &transmit(bytes, Some(segment))) {
+                // The device cannot do it: quinn-udp has switched it off, the train is still here.
+                Err(_) if self.state.max_gso_segments() == 1 => {}
+                result => return result,
+            }
+        }
+        for datagram in bytes.chunks(segment.max(1)) {
+            self.state.try_send((&self.socket).into(), &transmit(datagram, None))?;
+        }
+        Ok(())
+    }
+
+    /// Receives what is there, up to the size of `buffers`.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is nothing, else what the kernel says.
+    pub fn receive(&self, buffers: &mut RecvBuffers) -> io::Result<()> {
+        buffers.filled = 0;
+        let mut slots = buffers.bytes.chunks_mut(SLOT_BYTES);
+        let mut slices: [IoSliceMut<'_>; SLOTS] =
+            std::array::from_fn(|_| IoSliceMut::new(slots.next().unwrap_or_default()));
+        let received = self.state.recv((&self.socket).into(), &mut slices, &mut buffers.metas)?;
+        buffers.filled = received;
+        Ok(())
+    }
+}
+
+impl AsFd for UdpSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// One datagram that was received.
+#[derive(Debug, Clone, Copy)]
+pub struct Received<'a> {
+    /// From where.
+    pub remote: SocketAddr,
+    /// The address of ours that it was sent to.
+    pub local: Option<IpAddr>,
+    /// Its content.
+    pub bytes: &'a [u8],
+}
+
+/// Room for one receive call.
+pub struct RecvBuffers {
+    bytes: Vec<u8>,
+    metas: [RecvMeta; SLOTS],
+    filled: usize,
+}
+
+impl Default for RecvBuffers {
+    fn default() -> Self {
+        Self { bytes: vec![0; SLOTS * SLOT_BYTES], metas: [RecvMeta::default(); SLOTS], filled: 0 }
+    }
+}
+
+impl RecvBuffers {
+    /// The datagrams of the last call, in order.
+    pub fn datagrams(&self) -> impl Iterator<Item = Received<'_>> {
+        let slots = self.bytes.chunks(SLOT_BYTES).zip(&self.metas).take(self.filled);
+        slots.flat_map(|(slot, meta)| {
+            slot[..meta.len.min(slot.len())].chunks(meta.stride.max(1)).map(|bytes| Received {
+                remote: meta.addr,
+                local: meta.dst_ip,
+                bytes,
+            })
+        })
+    }
+}
+
+impl std::fmt::Debug for RecvBuffers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RecvBuffers").field("filled", &self.filled).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_train_arrives_as_its_datagrams_with_their_addresses() {
+        let receiver = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let sender = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let train: Vec<u8> = (0..2_500u32).map(|i| u8::try_from(i / 1000).unwrap()).collect();
+        sender.send(receiver.local_addr().unwrap(), None, &train, 1000).unwrap();
+        let mut buffers = RecvBuffers::default();
+        let mut got: Vec<Vec<u8>> = Vec::new();
+        while got.iter().map(Vec::len).sum::<usize>() < train.len() {
+            let mut fds = [nix::poll::PollFd::new(receiver.as_fd(), nix::poll::PollFlags::POLLIN)];
+            assert_eq!(nix::poll::poll(&mut fds, 2_000u16), Ok(1), "all of it arrives");
+            receiver.receive(&mut buffers).unwrap();
+            for datagram in buffers.datagrams() {
+                assert_eq!(datagram.remote, sender.local_addr().unwrap());
+                assert_eq!(datagram.local, Some("127.0.0.1".parse().unwrap()));
+                got.push(datagram.bytes.to_vec());
+            }
+        }
+        assert_eq!(got, [vec![0; 1000], vec![1; 1000], vec![2; 500]]);
+    }
+}

@@ -1,0 +1,189 @@
+//! What the server says, and what it is told.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use super::{Event, Identity, Node, PeerInfo};
+use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, NodeId, usable_underlay};
+use crate::wire::control::{
+    ClientMessage, Hello, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, VERSION, Welcome,
+};
+use crate::wire::relay::RelayKey;
+
+impl Node {
+    /// The first message on a new control connection.
+    #[must_use]
+    pub fn hello(&self, name: Option<String>, invite: Option<InviteUse>) -> ClientMessage {
+        ClientMessage {
+            hello: Some(Hello {
+                min_version: VERSION,
+                max_version: VERSION,
+                software: concat!("overlay ", env!("CARGO_PKG_VERSION")).into(),
+                node_key: self.node_key.public().0,
+                name,
+                invite,
+                candidates: self.announced.iter().map(|candidate| (*candidate).into()).collect(),
+            }),
+            ..ClientMessage::default()
+        }
+    }
+
+    /// Takes a message of the server on the connection whose far end is `server`.
+    pub fn handle_message(&mut self, message: &ServerMessage, server: SocketAddr, now: Instant) {
+        if let Some(welcome) = &message.welcome {
+            self.handle_welcome(welcome, server, now);
+        }
+        if let Some(update) = &message.netmap {
+            self.handle_update(update, now);
+        }
+        if let Some(refused) = &message.refused {
+            let code = RefusedCode::from_code(refused.code);
+            self.events.push_back(Event::Refused(code, refused.message.clone()));
+        }
+    }
+
+    fn handle_welcome(&mut self, welcome: &Welcome, server: SocketAddr, now: Instant) {
+        let Ok(identity) = Identity::from_welcome(welcome) else {
+            tracing::warn!("the server's welcome makes no sense, ignored");
+            return;
+        };
+        self.link_up = true;
+        if self.netmap.identity.as_ref() != Some(&identity) {
+            self.netmap.identity = Some(identity.clone());
+            self.events.push_back(Event::Save);
+        }
+        self.events.push_back(Event::Identity(identity.clone()));
+        if let Some(port) = welcome.relay_port {
+            let relay = SocketAddr::new(server.ip(), port);
+            self.relay.start(relay, identity.id, RelayKey(welcome.relay_key), now);
+            self.handle_relay_timeout(now);
+        }
+        self.publish();
+        self.update_peers(now);
+    }
+
+    fn handle_update(&mut self, update: &NetmapUpdate, now: Instant) {
+        let diff = match self.netmap.apply(update) {
+            Ok(diff) => diff,
+            Err(error) => {
+                // A new connection brings the whole netmap.
+                tracing::warn!(%error, "netmap update does not fit");
+                self.events.push_back(Event::Refused(RefusedCode::BadRequest, error.to_string()));
+                return;
+            }
+        };
+        for id in &diff.removed {
+            self.drop_peer(*id);
+        }
+        for id in &diff.replaced {
+            self.make_peer(*id, now);
+        }
+        if !(diff.removed.is_empty() && diff.replaced.is_empty()) {
+            self.publish();
+        }
+        for id in diff.replaced.iter().chain(&diff.changed) {
+            self.update_peer(*id, now);
+        }
+        self.events.push_back(Event::Save);
+    }
+
+    /// The control connection is gone. Direct paths do not care; the relay is checked at once.
+    pub fn handle_link_down(&mut self, now: Instant) {
+        self.link_up = false;
+        self.relay.hurry(now);
+        self.handle_relay_timeout(now);
+        self.update_peers(now);
+    }
+
+    /// The membership ended: no peer may be talked to any more.
+    pub fn handle_removed(&mut self, now: Instant) {
+        self.link_up = false;
+        self.relay.stop();
+        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
+        for id in ids {
+            self.drop_peer(id);
+        }
+        self.netmap = super::Netmap::default();
+        self.publish();
+        self.events.push_back(Event::Save);
+        self.update_peers(now);
+    }
+
+    /// The endpoints of our sockets on the local interfaces. A change means that the network did.
+    pub fn handle_host_endpoints(&mut self, mut endpoints: Vec<SocketAddr>, now: Instant) {
+        endpoints.retain(|endpoint| {
+            let overlay = self
+                .netmap
+                .identity
+                .as_ref()
+                .is_some_and(|identity| identity.range.contains(endpoint.ip()));
+            usable_underlay(*endpoint) && !overlay
+        });
+        endpoints.sort_unstable();
+        endpoints.dedup();
+        if endpoints == self.host_endpoints {
+            return;
+        }
+        let first = self.host_endpoints.is_empty();
+        self.host_endpoints = endpoints;
+        self.announce(None, now);
+        if !first {
+            self.relay.hurry(now);
+            self.handle_relay_timeout(now);
+            let ids: Vec<NodeId> = self.peers.keys().copied().collect();
+            for id in ids {
+                if let Some(peer) = self.peers.get_mut(&id) {
+                    peer.agent.handle_network_change(now);
+                }
+                self.drain_agent(id, now);
+            }
+        }
+    }
+
+    /// The server saw us at `observed`.
+    pub(super) fn handle_reflexive(&mut self, observed: SocketAddr, now: Instant) {
+        self.announce(Some(observed), now);
+    }
+
+    /// Tells the server and, with the next call-me-maybe, the peers where we may be reached.
+    fn announce(&mut self, reflexive: Option<SocketAddr>, now: Instant) {
+        let reflexive = reflexive.or_else(|| {
+            self.announced
+                .iter()
+                .find(|candidate| candidate.kind == CandidateKind::Reflexive)
+                .map(|candidate| candidate.endpoint)
+        });
+        let mut candidates: Vec<Candidate> = reflexive
+            .filter(|endpoint| {
+                usable_underlay(*endpoint) && !self.host_endpoints.contains(endpoint)
+            })
+            .map(|endpoint| Candidate::new(endpoint, CandidateKind::Reflexive))
+            .into_iter()
+            .collect();
+        let host = |endpoint: &SocketAddr| Candidate::new(*endpoint, CandidateKind::Host);
+        candidates.extend(self.host_endpoints.iter().map(host));
+        candidates.truncate(MAX_CANDIDATES);
+        if candidates == self.announced {
+            return;
+        }
+        self.announced = candidates;
+        self.call_epoch += 1;
+        self.messages.push_back(ClientMessage {
+            candidates: Some(self.announced.iter().map(|candidate| (*candidate).into()).collect()),
+            ..ClientMessage::default()
+        });
+        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
+        for id in ids {
+            if let Some(peer) = self.peers.get_mut(&id) {
+                peer.agent.handle_own_candidates(now);
+            }
+            self.drain_agent(id, now);
+        }
+    }
+
+    /// What the netmap says of a peer.
+    #[must_use]
+    pub fn peer_info(&self, id: NodeId) -> Option<&PeerInfo> {
+        self.netmap.peers.get(&id)
+    }
+}

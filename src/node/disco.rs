@@ -1,0 +1,107 @@
+//! Probes in and out, and every other datagram that is not data.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Instant;
+
+use rand::Rng;
+
+use super::{Event, Node};
+use crate::dataplane::{Source, send_datagram};
+use crate::path::Via;
+use crate::types::{DropReason, NodeId};
+use crate::wire::PacketKind;
+use crate::wire::disco::{self, Message};
+
+impl Node {
+    /// Takes a datagram that the data plane did not decide.
+    pub(super) fn handle_datagram(
+        &mut self,
+        source: Source,
+        relayed: Option<NodeId>,
+        datagram: &[u8],
+        now: Instant,
+    ) {
+        let via = match (source, relayed) {
+            (Source::Udp { remote, local }, None) => Via::Direct { remote, local },
+            (Source::Udp { .. }, Some(_)) => Via::RelayUdp,
+            (Source::Link, _) => Via::RelayTcp,
+        };
+        // The engine wants some address to bind cookies to; for relayed handshakes the relay's.
+        let ip = match source {
+            Source::Udp { remote, .. } => remote.ip(),
+            Source::Link => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        };
+        let handled = match (PacketKind::classify(datagram), source) {
+            (PacketKind::Disco, _) => self.handle_disco(via, relayed, datagram, now),
+            (PacketKind::HandshakeInitiation, _) => {
+                self.handle_initiation(via, relayed, ip, datagram, now)
+            }
+            (PacketKind::HandshakeReply { receiver }, _) => {
+                self.handle_handshake_reply(via, receiver, ip, datagram, now)
+            }
+            (PacketKind::RelayControl, Source::Udp { remote, .. }) if relayed.is_none() => {
+                self.handle_relay_control(remote, datagram, now)
+            }
+            _ => Err(DropReason::Malformed),
+        };
+        if let Err(reason) = handled {
+            self.shared.drops().count(reason);
+        }
+    }
+
+    fn handle_disco(
+        &mut self,
+        via: Via,
+        relayed: Option<NodeId>,
+        packet: &[u8],
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        let tag = disco::peek_tag(packet).map_err(|_| DropReason::BadDisco)?;
+        let id = *self.peers_by_tag.get(&tag).ok_or(DropReason::BadDisco)?;
+        if relayed.is_some_and(|from| from != id) {
+            return Err(DropReason::BadRelayFrame);
+        }
+        let peer = self.peers.get_mut(&id).ok_or(DropReason::BadDisco)?;
+        let message = peer.disco.open(packet).map_err(|_| DropReason::BadDisco)?;
+        match message {
+            Message::Ping { tx, padding: _ } => peer.agent.handle_ping(tx, via, now),
+            Message::Pong { tx, observed: _ } => {
+                let answer = peer.agent.handle_pong(tx, via, now);
+                if let (Some(answer), Some((token, _))) = (answer, self.open_pings.remove(&tx)) {
+                    self.events.push_back(Event::Pinged { token, answer });
+                }
+            }
+            Message::CallMeMaybe { epoch, mut candidates } => {
+                if let Some(identity) = &self.netmap.identity {
+                    candidates.retain(|c| !identity.range.contains(c.endpoint.ip()));
+                }
+                peer.agent.handle_call_me_maybe(epoch, &candidates, now);
+            }
+        }
+        self.drain_agent(id, now);
+        Ok(())
+    }
+
+    /// Seals a message for a peer and sends it on a path.
+    pub(super) fn send_disco(&mut self, id: NodeId, via: Via, message: &Message) {
+        let Some(peer) = self.peers.get(&id) else { return };
+        let packet = peer.disco.seal(message, self.rng.random());
+        let table = self.shared.table();
+        if !send_datagram(&table, id, via, &packet, &mut self.datagrams) {
+            self.shared.drops().count(DropReason::NoPath);
+        }
+    }
+
+    /// Pings a peer on the path that data takes; the answer comes as [`Event::Pinged`] with
+    /// `token`. Returns the path, or nothing when there is none at the moment.
+    pub fn ping(&mut self, id: NodeId, token: u64, now: Instant) -> Option<Via> {
+        self.note_use(id, now);
+        let peer = self.peers.get_mut(&id)?;
+        let sent = peer.agent.ping_primary(now);
+        if let Some((tx, _)) = sent {
+            self.open_pings.insert(tx, (token, now));
+        }
+        self.drain_agent(id, now);
+        sent.map(|(_, via)| via)
+    }
+}

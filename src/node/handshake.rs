@@ -1,0 +1,132 @@
+//! WireGuard handshakes in and out. A session lives above paths: which way a handshake came only
+//! decides where the answer goes.
+
+use std::net::IpAddr;
+use std::time::Instant;
+
+use super::Node;
+use crate::dataplane::{MIN_SEAL_BUFFER, handshake_sender, send_datagram};
+use crate::path::{TRAFFIC_TICK, Via};
+use crate::types::{DropReason, NodeId};
+
+impl Node {
+    pub(super) fn handle_initiation(
+        &mut self,
+        via: Via,
+        relayed: Option<NodeId>,
+        from: IpAddr,
+        datagram: &[u8],
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        let key = handshake_sender(&self.engine, datagram)?;
+        let id = *self.peers_by_key.get(&key).ok_or(DropReason::BadHandshake)?;
+        if relayed.is_some_and(|from| from != id) {
+            return Err(DropReason::BadRelayFrame);
+        }
+        self.handle_handshake(id, via, from, datagram, now)
+    }
+
+    pub(super) fn handle_handshake_reply(
+        &mut self,
+        via: Via,
+        receiver: u32,
+        from: IpAddr,
+        datagram: &[u8],
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        let table = self.shared.table();
+        let id = table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?.id;
+        self.handle_handshake(id, via, from, datagram, now)
+    }
+
+    fn handle_handshake(
+        &mut self,
+        id: NodeId,
+        via: Via,
+        from: IpAddr,
+        datagram: &[u8],
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        let peer = self.peers.get_mut(&id).ok_or(DropReason::BadHandshake)?;
+        let mut reply = [0; MIN_SEAL_BUFFER];
+        let outcome = peer.fast.lock().session.handle_handshake(datagram, from, &mut reply, now)?;
+        peer.agent.handle_authenticated(via, now);
+        if let Some(len) = outcome.reply {
+            let table = self.shared.table();
+            send_datagram(&table, id, via, &reply[..len], &mut self.datagrams);
+        }
+        self.drain_agent(id, now);
+        if outcome.established {
+            self.handle_session_up(id, now);
+        }
+        Ok(())
+    }
+
+    /// Both sides have keys: what waited can go.
+    pub(super) fn handle_session_up(&mut self, id: NodeId, now: Instant) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.session_wanted = false;
+            peer.fast.session_request_heard();
+        }
+        self.engine_tick_at.get_or_insert(now);
+        self.flush(id, now);
+    }
+
+    /// The data plane has packets for a peer, and no session or no path.
+    pub(super) fn handle_session_wanted(&mut self, id: NodeId, now: Instant) {
+        if let Some(peer) = self.peers.get(&id) {
+            peer.fast.session_request_heard();
+        }
+        self.note_use(id, now);
+        self.want_session(id, now);
+        // The session may have come up between the packet and this note.
+        self.flush(id, now);
+    }
+
+    /// The first packet after a pause.
+    pub(super) fn handle_active(&mut self, id: NodeId, now: Instant) {
+        self.note_use(id, now);
+        self.traffic_tick_at.get_or_insert(now + TRAFFIC_TICK);
+    }
+
+    /// Authenticated data came by another way than the primary.
+    pub(super) fn handle_heard(&mut self, id: NodeId, via: Via, now: Instant) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.agent.handle_authenticated(via, now);
+            self.drain_agent(id, now);
+        }
+    }
+
+    /// Somebody uses this peer: its path is worth keeping.
+    pub(super) fn note_use(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let before = peer.used_at.replace(now);
+        if before.is_none_or(|at| now.saturating_duration_since(at) > TRAFFIC_TICK * 10) {
+            self.update_peer(id, now);
+        }
+    }
+
+    /// Makes a session with a peer as soon as there is a path to it.
+    pub(super) fn want_session(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        if peer.fast.lock().session.is_usable(now) {
+            return;
+        }
+        if !peer.session_wanted {
+            peer.session_wanted = true;
+            self.try_handshake(id, now);
+        }
+    }
+
+    /// Sends an initiation, if one is due and there is a path.
+    pub(super) fn try_handshake(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get(&id) else { return };
+        let Some(via) = peer.agent.choice().primary else { return };
+        let mut initiation = [0; MIN_SEAL_BUFFER];
+        let sent = peer.fast.lock().session.initiate(&mut initiation, now);
+        if let Some(len) = sent {
+            let table = self.shared.table();
+            send_datagram(&table, id, via, &initiation[..len], &mut self.datagrams);
+        }
+    }
+}

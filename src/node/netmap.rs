@@ -1,0 +1,303 @@
+//! The network as the server described it last. It is kept on disk, so that a node can start and
+//! find its peers while the server is away.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
+
+use crate::types::{Candidate, NetworkId, NodeId, NodeName, OverlayAddrs, OverlayRange, PublicKey};
+use crate::wire::control::{NetmapUpdate, Welcome, WirePeer, usable_candidates};
+
+/// Who this node is in its network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The network.
+    pub network: NetworkId,
+    /// This node's number.
+    pub id: NodeId,
+    /// Its name.
+    pub name: NodeName,
+    /// Its addresses.
+    pub addrs: OverlayAddrs,
+    /// The network's range.
+    pub range: OverlayRange,
+}
+
+/// What is known of a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerInfo {
+    /// Its name.
+    pub name: NodeName,
+    /// WireGuard and disco.
+    pub node_key: PublicKey,
+    /// Its addresses.
+    pub addrs: OverlayAddrs,
+    /// Whether the server sees it. Not saved: nobody knows after a restart.
+    #[serde(skip)]
+    pub online: bool,
+    /// Where it may be reached.
+    pub candidates: Vec<Candidate>,
+    /// Where it was reached last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_direct: Option<SocketAddr>,
+}
+
+/// This node and its peers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Netmap {
+    /// None before the first welcome.
+    pub identity: Option<Identity>,
+    /// Of the last update.
+    pub epoch: u64,
+    /// By number.
+    pub peers: BTreeMap<NodeId, PeerInfo>,
+}
+
+/// What an update changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct NetmapDiff {
+    /// New, or with another key or other addresses: to be made anew.
+    pub replaced: Vec<NodeId>,
+    /// Other name, candidates or presence.
+    pub changed: Vec<NodeId>,
+    /// Gone.
+    pub removed: Vec<NodeId>,
+}
+
+/// An update that cannot be applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NetmapError {
+    /// It is a change to an epoch that we do not have: ask for the whole netmap.
+    #[error("netmap update from epoch {from}, we have {have}")]
+    Gap {
+        /// What it is a change to.
+        from: u64,
+        /// What we have.
+        have: u64,
+    },
+    /// A field makes no sense.
+    #[error("malformed netmap or welcome")]
+    Malformed,
+}
+
+impl Identity {
+    /// Whether an interface made for this identity fits `other` too.
+    #[must_use]
+    pub fn same_addresses(&self, other: &Self) -> bool {
+        self.addrs == other.addrs && self.range == other.range
+    }
+
+    /// Reads a welcome.
+    ///
+    /// # Errors
+    /// When a field makes no sense.
+    pub fn from_welcome(welcome: &Welcome) -> Result<Self, NetmapError> {
+        let v4 = Ipv4Net::new(welcome.ipv4, welcome.ipv4_prefix_len);
+        let v6 = Ipv6Net::new(welcome.ipv6, welcome.ipv6_prefix_len);
+        let (Ok(v4), Ok(v6)) = (v4, v6) else { return Err(NetmapError::Malformed) };
+        Ok(Self {
+            network: NetworkId(welcome.network),
+            id: NodeId::new(welcome.id).ok_or(NetmapError::Malformed)?,
+            name: welcome.name.parse().map_err(|_| NetmapError::Malformed)?,
+            addrs: OverlayAddrs { v4: welcome.ipv4, v6: welcome.ipv6 },
+            range: OverlayRange::new(v4, v6).map_err(|_| NetmapError::Malformed)?,
+        })
+    }
+}
+
+impl Netmap {
+    /// Applies an update. A peer whose description makes no sense is left out, the rest counts.
+    ///
+    /// # Errors
+    /// When it is a change to something that we do not have; then nothing changed.
+    pub fn apply(&mut self, update: &NetmapUpdate) -> Result<NetmapDiff, NetmapError> {
+        if let Some(from) = update.from
+            && from != self.epoch
+        {
+            return Err(NetmapError::Gap { from, have: self.epoch });
+        }
+        let mut diff = NetmapDiff::default();
+        let full = update.from.is_none();
+        let mut seen: Vec<NodeId> = Vec::with_capacity(update.peers.len());
+        for peer in &update.peers {
+            let Some((id, info)) = self.read_peer(peer) else { continue };
+            seen.push(id);
+            match self.peers.get_mut(&id) {
+                Some(old) if old.node_key == info.node_key && old.addrs == info.addrs => {
+                    let info = PeerInfo { last_direct: old.last_direct, ..info };
+                    if *old != info {
+                        *old = info;
+                        diff.changed.push(id);
+                    }
+                }
+                _ => {
+                    self.peers.insert(id, info);
+                    diff.replaced.push(id);
+                }
+            }
+        }
+        let gone: Vec<NodeId> = if full {
+            self.peers.keys().filter(|id| !seen.contains(id)).copied().collect()
+        } else {
+            update.removed.iter().filter_map(|id| NodeId::new(*id)).collect()
+        };
+        for id in gone {
+            if self.peers.remove(&id).is_some() {
+                diff.removed.push(id);
+            }
+        }
+        if let (Some(identity), Some(name)) = (&mut self.identity, &update.own_name)
+            && let Ok(name) = name.parse()
+        {
+            identity.name = name;
+        }
+        self.epoch = update.to;
+        Ok(diff)
+    }
+
+    fn read_peer(&self, peer: &WirePeer) -> Option<(NodeId, PeerInfo)> {
+        let id = NodeId::new(peer.id)?;
+        let identity = self.identity.as_ref()?;
+        let addrs = OverlayAddrs { v4: peer.ipv4, v6: peer.ipv6 };
+        let inside = addrs.prefixes().iter().all(|prefix| identity.range.contains(prefix.addr()));
+        // A peer with our own addresses would be routed to instead of ourselves.
+        if !inside || id == identity.id || addrs == identity.addrs {
+            return None;
+        }
+        let mut candidates = usable_candidates(&peer.candidates);
+        candidates.retain(|candidate| !identity.range.contains(candidate.endpoint.ip()));
+        let info = PeerInfo {
+            name: peer.name.parse().ok()?,
+            node_key: PublicKey(peer.node_key),
+            addrs,
+            online: peer.online,
+            candidates,
+            last_direct: None,
+        };
+        Some((id, info))
+    }
+
+    /// The peer with this name, overlay address or id.
+    #[must_use]
+    pub fn find(&self, text: &str) -> Option<NodeId> {
+        let ip: Option<std::net::IpAddr> = text.parse().ok();
+        let id: Option<NodeId> = text.parse().ok();
+        self.peers
+            .iter()
+            .find(|(peer, info)| {
+                ip.is_some_and(|ip| info.addrs.contains(ip))
+                    || id == Some(**peer)
+                    || info.name.as_str().eq_ignore_ascii_case(text)
+            })
+            .map(|(id, _)| *id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn identity() -> Identity {
+        Identity {
+            network: NetworkId([1; 8]),
+            id: NodeId::new(1).unwrap(),
+            name: "alice".parse().unwrap(),
+            addrs: OverlayAddrs {
+                v4: "10.77.0.1".parse().unwrap(),
+                v6: "fd00:1:2::1".parse().unwrap(),
+            },
+            range: OverlayRange::new(
+                "10.77.0.0/20".parse().unwrap(),
+                "fd00:1:2::/48".parse().unwrap(),
+            )
+            .unwrap(),
+        }
+    }
+
+    fn wire_peer(id: u32) -> WirePeer {
+        let range = identity().range;
+        let addrs = range.addresses(id).unwrap();
+        WirePeer {
+            id,
+            name: format!("peer-{id}"),
+            node_key: [u8::try_from(id).unwrap(); 32],
+            ipv4: addrs.v4,
+            ipv6: addrs.v6,
+            online: true,
+            candidates: vec![],
+        }
+    }
+
+    fn netmap() -> Netmap {
+        Netmap { identity: Some(identity()), ..Netmap::default() }
+    }
+
+    #[test]
+    fn a_full_netmap_removes_who_is_not_in_it() {
+        let mut netmap = netmap();
+        let full = |ids: &[u32], to| NetmapUpdate {
+            to,
+            peers: ids.iter().map(|id| wire_peer(*id)).collect(),
+            ..NetmapUpdate::default()
+        };
+        assert_eq!(netmap.apply(&full(&[2, 3], 5)).unwrap().replaced.len(), 2);
+        let diff = netmap.apply(&full(&[3, 4], 6)).unwrap();
+        assert_eq!(diff.removed, [NodeId::new(2).unwrap()]);
+        assert_eq!(diff.replaced, [NodeId::new(4).unwrap()]);
+        assert_eq!(diff.changed, []);
+    }
+
+    #[test]
+    fn a_delta_with_a_gap_changes_nothing() {
+        let mut netmap = netmap();
+        netmap.epoch = 5;
+        let update = NetmapUpdate {
+            from: Some(6),
+            to: 7,
+            peers: vec![wire_peer(2)],
+            ..NetmapUpdate::default()
+        };
+        assert_eq!(netmap.apply(&update), Err(NetmapError::Gap { from: 6, have: 5 }));
+        assert!(netmap.peers.is_empty());
+    }
+
+    #[test]
+    fn peers_that_would_take_our_place_or_lie_outside_are_left_out() {
+        let mut netmap = netmap();
+        let outside = WirePeer { ipv4: "8.8.8.8".parse().unwrap(), ..wire_peer(2) };
+        let ourselves = WirePeer { id: 9, ..wire_peer(1) };
+        let named = WirePeer { name: "x; rm -rf /".into(), ..wire_peer(3) };
+        let update = NetmapUpdate {
+            to: 1,
+            peers: vec![outside, ourselves, named, wire_peer(4)],
+            ..NetmapUpdate::default()
+        };
+        netmap.apply(&update).unwrap();
+        assert_eq!(netmap.peers.keys().map(|id| id.number()).collect::<Vec<_>>(), [4]);
+    }
+
+    #[test]
+    fn peers_are_found_by_name_address_and_id() {
+        let mut netmap = netmap();
+        let update = NetmapUpdate { to: 1, peers: vec![wire_peer(2)], ..NetmapUpdate::default() };
+        netmap.apply(&update).unwrap();
+        for text in ["peer-2", "PEER-2", "10.77.0.2", "fd00:1:2::2", "00000002"] {
+            assert_eq!(netmap.find(text), NodeId::new(2), "{text}");
+        }
+        assert_eq!(netmap.find("peer-3"), None);
+    }
+
+    #[test]
+    fn a_netmap_survives_the_disk() {
+        let mut netmap = netmap();
+        let update = NetmapUpdate { to: 1, peers: vec![wire_peer(2)], ..NetmapUpdate::default() };
+        netmap.apply(&update).unwrap();
+        let text = serde_json::to_string(&netmap).unwrap();
+        let mut copy: Netmap = serde_json::from_str(&text).unwrap();
+        assert!(copy.peers.values().all(|peer| !peer.online), "presence is not saved");
+        copy.peers.values_mut().for_each(|peer| peer.online = true);
+        assert_eq!(copy, netmap);
+    }
+}

@@ -1,0 +1,192 @@
+//! One peer's control state, and what of it the data plane gets to see.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+
+use super::{Event, Netmap, Node};
+use crate::dataplane::{ForwardingTable, Peer, Session, SessionSettings, flush_pending};
+use crate::path::{PathAgent, PathEvent, PathTransmit, Via};
+use crate::types::{Candidate, CandidateKind, NodeId};
+use crate::wire::disco::{DiscoKeys, Message};
+
+/// A peer that was sent to this long ago is still in use.
+const IN_USE: Duration = Duration::from_secs(180);
+
+#[derive(Debug)]
+pub(super) struct PeerControl {
+    pub(super) fast: Arc<Peer>,
+    pub(super) agent: PathAgent,
+    pub(super) disco: DiscoKeys,
+    /// Somebody waits for a session with it.
+    pub(super) session_wanted: bool,
+    /// Stamp of the last packet sent to it, when the traffic tick looked last.
+    pub(super) used_at: Option<Instant>,
+}
+
+impl Node {
+    /// Takes a saved netmap as the truth until the server says otherwise.
+    pub(super) fn restore(&mut self, netmap: Netmap, now: Instant) {
+        self.netmap = netmap;
+        let ids: Vec<NodeId> = self.netmap.peers.keys().copied().collect();
+        for id in ids {
+            self.make_peer(id, now);
+        }
+        self.publish();
+        self.update_peers(now);
+    }
+
+    /// Makes the control state of a peer that is new in the netmap, or whose key changed.
+    pub(super) fn make_peer(&mut self, id: NodeId, now: Instant) {
+        self.drop_peer(id);
+        let Some(info) = self.netmap.peers.get(&id) else { return };
+        let disco = DiscoKeys::derive(&self.node_key, &info.node_key);
+        let table = self.shared.table();
+        let index = loop {
+            let index = self.rng.random_range(1..1 << 24);
+            let taken =
+                table.has_index(index) || self.peers.values().any(|peer| peer.fast.index == index);
+            if !taken {
+                break index;
+            }
+        };
+        let settings = SessionSettings { rekey_after: self.settings.rekey_after };
+        let session = Session::new(&self.engine, &info.node_key, index, settings);
+        self.peers_by_tag.insert(disco.tag_from_peer(), id);
+        self.peers_by_key.insert(info.node_key, id);
+        let peer = PeerControl {
+            fast: Peer::new(id, info.addrs, index, session),
+            agent: PathAgent::new(self.rng.random(), now),
+            disco,
+            session_wanted: false,
+            used_at: None,
+        };
+        self.peers.insert(id, peer);
+    }
+
+    /// Forgets a peer, its session included.
+    pub(super) fn drop_peer(&mut self, id: NodeId) {
+        if self.peers.remove(&id).is_some() {
+            self.peers_by_tag.retain(|_, peer| *peer != id);
+            self.peers_by_key.retain(|_, peer| *peer != id);
+        }
+    }
+
+    /// Publishes a forwarding table of all peers.
+    pub(super) fn publish(&mut self) {
+        let own = self.netmap.identity.as_ref().map(|identity| identity.addrs);
+        let mut table = ForwardingTable::new(own, self.relay.server());
+        for peer in self.peers.values() {
+            table.insert(Arc::clone(&peer.fast));
+        }
+        self.shared.publish(table);
+    }
+
+    /// Tells every agent what the netmap, the relay and use mean for it.
+    pub(super) fn update_peers(&mut self, now: Instant) {
+        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
+        for id in ids {
+            self.update_peer(id, now);
+        }
+    }
+
+    /// The same for one peer.
+    pub(super) fn update_peer(&mut self, id: NodeId, now: Instant) {
+        let relay = self.relay_path();
+        let eager = self.netmap.peers.len() <= self.settings.eager_peers;
+        let link_up = self.link_up;
+        let (Some(peer), Some(info)) = (self.peers.get_mut(&id), self.netmap.peers.get(&id)) else {
+            return;
+        };
+        let last_direct = info
+            .last_direct
+            .filter(|last| !info.candidates.iter().any(|candidate| candidate.endpoint == *last))
+            .map(|last| Candidate::new(last, CandidateKind::PeerReflexive));
+        let candidates: Vec<Candidate> =
+            last_direct.into_iter().chain(info.candidates.iter().copied()).collect();
+        let in_use = peer.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
+        let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
+        let wanted = in_use || eager && (info.online || !link_up || direct);
+        peer.agent.set_candidates(&candidates, now);
+        peer.agent.set_relay(relay.filter(|_| info.online), now);
+        peer.agent.set_wanted(wanted, now);
+        self.drain_agent(id, now);
+        // One side of a pair makes the session before anybody asks.
+        let own = self.netmap.identity.as_ref().map(|identity| identity.id);
+        if eager && own < Some(id) {
+            self.want_session(id, now);
+        }
+    }
+
+    /// The path by which every online peer can be reached, if there is a relay.
+    pub(super) fn relay_path(&self) -> Option<Via> {
+        if self.relay.is_bound() {
+            Some(Via::RelayUdp)
+        } else {
+            self.link_up.then_some(Via::RelayTcp)
+        }
+    }
+
+    /// Carries out what a path agent wants, and publishes its choice.
+    pub(super) fn drain_agent(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let mut moved = false;
+        while let Some(event) = peer.agent.poll_event() {
+            let PathEvent::Primary { from, to, why } = event;
+            moved = true;
+            if let (Some(Via::Direct { remote, .. }), Some(info)) =
+                (to, self.netmap.peers.get_mut(&id))
+                && info.last_direct != Some(remote)
+            {
+                info.last_direct = Some(remote);
+                self.events.push_back(Event::Save);
+            }
+            self.events.push_back(Event::Path { peer: id, from, to, why });
+        }
+        peer.fast.set_choice(peer.agent.choice());
+        while let Some(transmit) = self.peers.get_mut(&id).and_then(|p| p.agent.poll_transmit()) {
+            match transmit {
+                PathTransmit::Ping { via, tx } => {
+                    self.send_disco(id, via, &Message::Ping { tx, padding: 0 });
+                }
+                PathTransmit::Pong { via, tx } => {
+                    let observed = match via {
+                        Via::Direct { remote, .. } => Some(remote),
+                        Via::RelayUdp | Via::RelayTcp => None,
+                    };
+                    self.send_disco(id, via, &Message::Pong { tx, observed });
+                }
+                PathTransmit::CallMeMaybe { via } => {
+                    let candidates = self.announced.clone();
+                    let message = Message::CallMeMaybe { epoch: self.call_epoch, candidates };
+                    self.send_disco(id, via, &message);
+                }
+            }
+        }
+        if moved {
+            self.handle_path_change(id, now);
+        }
+    }
+
+    /// There is another path: a handshake under way is tried on it at once, and what waited goes.
+    fn handle_path_change(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        if peer.agent.choice().primary.is_none() {
+            return;
+        }
+        peer.fast.lock().session.hurry(now);
+        if peer.session_wanted {
+            self.try_handshake(id, now);
+        }
+        self.flush(id, now);
+    }
+
+    /// Sends what waited for a session or a path.
+    pub(super) fn flush(&mut self, id: NodeId, now: Instant) {
+        if let Some(peer) = self.peers.get(&id) {
+            let table = self.shared.table();
+            flush_pending(&self.shared, &table, &peer.fast, now, &mut self.datagrams);
+        }
+    }
+}

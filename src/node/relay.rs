@@ -1,0 +1,145 @@
+//! Signing on at the relay over UDP, and the reflexive address that comes with it.
+//!
+//! A *bind* is sent until the server answers *bound*; after that often enough to keep the NAT
+//! open. Without an answer UDP to the server counts as blocked, and relay frames go by the control
+//! connection; binds go on, rarely.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::Node;
+use crate::dataplane::Target;
+use crate::types::{DropReason, NodeId};
+use crate::wire::relay::{Control, RelayKey, verify};
+
+/// Waits between binds that are not answered; the last one repeats.
+const RETRY: [Duration; 7] = [
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+    Duration::from_millis(800),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+    Duration::from_secs(20),
+];
+/// So many binds without an answer: UDP does not reach the server.
+const SILENT_BINDS: usize = 4;
+/// Keeps the NAT binding of the relay socket: 30 s on the worst common routers.
+const REFRESH: Duration = Duration::from_secs(20);
+
+/// The node's side of the relay's sign-on.
+#[derive(Debug, Default)]
+pub(super) struct RelayClient {
+    session: Option<RelaySession>,
+}
+
+#[derive(Debug)]
+struct RelaySession {
+    server: SocketAddr,
+    node: NodeId,
+    key: RelayKey,
+    counter: u64,
+    bound: bool,
+    unanswered: usize,
+    next_at: Instant,
+    sent_at: Option<Instant>,
+    rtt: Option<Duration>,
+}
+
+impl RelayClient {
+    pub(super) fn server(&self) -> Option<SocketAddr> {
+        self.session.as_ref().map(|session| session.server)
+    }
+
+    pub(super) fn is_bound(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| session.bound)
+    }
+
+    pub(super) fn rtt(&self) -> Option<Duration> {
+        self.session.as_ref().and_then(|session| session.rtt)
+    }
+
+    pub(super) fn next_at(&self) -> Option<Instant> {
+        self.session.as_ref().map(|session| session.next_at)
+    }
+
+    /// A new control connection gave out a new key.
+    pub(super) fn start(&mut self, server: SocketAddr, node: NodeId, key: RelayKey, now: Instant) {
+        self.session = Some(RelaySession {
+            server,
+            node,
+            key,
+            counter: 0,
+            bound: false,
+            unanswered: 0,
+            next_at: now,
+            sent_at: None,
+            rtt: None,
+        });
+    }
+
+    /// The server ended the membership: there is no relay.
+    pub(super) fn stop(&mut self) {
+        self.session = None;
+    }
+
+    /// Checks soon whether the server still answers.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        if let Some(session) = &mut self.session {
+            session.unanswered = 0;
+            session.next_at = now;
+        }
+    }
+}
+
+impl Node {
+    /// Sends a bind if one is due.
+    pub(super) fn handle_relay_timeout(&mut self, now: Instant) {
+        let Some(session) = &mut self.relay.session else { return };
+        if session.next_at > now {
+            return;
+        }
+        session.counter += 1;
+        session.sent_at = Some(now);
+        session.next_at = now + RETRY[session.unanswered.min(RETRY.len() - 1)];
+        session.unanswered += 1;
+        let lost = session.bound && session.unanswered > SILENT_BINDS;
+        let bind = Control::Bind { node: session.node, counter: session.counter };
+        let target = Target::Udp { remote: session.server, local: None };
+        self.datagrams.push_bytes(target, &bind.encode(Some(&session.key)));
+        if lost {
+            session.bound = false;
+            self.update_peers(now);
+        }
+    }
+
+    /// The server answered a bind.
+    pub(super) fn handle_relay_control(
+        &mut self,
+        from: SocketAddr,
+        datagram: &[u8],
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        let Some(session) = &mut self.relay.session else { return Err(DropReason::BadRelayFrame) };
+        let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
+        let Control::Bound { node, counter, observed } = message else {
+            return Err(DropReason::BadRelayFrame);
+        };
+        let genuine = from == session.server
+            && node == session.node
+            && counter == session.counter
+            && verify(datagram, &session.key).is_ok();
+        if !genuine {
+            return Err(DropReason::BadRelayFrame);
+        }
+        session.rtt = session.sent_at.take().map(|at| now.saturating_duration_since(at));
+        session.unanswered = 0;
+        session.next_at = now + REFRESH;
+        let appeared = !std::mem::replace(&mut session.bound, true);
+        self.handle_reflexive(observed, now);
+        if appeared {
+            self.update_peers(now);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,140 @@
+//! Read-only views for `status`, tests and logs.
+
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::{Identity, Node};
+use crate::path::Via;
+use crate::types::{NodeId, NodeName, OverlayAddrs, PublicKey};
+
+/// How a peer can be reached at this moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PathKind {
+    /// On this path.
+    Via(Via),
+    /// No path yet, but being tried.
+    Connecting,
+    /// The server does not see it, and nothing answers.
+    Offline,
+}
+
+impl PathKind {
+    /// The word in `path.kind` of the JSON contract.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Via(via) => via.kind(),
+            Self::Connecting => "connecting",
+            Self::Offline => "offline",
+        }
+    }
+}
+
+/// This node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SelfStatus {
+    /// None before enrolment.
+    pub identity: Option<Identity>,
+    /// The node key.
+    pub public_key: PublicKey,
+    /// Whether there is a control connection.
+    pub link_up: bool,
+    /// Round trip to the relay.
+    pub server_rtt: Option<Duration>,
+    /// Dropped packets by reason.
+    pub drops: Vec<(&'static str, u64)>,
+}
+
+/// One peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerStatus {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name.
+    pub name: NodeName,
+    /// Its addresses.
+    pub addrs: OverlayAddrs,
+    /// Whether the server sees it, or it answers directly.
+    pub online: bool,
+    /// The way that a packet sent now would take.
+    pub path: PathKind,
+    /// Where a direct path leads.
+    pub remote: Option<SocketAddr>,
+    /// For how long.
+    pub since: Duration,
+    /// Why, in a sentence.
+    pub why: String,
+    /// Smoothed round trip on that path.
+    pub rtt: Option<Duration>,
+    /// Inner bytes sent.
+    pub tx_bytes: u64,
+    /// Inner bytes received.
+    pub rx_bytes: u64,
+    /// Time since the last handshake.
+    pub last_handshake: Option<Duration>,
+}
+
+impl Node {
+    /// This node, as it is now.
+    #[must_use]
+    pub fn self_status(&self) -> SelfStatus {
+        SelfStatus {
+            identity: self.netmap.identity.clone(),
+            public_key: self.node_key.public(),
+            link_up: self.link_up,
+            server_rtt: self.relay.rtt(),
+            drops: self.shared.drops().snapshot(),
+        }
+    }
+
+    /// The endpoints of our sockets on the local interfaces.
+    #[must_use]
+    pub fn host_endpoints(&self) -> &[SocketAddr] {
+        &self.host_endpoints
+    }
+
+    /// All peers, by number.
+    #[must_use]
+    pub fn peer_statuses(&self, now: Instant) -> Vec<PeerStatus> {
+        self.peers.keys().filter_map(|id| self.peer_status(*id, now)).collect()
+    }
+
+    /// One peer.
+    #[must_use]
+    pub fn peer_status(&self, id: NodeId, now: Instant) -> Option<PeerStatus> {
+        let peer = self.peers.get(&id)?;
+        let info = self.netmap.peers.get(&id)?;
+        let primary = peer.agent.choice().primary;
+        let path = match primary {
+            Some(via) => PathKind::Via(via),
+            None if info.online || peer.agent.is_trying() => PathKind::Connecting,
+            None => PathKind::Offline,
+        };
+        let remote = match primary {
+            Some(Via::Direct { remote, .. }) => Some(remote),
+            Some(Via::RelayUdp) => self.relay.server(),
+            Some(Via::RelayTcp) | None => None,
+        };
+        let why = match path {
+            PathKind::Offline => "the server does not see it and it does not answer".to_string(),
+            PathKind::Via(_) | PathKind::Connecting => peer.agent.why(),
+        };
+        let established = peer.fast.lock().session.established();
+        let counters = &peer.fast.counters;
+        Some(PeerStatus {
+            id,
+            name: info.name.clone(),
+            addrs: info.addrs,
+            online: info.online || matches!(primary, Some(Via::Direct { .. })),
+            path,
+            remote,
+            since: now.saturating_duration_since(peer.agent.primary_since()),
+            why,
+            rtt: peer.agent.rtt(),
+            tx_bytes: counters.tx_bytes.load(Ordering::Relaxed),
+            rx_bytes: counters.rx_bytes.load(Ordering::Relaxed),
+            last_handshake: established.map(|at| now.saturating_duration_since(at)),
+        })
+    }
+}

@@ -1,0 +1,126 @@
+//! Everything that happens because time passes, and the list of all deadlines.
+//!
+//! - each path agent: probes, doubt, keepalives, retries
+//! - each session: a handshake to repeat, keys to renew, the engine's own timers
+//! - the relay: binds
+//! - the traffic tick: tells the agents of busy peers what the data plane counted
+//! - user pings that nobody answered
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::Node;
+use crate::dataplane::{MIN_SEAL_BUFFER, send_datagram};
+use crate::path::{TRAFFIC_TICK, Traffic, Via};
+use crate::types::NodeId;
+
+/// The engine's timers have a grain of a quarter second; nothing in them is finer than a second.
+const ENGINE_TICK: Duration = Duration::from_millis(250);
+/// A peer that was not sent to for this long is not watched.
+const QUIET: Duration = Duration::from_secs(2);
+/// An unanswered user ping is forgotten after this.
+const PING_LIFETIME: Duration = Duration::from_secs(30);
+
+impl Node {
+    /// Does all that is due.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.handle_relay_timeout(now);
+        let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        let agents: Vec<NodeId> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| due(peer.agent.poll_timeout().map(|(at, _)| at)))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in agents {
+            if let Some(peer) = self.peers.get_mut(&id) {
+                peer.agent.handle_timeout(now);
+            }
+            self.drain_agent(id, now);
+        }
+        if due(self.traffic_tick_at) {
+            self.handle_traffic_tick(now);
+        }
+        let engine_due = due(self.engine_tick_at);
+        let sessions: Vec<NodeId> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| {
+                engine_due || due(peer.fast.lock().session.poll_timeout().map(|(at, _)| at))
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        for id in sessions {
+            self.handle_session_timeout(id, now);
+        }
+        if engine_due {
+            let any = self.peers.values().any(|peer| peer.fast.lock().session.is_usable(now));
+            self.engine_tick_at = any.then(|| now + ENGINE_TICK);
+        }
+        self.open_pings.retain(|_, (_, at)| now.saturating_duration_since(*at) < PING_LIFETIME);
+    }
+
+    /// When [`Self::handle_timeout`] has something to do, and what.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
+        let named = |at: Option<Instant>, what| at.map(|at| (at, what));
+        self.peers
+            .values()
+            .filter_map(|peer| peer.agent.poll_timeout())
+            .chain(self.peers.values().filter_map(|peer| peer.fast.lock().session.poll_timeout()))
+            .chain(named(self.relay.next_at(), "relay bind"))
+            .chain(named(self.traffic_tick_at, "traffic tick"))
+            .chain(named(self.engine_tick_at, "session engine"))
+            .min()
+    }
+
+    fn handle_traffic_tick(&mut self, now: Instant) {
+        let mut busy = false;
+        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
+        for id in ids {
+            let Some(peer) = self.peers.get_mut(&id) else { continue };
+            let counters = &peer.fast.counters;
+            let sent = self.shared.unstamp(counters.last_sent.load(Ordering::Relaxed));
+            let heard = self.shared.unstamp(counters.last_heard_primary.load(Ordering::Relaxed));
+            let quiet = |at: Instant| now.saturating_duration_since(at) > QUIET;
+            if sent.is_none_or(quiet) {
+                continue;
+            }
+            busy = true;
+            peer.used_at = peer.used_at.max(sent);
+            peer.agent.handle_traffic(Traffic { sent, heard }, now);
+            self.drain_agent(id, now);
+        }
+        self.traffic_tick_at = busy.then(|| now + TRAFFIC_TICK);
+    }
+
+    fn handle_session_timeout(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let mut state = peer.fast.lock();
+        let waiting = state.expire_pending(self.shared.drops(), now);
+        let Some(via) = peer.agent.choice().primary else {
+            // Without a path an initiation would only use up its waits; the next path hurries it.
+            state.session.give_up();
+            return;
+        };
+        let mut datagram = [0; MIN_SEAL_BUFFER];
+        let sent = state.session.handle_timeout(&mut datagram, now);
+        let usable = state.session.is_usable(now);
+        drop(state);
+        if let Some(len) = sent {
+            let table = self.shared.table();
+            send_datagram(&table, id, via, &datagram[..len], &mut self.datagrams);
+        }
+        if !usable && waiting {
+            peer.session_wanted = true;
+        }
+    }
+
+    /// Whether data to this peer goes straight.
+    #[must_use]
+    pub fn is_direct(&self, id: NodeId) -> bool {
+        self.peers
+            .get(&id)
+            .is_some_and(|peer| matches!(peer.agent.choice().primary, Some(Via::Direct { .. })))
+    }
+}

@@ -1,0 +1,662 @@
+//! The path agent of one peer: what arrives, what time brings, and which path is chosen.
+//!
+//! The model is in the parent's documentation. Liveness has a room of its own, `liveness`.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::liveness::{Doubt, Suspicion};
+use super::probe::{ProbeOutcome, Prober};
+use super::score::Score;
+use super::{Choice, Via};
+use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, TxId, usable_underlay};
+
+/// How many endpoints a peer may teach us by sending from them, beside those it announces.
+const MAX_LEARNED: usize = 8;
+/// An endpoint that answered this long ago, and was not heard since, has to prove itself again.
+const PROOF_LIFETIME: Duration = Duration::from_secs(60);
+/// A proved path is not checked again for this long when the peer pings it.
+const RECENT_PROOF: Duration = Duration::from_secs(5);
+/// Two pings to one endpoint are at least this far apart, whatever asks for them.
+const PING_SPACING: Duration = Duration::from_millis(20);
+/// A round is not started over before this: news tends to come in bursts.
+const ROUND_SPACING: Duration = Duration::from_secs(1);
+/// The peer is asked to probe at most this often.
+const CALL_SPACING: Duration = Duration::from_secs(2);
+/// A path that went silent under traffic may carry data again after this and a new proof.
+const PENALTY: Duration = Duration::from_secs(3);
+/// One switch between paths of the same tier in this time (no flapping).
+const SWITCH_SPACING: Duration = Duration::from_secs(10);
+/// NAT bindings of a two-way flow live 30 s on the worst common routers: 25 s less jitter keeps
+/// them.
+const KEEPALIVE: Duration = Duration::from_secs(22);
+/// Waits between rounds while a wanted peer is not direct; the last one repeats.
+const RETRY: [Duration; 4] = [
+    Duration::from_secs(5),
+    Duration::from_secs(15),
+    Duration::from_secs(30),
+    Duration::from_secs(60),
+];
+
+/// What the agent wants sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PathTransmit {
+    /// A ping.
+    Ping {
+        /// On this path.
+        via: Via,
+        /// Its transaction.
+        tx: TxId,
+    },
+    /// The answer to a ping.
+    Pong {
+        /// On the path that the ping came by.
+        via: Via,
+        /// Of the ping.
+        tx: TxId,
+    },
+    /// Our candidates, by relay: "please probe now".
+    CallMeMaybe {
+        /// The relay path.
+        via: Via,
+    },
+}
+
+/// What the agent has to tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PathEvent {
+    /// Data goes another way from here on.
+    Primary {
+        /// Before.
+        from: Option<Via>,
+        /// After.
+        to: Option<Via>,
+        /// The cause, for logs and `status`.
+        why: &'static str,
+    },
+}
+
+/// A pong that answered one of our pings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer {
+    /// Its round trip.
+    pub rtt: Duration,
+    /// The path.
+    pub via: Via,
+}
+
+/// When data last moved on the primary path, as the data plane counted it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Something was sent to the peer.
+    pub sent: Option<Instant>,
+    /// Something authenticated arrived from it on the primary path.
+    pub heard: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Endpoint {
+    kind: CandidateKind,
+    local: Option<IpAddr>,
+    prober: Prober,
+    heard: Option<Instant>,
+    penalty_until: Option<Instant>,
+}
+
+impl Endpoint {
+    fn new(kind: CandidateKind) -> Self {
+        Self { kind, local: None, prober: Prober::default(), heard: None, penalty_until: None }
+    }
+
+    fn proved(&self, now: Instant) -> bool {
+        let fresh = |at: Option<Instant>| {
+            at.is_some_and(|at| now.saturating_duration_since(at) < PROOF_LIFETIME)
+        };
+        fresh(self.prober.last_pong()) || (self.prober.last_pong().is_some() && fresh(self.heard))
+    }
+}
+
+/// Keeps the candidates of one peer and picks its primary path.
+#[derive(Debug)]
+pub struct PathAgent {
+    rng: StdRng,
+    wanted: bool,
+    endpoints: BTreeMap<SocketAddr, Endpoint>,
+    relay: Option<Via>,
+    relay_prober: Prober,
+    primary: Option<Via>,
+    primary_since: Instant,
+    why: &'static str,
+    doubt: Doubt,
+    last_switch: Option<Instant>,
+    round_at: Option<Instant>,
+    called_at: Option<Instant>,
+    call_epoch: u64,
+    retry_at: Option<Instant>,
+    retries: usize,
+    keepalive_at: Option<Instant>,
+    transmits: VecDeque<PathTransmit>,
+    events: VecDeque<PathEvent>,
+}
+
+impl PathAgent {
+    /// An agent without any candidate. `seed` decides its transaction ids.
+    #[must_use]
+    pub fn new(seed: [u8; 32], now: Instant) -> Self {
+        Self {
+            rng: StdRng::from_seed(seed),
+            wanted: false,
+            endpoints: BTreeMap::new(),
+            relay: None,
+            relay_prober: Prober::default(),
+            primary: None,
+            primary_since: now,
+            why: "nothing was tried yet",
+            doubt: Doubt::default(),
+            last_switch: None,
+            round_at: None,
+            called_at: None,
+            call_epoch: 0,
+            retry_at: None,
+            retries: 0,
+            keepalive_at: None,
+            transmits: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    // ---- what the node tells -------------------------------------------------------------------
+
+    /// Whether a direct path to this peer is worth probes and keepalives.
+    pub fn set_wanted(&mut self, wanted: bool, now: Instant) {
+        if wanted && !self.wanted {
+            self.wanted = true;
+            self.start_round(now);
+        }
+        self.wanted = wanted;
+    }
+
+    /// Which relay path there is to the peer, if any.
+    pub fn set_relay(&mut self, relay: Option<Via>, now: Instant) {
+        if relay == self.relay {
+            return;
+        }
+        let appeared = self.relay.is_none() && relay.is_some();
+        self.relay = relay;
+        self.relay_prober.forget();
+        self.choose("the relay changed", now);
+        if appeared && self.wanted {
+            self.start_round(now);
+        }
+    }
+
+    /// Takes the peer's announced candidates; those it no longer announces are dropped unless they
+    /// work.
+    pub fn set_candidates(&mut self, candidates: &[Candidate], now: Instant) {
+        let announced: BTreeMap<SocketAddr, CandidateKind> = candidates
+            .iter()
+            .filter(|candidate| usable_underlay(candidate.endpoint))
+            .take(MAX_CANDIDATES)
+            .map(|candidate| (candidate.endpoint, candidate.kind))
+            .collect();
+        self.endpoints.retain(|remote, endpoint| {
+            announced.contains_key(remote)
+                || endpoint.kind == CandidateKind::PeerReflexive
+                || endpoint.proved(now)
+        });
+        let mut fresh = false;
+        for (remote, kind) in announced {
+            fresh |= !self.endpoints.contains_key(&remote);
+            self.endpoints.entry(remote).or_insert_with(|| Endpoint::new(kind));
+        }
+        if fresh && self.wanted && !self.is_direct() {
+            self.start_round(now);
+        }
+    }
+
+    /// The peer asks us to probe; `candidates` are where it may be reached.
+    pub fn handle_call_me_maybe(&mut self, epoch: u64, candidates: &[Candidate], now: Instant) {
+        if epoch < self.call_epoch {
+            return;
+        }
+        self.call_epoch = epoch;
+        for candidate in candidates.iter().take(MAX_CANDIDATES) {
+            if usable_underlay(candidate.endpoint) && self.endpoints.len() < 2 * MAX_CANDIDATES {
+                self.endpoints
+                    .entry(candidate.endpoint)
+                    .or_insert_with(|| Endpoint::new(candidate.kind));
+            }
+        }
+        if !self.is_direct() {
+            self.start_round(now);
+        }
+    }
+
+    /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
+    pub fn handle_own_candidates(&mut self, now: Instant) {
+        if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
+            self.called_at = Some(now);
+            self.transmits.push_back(PathTransmit::CallMeMaybe { via });
+            self.start_round(now);
+        }
+    }
+
+    /// The local network changed: nothing that was proved holds.
+    pub fn handle_network_change(&mut self, now: Instant) {
+        self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
+        for endpoint in self.endpoints.values_mut() {
+            endpoint.prober.forget();
+            endpoint.heard = None;
+            endpoint.penalty_until = None;
+        }
+        self.relay_prober.forget();
+        self.doubt = Doubt::default();
+        self.choose("the local network changed", now);
+        self.round_at = None;
+        self.called_at = None;
+        self.retries = 0;
+        if self.wanted {
+            self.start_round(now);
+        }
+    }
+
+    /// A ping of the peer arrived: answer it, and check the path from our side.
+    pub fn handle_ping(&mut self, tx: TxId, via: Via, now: Instant) {
+        self.transmits.push_back(PathTransmit::Pong { via, tx });
+        let Via::Direct { remote, local } = via else { return };
+        // One side's keepalive serves both, as long as nothing is in doubt.
+        let settled =
+            self.primary.is_some_and(|primary| same_path(primary, via)) && self.doubt.is_calm();
+        let Some(endpoint) = self.learn(remote, local, now) else { return };
+        let recently = |at: Option<Instant>, within: Duration| {
+            at.is_some_and(|at| now.saturating_duration_since(at) < within)
+        };
+        let checked = settled
+            || recently(endpoint.prober.last_pong(), RECENT_PROOF)
+            || recently(endpoint.prober.last_sent(), PING_SPACING);
+        if !checked {
+            // The triggered check: the peer's NAT is open for us at this moment.
+            endpoint.prober.start_round(now);
+            if endpoint.prober.take_due(now) {
+                self.ping(via, now);
+            }
+        }
+        if settled {
+            self.postpone_keepalive(now);
+        }
+    }
+
+    /// A pong arrived. Returns its round trip when it answers a ping of ours on that very path.
+    pub fn handle_pong(&mut self, tx: TxId, via: Via, now: Instant) -> Option<Answer> {
+        let rtt = match via {
+            Via::Direct { remote, local } => {
+                let endpoint = self.learn(remote, local, now)?;
+                endpoint.prober.handle_pong(tx, now)?
+            }
+            Via::RelayUdp | Via::RelayTcp => self.relay_prober.handle_pong(tx, now)?,
+        };
+        if self.primary.is_some_and(|primary| same_path(primary, via)) {
+            self.doubt.handle_heard(now);
+            self.postpone_keepalive(now);
+        }
+        self.choose("a better path answered", now);
+        Some(Answer { rtt, via })
+    }
+
+    /// Something else that only the peer can have sent arrived from `via`.
+    pub fn handle_authenticated(&mut self, via: Via, now: Instant) {
+        if let Via::Direct { remote, local } = via
+            && let Some(endpoint) = self.learn(remote, local, now)
+            && endpoint.prober.last_pong().is_none()
+            && !endpoint.prober.in_round()
+        {
+            endpoint.prober.start_round(now);
+        }
+    }
+
+    /// What the data plane counted since the last call; call it every [`super::TRAFFIC_TICK`]
+    /// while data flows.
+    pub fn handle_traffic(&mut self, traffic: Traffic, now: Instant) {
+        let Some(Via::Direct { remote, .. }) = self.primary else {
+            self.doubt = Doubt::default();
+            return;
+        };
+        let Some(endpoint) = self.endpoints.get_mut(&remote) else { return };
+        if let Some(heard) = traffic.heard {
+            endpoint.heard = endpoint.heard.max(Some(heard));
+        }
+        let heard = endpoint.heard.max(endpoint.prober.last_pong());
+        let srtt = endpoint.prober.srtt().unwrap_or_default();
+        self.doubt.handle_traffic(traffic.sent, heard, now);
+        let suspicion = self.doubt.suspicion(srtt, now);
+        self.act_on(suspicion, now);
+        if traffic.sent.is_some_and(|sent| now.saturating_duration_since(sent) < KEEPALIVE)
+            && self.doubt.is_calm()
+        {
+            self.postpone_keepalive(now);
+        }
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.ping_due(now);
+        if let Some(Via::Direct { remote, .. }) = self.primary {
+            let srtt = self.endpoints.get(&remote).and_then(|endpoint| endpoint.prober.srtt());
+            let suspicion = self.doubt.suspicion(srtt.unwrap_or_default(), now);
+            self.act_on(suspicion, now);
+        }
+        if self.keepalive_at.is_some_and(|at| at <= now) {
+            self.keepalive_at = None;
+            self.keep_alive(now);
+        }
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_at = None;
+            if self.wanted && !self.is_direct() {
+                self.start_round(now);
+            }
+        }
+        self.choose("the path stopped answering", now);
+    }
+
+    /// Pings the peer on the path that data takes; the pong is handed out by
+    /// [`Self::handle_pong`] as always.
+    pub fn ping_primary(&mut self, now: Instant) -> Option<(TxId, Via)> {
+        let via = self.primary?;
+        Some((self.ping(via, now), via))
+    }
+
+    // ---- what the node asks --------------------------------------------------------------------
+
+    /// What wants sending; call until none.
+    pub fn poll_transmit(&mut self) -> Option<PathTransmit> {
+        self.transmits.pop_front()
+    }
+
+    /// What happened; call until none.
+    pub fn poll_event(&mut self) -> Option<PathEvent> {
+        self.events.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] has something to do, and what.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
+        let probes = self.endpoints.values().filter_map(|endpoint| endpoint.prober.next_at());
+        let named = |at: Option<Instant>, what| at.map(|at| (at, what));
+        probes
+            .map(|at| (at, "path probe"))
+            .chain(named(self.relay_prober.next_at(), "relay probe"))
+            .chain(named(self.doubt.next_at(), "path in doubt"))
+            .chain(named(self.keepalive_at, "path keepalive"))
+            .chain(named(self.retry_at, "next round of probes"))
+            .min()
+    }
+
+    /// The path that a packet sent now takes, and whether it is doubled.
+    #[must_use]
+    pub fn choice(&self) -> Choice {
+        let duplicate = self.relay.filter(|_| self.is_direct() && self.doubt.wants_duplicate());
+        Choice { primary: self.primary, duplicate }
+    }
+
+    /// Since when the primary is what it is.
+    #[must_use]
+    pub fn primary_since(&self) -> Instant {
+        self.primary_since
+    }
+
+    /// The smoothed round trip on the primary.
+    #[must_use]
+    pub fn rtt(&self) -> Option<Duration> {
+        match self.primary? {
+            Via::Direct { remote, .. } => self.endpoints.get(&remote)?.prober.srtt(),
+            Via::RelayUdp | Via::RelayTcp => self.relay_prober.srtt(),
+        }
+    }
+
+    /// Why the primary is what it is, in a sentence.
+    #[must_use]
+    pub fn why(&self) -> String {
+        let tried: Vec<_> = self.outcomes().filter(|(.., o)| *o != ProbeOutcome::Untried).collect();
+        let probing = tried.iter().any(|(.., outcome)| *outcome == ProbeOutcome::Probing);
+        match self.primary {
+            Some(Via::Direct { remote, .. }) => {
+                let kind = self.endpoints.get(&remote).map_or("unknown", |e| e.kind.as_str());
+                format!("the peer's {kind} candidate answers")
+            }
+            Some(_) if probing => format!("probing {} candidates", tried.len()),
+            Some(_) if tried.is_empty() => "the peer has announced no candidate yet".into(),
+            Some(_) => format!("none of {} candidates answered", tried.len()),
+            None if probing => format!("probing {} candidates, no relay", tried.len()),
+            None => format!("no relay, and {}", self.why),
+        }
+    }
+
+    /// Whether probes are under way or planned.
+    #[must_use]
+    pub fn is_trying(&self) -> bool {
+        self.endpoints.values().any(|endpoint| endpoint.prober.in_round())
+    }
+
+    /// Each endpoint with its kind, the pings sent to it and how it answered.
+    pub fn outcomes(&self) -> impl Iterator<Item = (SocketAddr, CandidateKind, u32, ProbeOutcome)> {
+        self.endpoints.iter().map(|(remote, endpoint)| {
+            let prober = &endpoint.prober;
+            (*remote, endpoint.kind, prober.sent_pings(), prober.outcome())
+        })
+    }
+
+    // ---- how it decides ------------------------------------------------------------------------
+
+    fn is_direct(&self) -> bool {
+        matches!(self.primary, Some(Via::Direct { .. }))
+    }
+
+    /// The endpoint that a packet came from, learned as peer-reflexive when it is new.
+    fn learn(
+        &mut self,
+        remote: SocketAddr,
+        local: Option<IpAddr>,
+        now: Instant,
+    ) -> Option<&mut Endpoint> {
+        if !self.endpoints.contains_key(&remote) {
+            if !usable_underlay(remote) {
+                return None;
+            }
+            let learned: Vec<SocketAddr> = self
+                .endpoints
+                .iter()
+                .filter(|(_, endpoint)| endpoint.kind == CandidateKind::PeerReflexive)
+                .map(|(remote, _)| *remote)
+                .collect();
+            if learned.len() >= MAX_LEARNED {
+                // The one that was silent for longest makes room, never one that works.
+                let oldest = learned
+                    .into_iter()
+                    .filter(|remote| !self.endpoints[remote].proved(now))
+                    .min_by_key(|remote| self.endpoints[remote].heard)?;
+                self.endpoints.remove(&oldest);
+            }
+            self.endpoints.insert(remote, Endpoint::new(CandidateKind::PeerReflexive));
+        }
+        let endpoint = self.endpoints.get_mut(&remote)?;
+        endpoint.heard = Some(now);
+        if local.is_some() {
+            endpoint.local = local;
+        }
+        Some(endpoint)
+    }
+
+    fn ping(&mut self, via: Via, now: Instant) -> TxId {
+        let tx = TxId(self.rng.random());
+        match via {
+            Via::Direct { remote, .. } => {
+                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+                    endpoint.prober.sent(tx, now);
+                }
+            }
+            Via::RelayUdp | Via::RelayTcp => self.relay_prober.sent(tx, now),
+        }
+        self.transmits.push_back(PathTransmit::Ping { via, tx });
+        tx
+    }
+
+    /// Pings every endpoint that is not proved, and asks the peer to do the same. Soon after the
+    /// last round only endpoints that were not in it are taken in.
+    fn start_round(&mut self, now: Instant) {
+        let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
+        let again = !self.round_at.is_some_and(recent);
+        for endpoint in self.endpoints.values_mut() {
+            let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
+            if !endpoint.proved(now) && (again || untried) {
+                endpoint.prober.start_round(now);
+            }
+        }
+        if !again {
+            self.ping_due(now);
+            return;
+        }
+        self.round_at = Some(now);
+        if let Some(via) = self.relay {
+            self.relay_prober.start_round(now);
+            let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
+            if !self.called_at.is_some_and(recent) {
+                self.called_at = Some(now);
+                self.transmits.push_back(PathTransmit::CallMeMaybe { via });
+            }
+        }
+        self.ping_due(now);
+        // Without any path nothing else can help, so the rounds stay close enough together to
+        // keep our NAT open for a peer that comes back.
+        let last = if self.primary.is_some() { RETRY.len() - 1 } else { 1 };
+        let wait = RETRY[self.retries.min(last)];
+        self.retries += 1;
+        self.retry_at = Some(now + wait);
+    }
+
+    /// Sends the pings of all rounds that are due; the first ones of a round leave in the same
+    /// instant as its call-me-maybe.
+    fn ping_due(&mut self, now: Instant) {
+        let due: Vec<(SocketAddr, Option<IpAddr>)> = self
+            .endpoints
+            .iter_mut()
+            .filter_map(|(remote, e)| e.prober.take_due(now).then_some((*remote, e.local)))
+            .collect();
+        for (remote, local) in due {
+            self.ping(Via::Direct { remote, local }, now);
+        }
+        if self.relay_prober.take_due(now)
+            && let Some(relay) = self.relay
+        {
+            self.ping(relay, now);
+        }
+    }
+
+    fn act_on(&mut self, suspicion: Suspicion, now: Instant) {
+        let Some(via @ Via::Direct { remote, .. }) = self.primary else { return };
+        match suspicion {
+            Suspicion::None | Suspicion::Waiting => {}
+            Suspicion::Ask => {
+                self.doubt.handle_asked(now);
+                self.ping(via, now);
+            }
+            Suspicion::Dead => {
+                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+                    endpoint.prober.forget();
+                    endpoint.heard = None;
+                    endpoint.penalty_until = Some(now + PENALTY);
+                }
+                self.doubt = Doubt::default();
+                self.choose("the direct path went silent", now);
+                self.round_at = None;
+                self.retries = 0;
+                self.start_round(now);
+            }
+        }
+    }
+
+    fn keep_alive(&mut self, now: Instant) {
+        let Some(via @ Via::Direct { .. }) = self.primary else { return };
+        if self.wanted {
+            self.ping(via, now);
+            self.doubt.handle_keepalive(now);
+            self.postpone_keepalive(now);
+        }
+    }
+
+    fn postpone_keepalive(&mut self, now: Instant) {
+        let jitter = Duration::from_millis(self.rng.random_range(0..2_000));
+        self.keepalive_at = Some(now + KEEPALIVE + jitter);
+    }
+
+    /// Makes the best path the primary, if it is better by enough.
+    fn choose(&mut self, why: &'static str, now: Instant) {
+        let usable = |endpoint: &Endpoint| {
+            endpoint.proved(now) && endpoint.penalty_until.is_none_or(|until| until <= now)
+        };
+        let best = self
+            .endpoints
+            .iter()
+            .filter(|(_, endpoint)| usable(endpoint))
+            .filter_map(|(remote, endpoint)| {
+                let score = Score::of(*remote, endpoint.prober.srtt()?);
+                Some((score, Via::Direct { remote: *remote, local: endpoint.local }))
+            })
+            .min();
+        let current = match self.primary {
+            Some(Via::Direct { remote, .. }) => {
+                self.endpoints.get(&remote).filter(|endpoint| usable(endpoint)).and_then(
+                    |endpoint| {
+                        let via = Via::Direct { remote, local: endpoint.local };
+                        Some((Score::of(remote, endpoint.prober.srtt()?), via))
+                    },
+                )
+            }
+            _ => None,
+        };
+        let next = match (best, current) {
+            (Some((better, via)), Some((score, same))) => {
+                let settled = self
+                    .last_switch
+                    .is_none_or(|at| now.saturating_duration_since(at) >= SWITCH_SPACING);
+                if better.clearly_beats(score) && settled { Some(via) } else { Some(same) }
+            }
+            (Some((_, via)), None) => Some(via),
+            (None, _) => self.relay,
+        };
+        if next == self.primary {
+            return;
+        }
+        let from = std::mem::replace(&mut self.primary, next);
+        let moved = match (from, next) {
+            (Some(a), Some(b)) => !same_path(a, b),
+            _ => true,
+        };
+        if !moved {
+            return;
+        }
+        self.primary_since = now;
+        self.why = why;
+        self.doubt = Doubt::default();
+        if self.is_direct() {
+            self.last_switch = Some(now);
+            self.retries = 0;
+            self.retry_at = None;
+            self.postpone_keepalive(now);
+        } else {
+            self.keepalive_at = None;
+        }
+        self.events.push_back(PathEvent::Primary { from, to: next, why });
+    }
+}
+
+/// Whether two values name one path; our own address on it may not be known yet in one of them.
+fn same_path(a: Via, b: Via) -> bool {
+    match (a, b) {
+        (Via::Direct { remote: a, .. }, Via::Direct { remote: b, .. }) => a == b,
+        (a, b) => a == b,
+    }
+}

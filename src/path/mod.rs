@@ -1,0 +1,94 @@
+//! Which way to one peer.
+//!
+//! A [`PathAgent`] keeps the candidates of one peer, probes them, and says which path a packet
+//! sent now should take: its *primary*. It knows no keys and no sockets: the node seals and sends
+//! what [`PathAgent::poll_transmit`] gives, and hands in what arrives.
+//!
+//! The model, in the order of a connection's life:
+//!
+//! 1. Data goes by relay at once, whenever there is one. Nothing waits for probing.
+//! 2. A *round* sends pings to every candidate at the same time, a short ladder each, together
+//!    with a call-me-maybe by relay that makes the peer do the same: both NATs are opened by the
+//!    outgoing ping, and let the other's ping in.
+//! 3. A ping that arrives is answered by a pong *and*, when its path is not proved, by a ping on
+//!    the same path (a triggered check, RFC 8445 section 7.3.1.4). Its source becomes a
+//!    peer-reflexive candidate: behind a symmetric NAT that is the only endpoint that works.
+//! 4. A path is *proved* by a pong to our own ping. Only proved paths carry data; the best of them
+//!    is the primary, with hysteresis.
+//! 5. Probes only ever promote a path. What demotes one is silence while we send: data is doubled
+//!    onto the relay while in doubt, and moves there when the doubt is not answered.
+//! 6. A relayed peer in use is tried again, ever more rarely; a network change or news of the peer
+//!    starts over.
+
+mod agent;
+mod liveness;
+mod nat;
+mod probe;
+mod score;
+#[cfg(test)]
+mod tests;
+
+pub use agent::{Answer, PathAgent, PathEvent, PathTransmit, Traffic};
+pub use nat::{Filtering, Mapping, NatFacts, NatKind};
+pub use probe::ProbeOutcome;
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+/// While data flows the node tells each agent this often what the data plane counted: short
+/// against the second that the death of a path may cost.
+pub const TRAFFIC_TICK: Duration = Duration::from_millis(100);
+
+/// One way to a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Via {
+    /// Straight to this endpoint, from `local` when the kernel said where it arrived.
+    Direct {
+        /// The peer's endpoint.
+        remote: SocketAddr,
+        /// Our address on that path, so that an answer leaves by where the question came in.
+        local: Option<IpAddr>,
+    },
+    /// By the server, in UDP datagrams.
+    RelayUdp,
+    /// By the server, on the control connection.
+    RelayTcp,
+}
+
+impl Via {
+    /// The word in `path.kind` of the JSON contract.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Direct { .. } => "direct",
+            Self::RelayUdp => "relay-udp",
+            Self::RelayTcp => "relay-tcp",
+        }
+    }
+
+    /// Whether this is a relay path.
+    #[must_use]
+    pub fn is_relay(self) -> bool {
+        !matches!(self, Self::Direct { .. })
+    }
+}
+
+impl std::fmt::Display for Via {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Direct { remote, .. } => write!(f, "direct {remote}"),
+            Self::RelayUdp => f.write_str("relay-udp"),
+            Self::RelayTcp => f.write_str("relay-tcp"),
+        }
+    }
+}
+
+/// What a packet to a peer should do now: published to the data plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Choice {
+    /// The path of data; none when there is no way to the peer.
+    pub primary: Option<Via>,
+    /// A second path that gets a copy of everything while the first is in doubt. WireGuard's
+    /// replay window takes the doubles out.
+    pub duplicate: Option<Via>,
+}

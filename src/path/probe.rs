@@ -1,0 +1,173 @@
+//! When to probe one endpoint, which answers count, and how long the round trip is.
+//!
+//! Knows nothing of candidates' origin or of other paths: the agent owns one [`Prober`] for each
+//! endpoint and one for the relay.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use crate::types::TxId;
+
+/// When the pings of a round are sent, in milliseconds from its start. The close ones at the front
+/// meet the peer's own first ping inside one round trip; the late ones survive loss and a peer
+/// that starts later. Ten silent ones are proof enough.
+const ROUND_MS: [u64; 10] = [0, 40, 100, 200, 400, 800, 1_400, 2_000, 3_000, 4_500];
+
+/// An unanswered ping is forgotten after this: longer than any sane round trip.
+const PING_LIFETIME: Duration = Duration::from_secs(5);
+
+/// How an endpoint answered so far; for `why` and `status`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProbeOutcome {
+    /// Not yet probed.
+    Untried,
+    /// Pings are under way.
+    Probing,
+    /// A pong came back.
+    Answered,
+    /// A whole round was silent.
+    Silent,
+}
+
+/// Schedules the pings to one endpoint and measures their round trips.
+#[derive(Debug, Default)]
+pub(crate) struct Prober {
+    round_start: Option<Instant>,
+    next_step: usize,
+    in_flight: BTreeMap<TxId, Instant>,
+    last_sent: Option<Instant>,
+    last_pong: Option<Instant>,
+    srtt: Option<Duration>,
+    sent_pings: u32,
+}
+
+impl Prober {
+    /// Starts a round of pings, from its first step.
+    pub(crate) fn start_round(&mut self, now: Instant) {
+        self.round_start = Some(now);
+        self.next_step = 0;
+    }
+
+    /// Ends the round: the endpoint answered, or nobody cares any more.
+    pub(crate) fn stop_round(&mut self) {
+        self.round_start = None;
+    }
+
+    pub(crate) fn in_round(&self) -> bool {
+        self.round_start.is_some()
+    }
+
+    /// When the next ping of the round is due.
+    pub(crate) fn next_at(&self) -> Option<Instant> {
+        let start = self.round_start?;
+        let step =
+            ROUND_MS.get(self.next_step).copied().unwrap_or(ROUND_MS[ROUND_MS.len() - 1] + 500);
+        Some(start + Duration::from_millis(step))
+    }
+
+    /// Whether a ping of the round is due; goes on to the next step.
+    pub(crate) fn take_due(&mut self, now: Instant) -> bool {
+        if self.next_at().is_none_or(|at| at > now) {
+            return false;
+        }
+        if self.next_step >= ROUND_MS.len() {
+            self.round_start = None;
+            return false;
+        }
+        self.next_step += 1;
+        true
+    }
+
+    /// Records that ping `tx` was sent, by whatever cause.
+    pub(crate) fn sent(&mut self, tx: TxId, now: Instant) {
+        self.in_flight.retain(|_, at| now.saturating_duration_since(*at) < PING_LIFETIME);
+        self.in_flight.insert(tx, now);
+        self.last_sent = Some(now);
+        self.sent_pings = self.sent_pings.saturating_add(1);
+    }
+
+    /// The round trip if `tx` is an open ping of this endpoint; a stranger's pong is nothing.
+    pub(crate) fn handle_pong(&mut self, tx: TxId, now: Instant) -> Option<Duration> {
+        let sent_at = self.in_flight.remove(&tx)?;
+        let rtt = now.saturating_duration_since(sent_at);
+        // RFC 6298 section 2.3, with alpha 1/4: few samples come, so each counts for more.
+        self.srtt = Some(self.srtt.map_or(rtt, |srtt| (srtt * 3 + rtt) / 4));
+        self.last_pong = Some(now);
+        self.stop_round();
+        Some(rtt)
+    }
+
+    pub(crate) fn last_sent(&self) -> Option<Instant> {
+        self.last_sent
+    }
+
+    pub(crate) fn last_pong(&self) -> Option<Instant> {
+        self.last_pong
+    }
+
+    /// The smoothed round trip.
+    pub(crate) fn srtt(&self) -> Option<Duration> {
+        self.srtt
+    }
+
+    pub(crate) fn sent_pings(&self) -> u32 {
+        self.sent_pings
+    }
+
+    /// Forgets what was proved: the network changed under it.
+    pub(crate) fn forget(&mut self) {
+        *self = Self { sent_pings: self.sent_pings, ..Self::default() };
+    }
+
+    pub(crate) fn outcome(&self) -> ProbeOutcome {
+        if self.last_pong.is_some() {
+            ProbeOutcome::Answered
+        } else if self.in_round() {
+            ProbeOutcome::Probing
+        } else if self.sent_pings > 0 {
+            ProbeOutcome::Silent
+        } else {
+            ProbeOutcome::Untried
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::epoch;
+
+    fn tx(number: u8) -> TxId {
+        TxId([number; 12])
+    }
+
+    #[test]
+    fn a_silent_endpoint_goes_quiet_after_its_round() {
+        let mut prober = Prober::default();
+        prober.start_round(epoch());
+        let mut sent = 0;
+        while let Some(at) = prober.next_at() {
+            if prober.take_due(at) {
+                prober.sent(tx(sent), at);
+                sent += 1;
+            }
+        }
+        assert_eq!(usize::from(sent), ROUND_MS.len(), "the ladder, and not one ping more");
+        assert_eq!(prober.outcome(), ProbeOutcome::Silent);
+    }
+
+    #[test]
+    fn an_answer_ends_the_round_and_gives_the_round_trip() {
+        let now = epoch();
+        let mut prober = Prober::default();
+        prober.start_round(now);
+        assert!(prober.take_due(now));
+        prober.sent(tx(1), now);
+        let later = now + Duration::from_millis(30);
+        assert_eq!(prober.handle_pong(tx(2), later), None, "a stranger's pong is nothing");
+        assert_eq!(prober.handle_pong(tx(1), later), Some(Duration::from_millis(30)));
+        assert_eq!(prober.handle_pong(tx(1), later), None, "a pong counts once");
+        assert!(!prober.in_round());
+        assert_eq!(prober.srtt(), Some(Duration::from_millis(30)));
+    }
+}

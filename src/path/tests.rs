@@ -1,0 +1,274 @@
+//! Two agents and a little internet between them: what the agents promise together.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::{PathAgent, PathEvent, PathTransmit, Traffic, Via};
+use crate::testing::epoch;
+use crate::types::{Candidate, CandidateKind, TxId};
+
+const ONE_WAY: Duration = Duration::from_millis(10);
+const RELAY_ONE_WAY: Duration = Duration::from_millis(20);
+
+enum Message {
+    Ping(TxId),
+    Pong(TxId),
+    CallMeMaybe,
+}
+
+struct Side {
+    agent: PathAgent,
+    public: SocketAddr,
+    announced: SocketAddr,
+    /// Endpoints that this side's NAT lets in; none when it lets in everybody.
+    open_for: Option<BTreeSet<SocketAddr>>,
+    events: Vec<(Duration, PathEvent)>,
+}
+
+/// Two sides, each behind a port-restricted NAT or in the open.
+struct World {
+    start: Instant,
+    now: Instant,
+    sides: [Side; 2],
+    flights: Vec<(Instant, usize, Via, Message)>,
+    cut: bool,
+}
+
+impl World {
+    fn new(filtered: [bool; 2]) -> Self {
+        let now = epoch();
+        let endpoints: [SocketAddr; 2] =
+            ["203.0.113.10:4000".parse().unwrap(), "203.0.113.20:5000".parse().unwrap()];
+        let side = |i: usize| Side {
+            agent: PathAgent::new([u8::try_from(i).unwrap(); 32], now),
+            public: endpoints[i],
+            announced: endpoints[i],
+            open_for: filtered[i].then(BTreeSet::new),
+            events: Vec::new(),
+        };
+        Self { start: now, now, sides: [side(0), side(1)], flights: Vec::new(), cut: false }
+    }
+
+    fn meet(&mut self, relay: Option<Via>) {
+        for i in 0..2 {
+            let candidate = Candidate::new(self.sides[1 - i].announced, CandidateKind::Reflexive);
+            let agent = &mut self.sides[i].agent;
+            agent.set_relay(relay, self.now);
+            agent.set_candidates(&[candidate], self.now);
+            agent.set_wanted(true, self.now);
+        }
+        self.drain();
+    }
+
+    fn drain(&mut self) {
+        for i in 0..2 {
+            while let Some(transmit) = self.sides[i].agent.poll_transmit() {
+                let (via, message) = match transmit {
+                    PathTransmit::Ping { via, tx } => (via, Message::Ping(tx)),
+                    PathTransmit::Pong { via, tx } => (via, Message::Pong(tx)),
+                    PathTransmit::CallMeMaybe { via } => (via, Message::CallMeMaybe),
+                };
+                self.send(i, via, message);
+            }
+            while let Some(event) = self.sides[i].agent.poll_event() {
+                self.sides[i].events.push((self.now - self.start, event));
+            }
+        }
+    }
+
+    fn send(&mut self, from: usize, via: Via, message: Message) {
+        match via {
+            Via::Direct { remote, .. } => {
+                if let Some(open) = &mut self.sides[from].open_for {
+                    open.insert(remote);
+                }
+                let source = self.sides[from].public;
+                if remote == self.sides[1 - from].public && !self.cut {
+                    let via = Via::Direct { remote: source, local: None };
+                    self.flights.push((self.now + ONE_WAY, 1 - from, via, message));
+                }
+            }
+            relay => self.flights.push((self.now + RELAY_ONE_WAY, 1 - from, relay, message)),
+        }
+    }
+
+    fn run(&mut self, duration: Duration) {
+        let end = self.now + duration;
+        loop {
+            let timers = self.sides.iter().filter_map(|side| side.agent.poll_timeout());
+            let flights = self.flights.iter().map(|flight| flight.0);
+            let Some(next) = timers.map(|(at, _)| at).chain(flights).min() else { break };
+            if next > end {
+                break;
+            }
+            self.now = self.now.max(next);
+            let now = self.now;
+            let due: Vec<_> = self.flights.extract_if(.., |flight| flight.0 <= now).collect();
+            for (_, to, via, message) in due {
+                self.deliver(to, via, message);
+            }
+            for side in &mut self.sides {
+                side.agent.handle_timeout(now);
+            }
+            self.drain();
+        }
+        self.now = end;
+    }
+
+    fn deliver(&mut self, to: usize, via: Via, message: Message) {
+        let announced = self.sides[1 - to].announced;
+        let side = &mut self.sides[to];
+        if let (Via::Direct { remote, .. }, Some(open)) = (via, &side.open_for)
+            && !open.contains(&remote)
+        {
+            return;
+        }
+        match message {
+            Message::Ping(tx) => side.agent.handle_ping(tx, via, self.now),
+            Message::Pong(tx) => {
+                side.agent.handle_pong(tx, via, self.now);
+            }
+            Message::CallMeMaybe => {
+                let candidate = Candidate::new(announced, CandidateKind::Reflexive);
+                side.agent.handle_call_me_maybe(1, &[candidate], self.now);
+            }
+        }
+    }
+
+    fn direct_after(&self, side: usize) -> Option<Duration> {
+        self.sides[side].events.iter().find_map(|(at, PathEvent::Primary { to, .. })| {
+            matches!(to, Some(Via::Direct { .. })).then_some(*at)
+        })
+    }
+}
+
+#[test]
+fn data_goes_by_relay_at_once_and_direct_after_the_punch() {
+    let mut world = World::new([true, true]);
+    world.meet(Some(Via::RelayUdp));
+    assert_eq!(world.sides[0].agent.choice().primary, Some(Via::RelayUdp));
+    world.run(Duration::from_secs(1));
+    for side in 0..2 {
+        let direct = world.direct_after(side).expect("a port-restricted pair is punched");
+        assert!(direct <= Duration::from_millis(100), "took {direct:?}");
+    }
+}
+
+#[test]
+fn a_symmetric_side_is_reached_at_the_endpoint_it_sends_from() {
+    let mut world = World::new([true, false]);
+    // Side 0 announces what the server saw; towards side 1 its NAT maps another port.
+    world.sides[0].announced = "203.0.113.10:9999".parse().unwrap();
+    world.meet(Some(Via::RelayUdp));
+    world.run(Duration::from_secs(1));
+    assert!(world.direct_after(0).is_some() && world.direct_after(1).is_some());
+    assert!(world.sides[1].agent.why().contains("peer-reflexive"));
+}
+
+#[test]
+fn an_impossible_pair_stays_on_the_relay_and_goes_quiet() {
+    let mut world = World::new([true, true]);
+    world.sides[0].announced = "203.0.113.10:9999".parse().unwrap();
+    world.meet(Some(Via::RelayUdp));
+    world.run(Duration::from_secs(600));
+    assert_eq!(world.sides[0].agent.choice().primary, Some(Via::RelayUdp));
+    let pings: u32 = world.sides[1].agent.outcomes().map(|(.., pings, _)| pings).sum();
+    assert!(pings < 160, "{pings} pings in ten minutes");
+}
+
+#[test]
+fn without_a_relay_two_nodes_find_each_other_by_their_old_candidates() {
+    let mut world = World::new([true, true]);
+    world.meet(None);
+    world.run(Duration::from_secs(1));
+    assert!(world.direct_after(0).is_some() && world.direct_after(1).is_some());
+}
+
+#[test]
+fn a_path_that_goes_silent_under_traffic_costs_less_than_a_second() {
+    let mut world = World::new([true, true]);
+    world.meet(Some(Via::RelayUdp));
+    world.run(Duration::from_secs(5));
+    world.cut = true;
+    let (cut_at, heard) = (world.now, world.now);
+    let mut doubled_after = None;
+    while world.sides[0].agent.choice().primary != Some(Via::RelayUdp) {
+        let now = world.now;
+        world.sides[0].agent.handle_traffic(Traffic { sent: Some(now), heard: Some(heard) }, now);
+        world.drain();
+        if world.sides[0].agent.choice().duplicate.is_some() {
+            doubled_after.get_or_insert(now - cut_at);
+        }
+        assert!(now - cut_at < Duration::from_secs(1), "still on the dead path");
+        world.run(super::TRAFFIC_TICK);
+    }
+    let doubled_after = doubled_after.expect("data is doubled before the switch");
+    assert!(doubled_after <= Duration::from_millis(500), "doubled after {doubled_after:?}");
+}
+
+#[test]
+fn a_path_comes_back_when_it_answers_again() {
+    let mut world = World::new([true, true]);
+    world.meet(Some(Via::RelayUdp));
+    world.run(Duration::from_secs(30));
+    world.cut = true;
+    world.run(Duration::from_secs(60));
+    assert_eq!(world.sides[0].agent.choice().primary, Some(Via::RelayUdp), "keepalives noticed");
+    world.cut = false;
+    world.run(Duration::from_secs(90));
+    for side in &world.sides {
+        assert!(matches!(side.agent.choice().primary, Some(Via::Direct { .. })));
+    }
+}
+
+#[test]
+fn an_idle_direct_path_costs_one_small_packet_in_twenty_seconds() {
+    let mut world = World::new([true, true]);
+    world.meet(Some(Via::RelayUdp));
+    world.run(Duration::from_secs(30));
+    let pings = |world: &World| -> u32 {
+        world.sides.iter().flat_map(|side| side.agent.outcomes()).map(|(.., pings, _)| pings).sum()
+    };
+    let before = pings(&world);
+    world.run(Duration::from_secs(1000));
+    let sent = pings(&world) - before;
+    assert!((40..=50).contains(&sent), "{sent} pings by both sides in 1000 s");
+}
+
+#[test]
+fn a_stranger_cannot_fill_the_table_or_push_out_a_working_path() {
+    let mut world = World::new([false, false]);
+    world.meet(Some(Via::RelayUdp));
+    world.run(Duration::from_secs(1));
+    let now = world.now;
+    let agent = &mut world.sides[0].agent;
+    for port in 1..2000u16 {
+        let remote = SocketAddr::new("198.51.100.1".parse().unwrap(), port);
+        agent.handle_ping(TxId([0; 12]), Via::Direct { remote, local: None }, now);
+    }
+    assert!(agent.outcomes().count() <= 32);
+    assert!(matches!(agent.choice().primary, Some(Via::Direct { .. })));
+}
+
+#[test]
+fn a_candidate_that_comes_late_is_probed_at_once() {
+    let mut world = World::new([true, true]);
+    let now = world.now;
+    for side in &mut world.sides {
+        side.agent.set_relay(Some(Via::RelayUdp), now);
+        let host = Candidate::new("192.168.1.2:4000".parse().unwrap(), CandidateKind::Host);
+        side.agent.set_candidates(&[host], now);
+        side.agent.set_wanted(true, now);
+    }
+    world.drain();
+    world.run(Duration::from_millis(60));
+    for i in 0..2 {
+        let candidate = Candidate::new(world.sides[1 - i].public, CandidateKind::Reflexive);
+        let now = world.now;
+        world.sides[i].agent.handle_call_me_maybe(2, &[candidate], now);
+    }
+    world.drain();
+    world.run(Duration::from_millis(300));
+    assert!(world.direct_after(0).is_some() && world.direct_after(1).is_some());
+}
