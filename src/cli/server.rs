@@ -136,7 +136,7 @@ fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
 async fn serve(options: Options) -> Result<(), Failure> {
     let server = start(options.clone()).await.map_err(|error| explain(&error, &options))?;
     if let Some(line) = server.first_join_line() {
-        info!("nobody has joined yet; the line below lets one node in, within one hour");
+        info!("nobody has joined yet: the join line on stdout lets one node in, within one hour");
         info!("type on that machine: sudo overlay up JOINLINE");
         say(line.expose())?;
     }

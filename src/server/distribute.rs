@@ -16,8 +16,9 @@ use super::{Output, Server};
 use crate::types::{Candidate, NodeId, OverlayAddrs};
 use crate::wire::control::{WireCandidate, WirePeer};
 
-/// The least time between two deltas in a large network.
-const GATHER: Duration = Duration::from_millis(50);
+/// The least time between two deltas in the largest network: a removed node must be out everywhere
+/// within a second.
+const GATHER: Duration = Duration::from_millis(500);
 /// The same for each node that is online: a small network has no storms, only people who wait.
 const GATHER_PER_NODE: Duration = Duration::from_micros(500);
 
