@@ -144,8 +144,7 @@ fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
 async fn serve(options: Options) -> Result<(), Failure> {
     let server = start(options.clone()).await.map_err(|error| explain(&error, &options))?;
     if let Some(line) = server.first_join_line() {
-        // As a service it has no stdout: what is written there must not end in a log.
-        info!("nobody has joined yet; the join line on stdout lets one node in, within one hour");
+        info!("nobody has joined yet: the join line on stdout lets one node in, within one hour");
         info!("type on that machine: sudo overlay up JOINLINE; new lines: overlay server invite");
         say(line.expose())?;
     }

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -145,9 +146,10 @@ pub struct RunningServer {
 /// # Errors
 /// When something is in the way; nothing of it runs then.
 pub async fn start(options: Options) -> Result<RunningServer, StartError> {
+    allow_many_connections();
     let bound = sockets::bind(&options.listen)?;
-    let state = state::open(&options).await?;
     let local = LocalListener::bind(&options.socket).await?;
+    let state = state::open(&options).await?;
     let advertised =
         Advertised::new(&options.public_addr, &bound, state.records.network.record.range);
     let addresses = advertised.look();
@@ -171,17 +173,28 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let threads = relay::spawn(&hub, &stopping)?;
     let mut core = core::Core::new(server, state.store, Arc::clone(&hub), advertised, state.lock);
     let first_join_line = first_join_line(&mut core).await?;
+    core.warn();
     let mut tasks = Vec::new();
     let entrance =
         Arc::new(connections::Entrance::new(state.key, events.clone(), Arc::clone(&hub)));
     for listener in bound.tcp {
-        info!(address = %listener.address, "listening");
+        let (udp, second) = (listener.relay_port, listener.second_port);
+        info!(address = %listener.address, udp, second, "listening");
         tasks.push(tokio::spawn(connections::accept(listener, Arc::clone(&entrance))));
     }
     tasks.push(tokio::spawn(local::serve(local, events)));
     let core = tokio::spawn(core.run(inbox, stopping));
     let advertised = addresses;
     Ok(RunningServer { listening, advertised, first_join_line, hub, stop, core, tasks, threads })
+}
+
+/// Takes as many open files as the system allows: every node is one.
+fn allow_many_connections() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 /// The join line that a server without nodes shows when it starts.

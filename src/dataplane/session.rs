@@ -278,9 +278,11 @@ impl Session {
         }
     }
 
-    /// Gives up the handshake under way: nobody waits for it.
+    /// Gives up the handshake under way and the renewal that is due: there is no way to the peer.
+    /// The next data asks again.
     pub fn give_up(&mut self) {
         self.attempt = None;
+        self.last_data = None;
     }
 
     /// Whether a handshake is under way.

@@ -23,6 +23,8 @@ pub(super) struct PeerControl {
     pub(super) session_wanted: bool,
     /// Stamp of the last packet sent to it, when the traffic tick looked last.
     pub(super) used_at: Option<Instant>,
+    /// When an unknown session of this peer was last answered with a handshake.
+    pub(super) stale_at: Option<Instant>,
 }
 
 impl Node {
@@ -30,8 +32,14 @@ impl Node {
     pub(super) fn restore(&mut self, netmap: Netmap, now: Instant) {
         self.netmap = netmap;
         let ids: Vec<NodeId> = self.netmap.peers.keys().copied().collect();
+        let eager = ids.len() <= self.settings.eager_peers;
         for id in ids {
             self.make_peer(id, now);
+            // A peer that we talked to in an earlier life has keys for us that we have lost, and
+            // would not notice before it renews them: the first handshake is ours, whoever we are.
+            if let Some(peer) = self.peers.get_mut(&id) {
+                peer.session_wanted = eager;
+            }
         }
         self.publish();
         self.update_peers(now);
@@ -61,6 +69,7 @@ impl Node {
             disco,
             session_wanted: false,
             used_at: None,
+            stale_at: None,
         };
         self.peers.insert(id, peer);
     }
@@ -109,6 +118,10 @@ impl Node {
         let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
         let wanted = in_use || eager && (info.online || !link_up || direct);
         peer.agent.set_candidates(&candidates, now);
+        if !info.online && link_up {
+            // Gone, or cut off from the server only? Its path can tell.
+            peer.agent.verify(now);
+        }
         peer.agent.set_relay(relay.filter(|_| info.online), now);
         peer.agent.set_wanted(wanted, now);
         self.drain_agent(id, now);
@@ -141,6 +154,10 @@ impl Node {
             {
                 info.last_direct = Some(remote);
                 self.events.push_back(Event::Save);
+            }
+            if matches!((from, to), (Some(Via::Direct { .. }), Some(Via::RelayUdp))) {
+                // Perhaps it was not the path that died but all of UDP.
+                self.relay.hurry(now);
             }
             self.events.push_back(Event::Path { peer: id, from, to, why });
         }

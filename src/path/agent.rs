@@ -21,6 +21,8 @@ const MAX_LEARNED: usize = 8;
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
 /// A proved path is not checked again for this long when the peer pings it.
 const RECENT_PROOF: Duration = Duration::from_secs(5);
+/// When the primary dies, another path that was heard this long ago takes over at once.
+const JUST_NOW: Duration = Duration::from_secs(1);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
 /// A round is not started over before this: news tends to come in bursts.
@@ -118,6 +120,16 @@ impl Endpoint {
         };
         fresh(self.prober.last_pong()) || (self.prober.last_pong().is_some() && fresh(self.heard))
     }
+
+    fn heard_lately(&self, now: Instant) -> bool {
+        let last = self.heard.max(self.prober.last_pong());
+        last.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW)
+    }
+
+    fn forget(&mut self) {
+        self.prober.forget();
+        self.heard = None;
+    }
 }
 
 /// Keeps the candidates of one peer and picks its primary path.
@@ -214,7 +226,6 @@ impl PathAgent {
             self.endpoints.entry(remote).or_insert_with(|| Endpoint::new(kind));
         }
         if fresh && self.wanted && !self.is_direct() {
-            self.round_at = None;
             self.start_round(now);
         }
     }
@@ -232,9 +243,27 @@ impl PathAgent {
                     .or_insert_with(|| Endpoint::new(candidate.kind));
             }
         }
-        if !self.is_direct() {
+        if self.is_direct() {
+            // The peer is not direct, or it has moved: does our path still lead to it?
+            self.verify(now);
+        } else {
             self.start_round(now);
         }
+    }
+
+    /// Asks the direct path, if it carries data, whether it still leads to the peer; silence moves
+    /// data away within a second.
+    pub fn verify(&mut self, now: Instant) {
+        if let Some(via @ Via::Direct { .. }) = self.primary {
+            self.ping(via, now);
+            self.doubt.handle_keepalive(now);
+        }
+    }
+
+    /// Whether this endpoint is one of the peer's.
+    #[must_use]
+    pub fn knows(&self, remote: SocketAddr) -> bool {
+        self.endpoints.contains_key(&remote)
     }
 
     /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
@@ -250,8 +279,7 @@ impl PathAgent {
     pub fn handle_network_change(&mut self, now: Instant) {
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
         for endpoint in self.endpoints.values_mut() {
-            endpoint.prober.forget();
-            endpoint.heard = None;
+            endpoint.forget();
             endpoint.penalty_until = None;
         }
         self.relay_prober.forget();
@@ -505,16 +533,22 @@ impl PathAgent {
         tx
     }
 
+    /// Pings every endpoint that is not proved, and asks the peer to do the same. Soon after the
+    /// last round only endpoints that were not in it are taken in.
     fn start_round(&mut self, now: Instant) {
-        if self.round_at.is_some_and(|at| now.saturating_duration_since(at) < ROUND_SPACING) {
-            return;
-        }
-        self.round_at = Some(now);
+        let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
+        let again = !self.round_at.is_some_and(recent);
         for endpoint in self.endpoints.values_mut() {
-            if !endpoint.proved(now) {
+            let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
+            if !endpoint.proved(now) && (again || untried) {
                 endpoint.prober.start_round(now);
             }
         }
+        if !again {
+            self.ping_due(now);
+            return;
+        }
+        self.round_at = Some(now);
         if let Some(via) = self.relay {
             self.relay_prober.start_round(now);
             let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
@@ -559,9 +593,13 @@ impl PathAgent {
                 self.ping(via, now);
             }
             Suspicion::Dead => {
+                // Whatever killed it may have killed the others too, and they were not watched:
+                // only what was heard just now counts, the rest proves itself again.
+                for endpoint in self.endpoints.values_mut().filter(|e| !e.heard_lately(now)) {
+                    endpoint.forget();
+                }
                 if let Some(endpoint) = self.endpoints.get_mut(&remote) {
-                    endpoint.prober.forget();
-                    endpoint.heard = None;
+                    endpoint.forget();
                     endpoint.penalty_until = Some(now + PENALTY);
                 }
                 self.doubt = Doubt::default();

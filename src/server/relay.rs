@@ -15,8 +15,12 @@ use crate::wire::relay::{
     self as wire, CONTROL_LEN, Control, DATA_HEADER_LEN, RelayKey, data_header, parse_data,
 };
 
-/// A node is sent to by UDP for this long after its last bind; it binds every 20 seconds or so.
-pub const BIND_LIFETIME: Duration = Duration::from_secs(60);
+/// A node is sent to by UDP for this long after its last bind. It binds every 20 seconds, and six
+/// times more in the next ten when it is not answered.
+pub const BIND_LIFETIME: Duration = Duration::from_secs(30);
+
+/// A node that signed on this long ago has had its answer, and sends by UDP if it can.
+const BIND_ANSWERED: Duration = Duration::from_secs(2);
 
 /// One of the server's UDP sockets. They come in pairs, a main and a second port: the last bit
 /// tells which.
@@ -150,7 +154,7 @@ impl RelayTable {
             PacketKind::Relay => {
                 let sender = self.by_source.get(&(arrival.socket, arrival.source)).copied();
                 match sender.filter(|sender| self.is_bound(*sender, now)) {
-                    Some(sender) => self.handle_from(sender, datagram, now),
+                    Some(sender) => self.forward(sender, datagram, now),
                     None => Verdict::Drop(DropReason::BadRelayFrame),
                 }
             }
@@ -159,8 +163,25 @@ impl RelayTable {
         }
     }
 
-    /// Decides what to do with a relay datagram from `sender`, whoever vouches for that.
-    pub fn handle_from(&self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
+    /// Decides what to do with a relay datagram that came by the control connection of `sender`.
+    ///
+    /// Who sends this way although it once signed on by UDP has lost UDP, and is answered this way
+    /// too.
+    pub fn handle_from(&mut self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
+        let bound = self.nodes.get(&sender).and_then(|entry| entry.bound);
+        if bound.is_some_and(|bound| now.saturating_duration_since(bound.at) >= BIND_ANSWERED) {
+            self.unbind(sender);
+        }
+        self.forward(sender, datagram, now)
+    }
+
+    fn unbind(&mut self, node: NodeId) {
+        if let Some(bound) = self.nodes.get_mut(&node).and_then(|entry| entry.bound.take()) {
+            self.by_source.remove(&(bound.arrival.socket, bound.arrival.source));
+        }
+    }
+
+    fn forward(&self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
         let Ok((target, _)) = parse_data(datagram) else {
             return Verdict::Drop(DropReason::Malformed);
         };

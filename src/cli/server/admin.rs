@@ -23,7 +23,7 @@ pub(super) struct InviteArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     uses: u32,
     /// How long it can be used: 30m, 1h, 7d
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
     ttl: Duration,
     /// The name of the node that joins with it
     #[arg(long, value_name = "NAME")]
@@ -44,6 +44,10 @@ enum InviteCommand {
         /// Its id, as `invite list` shows it
         id: InviteId,
     },
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "not a time like 30m, 1h or 7d".into())
 }
 
 /// How an answer is shown.

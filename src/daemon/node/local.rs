@@ -68,7 +68,7 @@ pub(super) enum Request {
     Find(String, oneshot::Sender<Option<(NodeId, PingLine)>>),
     Ping(NodeId, oneshot::Sender<Option<oneshot::Receiver<Answer>>>),
     Netcheck(oneshot::Sender<netcheck::Inputs>),
-    Down(oneshot::Sender<()>),
+    Down,
 }
 
 /// Serves the socket until this is dropped.
@@ -129,8 +129,10 @@ async fn serve(
                 None => connection.answer(&or_stopping::<()>(None)).await?,
             },
             Question::Down if connection.peer.may_write => {
-                let done = ask(requests, Request::Down).await;
-                connection.answer(&or_stopping(done)).await?;
+                // Answered first: the daemon's end takes this connection with it.
+                connection.answer(&Reply::Ok(())).await?;
+                let _ = requests.send(Request::Down).await;
+                return Ok(());
             }
             Question::Down => {
                 let refusal = Refusal {
@@ -266,10 +268,9 @@ impl Daemon {
             Request::Netcheck(reply) => {
                 let _ = reply.send(self.netcheck_inputs());
             }
-            Request::Down(reply) => {
+            Request::Down => {
                 tracing::info!("stopped by a command");
                 self.ended = Some(Ended::Stopped);
-                let _ = reply.send(());
             }
         }
     }

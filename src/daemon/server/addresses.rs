@@ -20,6 +20,8 @@ pub(super) struct Advertised {
     fixed: Vec<SocketAddr>,
     /// The ports of the sockets on all addresses, the usual one first.
     wildcard_ports: Vec<u16>,
+    /// All TCP ports.
+    ports: Vec<u16>,
     /// Port of the first listener, and another one that every address has too.
     main_port: u16,
     extra_port: Option<u16>,
@@ -38,10 +40,34 @@ impl Advertised {
         Self {
             told: told.to_vec(),
             fixed,
+            ports: bound.tcp.iter().map(|listener| listener.address.port()).collect(),
             main_port: bound.tcp.first().map_or(0, |listener| listener.address.port()),
             extra_port: wildcard_ports.get(1).copied(),
             wildcard_ports,
             overlay,
+        }
+    }
+
+    /// Tells the administrator what will not work.
+    pub(super) fn warn(&self) {
+        let addresses = self.look();
+        let literal = |address: &ServerAddr| address.literal().map(|literal| literal.ip());
+        if addresses.iter().all(|address| literal(address).is_some_and(|ip| ip.is_loopback())) {
+            warn!("only this machine itself can reach the server: it listens on loopback alone");
+        } else if addresses.iter().all(|address| literal(address).is_some_and(|ip| !is_global(ip)))
+        {
+            warn!(
+                "join lines name only private addresses, which nodes in other networks cannot \
+                 reach; --public-addr HOST names a better one"
+            );
+        }
+        let ports = &self.ports;
+        for address in self.told.iter().filter(|address| !ports.contains(&address.port)) {
+            warn!(
+                %address,
+                "the public address has a port on which the server does not listen; it works only \
+                 if a router forwards it"
+            );
         }
     }
 
@@ -58,11 +84,6 @@ impl Advertised {
             all.sort_by_key(|address| rank(address.ip()));
             if all.iter().any(|address| is_global(address.ip())) {
                 all.retain(|address| is_global(address.ip()));
-            } else {
-                warn!(
-                    "this machine has only private addresses: nodes outside of its network cannot \
-                     reach it by a join line, unless --public-addr names the address that they can use"
-                );
             }
             addresses = all.into_iter().map(ServerAddr::from).collect();
         }
@@ -143,6 +164,7 @@ mod tests {
             told: told.iter().map(|text| text.parse().unwrap()).collect(),
             fixed: fixed.iter().map(|text| text.parse().unwrap()).collect(),
             wildcard_ports: Vec::new(),
+            ports: vec![41820],
             main_port: 41820,
             extra_port: None,
             overlay: OverlayRange::new(

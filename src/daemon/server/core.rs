@@ -60,6 +60,11 @@ impl Core {
         self.server.has_no_members()
     }
 
+    /// Tells the administrator what will not work.
+    pub(super) fn warn(&self) {
+        self.advertised.warn();
+    }
+
     /// Runs until told to stop.
     pub(super) async fn run(
         mut self,
@@ -106,7 +111,11 @@ impl Core {
                 }
             }
             Event::Request { request, answer } => {
+                let logged = request.is_write().then(|| format!("{request:?}"));
                 let result = self.answer(request).await;
+                if let Some(request) = logged.filter(|_| result.is_ok()) {
+                    info!(%request, "done for the administrator");
+                }
                 // The client may have gone; what it asked for is done all the same.
                 let _ = answer.send(result);
             }
@@ -120,13 +129,9 @@ impl Core {
             // The machine may have got another address since it was started.
             self.server.set_addresses(self.advertised.look());
         }
-        let logged = request.is_write().then(|| format!("{request:?}"));
         let decision =
             self.server.decide(request, clock::unix_seconds()).map_err(|error| refusal(&error))?;
         let answer = self.commit(decision).await?;
-        if let Some(request) = logged {
-            info!(%request, "done for the administrator");
-        }
         answer.ok_or_else(|| unavailable("there is no answer to that"))
     }
 

@@ -1,0 +1,67 @@
+//! What stands between hosts and the internet: nothing, or a NAT with a LAN behind it.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Instant;
+
+use overlay::lab::nat::{Flow, Nat, NatKind, Outbound, Protocol};
+
+use crate::link::Line;
+
+/// One place where hosts meet the internet.
+#[derive(Debug)]
+pub(crate) struct Edge {
+    /// What kind of NAT; none means that its one host has a public address.
+    pub(crate) kind: NatKind,
+    /// The public address.
+    pub(crate) external: IpAddr,
+    /// The line to the internet.
+    pub(crate) line: Line,
+    nat: Nat,
+    homes: u8,
+}
+
+impl Edge {
+    pub(crate) fn new(kind: NatKind, external: Ipv4Addr, line: Line, seed: u64) -> Self {
+        let external = IpAddr::V4(external);
+        Self { kind, external, line, nat: Nat::new(kind, external, seed), homes: 0 }
+    }
+
+    /// The address of one more host here. All LANs use one private range, as homes do.
+    pub(crate) fn next_address(&mut self) -> IpAddr {
+        self.homes += 1;
+        match self.kind {
+            NatKind::None => self.external,
+            _ => IpAddr::V4(Ipv4Addr::new(192, 168, 1, 1 + self.homes)),
+        }
+    }
+
+    /// Where a datagram from a host here goes; none when the NAT drops it.
+    pub(crate) fn outbound(
+        &mut self,
+        src: SocketAddr,
+        dst: SocketAddr,
+        now: Instant,
+    ) -> Option<Outbound> {
+        self.nat.outbound(Flow { protocol: Protocol::Udp, src, dst }, now).ok()
+    }
+
+    /// The flow as the host here sees it; none when the NAT drops it.
+    pub(crate) fn inbound(
+        &mut self,
+        src: SocketAddr,
+        dst: SocketAddr,
+        now: Instant,
+    ) -> Option<Flow> {
+        self.nat.inbound(Flow { protocol: Protocol::Udp, src, dst }, now).ok()
+    }
+
+    /// Reboots the NAT.
+    pub(crate) fn flush(&mut self) {
+        self.nat.flush();
+    }
+}
+
+/// Whether an address means something in a LAN only.
+pub(crate) fn is_private(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V4(address) if address.is_private())
+}

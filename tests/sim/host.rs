@@ -1,0 +1,328 @@
+//! One machine: the real node core with its data plane, driven as the daemon drives them.
+//!
+//! Knows neither NATs nor lines: it is handed what arrives, and says what leaves.
+
+use std::collections::VecDeque;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use overlay::dataplane::{Note, Source, Target, TunBatch, UdpBatch, inbound, outbound};
+use overlay::node::{Event, Netmap, Node, NodeSettings};
+use overlay::server::ConnectionId;
+use overlay::types::{NodeId, PublicKey, SecretKey};
+use overlay::wire::control::{ClientMessage, InviteUse, ServerMessage};
+
+use crate::uplink::Uplink;
+
+/// What leaves a host.
+#[derive(Debug, Default)]
+pub(crate) struct Outgoing {
+    /// Datagrams, each with where it goes.
+    pub(crate) datagrams: Vec<(Target, Vec<u8>)>,
+    /// Control messages.
+    pub(crate) messages: Vec<ClientMessage>,
+    /// Inner packets that came out of the TUN interface.
+    pub(crate) packets: Vec<Vec<u8>>,
+    /// News for the log.
+    pub(crate) news: Vec<String>,
+    /// The server does not want us.
+    pub(crate) refused: bool,
+}
+
+impl Outgoing {
+    fn is_empty(&self) -> bool {
+        self.datagrams.is_empty()
+            && self.messages.is_empty()
+            && self.packets.is_empty()
+            && self.news.is_empty()
+            && !self.refused
+    }
+}
+
+/// One machine.
+#[derive(Debug)]
+pub(crate) struct Host {
+    /// Which edge it is behind.
+    pub(crate) edge: usize,
+    /// The endpoint of its UDP socket, as it sees it itself.
+    pub(crate) endpoint: SocketAddr,
+    /// Its edge lets no UDP of this host through.
+    pub(crate) udp_blocked: bool,
+    /// Its control connection.
+    pub(crate) uplink: Uplink,
+    /// Its machine key, for the server.
+    pub(crate) machine_key: PublicKey,
+    /// With what it joins.
+    pub(crate) invite: Option<InviteUse>,
+    node_key: SecretKey,
+    settings: NodeSettings,
+    node: Option<Node>,
+    disk: Netmap,
+    lives: u64,
+    seed: u64,
+    from_tun: VecDeque<Vec<u8>>,
+    out: UdpBatch,
+    wake_at: Option<Instant>,
+    idle_turns: u32,
+}
+
+impl Host {
+    /// A machine that is switched off. `seed` decides its keys and all it draws.
+    pub(crate) fn new(
+        seed: u64,
+        edge: usize,
+        endpoint: SocketAddr,
+        settings: NodeSettings,
+    ) -> Self {
+        Self {
+            edge,
+            endpoint,
+            udp_blocked: false,
+            uplink: Uplink::new(seed),
+            machine_key: SecretKey::from_bytes(spread(seed, 1)).public(),
+            invite: None,
+            node_key: SecretKey::from_bytes(spread(seed, 2)),
+            settings,
+            node: None,
+            disk: Netmap::default(),
+            lives: 0,
+            seed,
+            from_tun: VecDeque::new(),
+            out: UdpBatch::default(),
+            wake_at: None,
+            idle_turns: 0,
+        }
+    }
+
+    /// Starts the node with what it had saved.
+    pub(crate) fn start(&mut self, now: Instant) {
+        if self.node.is_some() {
+            return;
+        }
+        self.lives += 1;
+        let mut node = Node::new(
+            self.node_key.clone(),
+            self.disk.clone(),
+            self.settings,
+            spread(self.seed, 100 + self.lives),
+            self.lives << 32,
+            now,
+        );
+        node.handle_host_endpoints(vec![self.endpoint], now);
+        self.node = Some(node);
+        self.uplink.start(now);
+        self.refresh();
+    }
+
+    /// Kills the node; the netmap survives in the form that the disk knows.
+    pub(crate) fn stop(&mut self) {
+        let Some(node) = self.node.take() else { return };
+        let text = serde_json::to_string(node.netmap()).expect("a netmap can be saved");
+        self.disk = serde_json::from_str(&text).expect("a saved netmap can be read");
+        self.uplink.stop();
+        self.from_tun.clear();
+        self.wake_at = None;
+    }
+
+    /// The running node.
+    pub(crate) fn node(&self) -> Option<&Node> {
+        self.node.as_ref()
+    }
+
+    /// The node's number, once it has one.
+    pub(crate) fn id(&self) -> Option<NodeId> {
+        let netmap = self.node.as_ref().map_or(&self.disk, Node::netmap);
+        netmap.identity.as_ref().map(|identity| identity.id)
+    }
+
+    /// The overlay address, once it has one.
+    pub(crate) fn address(&self) -> Option<Ipv4Addr> {
+        let netmap = self.node.as_ref().map_or(&self.disk, Node::netmap);
+        netmap.identity.as_ref().map(|identity| identity.addrs.v4)
+    }
+
+    /// When the node wants to be woken.
+    pub(crate) fn wake_at(&self) -> Option<Instant> {
+        self.wake_at
+    }
+
+    /// The first message on a new connection; what was queued for an older one is in it.
+    pub(crate) fn hello(&mut self) -> Option<ClientMessage> {
+        let node = self.node.as_mut()?;
+        while node.poll_message().is_some() {}
+        Some(node.hello(None, self.invite.clone()))
+    }
+
+    /// A program on this machine sends an inner packet.
+    pub(crate) fn handle_packet(&mut self, packet: Vec<u8>) {
+        self.from_tun.push_back(packet);
+    }
+
+    /// A datagram, or a relay frame on the control connection, arrived.
+    pub(crate) fn handle_datagram(
+        &mut self,
+        source: Source,
+        datagram: &[u8],
+        now: Instant,
+        going: &mut Outgoing,
+    ) {
+        let Some(node) = &mut self.node else { return };
+        let shared = Arc::clone(node.shared());
+        let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
+        inbound(&shared, &shared.table(), source, datagram, now, &mut tun, &mut notes);
+        going.packets.extend(tun.packets().map(<[u8]>::to_vec));
+        hand_over(node, notes, now);
+        self.refresh();
+    }
+
+    /// A message of the server arrived.
+    pub(crate) fn handle_message(
+        &mut self,
+        message: &ServerMessage,
+        server: SocketAddr,
+        now: Instant,
+    ) {
+        if let Some(node) = &mut self.node {
+            node.handle_message(message, server, now);
+            self.refresh();
+        }
+    }
+
+    /// The control connection is gone.
+    pub(crate) fn handle_link_down(&mut self, now: Instant) {
+        if let Some(node) = &mut self.node {
+            node.handle_link_down(now);
+            self.refresh();
+        }
+    }
+
+    /// The machine has another address.
+    pub(crate) fn handle_roam(&mut self, edge: usize, endpoint: SocketAddr, now: Instant) {
+        self.edge = edge;
+        self.endpoint = endpoint;
+        if let Some(node) = &mut self.node {
+            node.handle_host_endpoints(vec![endpoint], now);
+            self.refresh();
+        }
+    }
+
+    /// Gives the node its turn if it is due, and collects what wants to leave.
+    ///
+    /// # Panics
+    /// When the node wants to be woken in the past again and again and does nothing then.
+    pub(crate) fn turn(&mut self, connection: Option<ConnectionId>, now: Instant) -> Outgoing {
+        let mut going = Outgoing::default();
+        self.send_packets(now);
+        let Some(node) = &mut self.node else { return going };
+        let due = node.poll_timeout().filter(|(at, _)| *at <= now);
+        if due.is_some() {
+            node.handle_timeout(now);
+        }
+        self.collect(connection, &mut going);
+        self.refresh();
+        let again = self.node.as_ref().and_then(Node::poll_timeout).filter(|(at, _)| *at <= now);
+        if let (Some((_, before)), Some((at, after)), true) = (due, again, going.is_empty()) {
+            self.idle_turns += 1;
+            assert!(
+                self.idle_turns < 2,
+                "a busy loop: woken for {before:?}, did nothing, wants to be woken for {after:?} \
+                 {:?} ago",
+                now - at
+            );
+        } else {
+            self.idle_turns = 0;
+        }
+        going
+    }
+
+    fn send_packets(&mut self, now: Instant) {
+        let Some(node) = &mut self.node else { return self.from_tun.clear() };
+        if self.from_tun.is_empty() {
+            return;
+        }
+        let shared = Arc::clone(node.shared());
+        let (mut batch, mut notes) = (UdpBatch::default(), Vec::new());
+        let packets = self.from_tun.iter().map(Vec::as_slice);
+        outbound(&shared, &shared.table(), packets, now, &mut batch, &mut notes);
+        self.from_tun.clear();
+        for (target, datagram) in batch.datagrams() {
+            self.out.push_bytes(target, datagram);
+        }
+        hand_over(node, notes, now);
+    }
+
+    fn collect(&mut self, connection: Option<ConnectionId>, going: &mut Outgoing) {
+        let Some(node) = &mut self.node else { return };
+        let take = |batch: &UdpBatch, going: &mut Outgoing| {
+            let all = batch.datagrams().map(|(target, datagram)| (target, datagram.to_vec()));
+            going.datagrams.extend(all);
+        };
+        take(&self.out, going);
+        self.out.clear();
+        node.take_datagrams(&mut self.out);
+        take(&self.out, going);
+        self.out.clear();
+        while let Some(message) = node.poll_message() {
+            if connection.is_some() {
+                going.messages.push(message);
+            }
+        }
+        while let Some(event) = node.poll_event() {
+            match event {
+                Event::Path { peer, from, to, why } => {
+                    let show = |via: Option<overlay::path::Via>| {
+                        via.map_or_else(|| "nothing".to_string(), |via| via.to_string())
+                    };
+                    going.news.push(format!("{peer}: {} -> {}, {why}", show(from), show(to)));
+                }
+                Event::Refused(_, why) => {
+                    going.news.push(format!("refused: {why}"));
+                    going.refused = true;
+                }
+                Event::Identity(_) | Event::Save | Event::Pinged { .. } => {}
+            }
+        }
+        assert!(going.datagrams.len() <= MAX_DATAGRAMS, "a flood: {}", going.datagrams.len());
+        assert!(going.messages.len() <= MAX_MESSAGES, "the message queue has a bound");
+    }
+
+    fn refresh(&mut self) {
+        self.wake_at = self.node.as_ref().and_then(Node::poll_timeout).map(|(at, _)| at);
+    }
+
+    /// The node's view of the way to a peer, in the word of the JSON contract.
+    pub(crate) fn path_kind(&self, peer: NodeId, now: Instant) -> &'static str {
+        let status = self.node.as_ref().and_then(|node| node.peer_status(peer, now));
+        status.map_or("unknown", |status| status.path.as_str())
+    }
+
+    /// The node's own word on why the path to a peer is what it is, and what it tried.
+    pub(crate) fn why(&self, peer: NodeId, now: Instant) -> String {
+        let status = self.node.as_ref().and_then(|node| node.peer_status(peer, now));
+        status.map_or_else(String::new, |status| {
+            format!("{}, for {:?}, online {}", status.why, status.since, status.online)
+        })
+    }
+}
+
+/// What the data plane leaves to the control plane.
+fn hand_over(node: &mut Node, notes: Vec<Note>, now: Instant) {
+    for note in notes {
+        node.handle_note(note, now);
+    }
+}
+
+/// Thirty-two bytes for one purpose.
+pub(crate) fn spread(seed: u64, purpose: u64) -> [u8; 32] {
+    let mut bytes = [0x5a; 32];
+    // Not the first byte: keys made of this ignore its low bits (RFC 7748 section 5).
+    bytes[8..16].copy_from_slice(&seed.to_le_bytes());
+    bytes[16..24].copy_from_slice(&purpose.to_le_bytes());
+    bytes
+}
+
+/// The most datagrams of one turn: every peer's queue of waiting packets, doubled, and probes.
+const MAX_DATAGRAMS: usize = 1_000;
+/// The most control messages of one turn.
+const MAX_MESSAGES: usize = 16;

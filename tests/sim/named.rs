@@ -1,0 +1,1 @@
+//! Scenarios with a name and a bound in virtual time.

@@ -1,0 +1,351 @@
+//! How what leaves a host or the server finds its way: lines, NATs, LANs, the control connection.
+
+use std::cmp::Ordering;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use overlay::dataplane::{Source, Target};
+use overlay::lab::nat::Outbound;
+use overlay::server::ConnectionId;
+use overlay::wire::control::{self, ServerMessage};
+
+use crate::edge::is_private;
+use crate::host::Outgoing;
+use crate::link::Line;
+use crate::server::{Frame, SERVER, Sent, control_endpoint};
+use crate::world::World;
+
+/// Something under way.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub(super) at: Instant,
+    seq: u64,
+    pub(super) parcel: Parcel,
+}
+
+/// What is under way.
+#[derive(Debug)]
+pub(crate) enum Parcel {
+    /// A datagram, about to meet an edge from outside.
+    Edge { edge: usize, from: Option<usize>, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
+    /// A datagram inside a LAN.
+    Lan { from: usize, to: usize, src: SocketAddr, bytes: Vec<u8> },
+    /// A datagram to the server.
+    Server { src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
+    /// A host asks for a control connection.
+    Connect { host: usize, attempt: u64 },
+    /// It is made, or nobody listens.
+    Connected { host: usize, attempt: u64, connection: Option<ConnectionId> },
+    /// A frame to the server.
+    Up { host: usize, connection: ConnectionId, frame: Frame },
+    /// A frame to a host.
+    Down { host: usize, connection: ConnectionId, frame: Frame },
+}
+
+impl World {
+    fn launch(&mut self, at: Instant, parcel: Parcel) {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        self.flights.push(Flight { at, seq, parcel });
+    }
+
+    /// Sends off what a host's turn gave.
+    pub(super) fn route_host(&mut self, host: usize, going: Outgoing) {
+        for text in going.news {
+            self.note(&format!("host {host}: {text}"));
+        }
+        for packet in going.packets {
+            self.ledger.arrive(host, &packet, self.now);
+        }
+        let connection = self.hosts[host].uplink.connection();
+        for message in going.messages {
+            if let Some(connection) = connection {
+                self.send_up(host, connection, Frame::Control(control::encode(&message)));
+            }
+        }
+        for (target, bytes) in going.datagrams {
+            match (target, connection) {
+                (Target::Udp { remote, .. }, _) => self.send_udp(host, remote, bytes),
+                (Target::Link, Some(connection)) => {
+                    self.send_up(host, connection, Frame::Relay(bytes));
+                }
+                (Target::Link, None) => {}
+            }
+        }
+        if going.refused {
+            self.close_uplink(host);
+            self.hosts[host].uplink.retry(self.now);
+            let now = self.now;
+            self.hosts[host].handle_link_down(now);
+        }
+    }
+
+    fn send_udp(&mut self, host: usize, dst: SocketAddr, bytes: Vec<u8>) {
+        let (edge, src) = (self.hosts[host].edge, self.hosts[host].endpoint);
+        if is_private(dst.ip()) || dst == src {
+            // Homes use the same private range: what is meant for another home stays in this one.
+            self.send_in_lan(host, src, dst, bytes);
+            return;
+        }
+        if self.hosts[host].udp_blocked {
+            return;
+        }
+        let now = self.now;
+        match self.edges[edge].outbound(src, dst, now) {
+            Some(Outbound::Forward(flow)) => self.send_out(edge, Some(host), flow.src, dst, bytes),
+            Some(Outbound::Hairpin(flow)) => self.send_in_lan(host, flow.src, flow.dst, bytes),
+            None => {}
+        }
+    }
+
+    fn send_in_lan(&mut self, from: usize, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8>) {
+        let edge = self.hosts[from].edge;
+        let to = self.hosts.iter().position(|host| host.edge == edge && host.endpoint == dst);
+        if let Some(to) = to {
+            let at = self.now + LAN_LATENCY;
+            self.launch(at, Parcel::Lan { from, to, src, bytes });
+        }
+    }
+
+    /// Over the internet, from an edge.
+    fn send_out(
+        &mut self,
+        edge: usize,
+        from: Option<usize>,
+        src: SocketAddr,
+        dst: SocketAddr,
+        bytes: Vec<u8>,
+    ) {
+        let here = self.edges[edge].line;
+        if dst.ip() == SERVER {
+            let there = self.server_line;
+            self.fly(here, there, &Parcel::Server { src, dst, bytes });
+        } else {
+            self.send_to_edge(here, from, src, dst, bytes);
+        }
+    }
+
+    fn send_to_edge(
+        &mut self,
+        here: Line,
+        from: Option<usize>,
+        src: SocketAddr,
+        dst: SocketAddr,
+        bytes: Vec<u8>,
+    ) {
+        let edge = self.edges.iter().position(|edge| edge.external == dst.ip());
+        if let Some(edge) = edge {
+            let there = self.edges[edge].line;
+            self.fly(here, there, &Parcel::Edge { edge, from, src, dst, bytes });
+        }
+    }
+
+    /// Over two lines: each may lose, double or delay it.
+    fn fly(&mut self, here: Line, there: Line, parcel: &Parcel) {
+        for first in here.delays(&mut self.rng) {
+            for second in there.delays(&mut self.rng) {
+                let at = self.now + first + second;
+                self.launch(at, parcel.copy());
+            }
+        }
+    }
+
+    /// Sends off what the server gave.
+    pub(super) fn route_server(&mut self) {
+        for sent in self.server.take_sent() {
+            match sent {
+                Sent::Udp { from, to, bytes } => {
+                    let line = self.server_line;
+                    self.send_to_edge(line, None, from, to, bytes);
+                }
+                Sent::Link(connection, frame) => {
+                    let host = self
+                        .hosts
+                        .iter()
+                        .position(|host| host.uplink.connection() == Some(connection));
+                    if let Some(host) = host {
+                        self.send_down(host, connection, frame);
+                    }
+                }
+            }
+        }
+    }
+
+    fn one_way(&self, host: usize) -> std::time::Duration {
+        self.edges[self.hosts[host].edge].line.latency + self.server_line.latency
+    }
+
+    fn send_up(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
+        let soonest = self.now + self.one_way(host);
+        let at = self.hosts[host].uplink.up_free_at.map_or(soonest, |at| at.max(soonest));
+        self.hosts[host].uplink.up_free_at = Some(at);
+        self.launch(at, Parcel::Up { host, connection, frame });
+    }
+
+    fn send_down(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
+        let soonest = self.now + self.one_way(host);
+        let at = self.hosts[host].uplink.down_free_at.map_or(soonest, |at| at.max(soonest));
+        self.hosts[host].uplink.down_free_at = Some(at);
+        self.launch(at, Parcel::Down { host, connection, frame });
+    }
+
+    /// The host's end of its connection is gone; the server hears of it.
+    pub(super) fn close_uplink(&mut self, host: usize) {
+        if let Some(connection) = self.hosts[host].uplink.connection() {
+            self.send_up(host, connection, Frame::Closed);
+        }
+    }
+
+    /// The server's end is gone; the host hears of it.
+    pub(super) fn tell_server_gone(&mut self, host: usize) {
+        if let Some(connection) = self.hosts[host].uplink.connection() {
+            self.send_down(host, connection, Frame::Closed);
+        }
+    }
+
+    /// Starts a control connection: TCP, then the upgrade with the key exchange in it.
+    pub(super) fn connect(&mut self, host: usize, attempt: u64) {
+        if !self.hosts[host].uplink.cut {
+            let at = self.now + self.one_way(host) * 3;
+            self.launch(at, Parcel::Connect { host, attempt });
+        }
+    }
+
+    /// Something arrives.
+    pub(super) fn deliver(&mut self, parcel: Parcel) {
+        let now = self.now;
+        match parcel {
+            Parcel::Edge { edge, from, src, dst, bytes } => {
+                let Some(flow) = self.edges[edge].inbound(src, dst, now) else { return };
+                let to = self
+                    .hosts
+                    .iter()
+                    .position(|host| host.edge == edge && host.endpoint == flow.dst);
+                let Some(to) = to.filter(|to| !self.hosts[*to].udp_blocked) else { return };
+                if from.is_none_or(|from| !self.is_partitioned(from, to)) {
+                    self.hand_in(to, src, &bytes);
+                }
+            }
+            Parcel::Lan { from, to, src, bytes } => {
+                if !self.is_partitioned(from, to) {
+                    self.hand_in(to, src, &bytes);
+                }
+            }
+            Parcel::Server { src, dst, bytes } => {
+                self.server.handle_datagram(src, dst, bytes, now);
+                self.route_server();
+            }
+            Parcel::Connect { host, attempt } => {
+                let public = self.edges[self.hosts[host].edge].external;
+                let observed = SocketAddr::new(public, 50_000);
+                let connection = self.server.accept(self.hosts[host].machine_key, observed);
+                let at = now + self.one_way(host);
+                self.launch(at, Parcel::Connected { host, attempt, connection });
+            }
+            Parcel::Connected { host, attempt, connection: None } => {
+                self.hosts[host].uplink.handle_failed(attempt, now);
+            }
+            Parcel::Connected { host, attempt, connection: Some(connection) } => {
+                let wanted = self.hosts[host].uplink.handle_opened(attempt, connection, now);
+                match self.hosts[host].hello().filter(|_| wanted) {
+                    Some(hello) => {
+                        let frame = Frame::Control(control::encode(&hello));
+                        self.send_up(host, connection, frame);
+                    }
+                    None => self.send_up(host, connection, Frame::Closed),
+                }
+            }
+            Parcel::Up { host, connection, frame } => self.deliver_up(host, connection, frame),
+            Parcel::Down { host, connection, frame } => self.deliver_down(host, connection, frame),
+        }
+    }
+
+    fn deliver_up(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
+        if self.hosts[host].uplink.cut && frame != Frame::Closed {
+            return;
+        }
+        if !self.server.knows(connection) && frame != Frame::Closed {
+            // The connection is of an earlier life of the server.
+            self.send_down(host, connection, Frame::Closed);
+            return;
+        }
+        self.server.handle_frame(connection, frame, self.now);
+        self.route_server();
+    }
+
+    fn deliver_down(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
+        let now = self.now;
+        if self.hosts[host].uplink.cut || !self.hosts[host].uplink.handle_heard(connection, now) {
+            return;
+        }
+        match frame {
+            Frame::Control(bytes) => {
+                let message: ServerMessage =
+                    control::decode(&bytes).expect("the server sends what nodes can read");
+                if message.welcome.is_some() {
+                    self.note(&format!("host {host}: connected to the server"));
+                }
+                self.hosts[host].handle_message(&message, control_endpoint(), now);
+            }
+            Frame::Relay(bytes) => self.hand_over(host, Source::Link, &bytes),
+            Frame::Closed => {
+                self.note(&format!("host {host}: lost the server"));
+                self.hosts[host].uplink.retry(now);
+                self.hosts[host].handle_link_down(now);
+            }
+        }
+        self.settle(host);
+    }
+
+    fn hand_in(&mut self, host: usize, remote: SocketAddr, bytes: &[u8]) {
+        let local = Some(self.hosts[host].endpoint.ip());
+        self.hand_over(host, Source::Udp { remote, local }, bytes);
+        self.settle(host);
+    }
+
+    fn hand_over(&mut self, host: usize, source: Source, bytes: &[u8]) {
+        let mut going = Outgoing::default();
+        self.hosts[host].handle_datagram(source, bytes, self.now, &mut going);
+        self.route_host(host, going);
+    }
+}
+
+impl Parcel {
+    /// A second copy of a datagram.
+    fn copy(&self) -> Self {
+        match self {
+            Self::Edge { edge, from, src, dst, bytes } => {
+                let (edge, from, src, dst) = (*edge, *from, *src, *dst);
+                Self::Edge { edge, from, src, dst, bytes: bytes.clone() }
+            }
+            Self::Server { src, dst, bytes } => {
+                Self::Server { src: *src, dst: *dst, bytes: bytes.clone() }
+            }
+            _ => unreachable!("only datagrams on the internet are doubled"),
+        }
+    }
+}
+
+// The heap gives the largest first: the earliest flight, and of two the one that left first.
+impl Ord for Flight {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.at, other.seq).cmp(&(self.at, self.seq))
+    }
+}
+
+impl PartialOrd for Flight {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Flight {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Flight {}
+
+/// One hop in a home.
+const LAN_LATENCY: std::time::Duration = std::time::Duration::from_millis(1);

@@ -1,0 +1,161 @@
+//! A host's end of the control connection: made, lost, made again with growing waits, as the
+//! daemon does it.
+
+use std::time::{Duration, Instant};
+
+use overlay::server::ConnectionId;
+use overlay::wire::control::SILENCE_LIMIT_S;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::host::spread;
+
+/// What the connection is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The node does not run.
+    Off,
+    /// The next attempt is made then.
+    Waiting(Instant),
+    /// An attempt of this number is under way, and given up then.
+    Connecting(u64, Instant),
+    /// There is one; something was heard on it then.
+    Connected(ConnectionId, Instant),
+}
+
+/// The control connection, as the host sees it.
+#[derive(Debug)]
+pub(crate) struct Uplink {
+    phase: Phase,
+    wait: Duration,
+    attempts: u64,
+    rng: StdRng,
+    /// Nothing gets through to the server's TCP port.
+    pub(crate) cut: bool,
+    /// In-order delivery: nothing arrives before what was sent earlier.
+    pub(crate) up_free_at: Option<Instant>,
+    pub(crate) down_free_at: Option<Instant>,
+}
+
+impl Uplink {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self {
+            phase: Phase::Off,
+            wait: MIN_WAIT,
+            attempts: 0,
+            rng: StdRng::from_seed(spread(seed, 3)),
+            cut: false,
+            up_free_at: None,
+            down_free_at: None,
+        }
+    }
+
+    pub(crate) fn start(&mut self, now: Instant) {
+        self.wait = MIN_WAIT;
+        self.phase = Phase::Waiting(now);
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.phase = Phase::Off;
+    }
+
+    /// The connection that is up.
+    pub(crate) fn connection(&self) -> Option<ConnectionId> {
+        match self.phase {
+            Phase::Connected(connection, _) => Some(connection),
+            Phase::Off | Phase::Waiting(_) | Phase::Connecting(..) => None,
+        }
+    }
+
+    /// When [`Self::handle_timeout`] has something to do.
+    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Off => None,
+            Phase::Waiting(at) | Phase::Connecting(_, at) => Some(at),
+            Phase::Connected(_, heard) => Some(heard + Duration::from_secs(SILENCE_LIMIT_S)),
+        }
+    }
+
+    /// Does what is due.
+    pub(crate) fn handle_timeout(&mut self, now: Instant) -> Due {
+        if self.poll_timeout().is_none_or(|at| at > now) {
+            return Due::Nothing;
+        }
+        match self.phase {
+            Phase::Waiting(_) => {
+                self.attempts += 1;
+                self.phase = Phase::Connecting(self.attempts, now + CONNECT_LIMIT);
+                Due::Connect(self.attempts)
+            }
+            Phase::Connecting(..) => {
+                self.retry(now);
+                Due::Nothing
+            }
+            Phase::Connected(..) => {
+                self.retry(now);
+                Due::Lost
+            }
+            Phase::Off => Due::Nothing,
+        }
+    }
+
+    /// The attempt of this number has led to a connection; tells whether anybody still wants it.
+    pub(crate) fn handle_opened(
+        &mut self,
+        attempt: u64,
+        connection: ConnectionId,
+        now: Instant,
+    ) -> bool {
+        let wanted = matches!(self.phase, Phase::Connecting(current, _) if current == attempt);
+        if wanted {
+            self.phase = Phase::Connected(connection, now);
+        }
+        wanted
+    }
+
+    /// The attempt of this number has failed.
+    pub(crate) fn handle_failed(&mut self, attempt: u64, now: Instant) {
+        if matches!(self.phase, Phase::Connecting(current, _) if current == attempt) {
+            self.retry(now);
+        }
+    }
+
+    /// Something came on the connection; tells whether it is the one that counts.
+    pub(crate) fn handle_heard(&mut self, connection: ConnectionId, now: Instant) -> bool {
+        let current = self.connection() == Some(connection);
+        if current {
+            self.wait = MIN_WAIT;
+            self.phase = Phase::Connected(connection, now);
+        }
+        current
+    }
+
+    /// Drops what there is and tries again after a wait.
+    pub(crate) fn retry(&mut self, now: Instant) {
+        if self.phase == Phase::Off {
+            return;
+        }
+        let longest = self.wait.max(MIN_WAIT + Duration::from_millis(2));
+        let wait = self.rng.random_range(MIN_WAIT..longest);
+        self.wait = (self.wait * 3).min(MAX_WAIT);
+        self.phase = Phase::Waiting(now + wait);
+    }
+}
+
+/// What an uplink wants done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Due {
+    /// Nothing.
+    Nothing,
+    /// Start an attempt of this number.
+    Connect(u64),
+    /// The connection was silent for too long: it is gone.
+    Lost,
+}
+
+/// The first wait after a loss.
+const MIN_WAIT: Duration = Duration::from_millis(200);
+/// The longest wait between two attempts.
+const MAX_WAIT: Duration = Duration::from_secs(6);
+/// An attempt that is not answered is given up after this.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);

@@ -1,0 +1,273 @@
+//! The simulated world: its clock, what is under way in it, and everybody's turn.
+//!
+//! ```text
+//! step: jump to the next flight or timer -> deliver what is due -> give turns until all is quiet
+//! ```
+//!
+//! The same seed gives the same world, but for the bytes of session keys, which nothing here
+//! looks at. How datagrams find their way is in `routing`.
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, BinaryHeap, VecDeque};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use overlay::lab::nat::NatKind;
+use overlay::node::NodeSettings;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use crate::edge::Edge;
+use crate::host::{Host, spread};
+use crate::ledger::Ledger;
+use crate::link::Line;
+use crate::routing::Flight;
+use crate::server::ServerHost;
+use crate::uplink::Due;
+
+/// The last things that happened, for whoever has to understand a failure.
+pub(crate) type EventLog = Rc<RefCell<VecDeque<String>>>;
+
+/// All of it.
+#[derive(Debug)]
+pub(crate) struct World {
+    /// The virtual time.
+    pub(crate) now: Instant,
+    pub(crate) hosts: Vec<Host>,
+    pub(crate) edges: Vec<Edge>,
+    pub(crate) server: ServerHost,
+    pub(crate) server_line: Line,
+    pub(crate) ledger: Ledger,
+    pub(super) flights: BinaryHeap<Flight>,
+    pub(super) next_seq: u64,
+    pub(super) rng: StdRng,
+    partitions: BTreeSet<(usize, usize)>,
+    start: Instant,
+    seed: u64,
+    steps_now: u32,
+    log: EventLog,
+}
+
+impl World {
+    /// A world with a server in it and nobody else.
+    pub(crate) fn new(seed: u64, server_line: Line, now: Instant) -> Self {
+        Self {
+            now,
+            hosts: Vec::new(),
+            edges: Vec::new(),
+            server: ServerHost::new(seed, now),
+            server_line,
+            ledger: Ledger::default(),
+            flights: BinaryHeap::new(),
+            next_seq: 0,
+            rng: StdRng::from_seed(spread(seed, 5)),
+            partitions: BTreeSet::new(),
+            start: now,
+            seed,
+            steps_now: 0,
+            log: EventLog::default(),
+        }
+    }
+
+    /// What happened last, shared, so that it survives a panic in the world.
+    pub(crate) fn log(&self) -> EventLog {
+        Rc::clone(&self.log)
+    }
+
+    /// Writes a line into the log.
+    pub(crate) fn note(&self, text: &str) {
+        let mut log = self.log.borrow_mut();
+        if log.len() == LOG_LINES {
+            log.pop_front();
+        }
+        log.push_back(format!("{:>9.3} s  {text}", (self.now - self.start).as_secs_f64()));
+    }
+
+    /// A place where hosts can be.
+    pub(crate) fn add_edge(&mut self, kind: NatKind, line: Line) -> usize {
+        let number = u8::try_from(self.edges.len() + 10).expect("worlds are small");
+        let external = Ipv4Addr::new(198, 51, 100, number);
+        self.edges.push(Edge::new(kind, external, line, self.seed ^ u64::from(number)));
+        self.edges.len() - 1
+    }
+
+    /// A host behind an edge, with an invite, switched off.
+    pub(crate) fn add_host(&mut self, edge: usize, port: u16, settings: NodeSettings) -> usize {
+        let address = self.edges[edge].next_address();
+        let number = self.hosts.len() as u64;
+        let endpoint = SocketAddr::new(address, port);
+        let mut host = Host::new(self.seed << 8 | number, edge, endpoint, settings);
+        host.invite = Some(self.server.invite(1, self.now));
+        self.hosts.push(host);
+        self.hosts.len() - 1
+    }
+
+    /// Starts a host's node.
+    pub(crate) fn start_host(&mut self, host: usize) {
+        self.hosts[host].start(self.now);
+        self.settle(host);
+    }
+
+    /// Kills a host's node; its operating system ends the control connection.
+    pub(crate) fn stop_host(&mut self, host: usize) {
+        self.close_uplink(host);
+        self.hosts[host].stop();
+    }
+
+    /// Moves a host to a new place. The daemon sees new addresses and makes a new connection.
+    pub(crate) fn roam(&mut self, host: usize, kind: NatKind, line: Line) {
+        let edge = self.add_edge(kind, line);
+        let endpoint =
+            SocketAddr::new(self.edges[edge].next_address(), self.hosts[host].endpoint.port());
+        self.close_uplink(host);
+        self.hosts[host].uplink.retry(self.now);
+        let now = self.now;
+        self.hosts[host].handle_link_down(now);
+        self.hosts[host].handle_roam(edge, endpoint, now);
+        self.settle(host);
+    }
+
+    /// Breaks a host's control connection, for good or until it is mended.
+    pub(crate) fn cut_link(&mut self, host: usize) {
+        self.hosts[host].uplink.cut = true;
+        self.close_uplink(host);
+        self.hosts[host].uplink.retry(self.now);
+        let now = self.now;
+        self.hosts[host].handle_link_down(now);
+        self.settle(host);
+    }
+
+    /// Kills the server; every connection ends.
+    pub(crate) fn kill_server(&mut self) {
+        self.server.kill();
+        for host in 0..self.hosts.len() {
+            self.tell_server_gone(host);
+        }
+    }
+
+    /// Starts the server again with its records.
+    pub(crate) fn start_server(&mut self) {
+        self.server.start(self.now);
+        self.route_server();
+    }
+
+    /// Lets no datagram between two hosts through, or all again.
+    pub(crate) fn set_partitioned(&mut self, a: usize, b: usize, partitioned: bool) {
+        let pair = (a.min(b), a.max(b));
+        if partitioned {
+            self.partitions.insert(pair);
+        } else {
+            self.partitions.remove(&pair);
+        }
+    }
+
+    pub(crate) fn is_partitioned(&self, a: usize, b: usize) -> bool {
+        self.partitions.contains(&(a.min(b), a.max(b)))
+    }
+
+    /// Sends an inner packet; none when one of the two has no address yet or does not run.
+    pub(crate) fn ping(&mut self, from: usize, to: usize, payload_bytes: usize) -> Option<u64> {
+        let src = self.hosts[from].address()?;
+        let dst = self.hosts[to].address()?;
+        self.hosts[from].node()?;
+        let now = self.now;
+        let (number, packet) = self.ledger.send((from, src), (to, dst), payload_bytes, now);
+        self.hosts[from].handle_packet(packet);
+        self.settle(from);
+        Some(number)
+    }
+
+    /// Lets virtual time pass.
+    pub(crate) fn run_for(&mut self, time: Duration) {
+        let until = self.now + time;
+        while let Some(at) = self.next_at().filter(|at| *at <= until) {
+            self.step(at);
+        }
+        self.now = until;
+    }
+
+    /// Lets time pass until something is true, for `limit` at most; tells whether it came true.
+    pub(crate) fn run_until(
+        &mut self,
+        limit: Duration,
+        mut done: impl FnMut(&Self) -> bool,
+    ) -> bool {
+        let until = self.now + limit;
+        while !done(self) {
+            match self.next_at().filter(|at| *at <= until) {
+                Some(at) => self.step(at),
+                None => {
+                    self.now = until;
+                    return done(self);
+                }
+            }
+        }
+        true
+    }
+
+    fn next_at(&self) -> Option<Instant> {
+        let hosts = self.hosts.iter().flat_map(|host| [host.wake_at(), host.uplink.poll_timeout()]);
+        hosts
+            .flatten()
+            .chain(self.flights.peek().map(|flight| flight.at))
+            .chain(self.server.poll_timeout())
+            .min()
+    }
+
+    fn step(&mut self, at: Instant) {
+        if at > self.now {
+            self.now = at;
+            self.steps_now = 0;
+        }
+        self.steps_now += 1;
+        assert!(self.steps_now < MAX_STEPS, "time does not pass any more");
+        assert!(self.flights.len() < MAX_FLIGHTS, "too much is under way");
+        while self.flights.peek().is_some_and(|flight| flight.at <= self.now) {
+            if let Some(flight) = self.flights.pop() {
+                self.deliver(flight.parcel);
+            }
+        }
+        for host in 0..self.hosts.len() {
+            let now = self.now;
+            match self.hosts[host].uplink.handle_timeout(now) {
+                Due::Nothing => {}
+                Due::Connect(attempt) => self.connect(host, attempt),
+                Due::Lost => {
+                    self.note(&format!("host {host}: the server is silent"));
+                    self.hosts[host].handle_link_down(now);
+                    self.settle(host);
+                }
+            }
+            if self.hosts[host].wake_at().is_some_and(|at| at <= now) {
+                self.settle(host);
+            }
+        }
+        if self.server.poll_timeout().is_some_and(|at| at <= self.now) {
+            self.server.turn(self.now);
+            self.route_server();
+        }
+    }
+
+    /// Gives a host turns until it has nothing more to do at this instant.
+    pub(super) fn settle(&mut self, host: usize) {
+        for _ in 0..MAX_TURNS {
+            let connection = self.hosts[host].uplink.connection();
+            let going = self.hosts[host].turn(connection, self.now);
+            self.route_host(host, going);
+            if self.hosts[host].wake_at().is_none_or(|at| at > self.now) {
+                return;
+            }
+        }
+        panic!("host {host} does not come to rest");
+    }
+}
+
+/// Lines kept for a failure report.
+const LOG_LINES: usize = 80;
+/// More turns of one host at one instant than any chain of events needs.
+const MAX_TURNS: usize = 32;
+/// More steps at one instant than there are flights and timers in a small world.
+const MAX_STEPS: u32 = 10_000;
+/// More than every host talking to every other at the highest rate.
+const MAX_FLIGHTS: usize = 20_000;
