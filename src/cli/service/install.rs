@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 use super::Service;
 use super::system::{self, Account, USUAL_PROGRAM, UnitState, hint, systemctl};
 use crate::cli::ask::SocketArg;
-use crate::cli::fail::{Failure, NOT_ENROLLED};
+use crate::cli::fail::{FAILED, Failure, NOT_ENROLLED};
 use crate::cli::{Done, config as config_command, print, server, up};
 use crate::config::node::NodeConfig;
 use crate::config::server::ServerConfig;
@@ -53,6 +53,9 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
     let account = system::account()?;
     let program = system::program()?;
     let state_dir = service.paths().state_dir;
+    if let Some(directory) = service.paths().config.parent() {
+        system::make_config_dir(directory)?;
+    }
     if let Some(join) = join {
         if running {
             // It holds the state directory.
@@ -137,28 +140,33 @@ fn enrol(program: &Path, service: Service, account: Account, join: &Zeroizing<St
     if ran.code == Some(0) {
         return Ok(());
     }
-    let code = ran.code.and_then(|code| u8::try_from(code).ok());
-    let failure = told(&ran.stderr).unwrap_or_else(|| {
-        Failure::new("this machine could not join")
+    let code = ran.code.and_then(|code| u8::try_from(code).ok()).unwrap_or(FAILED);
+    Err(match told(&ran.stderr) {
+        Some(Told { error, cause, help }) => Failure::new(error).cause(cause).help(help),
+        None => Failure::new("this machine could not join")
             .cause(ran.stderr.trim())
-            .help("try it in the foreground: sudo overlay up JOINLINE")
-    });
-    Err(failure.code(code.unwrap_or(crate::cli::fail::FAILED)))
+            .help("try it in the foreground: sudo overlay up JOINLINE"),
+    }
+    .code(code))
 }
 
 /// The failure that a program of ours printed last.
-fn told(stderr: &str) -> Option<Failure> {
+#[derive(Debug, PartialEq, Eq)]
+struct Told<'a> {
+    error: &'a str,
+    cause: &'a str,
+    help: &'a str,
+}
+
+fn told(stderr: &str) -> Option<Told<'_>> {
     let lines: Vec<&str> = stderr.lines().collect();
     let at = lines.iter().rposition(|line| line.starts_with("error: "))?;
     let part = |name: &str| lines.iter().skip(at).find_map(|line| line.strip_prefix(name));
-    let mut failure = Failure::new(part("error: ")?);
-    if let Some(cause) = part("cause: ") {
-        failure = failure.cause(cause);
-    }
-    if let Some(help) = part("help: ") {
-        failure = failure.help(help);
-    }
-    Some(failure)
+    Some(Told {
+        error: part("error: ")?,
+        cause: part("cause: ").unwrap_or("it gave none"),
+        help: part("help: ").unwrap_or("see the log"),
+    })
 }
 
 fn write_unit(service: Service, program: &Path) -> Done {
@@ -173,12 +181,20 @@ fn why(service: Service, failure: Failure) -> Failure {
     let unit = service.unit();
     let journal = system::journal(service);
     hint(format_args!("the last lines of journalctl -u {unit}:\n{}\n", journal.trim_end()));
-    let cause = told(&journal).map_or_else(|| failure.to_string(), |told| told.to_string());
-    Failure::new(format!("{unit} does not start")).cause(cause.replace('\n', "; ")).help(format!(
-        "when it can start: sudo systemctl restart {unit}; to give up: \
-             sudo overlay service uninstall {}",
+    let then = format!(
+        "then: sudo systemctl restart {unit}; or give up: sudo overlay service uninstall {}",
         service.word()
-    ))
+    );
+    match told(&journal) {
+        Some(Told { error, cause, help }) => {
+            Failure::new(format!("{unit} does not start: {error}"))
+                .cause(cause)
+                .help(format!("{help}; {then}"))
+        }
+        None => Failure::new(format!("{unit} does not start"))
+            .cause(failure.to_string().replace('\n', "; "))
+            .help(format!("see the lines above; {then}")),
+    }
 }
 
 fn tell_node(service: Service, socket: PathBuf) -> Done {
@@ -212,9 +228,8 @@ mod tests {
     fn the_last_failure_of_a_program_is_understood() {
         let printed = "error: old\ncause: old\n2026-01-01T00:00:00Z  INFO connected\n\
                        error: no\ncause: because\nhelp: do this\n";
-        let failure = told(printed).unwrap();
-        assert_eq!(failure.to_string(), "error: no\ncause: because\nhelp: do this");
-        assert_eq!(told("error: alone").unwrap().to_string(), "error: alone");
+        assert_eq!(told(printed), Some(Told { error: "no", cause: "because", help: "do this" }));
+        assert_eq!(told("error: alone").unwrap().error, "alone");
         assert_eq!(told("Segmentation fault"), None);
     }
 

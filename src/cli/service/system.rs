@@ -2,8 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, lchown};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -50,7 +50,7 @@ impl Ran {
 /// Tells people what programs do not want to read.
 pub(super) fn hint(text: impl std::fmt::Display) {
     // When stderr is closed nobody misses it.
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 pub(super) fn need_root(command: &str) -> Result<(), Failure> {
@@ -76,7 +76,7 @@ pub(super) fn need_systemd() -> Result<(), Failure> {
 /// Runs a program to its end with `input` on its standard input.
 pub(super) fn run(mut command: Command, input: &str, limit: Duration) -> Result<Ran, Failure> {
     let name = command.as_std().get_program().to_string_lossy().into_owned();
-    let failed = |cause: std::io::Error| Failure::new(format!("cannot run {name}")).cause(cause);
+    let failed = |cause: io::Error| Failure::new(format!("cannot run {name}")).cause(cause);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let ending = async {
         let mut child = command.spawn()?;
@@ -202,27 +202,41 @@ fn find_account() -> Option<Account> {
 
 /// Makes the state directory, and gives it and what is in it to the user of the services.
 pub(super) fn give_state(directory: &Path, account: Account) -> Result<(), Failure> {
-    let failed = |error| {
-        Failure::new(format!("cannot prepare the state directory {}", directory.display()))
-            .cause(error)
-    };
-    let owner = (Some(account.uid.as_raw()), Some(account.gid.as_raw()));
-    (|| {
+    let (uid, gid) = (Some(account.uid.as_raw()), Some(account.gid.as_raw()));
+    let give = || {
         if let Some(parent) = directory.parent() {
             fs::create_dir_all(parent)?;
         }
         if !directory.is_dir() {
             fs::DirBuilder::new().mode(0o700).create(directory)?;
         }
-        // From the inside to the outside: as long as the directory is root's, nobody else can
-        // exchange what is in it.
+        // As long as the directory is root's, nobody else can exchange what is in it; and a file
+        // with a second name may be one that is only linked to here.
+        lchown(directory, Some(0), Some(0))?;
         for entry in fs::read_dir(directory)? {
-            lchown(entry?.path(), owner.0, owner.1)?;
+            let entry = entry?;
+            if entry.metadata()?.nlink() == 1 {
+                lchown(entry.path(), uid, gid)?;
+            }
         }
         fs::set_permissions(directory, fs::Permissions::from_mode(0o700))?;
-        lchown(directory, owner.0, owner.1)
-    })()
-    .map_err(failed)
+        lchown(directory, uid, gid)
+    };
+    give().map_err(|error: io::Error| {
+        Failure::new(format!("cannot prepare the state directory {}", directory.display()))
+            .cause(error)
+    })
+}
+
+/// Makes the directory of the configuration. systemd would give it to the user of the service,
+/// and root reads it too.
+pub(super) fn make_config_dir(directory: &Path) -> Result<(), Failure> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
+    made.and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o755)))
+        .map_err(|error| Failure::new(format!("cannot make {}", directory.display())).cause(error))
 }
 
 /// The path of this program as the service will run it; it is copied if it cannot stay.
