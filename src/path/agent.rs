@@ -522,24 +522,31 @@ impl PathAgent {
     }
 
     fn start_round(&mut self, now: Instant) {
-        if self.round_at.is_some_and(|at| now.saturating_duration_since(at) < ROUND_SPACING) {
-            return;
-        }
-        self.round_at = Some(now);
+        let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
+        let started = self.round_at.is_some_and(recent);
         for endpoint in self.endpoints.values_mut() {
-            if !endpoint.proved(now) {
+            // In a round that has only begun, what came meanwhile joins and the rest goes on.
+            let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
+            let joins = if started { untried } else { !endpoint.proved(now) };
+            if joins {
                 endpoint.prober.start_round(now);
             }
         }
         if let Some(via) = self.relay {
-            self.relay_prober.start_round(now);
             let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
             if !self.called_at.is_some_and(recent) {
                 self.called_at = Some(now);
                 self.transmits.push_back(PathTransmit::CallMeMaybe { via });
             }
+            if !started {
+                self.relay_prober.start_round(now);
+            }
         }
         self.ping_due(now);
+        if started {
+            return;
+        }
+        self.round_at = Some(now);
         // Without any path nothing else can help, so the rounds stay close enough together to
         // keep our NAT open for a peer that comes back.
         let last = if self.primary.is_some() { RETRY.len() - 1 } else { 1 };
