@@ -26,6 +26,7 @@ pub mod node;
 pub mod path;
 pub mod server;
 pub mod store;
+pub mod telemetry;
 pub mod types;
 pub mod wire;
 

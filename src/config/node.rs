@@ -41,7 +41,9 @@ mod tests {
         assert_eq!(plain, NodeConfig::default(), "as shipped, everything is the default");
         let uncommented: String = example
             .lines()
-            .map(|line| line.strip_prefix("#").filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
+            .map(|line| {
+                line.strip_prefix("#").filter(|rest| !rest.starts_with(' ')).unwrap_or(line)
+            })
             .fold(String::new(), |text, line| text + line + "\n");
         let all: NodeConfig = crate::config::load(path, &uncommented).unwrap();
         let NodeConfig {

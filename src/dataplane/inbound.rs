@@ -40,7 +40,23 @@ pub fn inbound(
     };
     if let Err(reason) = taken {
         shared.drops().count(reason);
+        if reason == DropReason::UnknownSession && shared.may_note_unknown(now) {
+            note_unknown_session(source, datagram, notes);
+        }
     }
+}
+
+/// The peer may hold keys of a session that ended with an earlier life of this node; it would go
+/// on sending into nothing until it renews them.
+fn note_unknown_session(source: Source, datagram: &[u8], notes: &mut Vec<Note>) {
+    let framed = PacketKind::classify(datagram) == PacketKind::Relay;
+    let relayed = framed.then(|| relay::parse_data(datagram).ok()).flatten().map(|(from, _)| from);
+    let via = match (source, relayed) {
+        (Source::Udp { remote, local }, None) => Via::Direct { remote, local },
+        (Source::Udp { .. }, Some(_)) => Via::RelayUdp,
+        (Source::Link, _) => Via::RelayTcp,
+    };
+    notes.push(Note::UnknownSession { via, relayed });
 }
 
 /// A datagram in a relay frame: from the server's relay port or the control connection only.

@@ -27,6 +27,7 @@ pub use table::ForwardingTable;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
@@ -67,6 +68,13 @@ pub enum Note {
     Active(NodeId),
     /// The first packet of a new session was opened: both sides have it.
     SessionConfirmed(NodeId),
+    /// Data arrived under keys that we do not have: somebody talks to an earlier life of ours.
+    UnknownSession {
+        /// The way it came.
+        via: Via,
+        /// Through the relay, from whom.
+        relayed: Option<NodeId>,
+    },
     /// Authenticated data arrived by another way than the primary.
     HeardOn {
         /// The peer.
@@ -82,6 +90,8 @@ pub struct Shared {
     table: ArcSwap<ForwardingTable>,
     drops: DropCounters,
     base: Instant,
+    /// Stamp of the last [`Note::UnknownSession`].
+    unknown_noted: AtomicU64,
 }
 
 impl Shared {
@@ -92,6 +102,7 @@ impl Shared {
             table: ArcSwap::from_pointee(ForwardingTable::default()),
             drops: DropCounters::default(),
             base,
+            unknown_noted: AtomicU64::new(0),
         })
     }
 
@@ -119,12 +130,27 @@ impl Shared {
         u64::try_from(since).unwrap_or(u64::MAX - 1) + 1
     }
 
+    /// Whether an unknown session may be noted now: ten times a second at most, since anybody can
+    /// send such packets.
+    fn may_note_unknown(&self, now: Instant) -> bool {
+        let stamp = self.stamp(now);
+        let before = self.unknown_noted.load(Ordering::Relaxed);
+        if stamp < before.saturating_add(UNKNOWN_SPACING_MS) && before != 0 {
+            return false;
+        }
+        self.unknown_noted.store(stamp, Ordering::Relaxed);
+        true
+    }
+
     /// The instant of a stamp; zero is never.
     #[must_use]
     pub fn unstamp(&self, stamp: u64) -> Option<Instant> {
         (stamp != 0).then(|| self.base + std::time::Duration::from_millis(stamp - 1))
     }
 }
+
+/// Notes of unknown sessions are at least this far apart.
+const UNKNOWN_SPACING_MS: u64 = 100;
 
 #[cfg(test)]
 mod tests;

@@ -1,1 +1,260 @@
+//! Two nodes' data planes, joined by hand: what is delivered, what dies, and of what.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{
+    EngineKeys, ForwardingTable, MIN_SEAL_BUFFER, Note, Peer, Session, SessionSettings, Shared,
+    Source, TunBatch, UdpBatch, flush_pending, inbound, outbound,
+};
+use crate::path::{Choice, Via};
+use crate::testing::epoch;
+use crate::types::{DropReason, NodeId, OverlayAddrs, OverlayRange, SecretKey};
+use crate::wire::relay;
+
+const RELAY: &str = "203.0.113.1:41820";
+
+struct Side {
+    shared: Arc<Shared>,
+    peer: Arc<Peer>,
+    endpoint: SocketAddr,
+    addrs: OverlayAddrs,
+}
+
+fn addrs(host: u32) -> OverlayAddrs {
+    let range =
+        OverlayRange::new("10.77.0.0/20".parse().unwrap(), "fd00:1:2::/48".parse().unwrap());
+    range.unwrap().addresses(host).unwrap()
+}
+
+fn side(own: u32, other: u32) -> Side {
+    let key = |host: u32| SecretKey::from_bytes([u8::try_from(host).unwrap(); 32]);
+    let endpoint = |host: u32| SocketAddr::from(([203, 0, 113, u8::try_from(host).unwrap()], 4000));
+    let settings = SessionSettings::default();
+    let engine = EngineKeys::new(&key(own));
+    let session = Session::new(&engine, &key(other).public(), 100 + own, settings);
+    let peer = Peer::new(NodeId::new(other).unwrap(), addrs(other), 100 + own, session);
+    let via = Via::Direct { remote: endpoint(other), local: None };
+    peer.set_choice(Choice { primary: Some(via), duplicate: None });
+    let shared = Shared::new(epoch());
+    let mut table = ForwardingTable::new(Some(addrs(own)), Some(RELAY.parse().unwrap()));
+    table.insert(Arc::clone(&peer));
+    shared.publish(table);
+    Side { shared, peer, endpoint: endpoint(own), addrs: addrs(own) }
+}
+
+/// Two sides with a session.
+fn pair(now: Instant) -> (Side, Side) {
+    let (a, b) = (side(1, 2), side(2, 1));
+    let (mut to_b, mut to_a) = ([0; MIN_SEAL_BUFFER], [0; MIN_SEAL_BUFFER]);
+    let from = |side: &Side| side.endpoint.ip();
+    let len = a.peer.lock().session.initiate(&mut to_b, now).unwrap();
+    let reply = b.peer.lock().session.handle_handshake(&to_b[..len], from(&a), &mut to_a, now);
+    let len = reply.unwrap().reply.unwrap();
+    let done = a.peer.lock().session.handle_handshake(&to_a[..len], from(&b), &mut to_b, now);
+    let done = done.unwrap();
+    assert!(done.established);
+    // The keepalive behind the handshake is what confirms it to the responder.
+    let notes = deliver(&b, &a, &to_b[..done.reply.unwrap()], now).1;
+    assert!(matches!(notes[..], [Note::SessionConfirmed(_)]), "{notes:?}");
+    (a, b)
+}
+
+fn deliver(to: &Side, from: &Side, datagram: &[u8], now: Instant) -> (Vec<Vec<u8>>, Vec<Note>) {
+    let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
+    let source = Source::Udp { remote: from.endpoint, local: None };
+    inbound(&to.shared, &to.shared.table(), source, datagram, now, &mut tun, &mut notes);
+    (tun.packets().map(<[u8]>::to_vec).collect(), notes)
+}
+
+fn send(from: &Side, packet: &[u8], now: Instant) -> (UdpBatch, Vec<Note>) {
+    let (mut out, mut notes) = (UdpBatch::default(), Vec::new());
+    outbound(&from.shared, &from.shared.table(), [packet], now, &mut out, &mut notes);
+    (out, notes)
+}
+
+fn packet(src: Ipv4Addr, dst: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(20 + payload.len()).unwrap().to_be_bytes();
+    let mut packet = vec![0x45, 0, len[0], len[1], 0, 0, 0, 0, 64, 17, 0, 0];
+    packet.extend_from_slice(&src.octets());
+    packet.extend_from_slice(&dst.octets());
+    packet.extend_from_slice(payload);
+    packet
+}
+
+fn only_datagram(batch: &UdpBatch) -> Vec<u8> {
+    let all: Vec<_> = batch.datagrams().collect();
+    assert_eq!(all.len(), 1);
+    all[0].1.to_vec()
+}
+
+#[test]
+fn a_packet_arrives_as_it_was_sent_in_both_directions() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let sent = packet(from.addrs.v4, to.addrs.v4, b"hello");
+        let (out, _) = send(from, &sent, now);
+        let (received, _) = deliver(to, from, &only_datagram(&out), now);
+        assert_eq!(received, [sent]);
+    }
+}
+
+#[test]
+fn a_spoofed_source_and_a_foreign_destination_are_dropped_and_counted() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let stranger = Ipv4Addr::new(10, 77, 0, 9);
+    // Towards b's address a packet always goes to b; its source is what a pretends.
+    let spoofed = packet(stranger, b.addrs.v4, b"");
+    let (out, _) = send(&a, &spoofed, now);
+    assert_eq!(deliver(&b, &a, &only_datagram(&out), now).0, Vec::<Vec<u8>>::new());
+    assert_eq!(b.shared.drops().of(DropReason::SpoofedSource), 1);
+
+    // A packet to somebody else, sealed for b all the same.
+    let mut sealed = vec![0; 200];
+    let foreign = packet(a.addrs.v4, stranger, b"");
+    let len = a.peer.lock().session.seal(&foreign, &mut sealed, now).unwrap();
+    assert_eq!(deliver(&b, &a, &sealed[..len], now).0, Vec::<Vec<u8>>::new());
+    assert_eq!(b.shared.drops().of(DropReason::NoRoute), 1);
+}
+
+#[test]
+fn replayed_damaged_and_unknown_packets_are_dropped_and_counted() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, b"x"), now);
+    let good = only_datagram(&out);
+    let mut damaged = good.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    let mut unknown = good.clone();
+    unknown[5..8].copy_from_slice(&[9, 9, 9]);
+    assert_eq!(deliver(&b, &a, &damaged, now).0.len(), 0);
+    assert_eq!(deliver(&b, &a, &unknown, now).0.len(), 0);
+    assert_eq!(deliver(&b, &a, &good, now).0.len(), 1);
+    assert_eq!(deliver(&b, &a, &good, now).0.len(), 0);
+    let drops = b.shared.drops();
+    assert_eq!(drops.of(DropReason::Undecryptable), 1);
+    assert_eq!(drops.of(DropReason::UnknownSession), 1);
+    assert_eq!(drops.of(DropReason::Replayed), 1);
+}
+
+#[test]
+fn without_a_session_packets_wait_and_one_session_is_asked_for() {
+    let now = epoch();
+    let (a, b) = (side(1, 2), side(2, 1));
+    let sent: Vec<_> = (0..3u8).map(|i| packet(a.addrs.v4, b.addrs.v4, &[i])).collect();
+    let mut asked = 0;
+    for packet in &sent {
+        let (out, notes) = send(&a, packet, now);
+        assert!(out.is_empty());
+        asked += notes.iter().filter(|note| matches!(note, Note::SessionWanted(_))).count();
+    }
+    assert_eq!(asked, 1, "one note, however many packets");
+    let mut initiation = [0; MIN_SEAL_BUFFER];
+    let mut answer = [0; MIN_SEAL_BUFFER];
+    let ip: IpAddr = a.endpoint.ip();
+    let len = a.peer.lock().session.initiate(&mut initiation, now).unwrap();
+    let reply =
+        b.peer.lock().session.handle_handshake(&initiation[..len], ip, &mut answer, now).unwrap();
+    a.peer
+        .lock()
+        .session
+        .handle_handshake(&answer[..reply.reply.unwrap()], ip, &mut initiation, now)
+        .unwrap();
+    let mut out = UdpBatch::default();
+    flush_pending(&a.shared, &a.shared.table(), &a.peer, now, &mut out);
+    let datagrams: Vec<Vec<u8>> = out.datagrams().map(|(_, bytes)| bytes.to_vec()).collect();
+    let received: Vec<Vec<u8>> =
+        datagrams.iter().flat_map(|bytes| deliver(&b, &a, bytes, now).0).collect();
+    assert_eq!(received, sent, "all of them, in order");
+}
+
+#[test]
+fn a_waiting_packet_is_given_up_after_three_seconds() {
+    let now = epoch();
+    let a = side(1, 2);
+    for i in 0..100u8 {
+        send(&a, &packet(a.addrs.v4, addrs(2).v4, &[i]), now);
+    }
+    assert_eq!(a.shared.drops().of(DropReason::QueueFull), 100 - 64, "the queue has a bound");
+    let later = now + Duration::from_secs(4);
+    assert!(!a.peer.lock().expire_pending(a.shared.drops(), later));
+    assert_eq!(a.shared.drops().of(DropReason::NoPath), 64);
+}
+
+#[test]
+fn relayed_packets_come_only_from_the_relay_and_only_from_their_sender() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    a.peer.set_choice(Choice { primary: Some(Via::RelayUdp), duplicate: None });
+    let frame = |out: &UdpBatch| {
+        let mut frame = only_datagram(out);
+        assert_eq!(relay::parse_data(&frame).unwrap().0, NodeId::new(2).unwrap(), "for b");
+        // What the server does: whom it is for becomes whom it is from.
+        frame[..relay::DATA_HEADER_LEN]
+            .copy_from_slice(&relay::data_header(NodeId::new(1).unwrap()));
+        frame
+    };
+    let from_relay = |side: &Side, frame: &[u8]| {
+        let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
+        let source = Source::Udp { remote: RELAY.parse().unwrap(), local: None };
+        inbound(&side.shared, &side.shared.table(), source, frame, now, &mut tun, &mut notes);
+        tun.packets().count()
+    };
+    let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, b"1"), now);
+    assert_eq!(from_relay(&b, &frame(&out)), 1);
+    let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, b"2"), now);
+    assert_eq!(deliver(&b, &a, &frame(&out), now).0.len(), 0, "not from the relay's address");
+    let mut wrong = frame(&out);
+    wrong[..relay::DATA_HEADER_LEN].copy_from_slice(&relay::data_header(NodeId::new(7).unwrap()));
+    assert_eq!(from_relay(&b, &wrong), 0, "in the name of somebody else");
+    assert_eq!(b.shared.drops().of(DropReason::BadRelayFrame), 2);
+}
+
+#[test]
+fn a_doubled_packet_arrives_once() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let direct = a.peer.choice().primary;
+    a.peer.set_choice(Choice { primary: direct, duplicate: Some(Via::RelayTcp) });
+    let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, b"twice"), now);
+    let datagrams: Vec<Vec<u8>> = out.datagrams().map(|(_, bytes)| bytes.to_vec()).collect();
+    assert_eq!(datagrams.len(), 2);
+    assert_eq!(deliver(&b, &a, &datagrams[0], now).0.len(), 1);
+    assert_eq!(deliver(&b, &a, &datagrams[1][relay::DATA_HEADER_LEN..], now).0.len(), 0);
+}
+
+#[test]
+fn multicast_and_garbage_from_the_interface_die_quietly() {
+    let now = epoch();
+    let (a, _) = pair(now);
+    send(&a, &packet(a.addrs.v4, Ipv4Addr::new(224, 0, 0, 251), b""), now);
+    send(&a, &[0x60; 10], now);
+    send(&a, &packet(a.addrs.v4, Ipv4Addr::new(10, 77, 9, 9), b""), now);
+    let drops = a.shared.drops();
+    assert_eq!(drops.of(DropReason::Multicast), 1);
+    assert_eq!(drops.of(DropReason::BadInnerPacket), 1);
+    assert_eq!(drops.of(DropReason::NoRoute), 1);
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_datagram_makes_the_data_plane_panic(
+        mut bytes in proptest::collection::vec(0u8.., 0..300),
+        kind in 0usize..6,
+    ) {
+        let now = epoch();
+        let a = side(1, 2);
+        if let (Some(first), true) = (bytes.first_mut(), kind < 5) {
+            *first = [1, 2, 4, 0xb1, 0xb2][kind];
+        }
+        for source in [Source::Link, Source::Udp { remote: RELAY.parse().unwrap(), local: None }] {
+            let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
+            inbound(&a.shared, &a.shared.table(), source, &bytes, now, &mut tun, &mut notes);
+            proptest::prop_assert_eq!(tun.packets().count(), 0);
+        }
+        send(&a, &bytes, now);
+    }
+}

@@ -126,11 +126,7 @@ pub struct RecvBuffers {
 
 impl Default for RecvBuffers {
     fn default() -> Self {
-        Self {
-            bytes: vec![0; SLOTS * SLOT_BYTES],
-            metas: [RecvMeta::default(); SLOTS],
-            filled: 0,
-        }
+        Self { bytes: vec![0; SLOTS * SLOT_BYTES], metas: [RecvMeta::default(); SLOTS], filled: 0 }
     }
 }
 
@@ -167,8 +163,7 @@ mod tests {
         let mut buffers = RecvBuffers::default();
         let mut got: Vec<Vec<u8>> = Vec::new();
         while got.iter().map(Vec::len).sum::<usize>() < train.len() {
-            let mut fds =
-                [nix::poll::PollFd::new(receiver.as_fd(), nix::poll::PollFlags::POLLIN)];
+            let mut fds = [nix::poll::PollFd::new(receiver.as_fd(), nix::poll::PollFlags::POLLIN)];
             assert_eq!(nix::poll::poll(&mut fds, 2_000u16), Ok(1), "all of it arrives");
             receiver.receive(&mut buffers).unwrap();
             for datagram in buffers.datagrams() {

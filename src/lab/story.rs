@@ -66,6 +66,9 @@ impl Overlay {
             report.done("enrol", &format!("{} enrolled as {ip}", machine.name));
             overlay_ips.push(ip);
         }
+        if let Some(alice_node) = self.nodes.get_mut(1) {
+            stage.wait_for_peer(alice, alice_node, bob.name)?;
+        }
         stage.ping_until_direct(options, alice, began, report)?;
 
         let bob_ip = *overlay_ips.last().context("bob has an address")?;
@@ -185,6 +188,17 @@ impl Stage<'_> {
             let connected = status.pointer("/server/state").and_then(Value::as_str);
             let ip = status.pointer("/self/ipv4").and_then(Value::as_str);
             Ok(ip.filter(|_| connected == Some("connected")).and_then(|ip| ip.parse().ok()))
+        })
+    }
+
+    /// Waits until the server has told a node of another.
+    fn wait_for_peer(&self, machine: &Machine, node: &mut Node, peer: &str) -> Result<()> {
+        node.wait_until("news of the other node", self.shutdown, || {
+            let (_, output, _) = self.ask(machine, &["status", "--json"])?;
+            let status: Value = serde_json::from_str(output.trim()).unwrap_or_default();
+            let peers = status.pointer("/peers").and_then(Value::as_array);
+            let known = peers.is_some_and(|peers| peers.iter().any(|it| it["name"] == peer));
+            Ok(known.then_some(()))
         })
     }
 

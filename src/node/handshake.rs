@@ -2,12 +2,15 @@
 //! decides where the answer goes.
 
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Node;
 use crate::dataplane::{MIN_SEAL_BUFFER, handshake_sender, send_datagram};
 use crate::path::{TRAFFIC_TICK, Via};
 use crate::types::{DropReason, NodeId};
+
+/// A handshake because of an unknown session is started at most this often per peer.
+const STALE_SPACING: Duration = Duration::from_secs(1);
 
 impl Node {
     pub(super) fn handle_initiation(
@@ -95,6 +98,24 @@ impl Node {
             peer.agent.handle_authenticated(via, now);
             self.drain_agent(id, now);
         }
+    }
+
+    /// A peer sends under keys that we do not have (any more): a handshake of ours replaces them.
+    /// Nothing here is authenticated, so it costs one initiation a second at most.
+    pub(super) fn handle_stale(&mut self, via: Via, relayed: Option<NodeId>, now: Instant) {
+        let sender = relayed.or_else(|| {
+            let Via::Direct { remote, .. } = via else { return None };
+            self.peers.iter().find(|(_, peer)| peer.agent.knows(remote)).map(|(id, _)| *id)
+        });
+        let Some(peer) = sender.and_then(|id| self.peers.get_mut(&id)) else { return };
+        let id = peer.fast.id;
+        let recent = |at: Instant| now.saturating_duration_since(at) < STALE_SPACING;
+        if peer.stale_at.is_some_and(recent) {
+            return;
+        }
+        peer.stale_at = Some(now);
+        peer.session_wanted = true;
+        self.try_handshake(id, now);
     }
 
     /// Somebody uses this peer: its path is worth keeping.

@@ -173,6 +173,7 @@ impl Node {
             Note::Active(peer) => self.handle_active(peer, now),
             Note::SessionConfirmed(peer) => self.handle_session_up(peer, now),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
+            Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
         }
     }
 

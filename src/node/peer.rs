@@ -23,6 +23,8 @@ pub(super) struct PeerControl {
     pub(super) session_wanted: bool,
     /// Stamp of the last packet sent to it, when the traffic tick looked last.
     pub(super) used_at: Option<Instant>,
+    /// When an unknown session of this peer was last answered with a handshake.
+    pub(super) stale_at: Option<Instant>,
 }
 
 impl Node {
@@ -67,6 +69,7 @@ impl Node {
             disco,
             session_wanted: false,
             used_at: None,
+            stale_at: None,
         };
         self.peers.insert(id, peer);
     }
@@ -115,6 +118,10 @@ impl Node {
         let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
         let wanted = in_use || eager && (info.online || !link_up || direct);
         peer.agent.set_candidates(&candidates, now);
+        if !info.online && link_up {
+            // Gone, or cut off from the server only? Its path can tell.
+            peer.agent.verify(now);
+        }
         peer.agent.set_relay(relay.filter(|_| info.online), now);
         peer.agent.set_wanted(wanted, now);
         self.drain_agent(id, now);

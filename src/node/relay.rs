@@ -24,6 +24,8 @@ const RETRY: [Duration; 7] = [
 ];
 /// So many binds without an answer: UDP does not reach the server.
 const SILENT_BINDS: usize = 4;
+/// A relay that answered this long ago is not asked again, whatever seems silent.
+const CHECK_SPACING: Duration = Duration::from_secs(2);
 /// Keeps the NAT binding of the relay socket: 30 s on the worst common routers.
 const REFRESH: Duration = Duration::from_secs(20);
 
@@ -40,6 +42,7 @@ struct RelaySession {
     key: RelayKey,
     counter: u64,
     bound: bool,
+    bound_at: Option<Instant>,
     unanswered: usize,
     next_at: Instant,
     sent_at: Option<Instant>,
@@ -71,6 +74,7 @@ impl RelayClient {
             key,
             counter: 0,
             bound: false,
+            bound_at: None,
             unanswered: 0,
             next_at: now,
             sent_at: None,
@@ -81,6 +85,15 @@ impl RelayClient {
     /// The server ended the membership: there is no relay.
     pub(super) fn stop(&mut self) {
         self.session = None;
+    }
+
+    /// Checks whether the server still answers, unless that was checked a moment ago.
+    pub(super) fn verify(&mut self, now: Instant) {
+        let Some(session) = &mut self.session else { return };
+        let fresh = |at: Instant| now.saturating_duration_since(at) < CHECK_SPACING;
+        if session.bound && session.unanswered == 0 && !session.bound_at.is_some_and(fresh) {
+            session.next_at = now;
+        }
     }
 
     /// Checks soon whether the server still answers.
@@ -134,6 +147,7 @@ impl Node {
         }
         session.rtt = session.sent_at.take().map(|at| now.saturating_duration_since(at));
         session.unanswered = 0;
+        session.bound_at = Some(now);
         session.next_at = now + REFRESH;
         let appeared = !std::mem::replace(&mut session.bound, true);
         self.handle_reflexive(observed, now);

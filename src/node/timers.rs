@@ -18,6 +18,8 @@ use crate::types::NodeId;
 const ENGINE_TICK: Duration = Duration::from_millis(250);
 /// A peer that was not sent to for this long is not watched.
 const QUIET: Duration = Duration::from_secs(2);
+/// Sent by relay and heard nothing for this long: is the relay still there?
+const RELAY_PATIENCE: Duration = Duration::from_secs(1);
 /// An unanswered user ping is forgotten after this.
 const PING_LIFETIME: Duration = Duration::from_secs(30);
 
@@ -75,7 +77,7 @@ impl Node {
     }
 
     fn handle_traffic_tick(&mut self, now: Instant) {
-        let mut busy = false;
+        let (mut busy, mut relay_silent) = (false, false);
         let ids: Vec<NodeId> = self.peers.keys().copied().collect();
         for id in ids {
             let Some(peer) = self.peers.get_mut(&id) else { continue };
@@ -89,7 +91,13 @@ impl Node {
             busy = true;
             peer.used_at = peer.used_at.max(sent);
             peer.agent.handle_traffic(Traffic { sent, heard }, now);
+            let relayed = peer.agent.choice().primary == Some(Via::RelayUdp);
+            relay_silent |= relayed
+                && heard.is_none_or(|at| now.saturating_duration_since(at) > RELAY_PATIENCE);
             self.drain_agent(id, now);
+        }
+        if relay_silent {
+            self.relay.verify(now);
         }
         self.traffic_tick_at = busy.then(|| now + TRAFFIC_TICK);
     }

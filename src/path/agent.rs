@@ -226,7 +226,6 @@ impl PathAgent {
             self.endpoints.entry(remote).or_insert_with(|| Endpoint::new(kind));
         }
         if fresh && self.wanted && !self.is_direct() {
-            self.round_at = None;
             self.start_round(now);
         }
     }
@@ -244,14 +243,27 @@ impl PathAgent {
                     .or_insert_with(|| Endpoint::new(candidate.kind));
             }
         }
-        match self.primary {
+        if self.is_direct() {
             // The peer is not direct, or it has moved: does our path still lead to it?
-            Some(via @ Via::Direct { .. }) => {
-                self.ping(via, now);
-                self.doubt.handle_keepalive(now);
-            }
-            _ => self.start_round(now),
+            self.verify(now);
+        } else {
+            self.start_round(now);
         }
+    }
+
+    /// Asks the direct path, if it carries data, whether it still leads to the peer; silence moves
+    /// data away within a second.
+    pub fn verify(&mut self, now: Instant) {
+        if let Some(via @ Via::Direct { .. }) = self.primary {
+            self.ping(via, now);
+            self.doubt.handle_keepalive(now);
+        }
+    }
+
+    /// Whether this endpoint is one of the peer's.
+    #[must_use]
+    pub fn knows(&self, remote: SocketAddr) -> bool {
+        self.endpoints.contains_key(&remote)
     }
 
     /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
@@ -521,11 +533,12 @@ impl PathAgent {
         tx
     }
 
+    /// Pings every endpoint that is not proved, and asks the peer to do the same. Soon after the
+    /// last round only endpoints that were not in it are taken in.
     fn start_round(&mut self, now: Instant) {
         let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
         let started = self.round_at.is_some_and(recent);
         for endpoint in self.endpoints.values_mut() {
-            // In a round that has only begun, what came meanwhile joins and the rest goes on.
             let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
             let joins = if started { untried } else { !endpoint.proved(now) };
             if joins {

@@ -250,3 +250,25 @@ fn a_stranger_cannot_fill_the_table_or_push_out_a_working_path() {
     assert!(agent.outcomes().count() <= 32);
     assert!(matches!(agent.choice().primary, Some(Via::Direct { .. })));
 }
+
+#[test]
+fn a_candidate_that_comes_late_is_probed_at_once() {
+    let mut world = World::new([true, true]);
+    let now = world.now;
+    for side in &mut world.sides {
+        side.agent.set_relay(Some(Via::RelayUdp), now);
+        let host = Candidate::new("192.168.1.2:4000".parse().unwrap(), CandidateKind::Host);
+        side.agent.set_candidates(&[host], now);
+        side.agent.set_wanted(true, now);
+    }
+    world.drain();
+    world.run(Duration::from_millis(60));
+    for i in 0..2 {
+        let candidate = Candidate::new(world.sides[1 - i].public, CandidateKind::Reflexive);
+        let now = world.now;
+        world.sides[i].agent.handle_call_me_maybe(2, &[candidate], now);
+    }
+    world.drain();
+    world.run(Duration::from_millis(300));
+    assert!(world.direct_after(0).is_some() && world.direct_after(1).is_some());
+}

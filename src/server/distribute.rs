@@ -3,8 +3,8 @@
 //! Every peer's description is encoded when it changes and kept. A delta is put together once and
 //! sent to all; only a node that is in it itself gets its own copy without itself. So the work
 //! follows the change, not the network. Changes that come close together travel together: the
-//! first goes out at once, the next ones wait for [`GATHER`], or a thousand nodes that reconnect
-//! would cost a million messages.
+//! first goes out at once, the next ones wait a little, longer in a larger network (up to
+//! [`GATHER`]), or a thousand nodes that reconnect would cost a million messages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -16,8 +16,11 @@ use super::{Output, Server};
 use crate::types::{Candidate, NodeId, OverlayAddrs};
 use crate::wire::control::{WireCandidate, WirePeer};
 
-/// The least time between two deltas.
-const GATHER: Duration = Duration::from_millis(50);
+/// The least time between two deltas in the largest network: a removed node must be out everywhere
+/// within a second.
+const GATHER: Duration = Duration::from_millis(500);
+/// The same for each node that is online: a small network has no storms, only people who wait.
+const GATHER_PER_NODE: Duration = Duration::from_micros(500);
 
 /// Whether a node has a control connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,7 +168,8 @@ impl Server {
             return;
         }
         self.distribution.epoch += 1;
-        self.distribution.next_flush = now + GATHER;
+        let online = u32::try_from(self.online.len()).unwrap_or(u32::MAX);
+        self.distribution.next_flush = now + GATHER.min(GATHER_PER_NODE * online.min(1_000));
         let shared = self.distribution.delta(None);
         for (node, connection) in &self.online {
             let is_in_it = self.distribution.changed.contains(node);

@@ -3,7 +3,7 @@
 //! A [`Store`] is a table of records, each with the revision at which it was last written. Nothing
 //! here knows what a record means, and nothing else knows SQL. The statements are those that SQLite
 //! and PostgreSQL share, with only BIGINT and TEXT columns, so that the second can serve later in
-//! the same code; what is SQLite's own is in [`sqlite`].
+//! the same code; what is SQLite's own is in `sqlite`.
 
 pub mod files;
 mod sqlite;

@@ -69,7 +69,12 @@ pub(crate) struct Host {
 
 impl Host {
     /// A machine that is switched off. `seed` decides its keys and all it draws.
-    pub(crate) fn new(seed: u64, edge: usize, endpoint: SocketAddr, settings: NodeSettings) -> Self {
+    pub(crate) fn new(
+        seed: u64,
+        edge: usize,
+        endpoint: SocketAddr,
+        settings: NodeSettings,
+    ) -> Self {
         Self {
             edge,
             endpoint,
@@ -321,4 +326,3 @@ pub(crate) fn spread(seed: u64, purpose: u64) -> [u8; 32] {
 const MAX_DATAGRAMS: usize = 1_000;
 /// The most control messages of one turn.
 const MAX_MESSAGES: usize = 16;
-

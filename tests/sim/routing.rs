@@ -275,9 +275,7 @@ impl World {
 
     fn deliver_down(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
         let now = self.now;
-        if self.hosts[host].uplink.cut
-            || !self.hosts[host].uplink.handle_heard(connection, now)
-        {
+        if self.hosts[host].uplink.cut || !self.hosts[host].uplink.handle_heard(connection, now) {
             return;
         }
         match frame {

@@ -278,7 +278,8 @@ impl fmt::Display for Scenario {
         let rekey = self.settings.rekey_after;
         writeln!(f, "server at {:?}, keys renewed after {rekey:?}", self.server_latency)?;
         for (number, place) in self.places.iter().enumerate() {
-            let beside = if place.beside { ", beside the one before if that has a NAT" } else { "" };
+            let beside =
+                if place.beside { ", beside the one before if that has a NAT" } else { "" };
             let Place { kind, line, port, .. } = place;
             writeln!(f, "host {number}: {kind}, port {port}, {line}{beside}")?;
         }

@@ -97,7 +97,6 @@ impl ServerHost {
         host
     }
 
-
     /// Starts it with its records.
     pub(crate) fn start(&mut self, now: Instant) {
         if self.running.is_some() {
@@ -323,4 +322,3 @@ pub(crate) fn control_endpoint() -> SocketAddr {
 
 /// The wall clock at the start, in Unix seconds.
 const WALL: u64 = 1_800_000_000;
-

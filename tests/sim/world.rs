@@ -118,10 +118,8 @@ impl World {
     /// Moves a host to a new place. The daemon sees new addresses and makes a new connection.
     pub(crate) fn roam(&mut self, host: usize, kind: NatKind, line: Line) {
         let edge = self.add_edge(kind, line);
-        let endpoint = SocketAddr::new(
-            self.edges[edge].next_address(),
-            self.hosts[host].endpoint.port(),
-        );
+        let endpoint =
+            SocketAddr::new(self.edges[edge].next_address(), self.hosts[host].endpoint.port());
         self.close_uplink(host);
         self.hosts[host].uplink.retry(self.now);
         let now = self.now;
@@ -174,8 +172,7 @@ impl World {
         let dst = self.hosts[to].address()?;
         self.hosts[from].node()?;
         let now = self.now;
-        let (number, packet) =
-            self.ledger.send((from, src), (to, dst), payload_bytes, now);
+        let (number, packet) = self.ledger.send((from, src), (to, dst), payload_bytes, now);
         self.hosts[from].handle_packet(packet);
         self.settle(from);
         Some(number)

@@ -9,15 +9,12 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::report::{OwnStatus, PathReport, PeerReport, SCHEMA, ServerStatus, Status, millis};
 use super::{Daemon, Ended, netcheck};
+use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
 use crate::path::{Answer, Via};
 use crate::types::NodeId;
 
-/// Exit code of a command about a peer that nobody knows.
-const UNKNOWN_PEER: u8 = 5;
-const NO_PERMISSION: u8 = 4;
-const FAILED: u8 = 1;
 /// How long one reply to a ping is waited for.
 const REPLY_LIMIT: Duration = Duration::from_secs(2);
 /// Between pings of a person.
@@ -71,7 +68,7 @@ pub(super) enum Request {
     Find(String, oneshot::Sender<Option<(NodeId, PingLine)>>),
     Ping(NodeId, oneshot::Sender<Option<oneshot::Receiver<Answer>>>),
     Netcheck(oneshot::Sender<netcheck::Inputs>),
-    Down(oneshot::Sender<()>),
+    Down,
 }
 
 /// Serves the socket until this is dropped.
@@ -132,12 +129,14 @@ async fn serve(
                 None => connection.answer(&or_stopping::<()>(None)).await?,
             },
             Question::Down if connection.peer.may_write => {
-                let done = ask(requests, Request::Down).await;
-                connection.answer(&or_stopping(done)).await?;
+                // Answered first: the daemon's end takes this connection with it.
+                connection.answer(&Reply::Ok(())).await?;
+                let _ = requests.send(Request::Down).await;
+                return Ok(());
             }
             Question::Down => {
                 let refusal = Refusal {
-                    code: NO_PERMISSION,
+                    code: exit::PERMISSION,
                     error: "only root may stop the daemon".into(),
                     help: Some("sudo overlay down".into()),
                 };
@@ -152,7 +151,7 @@ fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     answer.map_or_else(
         || {
             let error = "the daemon is stopping".to_string();
-            Reply::Error(Refusal { code: FAILED, error, help: None })
+            Reply::Error(Refusal { code: exit::FAILED, error, help: None })
         },
         Reply::Ok,
     )
@@ -182,7 +181,7 @@ async fn ping(
     let find = |sender| Request::Find(text.clone(), sender);
     let Some(Some((id, _))) = ask(requests, find).await else {
         let refusal = Refusal {
-            code: UNKNOWN_PEER,
+            code: exit::UNKNOWN_PEER,
             error: format!("no peer is called \"{text}\""),
             help: Some("overlay status lists all peers".into()),
         };
@@ -269,10 +268,9 @@ impl Daemon {
             Request::Netcheck(reply) => {
                 let _ = reply.send(self.netcheck_inputs());
             }
-            Request::Down(reply) => {
+            Request::Down => {
                 tracing::info!("stopped by a command");
                 self.ended = Some(Ended::Stopped);
-                let _ = reply.send(());
             }
         }
     }

@@ -14,6 +14,7 @@ mod state;
 mod threads;
 mod uplink;
 
+pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
 pub use startup::{NodeOptions, StartError, run};
 
@@ -161,8 +162,9 @@ impl Daemon {
                             self.node.handle_message(&message, server, now);
                         }
                         if let Some(welcome) = &message.welcome {
-                            tracing::info!(server = ?self.server, name = %welcome.name,
-                                address = %welcome.ipv4, "connected to the server");
+                            let server = self.server.map(|server| server.to_string());
+                            tracing::info!(server, name = %welcome.name, address = %welcome.ipv4,
+                                "connected to the server");
                             self.reflector_ports = (welcome.relay_port, welcome.second_port);
                             self.state.note_welcome(welcome, self.server);
                         }

@@ -1,8 +1,8 @@
 //! The answers of the local socket: the JSON contract of the command line. Fields are added here,
 //! never renamed or removed.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 

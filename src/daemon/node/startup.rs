@@ -156,10 +156,7 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
     match (&options.join, state.enrolment()) {
         (None, None) => return Err(StartError::NotEnrolled),
         (Some(join), Some(enrolment)) if join.network != enrolment.network => {
-            return Err(StartError::OtherNetwork {
-                have: enrolment.network,
-                wanted: join.network,
-            });
+            return Err(StartError::OtherNetwork { have: enrolment.network, wanted: join.network });
         }
         (Some(join), _) => state.prepare(join),
         (None, Some(_)) => {}
@@ -280,7 +277,8 @@ fn bind_udp(
         }
         Err(_) => None,
     };
-    let port = udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()).map_or(wanted, |a| a.port());
+    let port =
+        udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()).map_or(wanted, |a| a.port());
     // Another port for IPv6 is as good, it has candidates of its own.
     let udp_v6 = v6(port).or_else(|_| v6(0)).ok();
     if udp_v4.is_none() && udp_v6.is_none() {

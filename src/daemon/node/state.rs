@@ -204,8 +204,10 @@ impl StateDir {
 
     fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
         let path = self.path.join(name);
-        let text = serde_json::to_vec_pretty(value)
-            .map_err(|error| StateError::Damaged { path: path.clone(), reason: error.to_string() })?;
+        let text = serde_json::to_vec_pretty(value).map_err(|error| StateError::Damaged {
+            path: path.clone(),
+            reason: error.to_string(),
+        })?;
         Ok(files::write_atomically(&path, &text, SECRET_MODE)?)
     }
 }

@@ -13,9 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc;
 
-use crate::dataplane::{
-    Note, Shared, Source, Target, TunBatch, UdpBatch, inbound, outbound,
-};
+use crate::dataplane::{Note, Shared, Source, Target, TunBatch, UdpBatch, inbound, outbound};
 use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::tun::Tun;
@@ -91,7 +89,8 @@ pub(super) fn send_all(ports: &Ports, batch: &UdpBatch) {
         match run.target {
             Target::Udp { remote, local } => {
                 let socket = if remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
-                let sent = socket.as_ref().map(|s| send_or_wait(s, remote, local, bytes, run.segment));
+                let sent =
+                    socket.as_ref().map(|s| send_or_wait(s, remote, local, bytes, run.segment));
                 if !matches!(sent, Some(Ok(()))) {
                     let datagrams = bytes.len().div_ceil(run.segment.max(1));
                     drops.count_many(DropReason::SendFailed, datagrams as u64);

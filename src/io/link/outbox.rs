@@ -87,6 +87,14 @@ impl LinkSender {
     pub fn close(&self) {
         self.0.close();
     }
+
+    /// Ends the link without sending what is queued: the other side does not keep up.
+    pub fn abort(&self) {
+        let mut queues = self.0.lock();
+        *queues = Queues { closed: true, ..Queues::default() };
+        drop(queues);
+        self.0.changed.notify_one();
+    }
 }
 
 #[derive(Debug, Default)]

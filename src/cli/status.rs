@@ -1,0 +1,97 @@
+//! `overlay status`.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use super::ask::SocketArg;
+use super::{Done, print};
+use crate::daemon::node::Question;
+use crate::daemon::node::report::{PeerReport, Status};
+
+/// Arguments of `overlay status`.
+#[derive(Debug, Clone, Args)]
+#[command(about = "This node, its server and all peers with the path to each")]
+pub struct StatusArgs {
+    #[command(flatten)]
+    socket: SocketArg,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+
+    /// Print again every second, until stopped
+    #[arg(long)]
+    watch: bool,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When the daemon cannot be asked.
+pub fn run(args: &StatusArgs) -> Done {
+    loop {
+        let status: Status = args.socket.ask(&Question::Status)?;
+        if args.json {
+            print::json(&status)?;
+        } else {
+            if args.watch {
+                // Clear the screen and go to its top (ECMA-48).
+                print::line("\x1b[2J\x1b[H")?;
+            }
+            print::line(text(&status))?;
+        }
+        if !args.watch {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn text(status: &Status) -> String {
+    let own = &status.own;
+    let server = &status.server;
+    let mut lines = vec![
+        format!("{}  {}  {}  ({}, id {})", own.name, own.ipv4, own.ipv6, own.interface, own.id),
+        format!(
+            "server {}  {}{}",
+            server.address.as_deref().unwrap_or("unknown"),
+            server.state,
+            server.rtt_ms.map(|rtt| format!(", {rtt:.1} ms")).unwrap_or_default()
+        ),
+        String::new(),
+    ];
+    if status.peers.is_empty() {
+        lines.push(
+            "no other node yet; on the server: overlay server invite, here or elsewhere: \
+             overlay up JOINLINE"
+                .into(),
+        );
+        return lines.join("\n");
+    }
+    let mut table = print::table(&["NAME", "IPV4", "PATH", "RTT", "RX", "TX", "WHY"]);
+    let mut peers: Vec<&PeerReport> = status.peers.iter().collect();
+    peers.sort_by(|a, b| a.name.cmp(&b.name));
+    for peer in peers {
+        let path = match (&peer.path.remote, peer.path.kind.as_str()) {
+            (Some(remote), "direct") => format!("direct {remote}"),
+            (_, kind) => kind.to_string(),
+        };
+        table.add_row(vec![
+            peer.name.clone(),
+            peer.ipv4.to_string(),
+            path,
+            peer.rtt_ms.map_or_else(|| "-".into(), |rtt| format!("{rtt:.1} ms")),
+            print::bytes(peer.rx_bytes),
+            print::bytes(peer.tx_bytes),
+            peer.path.why.clone(),
+        ]);
+    }
+    lines.push(print::table_text(&table));
+    for (reason, count) in &own.drops {
+        if reason != "multicast" {
+            lines.push(format!("# dropped packets: {count} {reason}"));
+        }
+    }
+    lines.join("\n")
+}

@@ -1,0 +1,292 @@
+//! The server daemon: joins the server's control plane to sockets, store and clock.
+//!
+//! [`start`] opens everything and returns when the server can be used; the rest runs in tasks and
+//! in one thread for each UDP socket. This file starts and stops the parts:
+//! `state` is what lies on disk, `sockets` what is bound, `connections` the control connections,
+//! `relay` the UDP side, `core` the loop around the state machine, `local` the administrator.
+
+mod addresses;
+mod connections;
+mod core;
+mod local;
+mod relay;
+mod sockets;
+mod state;
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+
+use crate::io::local::{LocalError, LocalListener};
+use crate::server::admin::{Answer, JoinText, Request};
+use crate::server::{Server, Settings};
+use crate::store::StoreError;
+use crate::store::files::FileError;
+use crate::types::{DropCounters, RangeError};
+use crate::wire::join::ServerAddr;
+use addresses::Advertised;
+use relay::Hub;
+
+/// Events that may wait for the core; connections that have more to say wait.
+const EVENT_QUEUE: usize = 1024;
+/// How long a stopping server may write down what it knows.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// The invite of the first start, as `overlay server invite` makes it.
+const FIRST_INVITE_TTL_S: u64 = 3600;
+
+/// What a server is started with.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Addresses to listen on, TCP and UDP; none for the defaults.
+    pub listen: Vec<SocketAddr>,
+    /// Addresses for join lines; none to look at the interfaces.
+    pub public_addr: Vec<ServerAddr>,
+    /// Where keys and members are kept.
+    pub state_dir: PathBuf,
+    /// The local socket.
+    pub socket: PathBuf,
+    /// The wished IPv4 range.
+    pub network: Option<Ipv4Net>,
+    /// The wished IPv6 range.
+    pub network_ipv6: Option<Ipv6Net>,
+}
+
+/// Why a server does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A file in the state directory.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A record in the store.
+    #[error("the store holds {kind} {id}, which cannot be read: {reason}")]
+    Record {
+        /// The kind of the record.
+        kind: String,
+        /// Its id.
+        id: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The store is gone and the key is there.
+    #[error("{} is there, but the store {} is not", key.display(), store.display())]
+    StoreLost {
+        /// The key file.
+        key: PathBuf,
+        /// The database.
+        store: PathBuf,
+    },
+    /// The key is gone and the store is there.
+    #[error("the store has a network in it, but its key {} is not there or damaged", key.display())]
+    KeyLost {
+        /// The key file.
+        key: PathBuf,
+    },
+    /// A range that no network can have.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// A range that is not the one of the network.
+    #[error("the network has the range {has} and nodes in it; it cannot become {wished}")]
+    RangeFixed {
+        /// The range that it has.
+        has: String,
+        /// The range in the configuration.
+        wished: String,
+    },
+    /// A socket that cannot be opened.
+    #[error("cannot listen on {address} ({protocol}): {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// TCP or UDP.
+        protocol: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The local socket.
+    #[error(transparent)]
+    Local(#[from] LocalError),
+    /// Threads, random numbers, interfaces: things that are always there.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A server that runs; it stops when this is dropped, and in good order by [`Self::stop`].
+#[derive(Debug)]
+pub struct RunningServer {
+    listening: Vec<SocketAddr>,
+    first_join_line: Option<JoinText>,
+    hub: Arc<Hub>,
+    stop: watch::Sender<bool>,
+    core: JoinHandle<()>,
+    tasks: Vec<JoinHandle<()>>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+/// Starts a server. When this returns its sockets are bound and its store is open.
+///
+/// # Errors
+/// When something is in the way; nothing of it runs then.
+pub async fn start(options: Options) -> Result<RunningServer, StartError> {
+    allow_many_connections();
+    let bound = sockets::bind(&options.listen)?;
+    let local = LocalListener::bind(&options.socket).await?;
+    let state = state::open(&options).await?;
+    let advertised =
+        Advertised::new(&options.public_addr, &bound, state.records.network.record.range);
+    let settings = Settings { server_key: state.key.public(), addresses: advertised.look() };
+    let (now, wall) = (crate::io::clock::now(), crate::io::clock::unix_seconds());
+    let server = Server::new(settings, state.records, state.seed, now, wall);
+    let range = server.network().range;
+    let listening: Vec<SocketAddr> = bound.tcp.iter().map(|listener| listener.address).collect();
+    info!(
+        network = %server.network().id,
+        ipv4 = %range.v4(),
+        ipv6 = %range.v6(),
+        key = %state.key.public().short(),
+        state_dir = %options.state_dir.display(),
+        "network open"
+    );
+
+    let (stop, stopping) = watch::channel(false);
+    let (events, inbox) = mpsc::channel(EVENT_QUEUE);
+    let hub = Arc::new(Hub::new(bound.udp));
+    let threads = relay::spawn(&hub, &stopping)?;
+    let mut core = core::Core::new(server, state.store, Arc::clone(&hub), advertised, state.lock);
+    let first_join_line = first_join_line(&mut core).await?;
+    core.warn();
+    let mut tasks = Vec::new();
+    let entrance =
+        Arc::new(connections::Entrance::new(state.key, events.clone(), Arc::clone(&hub)));
+    for listener in bound.tcp {
+        let (udp, second) = (listener.relay_port, listener.second_port);
+        info!(address = %listener.address, udp, second, "listening");
+        tasks.push(tokio::spawn(connections::accept(listener, Arc::clone(&entrance))));
+    }
+    tasks.push(tokio::spawn(local::serve(local, events)));
+    let core = tokio::spawn(core.run(inbox, stopping));
+    Ok(RunningServer { listening, first_join_line, hub, stop, core, tasks, threads })
+}
+
+/// Takes as many open files as the system allows: every node is one.
+fn allow_many_connections() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// The join line that a server without nodes shows when it starts.
+async fn first_join_line(core: &mut core::Core) -> Result<Option<JoinText>, StartError> {
+    if !core.has_no_members() {
+        return Ok(None);
+    }
+    let request = Request::Invite { uses: 1, ttl_s: FIRST_INVITE_TTL_S, name: None };
+    match core.answer(request).await {
+        Ok(Answer::Invited(invited)) => Ok(Some(invited.join)),
+        Ok(_) => Ok(None),
+        Err(refusal) => {
+            let source = io::Error::other(refusal.error);
+            Err(StartError::System { action: "make the first invite", source })
+        }
+    }
+}
+
+impl RunningServer {
+    /// The TCP addresses; the first one's port is the UDP port too.
+    #[must_use]
+    pub fn listening(&self) -> &[SocketAddr] {
+        &self.listening
+    }
+
+    /// A join line, when nobody has joined yet.
+    #[must_use]
+    pub fn first_join_line(&self) -> Option<&JoinText> {
+        self.first_join_line.as_ref()
+    }
+
+    /// What the relay has dropped, by reason.
+    #[must_use]
+    pub fn drops(&self) -> &DropCounters {
+        self.hub.drops()
+    }
+
+    /// Tells the service manager that the server is ready, waits for SIGTERM or SIGINT, and stops.
+    ///
+    /// # Errors
+    /// When the signals cannot be had, or the server has died.
+    pub async fn run_until_signal(mut self) -> Result<(), StartError> {
+        let system = |action| move |source| StartError::System { action, source };
+        let mut terminate = signal(SignalKind::terminate()).map_err(system("wait for a signal"))?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(system("wait for a signal"))?;
+        notify(&[sd_notify::NotifyState::Ready]);
+        let died = tokio::select! {
+            _ = terminate.recv() => false,
+            _ = interrupt.recv() => false,
+            _ = &mut self.core => true,
+        };
+        info!("stopping");
+        notify(&[sd_notify::NotifyState::Stopping]);
+        if died {
+            let source = io::Error::other("the core of the server has ended");
+            return Err(StartError::System { action: "go on", source });
+        }
+        self.stop().await;
+        Ok(())
+    }
+
+    /// Writes down what is known and closes everything.
+    pub async fn stop(mut self) {
+        self.stop.send_replace(true);
+        if timeout(STOP_LIMIT, &mut self.core).await.is_err() {
+            warn!("the store takes too long, stopping without it");
+        }
+        let drops = self.hub.drops().snapshot();
+        info!(?drops, "stopped");
+        // A task that is aborted lets go of its sockets only when it is polled for the last time.
+        for task in &mut self.tasks {
+            task.abort();
+            let _ = task.await;
+        }
+        for thread in std::mem::take(&mut self.threads) {
+            if tokio::task::spawn_blocking(|| thread.join()).await.is_err() {
+                error!("a relay thread had panicked");
+            }
+        }
+    }
+}
+
+impl Drop for RunningServer {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+        self.core.abort();
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Without a service manager there is nobody to tell.
+fn notify(state: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        warn!(%error, "cannot tell the service manager");
+    }
+}

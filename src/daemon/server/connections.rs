@@ -1,0 +1,162 @@
+//! Control connections: accepted, upgraded, and read until they end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+
+use super::core::Event;
+use super::relay::Hub;
+use super::sockets::Listener;
+use crate::io::clock;
+use crate::io::link::{Inbound, Link, LinkReceiver};
+use crate::io::listen::{self, Admission, Gate, HANDSHAKE_LIMIT};
+use crate::server::{Connected, ConnectionId};
+use crate::types::SecretKey;
+use crate::wire::control::{ClientMessage, decode};
+
+/// Control messages that a node may send in a burst; an honest one sends a few.
+const BURST_MESSAGES: u32 = 200;
+/// Above that, one message in this time.
+const MESSAGE_INTERVAL: Duration = Duration::from_millis(100);
+/// After an error like "too many open files", until the next try.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What every new connection needs.
+#[derive(Debug)]
+pub(super) struct Entrance {
+    key: SecretKey,
+    gate: Arc<Gate>,
+    next: AtomicU64,
+    events: mpsc::Sender<Event>,
+    hub: Arc<Hub>,
+}
+
+impl Entrance {
+    pub(super) fn new(key: SecretKey, events: mpsc::Sender<Event>, hub: Arc<Hub>) -> Self {
+        Self { key, gate: Arc::default(), next: AtomicU64::new(1), events, hub }
+    }
+}
+
+/// Accepts connections for ever.
+pub(super) async fn accept(port: Listener, entrance: Arc<Entrance>) {
+    // Aborts the connections when this task is aborted.
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = port.listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        let (stream, remote) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                warn!(%error, "cannot accept connections");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Some(admission) = entrance.gate.admit(remote.ip()) else {
+            debug!(%remote, "too many connections at once");
+            continue;
+        };
+        let (relay_port, second_port) = (port.relay_port, port.second_port);
+        let entrance = Arc::clone(&entrance);
+        connections.spawn(async move {
+            serve(stream, admission, &entrance, relay_port, second_port).await;
+        });
+    }
+}
+
+async fn serve(
+    stream: TcpStream,
+    admission: Admission,
+    entrance: &Entrance,
+    relay_port: u16,
+    second_port: u16,
+) {
+    let mut link = match listen::upgrade(stream, &entrance.key).await {
+        Ok(link) => link,
+        Err(error) => return debug!(%error, "no control connection"),
+    };
+    // The handshake alone may be a replay; a first frame cannot be.
+    let first = match timeout(HANDSHAKE_LIMIT, link.receiver.next()).await {
+        Ok(Ok(Inbound::Control(message))) => message,
+        Ok(Ok(Inbound::Relay(_))) => return debug!("a connection that starts with data"),
+        Ok(Err(error)) => return debug!(%error, "a connection without a message"),
+        Err(_) => return debug!("a connection that says nothing"),
+    };
+    drop(admission);
+    let id = ConnectionId(entrance.next.fetch_add(1, Ordering::Relaxed));
+    let about = Connected {
+        machine_key: link.peer_key,
+        observed: link.remote,
+        relay_port: Some(relay_port),
+        second_port: Some(second_port),
+    };
+    debug!(connection = id.0, machine = %link.peer_key.short(), remote = %link.remote, "connected");
+    let Link { sender, mut receiver, .. } = link;
+    entrance.hub.add_link(id, sender);
+    if entrance.events.send(Event::Connected { id, about }).await.is_ok() {
+        read(id, &mut receiver, first, entrance).await;
+    }
+    entrance.hub.remove_link(id);
+    // When the core is gone, so is everything that this would matter to.
+    let _ = entrance.events.send(Event::Disconnected { id }).await;
+    receiver.close().await;
+}
+
+/// Reads until the link ends, from either side.
+async fn read(id: ConnectionId, receiver: &mut LinkReceiver, first: Vec<u8>, entrance: &Entrance) {
+    let mut inbound = Ok(Inbound::Control(first));
+    let mut budget = Budget::new();
+    loop {
+        match inbound {
+            Ok(Inbound::Relay(datagram)) => entrance.hub.handle_link_datagram(id, datagram),
+            Ok(Inbound::Control(bytes)) => {
+                budget.spend().await;
+                let message = match decode::<ClientMessage>(&bytes) {
+                    Ok(message) => message,
+                    Err(error) => return debug!(connection = id.0, %error, "not understood"),
+                };
+                if entrance.events.send(Event::Message { id, message }).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => return debug!(connection = id.0, %error, "disconnected"),
+        }
+        inbound = receiver.next().await;
+    }
+}
+
+/// How many messages a connection may send without waiting.
+struct Budget {
+    left: u32,
+    since: Instant,
+}
+
+impl Budget {
+    fn new() -> Self {
+        Self { left: BURST_MESSAGES, since: clock::now() }
+    }
+
+    /// Pays for one message; who has spent everything waits.
+    async fn spend(&mut self) {
+        let now = clock::now();
+        let elapsed = now.saturating_duration_since(self.since);
+        let earned = elapsed.as_millis() / MESSAGE_INTERVAL.as_millis();
+        if earned > 0 {
+            let earned = u32::try_from(earned).unwrap_or(u32::MAX);
+            self.left = self.left.saturating_add(earned).min(BURST_MESSAGES);
+            self.since = now;
+        }
+        match self.left.checked_sub(1) {
+            Some(left) => self.left = left,
+            None => sleep(MESSAGE_INTERVAL).await,
+        }
+    }
+}

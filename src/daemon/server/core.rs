@@ -1,0 +1,210 @@
+//! The loop around the server's state machine: events in, commits, outputs out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
+use tracing::{debug, error, info, warn};
+
+use super::addresses::Advertised;
+use super::relay::Hub;
+use super::state;
+use crate::daemon::exit;
+use crate::io::clock;
+use crate::io::local::Refusal;
+use crate::server::admin::{Answer, Request, RequestError};
+use crate::server::{Connected, ConnectionId, Decision, Output, Server};
+use crate::store::Store;
+use crate::store::files::DirLock;
+use crate::wire::control::ClientMessage;
+
+/// Events that are handled before the outputs go out.
+const BATCH: usize = 256;
+/// How often it is written down when nodes were last seen.
+const SEEN_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// What happens to a server.
+#[derive(Debug)]
+pub(super) enum Event {
+    Connected { id: ConnectionId, about: Connected },
+    Message { id: ConnectionId, message: ClientMessage },
+    Disconnected { id: ConnectionId },
+    Request { request: Request, answer: oneshot::Sender<Result<Answer, Refusal>> },
+}
+
+/// The state machine and what it acts on.
+#[derive(Debug)]
+pub(super) struct Core {
+    server: Server,
+    store: Store,
+    hub: Arc<Hub>,
+    advertised: Advertised,
+    next_seen: Instant,
+    _lock: DirLock,
+}
+
+impl Core {
+    pub(super) fn new(
+        server: Server,
+        store: Store,
+        hub: Arc<Hub>,
+        advertised: Advertised,
+        lock: DirLock,
+    ) -> Self {
+        let next_seen = Instant::from_std(clock::now()) + SEEN_INTERVAL;
+        Self { server, store, hub, advertised, next_seen, _lock: lock }
+    }
+
+    pub(super) fn has_no_members(&self) -> bool {
+        self.server.has_no_members()
+    }
+
+    /// Tells the administrator what will not work.
+    pub(super) fn warn(&self) {
+        self.advertised.warn();
+    }
+
+    /// Runs until told to stop.
+    pub(super) async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Event>,
+        mut stopping: watch::Receiver<bool>,
+    ) {
+        self.drain();
+        loop {
+            let wake = Instant::from_std(self.server.poll_timeout()).min(self.next_seen);
+            tokio::select! {
+                biased;
+                () = stopped(&mut stopping) => break,
+                event = inbox.recv() => {
+                    let Some(event) = event else { break };
+                    self.handle(event).await;
+                    for _ in 1..BATCH {
+                        let Ok(event) = inbox.try_recv() else { break };
+                        self.handle(event).await;
+                    }
+                }
+                () = sleep_until(wake) => {}
+            }
+            let now = clock::now();
+            self.server.handle_timeout(now);
+            if self.next_seen <= Instant::from_std(now) {
+                self.next_seen += SEEN_INTERVAL;
+                self.write_seen().await;
+            }
+            self.drain();
+        }
+        self.write_seen().await;
+        self.store.close().await;
+    }
+
+    async fn handle(&mut self, event: Event) {
+        let wall = clock::unix_seconds();
+        match event {
+            Event::Connected { id, about } => self.server.handle_connected(id, about),
+            Event::Disconnected { id } => self.server.handle_disconnected(id, wall),
+            Event::Message { id, message } => {
+                if let Some(decision) = self.server.handle_message(id, message, wall) {
+                    // Who waits for it is told by `give_up` when it fails.
+                    let _ = self.commit(decision).await;
+                }
+            }
+            Event::Request { request, answer } => {
+                let logged = request.is_write().then(|| format!("{request:?}"));
+                let result = self.answer(request).await;
+                if let Some(request) = logged.filter(|_| result.is_ok()) {
+                    info!(%request, "done for the administrator");
+                }
+                // The client may have gone; what it asked for is done all the same.
+                let _ = answer.send(result);
+            }
+        }
+        self.drain();
+    }
+
+    /// Does what the administrator asks for.
+    pub(super) async fn answer(&mut self, request: Request) -> Result<Answer, Refusal> {
+        if matches!(request, Request::Invite { .. }) {
+            // The machine may have got another address since it was started.
+            self.server.set_addresses(self.advertised.look());
+        }
+        let decision =
+            self.server.decide(request, clock::unix_seconds()).map_err(|error| refusal(&error))?;
+        let answer = self.commit(decision).await?;
+        answer.ok_or_else(|| unavailable("there is no answer to that"))
+    }
+
+    /// Writes a decision down, then makes it true.
+    async fn commit(&mut self, decision: Decision) -> Result<Option<Answer>, Refusal> {
+        let wall = clock::unix_seconds();
+        if decision.changes().is_empty() {
+            return Ok(self.server.apply(decision, 0, wall));
+        }
+        let failure = match state::rows_of(decision.changes()) {
+            Ok(rows) => match self.store.commit(&rows).await {
+                Ok(rev) => return Ok(self.server.apply(decision, rev, wall)),
+                Err(error) => error.to_string(),
+            },
+            Err(error) => error.to_string(),
+        };
+        error!(%failure, "a change could not be stored and was not made");
+        self.server.give_up(decision);
+        Err(unavailable(&format!("the change could not be stored: {failure}")))
+    }
+
+    async fn write_seen(&mut self) {
+        let decision = self.server.decide_seen(clock::unix_seconds());
+        // Soft knowledge: the next time will do.
+        let _ = self.commit(decision).await;
+    }
+
+    /// Does what the state machine wants done.
+    fn drain(&mut self) {
+        while let Some(output) = self.server.poll_output() {
+            match output {
+                Output::Relay(change) => self.hub.apply(change),
+                Output::Close { connection } => {
+                    if let Some(sender) = self.hub.sender(connection) {
+                        sender.close();
+                    }
+                }
+                Output::Send { connection, message } => {
+                    let Some(sender) = self.hub.sender(connection) else {
+                        debug!(connection = connection.0, "a message to nobody");
+                        continue;
+                    };
+                    if let Err(error) = sender.try_send_control(message) {
+                        warn!(connection = connection.0, %error, "connection given up");
+                        sender.abort();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the server should stop, or nobody is left to say so.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    let _ = stopping.wait_for(|stop| *stop).await;
+}
+
+fn unavailable(error: &str) -> Refusal {
+    Refusal { code: exit::FAILED, error: error.into(), help: None }
+}
+
+fn refusal(error: &RequestError) -> Refusal {
+    let (code, help) = match error {
+        RequestError::UnknownNode { .. } => {
+            (exit::UNKNOWN_PEER, "list the nodes with `overlay server nodes`")
+        }
+        RequestError::UnknownInvite { .. } => {
+            (exit::FAILED, "list the invites with `overlay server invite list`")
+        }
+        RequestError::NameTaken { .. } => {
+            (exit::FAILED, "choose another name, or rename that node first")
+        }
+        RequestError::BadInvite => (exit::USAGE, "try `overlay server invite --uses 1 --ttl 1h`"),
+    };
+    Refusal { code, error: error.to_string(), help: Some(help.into()) }
+}

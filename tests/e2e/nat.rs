@@ -1,0 +1,139 @@
+//! NAT recipes for the kernel's nftables: the four classical kinds, and a firewall without UDP.
+//!
+//! Every recipe drops unasked-for UDP to the router itself. A router that accepts it makes
+//! connection tracking remember the stranger's packet, and then moves the inside host to another
+//! port: that is a fifth kind, and no recipe here.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+
+/// What stands between a host and the internet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Nat {
+    /// Nothing: the host has a public address.
+    None,
+    FullCone,
+    AddressRestricted,
+    /// What Linux does by itself: keeps the port, and admits answers only.
+    PortRestricted,
+    /// A random port for every destination.
+    Symmetric,
+}
+
+impl Nat {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::None,
+        Self::FullCone,
+        Self::AddressRestricted,
+        Self::PortRestricted,
+        Self::Symmetric,
+    ];
+
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::FullCone => "full-cone",
+            Self::AddressRestricted => "address-restricted",
+            Self::PortRestricted => "port-restricted",
+            Self::Symmetric => "symmetric",
+        }
+    }
+
+    /// Whether plain punching, with answers to the observed source, joins the two kinds.
+    pub(crate) fn can_be_punched(self, other: Self) -> bool {
+        let hard =
+            |a, b| a == Self::Symmetric && matches!(b, Self::Symmetric | Self::PortRestricted);
+        !hard(self, other) && !hard(other, self)
+    }
+
+    /// The rules of a router with interfaces `wan` and `lan`.
+    pub(crate) fn rules(self, wan: Ipv4Addr) -> String {
+        let kind = match self {
+            Self::None => String::new(),
+            Self::FullCone => full_cone(wan),
+            Self::AddressRestricted => format!("{}{ADDRESS_FILTER}", full_cone(wan)),
+            Self::PortRestricted => masquerade(""),
+            Self::Symmetric => masquerade("fully-random"),
+        };
+        format!("{ROUTER_INPUT}{kind}")
+    }
+}
+
+impl fmt::Display for Nat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+const ROUTER_INPUT: &str = r#"
+table inet fw {
+ chain input { type filter hook input priority 0; policy accept;
+  iifname "wan" ct state established,related accept
+  iifname "wan" meta l4proto udp drop
+ }
+}
+"#;
+
+fn masquerade(flags: &str) -> String {
+    format!(
+        r#"
+table ip nat {{
+ chain pre {{ type nat hook prerouting priority dstnat;
+ }}
+ chain post {{ type nat hook postrouting priority srcnat;
+  oifname "wan" masquerade {flags}
+ }}
+}}
+"#
+    )
+}
+
+/// The mapping is written down by hand, and whoever sends to the outer port is let through.
+fn full_cone(wan: Ipv4Addr) -> String {
+    format!(
+        r#"
+table ip nat {{
+ map eim {{ type inet_service : ipv4_addr . inet_service; flags dynamic,timeout; timeout 120s; size 65535; }}
+ chain pre {{ type nat hook prerouting priority dstnat;
+  iifname "wan" meta l4proto udp dnat to udp dport map @eim
+ }}
+ chain post {{ type nat hook postrouting priority srcnat;
+  oifname "wan" meta l4proto udp update @eim {{ udp sport timeout 120s : ip saddr . udp sport }}
+  oifname "wan" snat to {wan}
+ }}
+}}
+"#
+    )
+}
+
+/// Added to a full cone: only addresses that the inside host has sent to may send in.
+const ADDRESS_FILTER: &str = r#"
+table ip flt {
+ set seen { type ipv4_addr . inet_service . ipv4_addr; flags dynamic,timeout; timeout 120s; size 65535; }
+ chain forward { type filter hook forward priority 0; policy accept;
+  oifname "wan" meta l4proto udp update @seen { ip saddr . udp sport . ip daddr timeout 120s }
+  ct state established,related accept
+  iifname "wan" meta l4proto udp ip daddr . udp dport . ip saddr @seen accept
+  iifname "wan" meta l4proto udp drop
+ }
+}
+"#;
+
+/// Added to any router: no UDP passes, names excepted.
+pub(crate) const UDP_BLOCKED: &str = "
+table inet noudp {
+ chain forward { type filter hook forward priority -5; policy accept;
+  meta l4proto udp udp dport != 53 drop
+ }
+}
+";
+
+/// Added to a router with IPv6: answers pass, calls from outside do not.
+pub(crate) const IPV6_FIREWALL: &str = r#"
+table ip6 fw6 {
+ chain forward { type filter hook forward priority 0; policy accept;
+  iifname "wan" ct state established,related accept
+  iifname "wan" drop
+ }
+}
+"#;

@@ -1,0 +1,108 @@
+//! Every pair of NAT kinds: the way that packets take, how soon, and that they arrive.
+
+use std::time::Duration;
+
+use crate::case::Case;
+use crate::clock::holds_for;
+use crate::lab::{Host, Net};
+use crate::nat::Nat;
+use crate::overlay::{self, Node, PORT, Server, find_peer};
+use crate::ping;
+
+pub(crate) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for a in Nat::ALL {
+        for b in Nat::ALL {
+            cases.push(Case::new(format!("matrix::{a}_with_{b}"), move || pair(a, b)));
+        }
+    }
+    cases.push(Case::new("matrix::one_private_address_in_both_homes", same_private_address));
+    cases.push(Case::new("matrix::two_nodes_in_one_home_talk_inside_it", one_home));
+    cases.push(Case::new("matrix::ipv6_makes_a_symmetric_pair_direct", symmetric_pair_with_ipv6));
+    cases
+}
+
+/// `alice` is there first; `bob` comes, and everything is measured from the start of his `up`.
+fn pair(a: Nat, b: Nat) {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let alice = net.machine("alice", a);
+    let bob = net.machine("bob", b);
+    let kind = if a.can_be_punched(b) { "direct" } else { "relay-udp" };
+    check_pair(&format!("{a} with {b}"), &net, &server, [&alice, &bob], kind);
+}
+
+/// Brings two nodes up and checks times, kind of path and delivery; returns them.
+fn check_pair(what: &str, net: &Net, server: &Server, hosts: [&Host; 2], kind: &str) -> [Node; 2] {
+    let mut alice = Node::start(net, hosts[0], server);
+    let alice_ipv4 = alice.ipv4();
+    let join = server.join();
+    let mut bob = Node::new(net, hosts[1]);
+    bob.up(&join);
+
+    let first = ping::first_answer(&bob.host, &alice_ipv4, bob.started, FIRST_ANSWER_LIMIT);
+    let path_limit = PATH_LIMIT.saturating_sub(bob.started.elapsed());
+    let seen_by_bob = bob.wait_path("alice", kind, path_limit);
+    let seen_by_alice = alice.wait_path("bob", kind, path_limit);
+    let settled = bob.started.elapsed();
+    eprintln!("{what}: first answer after {first:.0?}, {kind} both ways after {settled:.0?}");
+
+    let addresses = [(&bob, &seen_by_bob), (&alice, &seen_by_alice)];
+    for (node, peer) in addresses {
+        for family in ["ipv4", "ipv6"] {
+            ping::assert_answers(&node.host, peer[family].as_str().expect("a peer has addresses"));
+        }
+        assert_eq!(peer["online"], true, "{peer}");
+    }
+    // A path that is found stays: traffic in both directions, and no flapping.
+    let stream = ping::Stream::start(net, &bob.host, &alice_ipv4);
+    holds_for("the kind of path", Duration::from_millis(500), || {
+        bob.path_kind("alice") == kind && alice.path_kind("bob") == kind
+    });
+    stream.wait_for_more(10);
+    stream.stop_without_loss();
+    [alice, bob]
+}
+
+fn same_private_address() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let alice = net.machine("alice", Nat::PortRestricted);
+    let neighbour = net.machine("neighbour", Nat::PortRestricted);
+    let bob = net.at_home("bob", neighbour.router.as_ref().unwrap(), alice.address);
+    check_pair("one private address", &net, &server, [&alice, &bob], "direct");
+}
+
+fn one_home() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let alice = net.machine("alice", Nat::Symmetric);
+    let address = [192, 168, 1, 99].into();
+    let bob = net.at_home("bob", alice.router.as_ref().unwrap(), address);
+    let [_alice, bob] = check_pair("one home", &net, &server, [&alice, &bob], "direct");
+
+    let status = bob.status().unwrap();
+    let remote = overlay::text(find_peer(&status, "alice"), "/path/remote");
+    let inside = format!("{}:", alice.address);
+    assert!(remote.starts_with(&inside), "the path stays inside the home: {remote}");
+}
+
+fn symmetric_pair_with_ipv6() {
+    let net = Net::new();
+    let host = net.machine("server", Nat::None);
+    let ipv6 = net.add_ipv6(&host);
+    let addresses = [format!("{}:{PORT}", host.address), format!("[{ipv6}]:{PORT}")];
+    let addresses = addresses.each_ref().map(String::as_str);
+    let server = Server::start_at(&net, &host, &addresses, &addresses, "");
+    let alice = net.machine("alice", Nat::Symmetric);
+    let bob = net.machine("bob", Nat::Symmetric);
+    net.add_ipv6(&alice);
+    net.add_ipv6(&bob);
+    check_pair("symmetric with symmetric and IPv6", &net, &server, [&alice, &bob], "direct");
+}
+
+/// From the start of the second node's `up`, which enrols first.
+const FIRST_ANSWER_LIMIT: Duration = Duration::from_secs(1);
+
+/// From the start of the second node's `up`, to both nodes knowing the final kind of path.
+const PATH_LIMIT: Duration = Duration::from_secs(2);

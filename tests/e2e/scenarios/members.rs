@@ -1,0 +1,176 @@
+//! Members of the network as the server and the nodes name them.
+
+use std::time::Duration;
+
+use crate::case::Case;
+use crate::clock::wait_for;
+use crate::lab::Net;
+use crate::nat::Nat;
+use crate::overlay::{Node, PORT, Server, assert_error, find_peer, text};
+use crate::ping::{self, Stream};
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("members::nodes_are_listed", listed),
+        Case::new("members::a_rename_reaches_everybody", renamed),
+        Case::new("members::a_removed_node_is_cut_off_and_told", removed),
+        Case::new("members::a_node_that_left_is_shown_offline", offline),
+        Case::new("members::name_address_and_id_mean_the_same", all_names),
+        Case::new("members::two_nodes_of_one_name_can_be_told_apart", one_name),
+        Case::new("members::the_server_answers_from_the_address_asked", several_addresses),
+    ]
+}
+
+struct Trio {
+    net: Net,
+    server: Server,
+    nodes: [Node; 3],
+}
+
+fn trio() -> Trio {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let nodes = ["alice", "bob", "carol"]
+        .map(|name| Node::start(&net, &net.machine(name, Nat::PortRestricted), &server));
+    Trio { net, server, nodes }
+}
+
+fn listed() {
+    let Trio { server, nodes, net: _net } = trio();
+    let list = server.nodes();
+    assert_eq!(list["schema"], 1, "{list}");
+    let list = list["nodes"].as_array().expect("nodes");
+    assert_eq!(list.len(), 3);
+    for node in &nodes {
+        let status = node.status().unwrap();
+        let entry = list.iter().find(|entry| entry["name"] == node.name.as_str());
+        let entry = entry.expect("every node is in the list");
+        for key in ["id", "ipv4", "ipv6"] {
+            assert_eq!(entry[key], status["self"][key], "{key} of {}", node.name);
+        }
+        assert_eq!(entry["online"], true);
+    }
+    let table = server.cli(&["nodes"]).success("nodes");
+    assert!(nodes.iter().all(|node| table.contains(&node.ipv4())), "{table}");
+}
+
+fn renamed() {
+    let Trio { server, nodes: [mut alice, bob, _carol], net } = trio();
+    let bob_ipv4 = bob.ipv4();
+    ping::assert_answers(&alice.host, &bob_ipv4);
+    let stream = Stream::start(&net, &alice.host, &bob_ipv4);
+    stream.wait_for_more(10);
+    server.cli(&["rename", "bob", "robert"]).success("rename");
+    let status = alice.wait_status("bob is robert", Duration::from_secs(5), |status| {
+        !find_peer(status, "robert").is_null()
+    });
+    assert!(find_peer(&status, "bob").is_null(), "{status}");
+    assert_eq!(find_peer(&status, "robert")["ipv4"], bob_ipv4.as_str());
+    alice.cli(&["ping", "robert", "-c", "1"]).success("ping by the new name");
+    assert_error(&alice.cli(&["ping", "bob", "-c", "1"]), &[5], &["bob"]);
+    assert_error(&server.cli(&["rename", "nobody", "x"]), &[5], &["nobody"]);
+    stream.stop_without_loss();
+}
+
+fn removed() {
+    let Trio { server, nodes: [mut alice, mut bob, mut carol], net } = trio();
+    let addresses = [&alice, &bob, &carol].map(Node::ipv4);
+    ping::assert_answers(&carol.host, &addresses[0]);
+    ping::assert_answers(&carol.host, &addresses[1]);
+    ping::assert_answers(&alice.host, &addresses[1]);
+    let others = Stream::start(&net, &alice.host, &addresses[1]);
+    let cut = Stream::start(&net, &carol.host, &addresses[0]);
+    cut.wait_for_more(20);
+
+    server.cli(&["remove", "carol"]).success("remove");
+    for node in [&mut alice, &mut bob] {
+        node.wait_status("carol is gone", Duration::from_secs(3), |status| {
+            find_peer(status, "carol").is_null()
+        });
+    }
+    ping::assert_silent(&carol.host, &addresses[0]);
+    ping::assert_silent(&alice.host, &addresses[2]);
+    wait_for("carol is told", Duration::from_secs(5), || {
+        let _ = carol.daemon().exit();
+        carol.log().to_lowercase().contains("removed").then_some(())
+    });
+    others.wait_for_more(20);
+    others.stop_without_loss();
+    drop(cut);
+
+    // A removed node cannot come back by a restart.
+    drop(carol);
+    let host = net.machine("dave", Nat::PortRestricted);
+    let mut dave = Node::start(&net, &host, &server);
+    ping::assert_answers(&dave.host, &addresses[0]);
+    assert!(find_peer(&dave.wait_connected(), "carol").is_null());
+    assert_error(&server.cli(&["remove", "carol"]), &[5], &["carol"]);
+}
+
+fn offline() {
+    let Trio { nodes: [mut alice, mut bob, _carol], net: _net, server: _server } = trio();
+    assert_eq!(bob.stop(), Some(0));
+    let status = alice.wait_status("bob is offline", Duration::from_secs(5), |status| {
+        find_peer(status, "bob")["online"] == false
+    });
+    assert_eq!(text(find_peer(&status, "bob"), "/path/kind"), "offline");
+    bob.up_again();
+    alice.wait_status("bob is online", Duration::from_secs(5), |status| {
+        find_peer(status, "bob")["online"] == true
+    });
+    ping::assert_answers(&alice.host, &bob.ipv4());
+}
+
+fn all_names() {
+    let Trio { nodes: [alice, bob, _carol], net: _net, server } = trio();
+    let status = bob.status().unwrap();
+    let names = ["/self/name", "/self/id", "/self/ipv4", "/self/ipv6"].map(|at| text(&status, at));
+    ping::assert_answers(&alice.host, &names[2]);
+    for name in &names {
+        alice.cli(&["ping", name, "-c", "1"]).success("ping");
+        let printed = alice.cli(&["ip", name]).success("ip PEER");
+        assert!(printed.contains(&names[2]) && printed.contains(&names[3]), "{name}: {printed}");
+    }
+    let own = alice.cli(&["ip"]).success("ip");
+    assert!(own.contains(&alice.ipv4()) && own.contains(&alice.ipv6()), "{own}");
+    server.cli(&["rename", &names[1], "by-id"]).success("rename by id");
+    server.cli(&["rename", &names[2], "by-address"]).success("rename by address");
+}
+
+fn one_name() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let first = Node::start(&net, &net.machine("alice", Nat::None), &server);
+    let host = net.machine("alice2", Nat::None);
+    let mut second = Node::new(&net, &host);
+    second.call_itself("alice");
+    second.up(&server.join());
+    let status = second.wait_connected();
+    let names = [text(&first.status().unwrap(), "/self/name"), text(&status, "/self/name")];
+    assert_ne!(names[0], names[1], "the server keeps names apart");
+    assert_ne!(first.ipv4(), second.ipv4());
+    ping::assert_answers(&second.host, &first.ipv4());
+}
+
+/// The server listens on wildcard sockets; nodes know it by its second address only, and their
+/// NATs let nothing in that comes from the first.
+fn several_addresses() {
+    let net = Net::new();
+    let host = net.machine("server", Nat::None);
+    host.ns.ip("addr add 203.0.113.150/24 dev eth0");
+    let server = Server::start_at(
+        &net,
+        &host,
+        &[&format!("0.0.0.0:{PORT}")],
+        &[&format!("203.0.113.150:{PORT}")],
+        "",
+    );
+    let [mut alice, mut bob] = [("alice", Nat::Symmetric), ("bob", Nat::PortRestricted)]
+        .map(|(name, nat)| Node::start(&net, &net.machine(name, nat), &server));
+    ping::assert_answers(&bob.host, &alice.ipv4());
+    ping::assert_answers(&alice.host, &bob.ipv6());
+    alice.wait_path("bob", "relay-udp", Duration::from_secs(5));
+    bob.wait_path("alice", "relay-udp", Duration::from_secs(5));
+    let status = alice.wait_connected();
+    assert_eq!(text(&status, "/server/address"), format!("203.0.113.150:{PORT}"));
+}
