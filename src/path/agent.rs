@@ -537,27 +537,29 @@ impl PathAgent {
     /// last round only endpoints that were not in it are taken in.
     fn start_round(&mut self, now: Instant) {
         let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
-        let again = !self.round_at.is_some_and(recent);
+        let started = self.round_at.is_some_and(recent);
         for endpoint in self.endpoints.values_mut() {
             let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
-            if !endpoint.proved(now) && (again || untried) {
+            let joins = if started { untried } else { !endpoint.proved(now) };
+            if joins {
                 endpoint.prober.start_round(now);
             }
         }
-        if !again {
-            self.ping_due(now);
-            return;
-        }
-        self.round_at = Some(now);
         if let Some(via) = self.relay {
-            self.relay_prober.start_round(now);
             let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
             if !self.called_at.is_some_and(recent) {
                 self.called_at = Some(now);
                 self.transmits.push_back(PathTransmit::CallMeMaybe { via });
             }
+            if !started {
+                self.relay_prober.start_round(now);
+            }
         }
         self.ping_due(now);
+        if started {
+            return;
+        }
+        self.round_at = Some(now);
         // Without any path nothing else can help, so the rounds stay close enough together to
         // keep our NAT open for a peer that comes back.
         let last = if self.primary.is_some() { RETRY.len() - 1 } else { 1 };
