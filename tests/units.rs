@@ -27,16 +27,13 @@ fn settings<'a>(text: &'a str, key: &str) -> Vec<&'a str> {
 }
 
 fn main() -> ExitCode {
-    let tests: [(&str, fn() -> Completion); 4] = [
-        ("the_program_knows_every_command_and_flag_that_a_unit_starts_it_with", flags_exist),
-        (
-            "both_units_wait_for_readiness_share_a_directory_and_keep_keys_private",
-            settings_are_right,
-        ),
-        ("systemd_has_nothing_to_say_against_the_units", units_parse),
-        ("no_unit_is_more_exposed_than_promised", exposure),
+    let test = |name: &str, run: fn() -> Completion| Trial::ignorable_test(name, move || Ok(run()));
+    let trials = [
+        test("the_program_knows_every_command_and_flag_that_a_unit_starts_it_with", flags_exist),
+        test("both_units_are_ready_late_share_a_directory_and_keep_keys", settings_are_right),
+        test("systemd_has_nothing_to_say_against_the_units", units_parse),
+        test("no_unit_is_more_exposed_than_promised", exposure),
     ];
-    let trials = tests.map(|(name, test)| Trial::ignorable_test(name, move || Ok(test())));
     libtest_mimic::run(&Arguments::from_args(), trials.into()).exit_code()
 }
 
