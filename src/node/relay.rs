@@ -94,12 +94,11 @@ impl RelayClient {
         self.session = None;
     }
 
-    /// Checks whether the server still answers, unless that was checked a moment ago.
+    /// Checks whether the server still answers: at once, or a moment after the last answer.
     pub(super) fn verify(&mut self, now: Instant) {
         let Some(session) = &mut self.session else { return };
-        let fresh = |at: Instant| now.saturating_duration_since(at) < CHECK_SPACING;
-        if session.bound && session.unanswered == 0 && !session.bound_at.is_some_and(fresh) {
-            session.next_at = now;
+        if let (true, 0, Some(at)) = (session.bound, session.unanswered, session.bound_at) {
+            session.next_at = session.next_at.min(now.max(at + CHECK_SPACING));
         }
     }
 
