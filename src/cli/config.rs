@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::fail::{Failure, USAGE};
+use super::fail::{Failure, PERMISSION, USAGE};
 use super::{Done, print};
 use crate::config::node::NodeConfig;
 use crate::config::server::ServerConfig;
@@ -55,7 +55,10 @@ pub(super) fn failure(error: &ConfigError) -> Failure {
     let failure = Failure::new("the configuration file cannot be used").cause(error).code(USAGE);
     match error {
         ConfigError::Missing { .. } => failure.help("give another --config, or leave it out"),
-        ConfigError::File(_) => failure,
+        ConfigError::File(error) if error.is_permission() => failure
+            .code(PERMISSION)
+            .help("let the user that runs this read it, or give another --config"),
+        ConfigError::File(_) => failure.help("give another --config"),
         ConfigError::Content { place, .. } => {
             failure.help(format!("edit it, then: overlay config check {}", place.path.display()))
         }

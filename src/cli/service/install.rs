@@ -43,7 +43,7 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
             .code(NOT_ENROLLED));
     }
     let socket = socket_of_config(service)?;
-    let running = UnitState::of(service)?.is_active();
+    let running = UnitState::of(service)?.is_busy();
     if !running && UnixStream::connect(&socket).is_ok() {
         return Err(Failure::new(format!("a {} runs outside of its service", service.word()))
             .cause(format!("it answers on {}", socket.display()))
@@ -52,29 +52,17 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
 
     let account = system::account()?;
     let program = system::program()?;
-    let state_dir = service.paths().state_dir;
-    if let Some(directory) = service.paths().config.parent() {
-        system::make_config_dir(directory)?;
+    if running {
+        // It holds the state directory, or tries to.
+        systemctl(&["stop", service.unit()], START_LIMIT)?;
     }
-    if let Some(join) = join {
+    if let Err(failure) = prepare(service, account, &program, join.as_ref()) {
         if running {
-            // It holds the state directory.
-            systemctl(&["stop", service.unit()], START_LIMIT)?;
+            // What is wrong with the new one is what has to be told.
+            let _ = systemctl(&["start", service.unit()], START_LIMIT);
         }
-        let enrolled = system::give_state(&state_dir, account)
-            .and_then(|()| enrol(&program, service, account, &join));
-        if let Err(failure) = enrolled {
-            if running {
-                systemctl(&["start", service.unit()], START_LIMIT)?;
-            }
-            return Err(failure);
-        }
-    } else if !running {
-        system::give_state(&state_dir, account)?;
+        return Err(failure);
     }
-    write_unit(service, &program)?;
-    systemctl(&["daemon-reload"], QUICK)?;
-    systemctl(&["enable", "--quiet", service.unit()], QUICK)?;
     // Ends when the service says that it is ready, or gives up.
     systemctl(&["restart", service.unit()], START_LIMIT)
         .map_err(|failure| why(service, failure))?;
@@ -82,6 +70,26 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
         Service::Node => tell_node(service, socket),
         Service::Server => tell_server(service, &socket),
     }
+}
+
+/// Everything but the start; of a node that cannot join nothing is installed.
+fn prepare(
+    service: Service,
+    account: Account,
+    program: &Path,
+    join: Option<&Zeroizing<String>>,
+) -> Done {
+    let paths = service.paths();
+    if let Some(directory) = paths.config.parent() {
+        system::make_config_dir(directory)?;
+    }
+    system::give_state(&paths.state_dir, account)?;
+    if let Some(join) = join {
+        enrol(program, service, account, join)?;
+    }
+    write_unit(service, program)?;
+    systemctl(&["daemon-reload"], QUICK)?;
+    systemctl(&["enable", "--quiet", service.unit()], QUICK)
 }
 
 fn is_enrolled(service: Service) -> bool {

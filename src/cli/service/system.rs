@@ -156,6 +156,11 @@ impl UnitState {
         }
     }
 
+    /// Whether it runs, or is about to: also one that fails and is started again and again.
+    pub(super) fn is_busy(&self) -> bool {
+        self.installed && !["inactive", "failed"].contains(&self.active.as_str())
+    }
+
     pub(super) fn is_active(&self) -> bool {
         self.active == "active"
     }
@@ -304,7 +309,8 @@ mod tests {
             ("enabled", "alice at 10.0.0.1=x")
         );
         let state = UnitState::parse("LoadState=not-found\nActiveState=inactive\n");
-        assert!(!state.installed && !state.is_active());
+        assert!(!state.installed && !state.is_active() && !state.is_busy());
+        assert!(UnitState::parse("LoadState=loaded\nActiveState=activating\n").is_busy());
     }
 
     #[test]

@@ -175,6 +175,16 @@ fn shared() {
     let failed = set("interface = \"lo\"");
     assert_error(&failed, &[1], &["interface"]);
     assert!(failed.stderr.contains("journalctl"), "it shows the last lines:\n{}", failed.stderr);
+    // systemd tries again and again by now; that is no node outside of the service.
+    container.ok(&["rm", "/etc/overlay/node.toml"]);
+    container.ok(&["overlay", "service", "install", "node"]);
+
+    // A join line that does not work leaves the service as it was.
+    container.ok(&["systemctl", "stop", SERVER_UNIT]);
+    let line = "file:/root/line";
+    let output = container.run(&["overlay", "service", "install", "node", line]);
+    assert_error(&output, &[1], &["connect"]);
+    assert_eq!(container.ok(&["systemctl", "is-active", NODE_UNIT]).trim(), "active");
 }
 
 fn removed() {
