@@ -10,6 +10,7 @@ pub mod lab;
 pub mod netcheck;
 pub mod ping;
 mod print;
+mod runtime;
 pub mod server;
 pub mod status;
 pub mod up;
