@@ -14,6 +14,7 @@ mod runtime;
 pub mod server;
 pub mod status;
 pub mod up;
+mod usage;
 pub mod version;
 
 use std::process::ExitCode;
@@ -56,7 +57,11 @@ enum Command {
 
 /// Runs a command; the exit codes are those of [`fail`].
 pub fn run() -> ExitCode {
-    let done = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage::end(&error),
+    };
+    let done = match cli.command {
         // The lab makes namespaces, which must come before any thread.
         Command::Lab(args) => return lab::run(args),
         Command::Server(args) => server::run(args),
