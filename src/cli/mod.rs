@@ -10,10 +10,12 @@ pub mod lab;
 pub mod netcheck;
 pub mod ping;
 mod print;
+mod runtime;
 pub mod server;
 pub mod service;
 pub mod status;
 pub mod up;
+mod usage;
 pub mod version;
 
 use std::process::ExitCode;
@@ -57,7 +59,11 @@ enum Command {
 
 /// Runs a command; the exit codes are those of [`fail`].
 pub fn run() -> ExitCode {
-    let done = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage::end(&error),
+    };
+    let done = match cli.command {
         // The lab makes namespaces, which must come before any thread.
         Command::Lab(args) => return lab::run(args),
         Command::Server(args) => server::run(args),

@@ -105,11 +105,12 @@ impl Service {
 /// When it does not do its work; `status` also when a service does not run.
 pub fn run(args: ServiceArgs) -> Done {
     match args.command {
-        Command::Install { service: Service::Server, join: Some(_) } => {
-            Err(Failure::usage("a server takes no join line")
-                .cause("it is the one that makes them")
-                .help("sudo overlay service install server"))
-        }
+        Command::Install { service: Service::Server, join: Some(_) } => Err(Failure::new(
+            "a server takes no join line",
+            "it is the one that makes them",
+            "sudo overlay service install server",
+        )
+        .code(crate::daemon::exit::USAGE)),
         Command::Install { service, join } => install::run(service, join.as_deref()),
         Command::Uninstall { service, purge } => uninstall::run(service, purge),
         Command::Status { service } => status(service),
@@ -139,20 +140,24 @@ fn status(wanted: Option<Service>) -> Done {
 }
 
 fn stopped(service: Service) -> Failure {
-    Failure::new(format!("{} does not run", service.unit()))
-        .cause("it was stopped, or it failed")
-        .help(format!(
+    Failure::new(
+        format!("{} does not run", service.unit()),
+        "it was stopped, or it failed",
+        format!(
             "see why: journalctl -u {unit}; start it: sudo systemctl start {unit}",
             unit = service.unit()
-        ))
-        .code(NOT_RUNNING)
+        ),
+    )
+    .code(NOT_RUNNING)
 }
 
 fn not_installed(service: Service) -> Failure {
     let word = service.word();
     let line = if service == Service::Node { " JOINLINE" } else { "" };
-    Failure::new(format!("the {word} is not installed as a service"))
-        .cause(format!("there is no unit {}", service.unit()))
-        .help(format!("sudo overlay service install {word}{line}"))
-        .code(NOT_RUNNING)
+    Failure::new(
+        format!("the {word} is not installed as a service"),
+        format!("there is no unit {}", service.unit()),
+        format!("sudo overlay service install {word}{line}"),
+    )
+    .code(NOT_RUNNING)
 }

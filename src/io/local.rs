@@ -107,9 +107,10 @@ pub struct Refusal {
     pub code: u8,
     /// What happened.
     pub error: String,
+    /// Why.
+    pub cause: String,
     /// What to type next.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub help: Option<String>,
+    pub help: String,
 }
 
 /// Who is at the other end of a connection, as the kernel says.

@@ -34,20 +34,22 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
     system::need_systemd()?;
     let join = join.map(up::join_line).transpose()?.map(|line| line.expose());
     if service == Service::Node && join.is_none() && !is_enrolled(service) {
-        return Err(Failure::new("this machine is not enrolled in a network")
-            .cause("there is no join line, and no membership from before")
-            .help(
-                "on the server: overlay server invite, then here: \
+        return Err(Failure::new(
+            "this machine is not enrolled in a network",
+            "there is no join line, and no membership from before",
+            "on the server: overlay server invite, then here: \
                  sudo overlay service install node JOINLINE",
-            )
-            .code(NOT_ENROLLED));
+        )
+        .code(NOT_ENROLLED));
     }
     let socket = socket_of_config(service)?;
     let running = UnitState::of(service)?.is_busy();
     if !running && UnixStream::connect(&socket).is_ok() {
-        return Err(Failure::new(format!("a {} runs outside of its service", service.word()))
-            .cause(format!("it answers on {}", socket.display()))
-            .help("stop it (Ctrl-C there, or for a node: sudo overlay down), then try again"));
+        return Err(Failure::new(
+            format!("a {} runs outside of its service", service.word()),
+            format!("it answers on {}", socket.display()),
+            "stop it (Ctrl-C there, or for a node: sudo overlay down), then try again",
+        ));
     }
 
     let account = system::account()?;
@@ -112,9 +114,12 @@ fn socket_of_config(service: Service) -> Result<PathBuf, Failure> {
         }
     };
     let refused = |key: &str, wanted: &Path, place: &Path| {
-        Failure::usage(format!("{key} = \"{}\" cannot be used by a service", wanted.display()))
-            .cause(format!("the service may write to {} only", place.display()))
-            .help(format!("remove {key} from {}", file.display()))
+        Failure::new(
+            format!("{key} = \"{}\" cannot be used by a service", wanted.display()),
+            format!("the service may write to {} only", place.display()),
+            format!("remove {key} from {}", file.display()),
+        )
+        .code(crate::daemon::exit::USAGE)
     };
     if let Some(wanted) = state_dir.filter(|wanted| *wanted != paths.state_dir) {
         return Err(refused("state-dir", &wanted, &paths.state_dir));
@@ -150,10 +155,12 @@ fn enrol(program: &Path, service: Service, account: Account, join: &Zeroizing<St
     }
     let code = ran.code.and_then(|code| u8::try_from(code).ok()).unwrap_or(FAILED);
     Err(match told(&ran.stderr) {
-        Some(Told { error, cause, help }) => Failure::new(error).cause(cause).help(help),
-        None => Failure::new("this machine could not join")
-            .cause(ran.stderr.trim())
-            .help("try it in the foreground: sudo overlay up JOINLINE"),
+        Some(Told { error, cause, help }) => Failure::new(error, cause, help),
+        None => Failure::new(
+            "this machine could not join",
+            ran.stderr.trim(),
+            "try it in the foreground: sudo overlay up JOINLINE",
+        ),
     }
     .code(code))
 }
@@ -180,8 +187,13 @@ fn told(stderr: &str) -> Option<Told<'_>> {
 fn write_unit(service: Service, program: &Path) -> Done {
     let text = service.unit_text().replace(USUAL_PROGRAM, &program.to_string_lossy());
     let path = service.unit_file();
-    files::write_atomically(&path, text.as_bytes(), 0o644)
-        .map_err(|error| Failure::new("cannot write the unit file").cause(error))
+    files::write_atomically(&path, text.as_bytes(), 0o644).map_err(|error| {
+        Failure::new(
+            "cannot write the unit file",
+            error,
+            "run it with sudo, and see that /etc/systemd/system can be written",
+        )
+    })
 }
 
 /// Why a service does not start: what it wrote before it ended.
@@ -194,14 +206,16 @@ fn why(service: Service, failure: Failure) -> Failure {
         service.word()
     );
     match told(&journal) {
-        Some(Told { error, cause, help }) => {
-            Failure::new(format!("{unit} does not start: {error}"))
-                .cause(cause)
-                .help(format!("{help}; {then}"))
-        }
-        None => Failure::new(format!("{unit} does not start"))
-            .cause(failure.to_string().replace('\n', "; "))
-            .help(format!("see the lines above; {then}")),
+        Some(Told { error, cause, help }) => Failure::new(
+            format!("{unit} does not start: {error}"),
+            cause,
+            format!("{help}; {then}"),
+        ),
+        None => Failure::new(
+            format!("{unit} does not start"),
+            failure.to_string().replace('\n', "; "),
+            format!("see the lines above; {then}"),
+        ),
     }
 }
 

@@ -13,8 +13,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use super::Service;
-use crate::cli::ask::runtime;
 use crate::cli::fail::{Failure, PERMISSION};
+use crate::cli::runtime;
 
 /// User and group of both services; members of the group may ask the daemons.
 const ACCOUNT: &str = "overlay";
@@ -43,7 +43,11 @@ impl Ran {
         if self.code == Some(0) {
             return Ok(self);
         }
-        Err(Failure::new(format!("`{what}` did not work")).cause(self.stderr.trim()))
+        Err(Failure::new(
+            format!("`{what}` did not work"),
+            self.stderr.trim(),
+            format!("run it by hand to see more: {what}"),
+        ))
     }
 }
 
@@ -57,10 +61,12 @@ pub(super) fn need_root(command: &str) -> Result<(), Failure> {
     if geteuid().is_root() {
         return Ok(());
     }
-    Err(Failure::new("only root may do that")
-        .cause("services belong to the whole machine")
-        .help(format!("sudo overlay service {command}"))
-        .code(PERMISSION))
+    Err(Failure::new(
+        "only root may do that",
+        "services belong to the whole machine",
+        format!("sudo overlay service {command}"),
+    )
+    .code(PERMISSION))
 }
 
 /// systemd itself says that this is how to know (sd_booted(3)).
@@ -68,15 +74,23 @@ pub(super) fn need_systemd() -> Result<(), Failure> {
     if Path::new("/run/systemd/system").is_dir() {
         return Ok(());
     }
-    Err(Failure::new("systemd does not run here")
-        .cause("there is no /run/systemd/system, as in most containers")
-        .help("without systemd: sudo overlay up JOINLINE, or overlay server"))
+    Err(Failure::new(
+        "systemd does not run here",
+        "there is no /run/systemd/system, as in most containers",
+        "without systemd: sudo overlay up JOINLINE, or overlay server",
+    ))
 }
 
 /// Runs a program to its end with `input` on its standard input.
 pub(super) fn run(mut command: Command, input: &str, limit: Duration) -> Result<Ran, Failure> {
     let name = command.as_std().get_program().to_string_lossy().into_owned();
-    let failed = |cause: io::Error| Failure::new(format!("cannot run {name}")).cause(cause);
+    let failed = |cause: io::Error| {
+        Failure::new(
+            format!("cannot run {name}"),
+            cause,
+            format!("see that {name} is installed and on the PATH"),
+        )
+    };
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let ending = async {
         let mut child = command.spawn()?;
@@ -87,10 +101,14 @@ pub(super) fn run(mut command: Command, input: &str, limit: Duration) -> Result<
         child.wait_with_output().await
     };
     // The clock of the limit is the runtime's, so it is made inside.
-    let done = runtime()?.block_on(async { tokio::time::timeout(limit, ending).await });
+    let done =
+        runtime::on_this_thread()?.block_on(async { tokio::time::timeout(limit, ending).await });
     let Ok(output) = done else {
-        return Err(Failure::new(format!("{name} takes too long"))
-            .cause(format!("it did not end within {} s", limit.as_secs())));
+        return Err(Failure::new(
+            format!("{name} takes too long"),
+            format!("it did not end within {} s", limit.as_secs()),
+            format!("see what systemd waits for: systemctl list-jobs; then try again"),
+        ));
     };
     let output = output.map_err(failed)?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -194,7 +212,9 @@ pub(super) fn account() -> Result<Account, Failure> {
             causes.push(failure.to_string().replace('\n', ", "));
         }
     }
-    Err(Failure::new(format!("the user {ACCOUNT} cannot be made")).cause(causes.join("; ")).help(
+    Err(Failure::new(
+        format!("the user {ACCOUNT} cannot be made"),
+        causes.join("; "),
         format!("make a system user and a group, both with the name {ACCOUNT}, and try again"),
     ))
 }
@@ -228,8 +248,11 @@ pub(super) fn give_state(directory: &Path, account: Account) -> Result<(), Failu
         lchown(directory, uid, gid)
     };
     give().map_err(|error: io::Error| {
-        Failure::new(format!("cannot prepare the state directory {}", directory.display()))
-            .cause(error)
+        Failure::new(
+            format!("cannot prepare the state directory {}", directory.display()),
+            error,
+            "see who owns it: ls -ld /var/lib/overlay; then try again with sudo",
+        )
     })
 }
 
@@ -240,21 +263,31 @@ pub(super) fn make_config_dir(directory: &Path) -> Result<(), Failure> {
         return Ok(());
     }
     let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
-    made.and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o755)))
-        .map_err(|error| Failure::new(format!("cannot make {}", directory.display())).cause(error))
+    made.and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o755))).map_err(
+        |error| {
+            Failure::new(format!("cannot make {}", directory.display()), error, "run it with sudo")
+        },
+    )
 }
 
 /// The path of this program as the service will run it; it is copied if it cannot stay.
 pub(super) fn program() -> Result<PathBuf, Failure> {
-    let running = std::env::current_exe()
-        .map_err(|error| Failure::new("cannot find out where this program is").cause(error))?;
+    let running = std::env::current_exe().map_err(|error| {
+        Failure::new(
+            "cannot find out where this program is",
+            error,
+            "put it into /usr/local/bin and run it from there",
+        )
+    })?;
     if can_stay(&running) {
         return Ok(running);
     }
     let failed = |error| {
-        Failure::new(format!("cannot copy this program to {USUAL_PROGRAM}"))
-            .cause(error)
-            .help("put it into /usr/local/bin or /opt by hand, and run it from there")
+        Failure::new(
+            format!("cannot copy this program to {USUAL_PROGRAM}"),
+            error,
+            "put it into /usr/local/bin or /opt by hand, and run it from there",
+        )
     };
     let usual = PathBuf::from(USUAL_PROGRAM);
     let beside = usual.with_extension("new");

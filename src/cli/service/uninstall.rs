@@ -34,9 +34,11 @@ pub(super) fn run(service: Service, purge: bool) -> Done {
     let paths = service.paths();
     if purge {
         if UnixStream::connect(&paths.socket).is_ok() {
-            return Err(Failure::new(format!("the state of a running {} stays", service.word()))
-                .cause(format!("it answers on {}", paths.socket.display()))
-                .help("stop it first (Ctrl-C there, or for a node: sudo overlay down)"));
+            return Err(Failure::new(
+                format!("the state of a running {} stays", service.word()),
+                format!("it answers on {}", paths.socket.display()),
+                "stop it first (Ctrl-C there, or for a node: sudo overlay down)",
+            ));
         }
         remove(&paths.state_dir, |path| fs::remove_dir_all(path))?;
         print::line(format!("{} is removed", paths.state_dir.display()))?;
@@ -62,9 +64,11 @@ pub(super) fn run(service: Service, purge: bool) -> Done {
 
 fn remove(path: &Path, how: impl FnOnce(&Path) -> io::Result<()>) -> Done {
     match how(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Failure::new(format!("cannot remove {}", path.display())).cause(error))
-        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::new(
+            format!("cannot remove {}", path.display()),
+            error,
+            "remove it by hand with sudo",
+        )),
         _ => Ok(()),
     }
 }

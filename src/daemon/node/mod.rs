@@ -18,6 +18,7 @@ pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
 pub use startup::{NodeOptions, StartError, run};
 pub use state::ENROLMENT_FILE;
+pub use state::StateError;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
