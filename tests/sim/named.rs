@@ -91,9 +91,8 @@ fn a_port_restricted_pair_talks_by_relay_at_once_and_directly_soon() {
     // Where the second node can be reached is known to nobody before the relay has seen it.
     assert!(world.run_until(limit, |world| path_kind(world, 1, 0) == "relay-udp"));
     let known_at = world.now;
-    let both = |world: &World| {
-        path_kind(world, 0, 1) == "direct" && path_kind(world, 1, 0) == "direct"
-    };
+    let both =
+        |world: &World| path_kind(world, 0, 1) == "direct" && path_kind(world, 1, 0) == "direct";
     assert!(world.run_until(limit, both), "the pair is punched");
     let direct = world.now - known_at;
     let bound = relay_rtt / 2 + direct_rtt + 10 * MS;
