@@ -69,6 +69,7 @@ fn outage(world: &World, pings: &[u64]) -> Option<(Instant, Instant)> {
     times.first().copied().zip(times.last().copied())
 }
 
+#[expect(clippy::print_stdout, reason = "the figures of a run are worth reading")]
 fn assert_outage_below(world: &World, pings: &[u64], bound: Duration, what: &str) {
     let outage = outage(world, pings).map_or(Duration::ZERO, |(first, last)| last - first);
     println!("{what}: packets lost for {outage:?}, bound {bound:?}");
