@@ -80,7 +80,7 @@ mod tests {
     use std::io;
 
     use super::*;
-    use crate::store::files::FileError;
+    use crate::io::files::FileError;
 
     #[test]
     fn a_file_that_may_not_be_read_is_a_matter_of_rights() {

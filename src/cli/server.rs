@@ -16,9 +16,9 @@ use crate::config::paths::{Paths, Role};
 use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
 use crate::daemon::server::{Options, StartError, start};
+use crate::io::files::FileError;
 use crate::io::local::LocalError;
 use crate::store::StoreError;
-use crate::store::files::FileError;
 use crate::wire::join::ServerAddr;
 
 /// Run the server of a network, or manage the nodes of the one that runs.

@@ -15,11 +15,11 @@ use crate::config::{self, Wanted};
 use crate::daemon::node::{
     Ended, InterfaceError, NodeOptions, StartError, StateError, run as run_node,
 };
+use crate::io::files::FileError;
 use crate::io::link::ConnectError;
 use crate::io::local::LocalError;
 use crate::io::tun::TunError;
 use crate::node::{Node, NodeSettings};
-use crate::store::files::FileError;
 use crate::telemetry;
 use crate::types::NodeName;
 use crate::wire::control::RefusedCode;

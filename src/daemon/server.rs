@@ -27,11 +27,11 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
+use crate::io::files::FileError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
-use crate::store::files::FileError;
 use crate::types::{DropCounters, RangeError};
 use crate::wire::join::ServerAddr;
 use addresses::Advertised;

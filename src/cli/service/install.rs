@@ -20,7 +20,7 @@ use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
 use crate::daemon::node::Question;
 use crate::daemon::node::report::Status;
-use crate::store::files;
+use crate::io::files;
 
 /// A child that connects and waits for the server's word; it has shorter limits of its own.
 const ENROL_LIMIT: Duration = Duration::from_secs(60);
@@ -200,7 +200,9 @@ fn write_unit(service: Service, program: &Path) -> Done {
 fn why(service: Service, failure: Failure) -> Failure {
     let unit = service.unit();
     let journal = system::journal(service);
-    hint(format_args!("the last lines of journalctl -u {unit}:\n{}\n", journal.trim_end()));
+    // Set off, so that nobody takes a line of the log for one of ours.
+    let lines: String = journal.trim_end().lines().map(|line| format!("    {line}\n")).collect();
+    hint(format_args!("the last lines of journalctl -u {unit}:\n{lines}"));
     let then = format!(
         "then: sudo systemctl restart {unit}; or give up: sudo overlay service uninstall {}",
         service.word()

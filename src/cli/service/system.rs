@@ -107,7 +107,7 @@ pub(super) fn run(mut command: Command, input: &str, limit: Duration) -> Result<
         return Err(Failure::new(
             format!("{name} takes too long"),
             format!("it did not end within {} s", limit.as_secs()),
-            format!("see what systemd waits for: systemctl list-jobs; then try again"),
+            "see what systemd waits for: systemctl list-jobs; then try again",
         ));
     };
     let output = output.map_err(failed)?;

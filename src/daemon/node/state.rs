@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use crate::io::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::node::Netmap;
-use crate::store::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::types::{NetworkId, PublicKey, SecretKey};
 use crate::wire::control::Welcome;
 use crate::wire::join::{JoinLine, MAX_ADDRESSES, ServerAddr};

@@ -12,11 +12,11 @@ use super::relay::Hub;
 use super::state;
 use crate::daemon::exit;
 use crate::io::clock;
+use crate::io::files::DirLock;
 use crate::io::local::Refusal;
 use crate::server::admin::{Answer, Request, RequestError};
 use crate::server::{Connected, ConnectionId, Decision, Output, Server};
 use crate::store::Store;
-use crate::store::files::DirLock;
 use crate::wire::control::ClientMessage;
 
 /// Events that are handled before the outputs go out.
