@@ -12,6 +12,7 @@ pub mod ping;
 mod print;
 mod runtime;
 pub mod server;
+pub mod service;
 pub mod status;
 pub mod up;
 mod usage;
@@ -49,6 +50,7 @@ enum Command {
     Ping(ping::PingArgs),
     Netcheck(netcheck::NetcheckArgs),
     Ip(ip::IpArgs),
+    Service(service::ServiceArgs),
     Lab(lab::LabArgs),
     Config(config::ConfigArgs),
     Completions(completions::CompletionsArgs),
@@ -71,6 +73,7 @@ pub fn run() -> ExitCode {
         Command::Ping(args) => ping::run(&args),
         Command::Netcheck(args) => netcheck::run(&args),
         Command::Ip(args) => ip::run(&args),
+        Command::Service(args) => service::run(args),
         Command::Config(args) => config::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Version(args) => version::run(&args),

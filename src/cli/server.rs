@@ -90,6 +90,14 @@ pub fn run(args: ServerArgs) -> Result<(), Failure> {
     }
 }
 
+/// Prints a join line if nobody has joined the running server yet; returns whether it did.
+///
+/// # Errors
+/// When the server cannot be asked.
+pub(super) fn first_invite(socket: &std::path::Path) -> Result<bool, Failure> {
+    admin::first_invite(socket)
+}
+
 /// Where the running server's socket is, if nobody says so on the command line.
 fn socket_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
     let config = match file {
@@ -128,7 +136,7 @@ async fn serve(options: Options) -> Result<(), Failure> {
     let server = start(options.clone()).await.map_err(|error| explain(&error, &options))?;
     if let Some(line) = server.first_join_line() {
         info!("nobody has joined yet: the join line on stdout lets one node in, within one hour");
-        info!("type on that machine: sudo overlay up JOINLINE");
+        info!("type on that machine: sudo overlay up JOINLINE; new lines: overlay server invite");
         print::line_of_daemon(line.expose())?;
     }
     server.run_until_signal().await.map_err(|error| explain(&error, &options))

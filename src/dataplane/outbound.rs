@@ -50,7 +50,7 @@ fn outbound_one(
     let peer = table.route(view.dst).ok_or(DropReason::NoRoute)?;
     let stamp = shared.stamp(now);
     let before = peer.counters.last_sent.swap(stamp, Ordering::Relaxed);
-    if stamp.saturating_sub(before) > PAUSE_MS {
+    if before == 0 || stamp.saturating_sub(before) > PAUSE_MS {
         notes.push(Note::Active(peer.id));
     }
     let mut state = peer.lock();

@@ -27,6 +27,8 @@ pub const MIN_SEAL_BUFFER: usize = 148;
 const KEY_LIFETIME: Duration = Duration::from_secs(175);
 /// The side that answered the handshake lets the other start the next one for this long.
 const RESPONDER_PATIENCE: Duration = Duration::from_secs(10);
+/// The initiator confirms a new session with its next packet, one round trip after our answer.
+const CONFIRM_PATIENCE: Duration = Duration::from_millis(1_500);
 /// Keys are renewed only while data flows: this long after the last packet it does not.
 const IN_USE: Duration = Duration::from_secs(15);
 /// Waits before a handshake initiation is repeated; the last one repeats.
@@ -243,6 +245,10 @@ impl Session {
                 if is_initiation {
                     let index = reply.get(4..8).and_then(|bytes| bytes.try_into().ok());
                     self.unconfirmed = index.map(u32::from_le_bytes);
+                    // Until the peer confirms, data goes on under the old keys, which a restarted
+                    // peer has lost. Its confirmation may be lost too; then it is our turn.
+                    let next_at = now + CONFIRM_PATIENCE;
+                    self.attempt.get_or_insert(Attempt { next_at, tries: 0 });
                 } else {
                     self.established = Some(now);
                     self.initiator = true;

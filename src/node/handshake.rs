@@ -89,6 +89,7 @@ impl Node {
     /// The first packet after a pause.
     pub(super) fn handle_active(&mut self, id: NodeId, now: Instant) {
         self.note_use(id, now);
+        self.relay.verify(now);
         self.traffic_tick_at.get_or_insert(now + TRAFFIC_TICK);
     }
 

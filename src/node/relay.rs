@@ -5,10 +5,12 @@
 //! connection; binds go on, rarely.
 
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Node;
 use crate::dataplane::Target;
+use crate::path::Via;
 use crate::types::{DropReason, NodeId};
 use crate::wire::relay::{Control, RelayKey, verify};
 
@@ -28,6 +30,11 @@ const SILENT_BINDS: usize = 4;
 const CHECK_SPACING: Duration = Duration::from_secs(2);
 /// Keeps the NAT binding of the relay socket: 30 s on the worst common routers.
 const REFRESH: Duration = Duration::from_secs(20);
+/// While somebody talks to us by relay, we want to know soon that UDP stopped reaching us: the
+/// other side cannot tell.
+const REFRESH_IN_USE: Duration = Duration::from_secs(5);
+/// A relayed peer that was heard or sent to this long ago is in use.
+const IN_USE: Duration = Duration::from_secs(30);
 
 /// The node's side of the relay's sign-on.
 #[derive(Debug, Default)]
@@ -87,12 +94,11 @@ impl RelayClient {
         self.session = None;
     }
 
-    /// Checks whether the server still answers, unless that was checked a moment ago.
+    /// Checks whether the server still answers: at once, or a moment after the last answer.
     pub(super) fn verify(&mut self, now: Instant) {
         let Some(session) = &mut self.session else { return };
-        let fresh = |at: Instant| now.saturating_duration_since(at) < CHECK_SPACING;
-        if session.bound && session.unanswered == 0 && !session.bound_at.is_some_and(fresh) {
-            session.next_at = now;
+        if let (true, 0, Some(at)) = (session.bound, session.unanswered, session.bound_at) {
+            session.next_at = session.next_at.min(now.max(at + CHECK_SPACING));
         }
     }
 
@@ -133,6 +139,7 @@ impl Node {
         datagram: &[u8],
         now: Instant,
     ) -> Result<(), DropReason> {
+        let relaying = self.is_relaying(now);
         let Some(session) = &mut self.relay.session else { return Err(DropReason::BadRelayFrame) };
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
         let Control::Bound { node, counter, observed } = message else {
@@ -148,12 +155,26 @@ impl Node {
         session.rtt = session.sent_at.take().map(|at| now.saturating_duration_since(at));
         session.unanswered = 0;
         session.bound_at = Some(now);
-        session.next_at = now + REFRESH;
+        session.next_at = now + if relaying { REFRESH_IN_USE } else { REFRESH };
         let appeared = !std::mem::replace(&mut session.bound, true);
         self.handle_reflexive(observed, now);
         if appeared {
             self.update_peers(now);
         }
         Ok(())
+    }
+
+    /// Whether data goes to or comes from some peer by the UDP relay.
+    fn is_relaying(&self, now: Instant) -> bool {
+        let recent = |stamp: u64| {
+            let at = self.shared.unstamp(stamp);
+            at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE)
+        };
+        self.peers.values().any(|peer| {
+            let counters = &peer.fast.counters;
+            peer.agent.choice().primary == Some(Via::RelayUdp)
+                && (recent(counters.last_sent.load(Ordering::Relaxed))
+                    || recent(counters.last_heard.load(Ordering::Relaxed)))
+        })
     }
 }

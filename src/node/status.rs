@@ -108,7 +108,10 @@ impl Node {
         let primary = peer.agent.choice().primary;
         let path = match primary {
             Some(via) => PathKind::Via(via),
-            None if info.online || peer.agent.is_trying() => PathKind::Connecting,
+            // What the server does not see is being tried only while the server itself is away.
+            None if info.online || (!self.link_up && peer.agent.is_trying()) => {
+                PathKind::Connecting
+            }
             None => PathKind::Offline,
         };
         let remote = match primary {

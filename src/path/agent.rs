@@ -1,22 +1,24 @@
 //! The path agent of one peer: what arrives, what time brings, and which path is chosen.
 //!
-//! The model is in the parent's documentation. Liveness has a room of its own, `liveness`.
+//! The model is in the parent's documentation. `rounds` probes, `choose` picks the primary; whether
+//! it is alive is the business of `liveness`.
+
+mod choose;
+mod rounds;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
-use super::liveness::{Doubt, Suspicion};
+use super::liveness::Doubt;
 use super::probe::{ProbeOutcome, Prober};
-use super::score::Score;
 use super::{Choice, Via};
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, TxId, usable_underlay};
+use choose::KEEPALIVE;
 
-/// How many endpoints a peer may teach us by sending from them, beside those it announces.
-const MAX_LEARNED: usize = 8;
 /// An endpoint that answered this long ago, and was not heard since, has to prove itself again.
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
 /// A proved path is not checked again for this long when the peer pings it.
@@ -25,24 +27,6 @@ const RECENT_PROOF: Duration = Duration::from_secs(5);
 const JUST_NOW: Duration = Duration::from_secs(1);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
-/// A round is not started over before this: news tends to come in bursts.
-const ROUND_SPACING: Duration = Duration::from_secs(1);
-/// The peer is asked to probe at most this often.
-const CALL_SPACING: Duration = Duration::from_secs(2);
-/// A path that went silent under traffic may carry data again after this and a new proof.
-const PENALTY: Duration = Duration::from_secs(3);
-/// One switch between paths of the same tier in this time (no flapping).
-const SWITCH_SPACING: Duration = Duration::from_secs(10);
-/// NAT bindings of a two-way flow live 30 s on the worst common routers: 25 s less jitter keeps
-/// them.
-const KEEPALIVE: Duration = Duration::from_secs(22);
-/// Waits between rounds while a wanted peer is not direct; the last one repeats.
-const RETRY: [Duration; 4] = [
-    Duration::from_secs(5),
-    Duration::from_secs(15),
-    Duration::from_secs(30),
-    Duration::from_secs(60),
-];
 
 /// What the agent wants sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -398,6 +382,10 @@ impl PathAgent {
         Some((self.ping(via, now), via))
     }
 
+    fn is_direct(&self) -> bool {
+        matches!(self.primary, Some(Via::Direct { .. }))
+    }
+
     // ---- what the node asks --------------------------------------------------------------------
 
     /// What wants sending; call until none.
@@ -476,213 +464,6 @@ impl PathAgent {
             let prober = &endpoint.prober;
             (*remote, endpoint.kind, prober.sent_pings(), prober.outcome())
         })
-    }
-
-    // ---- how it decides ------------------------------------------------------------------------
-
-    fn is_direct(&self) -> bool {
-        matches!(self.primary, Some(Via::Direct { .. }))
-    }
-
-    /// The endpoint that a packet came from, learned as peer-reflexive when it is new.
-    fn learn(
-        &mut self,
-        remote: SocketAddr,
-        local: Option<IpAddr>,
-        now: Instant,
-    ) -> Option<&mut Endpoint> {
-        if !self.endpoints.contains_key(&remote) {
-            if !usable_underlay(remote) {
-                return None;
-            }
-            let learned: Vec<SocketAddr> = self
-                .endpoints
-                .iter()
-                .filter(|(_, endpoint)| endpoint.kind == CandidateKind::PeerReflexive)
-                .map(|(remote, _)| *remote)
-                .collect();
-            if learned.len() >= MAX_LEARNED {
-                // The one that was silent for longest makes room, never one that works.
-                let oldest = learned
-                    .into_iter()
-                    .filter(|remote| !self.endpoints[remote].proved(now))
-                    .min_by_key(|remote| self.endpoints[remote].heard)?;
-                self.endpoints.remove(&oldest);
-            }
-            self.endpoints.insert(remote, Endpoint::new(CandidateKind::PeerReflexive));
-        }
-        let endpoint = self.endpoints.get_mut(&remote)?;
-        endpoint.heard = Some(now);
-        if local.is_some() {
-            endpoint.local = local;
-        }
-        Some(endpoint)
-    }
-
-    fn ping(&mut self, via: Via, now: Instant) -> TxId {
-        let tx = TxId(self.rng.random());
-        match via {
-            Via::Direct { remote, .. } => {
-                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
-                    endpoint.prober.sent(tx, now);
-                }
-            }
-            Via::RelayUdp | Via::RelayTcp => self.relay_prober.sent(tx, now),
-        }
-        self.transmits.push_back(PathTransmit::Ping { via, tx });
-        tx
-    }
-
-    /// Pings every endpoint that is not proved, and asks the peer to do the same. Soon after the
-    /// last round only endpoints that were not in it are taken in.
-    fn start_round(&mut self, now: Instant) {
-        let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
-        let again = !self.round_at.is_some_and(recent);
-        for endpoint in self.endpoints.values_mut() {
-            let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
-            if !endpoint.proved(now) && (again || untried) {
-                endpoint.prober.start_round(now);
-            }
-        }
-        if !again {
-            self.ping_due(now);
-            return;
-        }
-        self.round_at = Some(now);
-        if let Some(via) = self.relay {
-            self.relay_prober.start_round(now);
-            let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
-            if !self.called_at.is_some_and(recent) {
-                self.called_at = Some(now);
-                self.transmits.push_back(PathTransmit::CallMeMaybe { via });
-            }
-        }
-        self.ping_due(now);
-        // Without any path nothing else can help, so the rounds stay close enough together to
-        // keep our NAT open for a peer that comes back.
-        let last = if self.primary.is_some() { RETRY.len() - 1 } else { 1 };
-        let wait = RETRY[self.retries.min(last)];
-        self.retries += 1;
-        self.retry_at = Some(now + wait);
-    }
-
-    /// Sends the pings of all rounds that are due; the first ones of a round leave in the same
-    /// instant as its call-me-maybe.
-    fn ping_due(&mut self, now: Instant) {
-        let due: Vec<(SocketAddr, Option<IpAddr>)> = self
-            .endpoints
-            .iter_mut()
-            .filter_map(|(remote, e)| e.prober.take_due(now).then_some((*remote, e.local)))
-            .collect();
-        for (remote, local) in due {
-            self.ping(Via::Direct { remote, local }, now);
-        }
-        if self.relay_prober.take_due(now)
-            && let Some(relay) = self.relay
-        {
-            self.ping(relay, now);
-        }
-    }
-
-    fn act_on(&mut self, suspicion: Suspicion, now: Instant) {
-        let Some(via @ Via::Direct { remote, .. }) = self.primary else { return };
-        match suspicion {
-            Suspicion::None | Suspicion::Waiting => {}
-            Suspicion::Ask => {
-                self.doubt.handle_asked(now);
-                self.ping(via, now);
-            }
-            Suspicion::Dead => {
-                // Whatever killed it may have killed the others too, and they were not watched:
-                // only what was heard just now counts, the rest proves itself again.
-                for endpoint in self.endpoints.values_mut().filter(|e| !e.heard_lately(now)) {
-                    endpoint.forget();
-                }
-                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
-                    endpoint.forget();
-                    endpoint.penalty_until = Some(now + PENALTY);
-                }
-                self.doubt = Doubt::default();
-                self.choose("the direct path went silent", now);
-                self.round_at = None;
-                self.retries = 0;
-                self.start_round(now);
-            }
-        }
-    }
-
-    fn keep_alive(&mut self, now: Instant) {
-        let Some(via @ Via::Direct { .. }) = self.primary else { return };
-        if self.wanted {
-            self.ping(via, now);
-            self.doubt.handle_keepalive(now);
-            self.postpone_keepalive(now);
-        }
-    }
-
-    fn postpone_keepalive(&mut self, now: Instant) {
-        let jitter = Duration::from_millis(self.rng.random_range(0..2_000));
-        self.keepalive_at = Some(now + KEEPALIVE + jitter);
-    }
-
-    /// Makes the best path the primary, if it is better by enough.
-    fn choose(&mut self, why: &'static str, now: Instant) {
-        let usable = |endpoint: &Endpoint| {
-            endpoint.proved(now) && endpoint.penalty_until.is_none_or(|until| until <= now)
-        };
-        let best = self
-            .endpoints
-            .iter()
-            .filter(|(_, endpoint)| usable(endpoint))
-            .filter_map(|(remote, endpoint)| {
-                let score = Score::of(*remote, endpoint.prober.srtt()?);
-                Some((score, Via::Direct { remote: *remote, local: endpoint.local }))
-            })
-            .min();
-        let current = match self.primary {
-            Some(Via::Direct { remote, .. }) => {
-                self.endpoints.get(&remote).filter(|endpoint| usable(endpoint)).and_then(
-                    |endpoint| {
-                        let via = Via::Direct { remote, local: endpoint.local };
-                        Some((Score::of(remote, endpoint.prober.srtt()?), via))
-                    },
-                )
-            }
-            _ => None,
-        };
-        let next = match (best, current) {
-            (Some((better, via)), Some((score, same))) => {
-                let settled = self
-                    .last_switch
-                    .is_none_or(|at| now.saturating_duration_since(at) >= SWITCH_SPACING);
-                if better.clearly_beats(score) && settled { Some(via) } else { Some(same) }
-            }
-            (Some((_, via)), None) => Some(via),
-            (None, _) => self.relay,
-        };
-        if next == self.primary {
-            return;
-        }
-        let from = std::mem::replace(&mut self.primary, next);
-        let moved = match (from, next) {
-            (Some(a), Some(b)) => !same_path(a, b),
-            _ => true,
-        };
-        if !moved {
-            return;
-        }
-        self.primary_since = now;
-        self.why = why;
-        self.doubt = Doubt::default();
-        if self.is_direct() {
-            self.last_switch = Some(now);
-            self.retries = 0;
-            self.retry_at = None;
-            self.postpone_keepalive(now);
-        } else {
-            self.keepalive_at = None;
-        }
-        self.events.push_back(PathEvent::Primary { from, to: next, why });
     }
 }
 

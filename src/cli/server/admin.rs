@@ -13,6 +13,9 @@ use crate::config::paths::Role;
 use crate::server::admin::{Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Request};
 use crate::types::{InviteId, NodeName};
 
+/// How long an invite lives if nobody says otherwise; `--ttl` has the same.
+const DEFAULT_TTL_S: u64 = 3600;
+
 #[derive(Debug, Args)]
 pub(super) struct InviteArgs {
     /// How many nodes may join with it
@@ -75,6 +78,17 @@ pub(super) fn run(command: Command, socket: &Path) -> Done {
         }
     };
     print(&answer(socket, &request)?, show)
+}
+
+/// Makes and prints an invite when nobody has joined yet; returns whether it did.
+pub(super) fn first_invite(socket: &Path) -> Result<bool, Failure> {
+    let Answer::Nodes(list) = answer(socket, &Request::Nodes)? else { return Ok(false) };
+    if !list.nodes.is_empty() {
+        return Ok(false);
+    }
+    let request = Request::Invite { uses: 1, ttl_s: DEFAULT_TTL_S, name: None };
+    print(&answer(socket, &request)?, Show::Text)?;
+    Ok(true)
 }
 
 fn answer(socket: &Path, request: &Request) -> Result<Answer, Failure> {

@@ -18,7 +18,8 @@ use crate::wire::control::Welcome;
 use crate::wire::join::{JoinLine, MAX_ADDRESSES, ServerAddr};
 
 const KEY_FILE: &str = "node.key";
-const ENROLMENT_FILE: &str = "node.json";
+/// The file in a state directory that says which network the node is in.
+pub const ENROLMENT_FILE: &str = "node.json";
 const NETMAP_FILE: &str = "netmap.json";
 
 /// What can be wrong with the state directory.

@@ -1,0 +1,121 @@
+//! The choice of the primary: which proved path is best, and when the one in use is left.
+
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+
+use super::{Endpoint, PathAgent, PathEvent, same_path};
+use crate::path::Via;
+use crate::path::liveness::{Doubt, Suspicion};
+use crate::path::score::Score;
+
+/// A path that went silent under traffic may carry data again after this and a new proof.
+const PENALTY: Duration = Duration::from_secs(3);
+/// One switch between paths of the same tier in this time (no flapping).
+const SWITCH_SPACING: Duration = Duration::from_secs(10);
+/// NAT bindings of a two-way flow live 30 s on the worst common routers: 25 s less jitter keeps
+/// them.
+pub(super) const KEEPALIVE: Duration = Duration::from_secs(22);
+
+impl PathAgent {
+    /// Makes the best path the primary, if it is better by enough.
+    pub(super) fn choose(&mut self, why: &'static str, now: Instant) {
+        let usable = |endpoint: &Endpoint| {
+            endpoint.proved(now) && endpoint.penalty_until.is_none_or(|until| until <= now)
+        };
+        let best = self
+            .endpoints
+            .iter()
+            .filter(|(_, endpoint)| usable(endpoint))
+            .filter_map(|(remote, endpoint)| {
+                let score = Score::of(*remote, endpoint.prober.srtt()?);
+                Some((score, Via::Direct { remote: *remote, local: endpoint.local }))
+            })
+            .min();
+        let current = match self.primary {
+            Some(Via::Direct { remote, .. }) => {
+                self.endpoints.get(&remote).filter(|endpoint| usable(endpoint)).and_then(
+                    |endpoint| {
+                        let via = Via::Direct { remote, local: endpoint.local };
+                        Some((Score::of(remote, endpoint.prober.srtt()?), via))
+                    },
+                )
+            }
+            _ => None,
+        };
+        let next = match (best, current) {
+            (Some((better, via)), Some((score, same))) => {
+                let settled = self
+                    .last_switch
+                    .is_none_or(|at| now.saturating_duration_since(at) >= SWITCH_SPACING);
+                if better.clearly_beats(score) && settled { Some(via) } else { Some(same) }
+            }
+            (Some((_, via)), None) => Some(via),
+            (None, _) => self.relay,
+        };
+        if next == self.primary {
+            return;
+        }
+        let from = std::mem::replace(&mut self.primary, next);
+        let moved = match (from, next) {
+            (Some(a), Some(b)) => !same_path(a, b),
+            _ => true,
+        };
+        if !moved {
+            return;
+        }
+        self.primary_since = now;
+        self.why = why;
+        self.doubt = Doubt::default();
+        if self.is_direct() {
+            self.last_switch = Some(now);
+            self.retries = 0;
+            self.retry_at = None;
+            self.postpone_keepalive(now);
+        } else {
+            self.keepalive_at = None;
+        }
+        self.events.push_back(PathEvent::Primary { from, to: next, why });
+    }
+
+    pub(super) fn act_on(&mut self, suspicion: Suspicion, now: Instant) {
+        let Some(via @ Via::Direct { remote, .. }) = self.primary else { return };
+        match suspicion {
+            Suspicion::None | Suspicion::Waiting => {}
+            Suspicion::Ask => {
+                self.doubt.handle_asked(now);
+                self.ping(via, now);
+            }
+            Suspicion::Dead => {
+                // Whatever killed it may have killed the others too, and they were not watched:
+                // only what was heard just now counts, the rest proves itself again.
+                for endpoint in self.endpoints.values_mut().filter(|e| !e.heard_lately(now)) {
+                    endpoint.forget();
+                }
+                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+                    endpoint.forget();
+                    endpoint.penalty_until = Some(now + PENALTY);
+                }
+                self.doubt = Doubt::default();
+                self.choose("the direct path went silent", now);
+                self.round_at = None;
+                self.retries = 0;
+                self.start_round(now);
+            }
+        }
+    }
+
+    pub(super) fn keep_alive(&mut self, now: Instant) {
+        let Some(via @ Via::Direct { .. }) = self.primary else { return };
+        if self.wanted {
+            self.ping(via, now);
+            self.doubt.handle_keepalive(now);
+            self.postpone_keepalive(now);
+        }
+    }
+
+    pub(super) fn postpone_keepalive(&mut self, now: Instant) {
+        let jitter = Duration::from_millis(self.rng.random_range(0..2_000));
+        self.keepalive_at = Some(now + KEEPALIVE + jitter);
+    }
+}

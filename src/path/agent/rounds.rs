@@ -1,0 +1,129 @@
+//! Rounds of probes: which endpoints are pinged when, and which endpoints there are.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+
+use super::{Endpoint, PathAgent, PathTransmit};
+use crate::path::Via;
+use crate::path::probe::ProbeOutcome;
+use crate::types::{CandidateKind, TxId, usable_underlay};
+
+/// How many endpoints a peer may teach us by sending from them, beside those it announces.
+const MAX_LEARNED: usize = 8;
+/// A round is not started over before this: news tends to come in bursts.
+const ROUND_SPACING: Duration = Duration::from_secs(1);
+/// The peer is asked to probe at most this often.
+const CALL_SPACING: Duration = Duration::from_secs(2);
+/// Waits between rounds while a wanted peer is not direct; the last one repeats.
+const RETRY: [Duration; 4] = [
+    Duration::from_secs(5),
+    Duration::from_secs(15),
+    Duration::from_secs(30),
+    Duration::from_secs(60),
+];
+
+impl PathAgent {
+    /// The endpoint that a packet came from, learned as peer-reflexive when it is new.
+    pub(super) fn learn(
+        &mut self,
+        remote: SocketAddr,
+        local: Option<IpAddr>,
+        now: Instant,
+    ) -> Option<&mut Endpoint> {
+        if !self.endpoints.contains_key(&remote) {
+            if !usable_underlay(remote) {
+                return None;
+            }
+            let learned: Vec<SocketAddr> = self
+                .endpoints
+                .iter()
+                .filter(|(_, endpoint)| endpoint.kind == CandidateKind::PeerReflexive)
+                .map(|(remote, _)| *remote)
+                .collect();
+            if learned.len() >= MAX_LEARNED {
+                // The one that was silent for longest makes room, never one that works.
+                let oldest = learned
+                    .into_iter()
+                    .filter(|remote| !self.endpoints[remote].proved(now))
+                    .min_by_key(|remote| self.endpoints[remote].heard)?;
+                self.endpoints.remove(&oldest);
+            }
+            self.endpoints.insert(remote, Endpoint::new(CandidateKind::PeerReflexive));
+        }
+        let endpoint = self.endpoints.get_mut(&remote)?;
+        endpoint.heard = Some(now);
+        if local.is_some() {
+            endpoint.local = local;
+        }
+        Some(endpoint)
+    }
+
+    /// Pings every endpoint that is not proved, and asks the peer to do the same. Soon after the
+    /// last round only endpoints that were not in it are taken in.
+    pub(super) fn start_round(&mut self, now: Instant) {
+        let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
+        let started = self.round_at.is_some_and(recent);
+        for endpoint in self.endpoints.values_mut() {
+            let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
+            let joins = if started { untried } else { !endpoint.proved(now) };
+            if joins {
+                endpoint.prober.start_round(now);
+            }
+        }
+        if let Some(via) = self.relay {
+            let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
+            if !self.called_at.is_some_and(recent) {
+                self.called_at = Some(now);
+                self.transmits.push_back(PathTransmit::CallMeMaybe { via });
+            }
+            if !started {
+                self.relay_prober.start_round(now);
+            }
+        }
+        self.ping_due(now);
+        if started {
+            return;
+        }
+        self.round_at = Some(now);
+        // Without any path nothing else can help, so the rounds stay close enough together to
+        // keep our NAT open for a peer that comes back.
+        let last = if self.primary.is_some() { RETRY.len() - 1 } else { 1 };
+        let wait = RETRY[self.retries.min(last)];
+        self.retries += 1;
+        self.retry_at = Some(now + wait);
+    }
+
+    /// Sends the pings of all rounds that are due; the first ones of a round leave in the same
+    /// instant as its call-me-maybe.
+    pub(super) fn ping_due(&mut self, now: Instant) {
+        let due: Vec<(SocketAddr, Option<IpAddr>)> = self
+            .endpoints
+            .iter_mut()
+            .filter_map(|(remote, e)| e.prober.take_due(now).then_some((*remote, e.local)))
+            .collect();
+        for (remote, local) in due {
+            self.ping(Via::Direct { remote, local }, now);
+        }
+        if self.relay_prober.take_due(now)
+            && let Some(relay) = self.relay
+        {
+            self.ping(relay, now);
+        }
+    }
+
+    pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {
+        let tx = TxId(self.rng.random());
+        match via {
+            Via::Direct { remote, .. } => {
+                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+                    endpoint.prober.sent(tx, now);
+                }
+            }
+            Via::RelayUdp | Via::RelayTcp => self.relay_prober.sent(tx, now),
+        }
+        self.transmits.push_back(PathTransmit::Ping { via, tx });
+        tx
+    }
+}
