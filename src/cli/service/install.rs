@@ -202,7 +202,9 @@ fn write_unit(service: Service, program: &Path) -> Done {
 fn why(service: Service, failure: Failure) -> Failure {
     let unit = service.unit();
     let journal = system::journal(service);
-    hint(format_args!("the last lines of journalctl -u {unit}:\n{}\n", journal.trim_end()));
+    // To the right, as the failure in it is not yet the one that this command ends with.
+    let lines = journal.trim_end().replace('\n', "\n    ");
+    hint(format_args!("the last lines of journalctl -u {unit}:\n    {lines}\n"));
     let then = format!(
         "then: sudo systemctl restart {unit}; or give up: sudo overlay service uninstall {}",
         service.word()
