@@ -61,7 +61,7 @@ pub(super) fn failure(error: &ConfigError) -> Failure {
         ),
         ConfigError::File(error) if error.is_permission() => (
             fail::PERMISSION,
-            "type the same command with sudo, or name a file that this user may read".into(),
+            "type the same command with sudo, or let the user that runs this read the file".into(),
         ),
         ConfigError::File(_) => (
             fail::FAILED,

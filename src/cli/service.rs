@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::fail::{Failure, NOT_RUNNING};
+use super::fail::{Failure, NOT_RUNNING, USAGE};
 use super::{Done, print};
 use crate::config::paths::{Paths, Role};
 use system::UnitState;
@@ -105,12 +105,11 @@ impl Service {
 /// When it does not do its work; `status` also when a service does not run.
 pub fn run(args: ServiceArgs) -> Done {
     match args.command {
-        Command::Install { service: Service::Server, join: Some(_) } => Err(Failure::new(
-            "a server takes no join line",
-            "it is the one that makes them",
-            "sudo overlay service install server",
-        )
-        .code(crate::daemon::exit::USAGE)),
+        Command::Install { service: Service::Server, join: Some(_) } => {
+            let cause = "it is the one that makes them";
+            let help = "sudo overlay service install server";
+            Err(Failure::new("a server takes no join line", cause, help).code(USAGE))
+        }
         Command::Install { service, join } => install::run(service, join.as_deref()),
         Command::Uninstall { service, purge } => uninstall::run(service, purge),
         Command::Status { service } => status(service),
@@ -140,13 +139,11 @@ fn status(wanted: Option<Service>) -> Done {
 }
 
 fn stopped(service: Service) -> Failure {
+    let unit = service.unit();
     Failure::new(
-        format!("{} does not run", service.unit()),
+        format!("{unit} does not run"),
         "it was stopped, or it failed",
-        format!(
-            "see why: journalctl -u {unit}; start it: sudo systemctl start {unit}",
-            unit = service.unit()
-        ),
+        format!("see why: journalctl -u {unit}; start it: sudo systemctl start {unit}"),
     )
     .code(NOT_RUNNING)
 }

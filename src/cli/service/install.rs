@@ -11,16 +11,17 @@ use tokio::process::Command;
 use zeroize::Zeroizing;
 
 use super::Service;
-use super::system::{self, Account, USUAL_PROGRAM, UnitState, hint, systemctl};
+use super::system::{self, Account, USUAL_PROGRAM, UnitState, systemctl};
 use crate::cli::ask::SocketArg;
-use crate::cli::fail::{FAILED, Failure, NOT_ENROLLED};
+use crate::cli::fail::{FAILED, Failure, NOT_ENROLLED, USAGE};
+use crate::cli::print::hint;
 use crate::cli::{Done, config as config_command, print, server, up};
 use crate::config::node::NodeConfig;
 use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
 use crate::daemon::node::Question;
 use crate::daemon::node::report::Status;
-use crate::io::files;
+use crate::store::files;
 
 /// A child that connects and waits for the server's word; it has shorter limits of its own.
 const ENROL_LIMIT: Duration = Duration::from_secs(60);
@@ -37,8 +38,8 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
         return Err(Failure::new(
             "this machine is not enrolled in a network",
             "there is no join line, and no membership from before",
-            "on the server: overlay server invite, then here: \
-                 sudo overlay service install node JOINLINE",
+            "on the server: overlay server invite, then on this machine: \
+             sudo overlay service install node JOINLINE",
         )
         .code(NOT_ENROLLED));
     }
@@ -119,7 +120,7 @@ fn socket_of_config(service: Service) -> Result<PathBuf, Failure> {
             format!("the service may write to {} only", place.display()),
             format!("remove {key} from {}", file.display()),
         )
-        .code(crate::daemon::exit::USAGE)
+        .code(USAGE)
     };
     if let Some(wanted) = state_dir.filter(|wanted| *wanted != paths.state_dir) {
         return Err(refused("state-dir", &wanted, &paths.state_dir));
@@ -158,7 +159,7 @@ fn enrol(program: &Path, service: Service, account: Account, join: &Zeroizing<St
         Some(Told { error, cause, help }) => Failure::new(error, cause, help),
         None => Failure::new(
             "this machine could not join",
-            ran.stderr.trim(),
+            format!("`overlay up` has ended without a reason: {}", ran.stderr.trim()),
             "try it in the foreground: sudo overlay up JOINLINE",
         ),
     }
@@ -188,10 +189,11 @@ fn write_unit(service: Service, program: &Path) -> Done {
     let text = service.unit_text().replace(USUAL_PROGRAM, &program.to_string_lossy());
     let path = service.unit_file();
     files::write_atomically(&path, text.as_bytes(), 0o644).map_err(|error| {
-        Failure::new(
-            "cannot write the unit file",
-            error,
-            "run it with sudo, and see that /etc/systemd/system can be written",
+        let directory = path.parent().unwrap_or(&path).display();
+        Failure::caused_by(
+            "the unit file cannot be written",
+            &error,
+            format!("see whether its directory can be written: df -h {directory}"),
         )
     })
 }
@@ -200,9 +202,9 @@ fn write_unit(service: Service, program: &Path) -> Done {
 fn why(service: Service, failure: Failure) -> Failure {
     let unit = service.unit();
     let journal = system::journal(service);
-    // Set off, so that nobody takes a line of the log for one of ours.
-    let lines: String = journal.trim_end().lines().map(|line| format!("    {line}\n")).collect();
-    hint(format_args!("the last lines of journalctl -u {unit}:\n{lines}"));
+    // To the right, as the failure in it is not yet the one that this command ends with.
+    let lines = journal.trim_end().replace('\n', "\n    ");
+    hint(format_args!("the last lines of journalctl -u {unit}:\n    {lines}\n"));
     let then = format!(
         "then: sudo systemctl restart {unit}; or give up: sudo overlay service uninstall {}",
         service.word()

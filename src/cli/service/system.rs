@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -14,6 +14,7 @@ use tokio::process::Command;
 
 use super::Service;
 use crate::cli::fail::{Failure, PERMISSION};
+use crate::cli::print::hint;
 use crate::cli::runtime;
 
 /// User and group of both services; members of the group may ask the daemons.
@@ -43,18 +44,14 @@ impl Ran {
         if self.code == Some(0) {
             return Ok(self);
         }
-        Err(Failure::new(
-            format!("`{what}` did not work"),
-            self.stderr.trim(),
-            format!("run it by hand to see more: {what}"),
-        ))
+        let cause = match (self.stderr.trim(), self.code) {
+            ("", Some(code)) => format!("it ended with exit code {code} and no word"),
+            ("", None) => "it was killed".into(),
+            (said, _) => said.to_string(),
+        };
+        let help = format!("try it by hand: sudo {what}");
+        Err(Failure::new(format!("`{what}` did not work"), cause, help))
     }
-}
-
-/// Tells people what programs do not want to read.
-pub(super) fn hint(text: impl std::fmt::Display) {
-    // When stderr is closed nobody misses it.
-    let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 pub(super) fn need_root(command: &str) -> Result<(), Failure> {
@@ -84,12 +81,9 @@ pub(super) fn need_systemd() -> Result<(), Failure> {
 /// Runs a program to its end with `input` on its standard input.
 pub(super) fn run(mut command: Command, input: &str, limit: Duration) -> Result<Ran, Failure> {
     let name = command.as_std().get_program().to_string_lossy().into_owned();
-    let failed = |cause: io::Error| {
-        Failure::new(
-            format!("cannot run {name}"),
-            cause,
-            format!("see that {name} is installed and on the PATH"),
-        )
+    let failed = |error: io::Error| {
+        let help = format!("see whether it is installed: command -v {name}");
+        Failure::caused_by(format!("{name} cannot be run"), &error, help)
     };
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let ending = async {
@@ -107,7 +101,7 @@ pub(super) fn run(mut command: Command, input: &str, limit: Duration) -> Result<
         return Err(Failure::new(
             format!("{name} takes too long"),
             format!("it did not end within {} s", limit.as_secs()),
-            "see what systemd waits for: systemctl list-jobs; then try again",
+            "see what systemd is busy with: systemctl list-jobs",
         ));
     };
     let output = output.map_err(failed)?;
@@ -248,10 +242,10 @@ pub(super) fn give_state(directory: &Path, account: Account) -> Result<(), Failu
         lchown(directory, uid, gid)
     };
     give().map_err(|error: io::Error| {
-        Failure::new(
-            format!("cannot prepare the state directory {}", directory.display()),
-            error,
-            "see who owns it: ls -ld /var/lib/overlay; then try again with sudo",
+        Failure::caused_by(
+            format!("the state directory {} cannot be prepared", directory.display()),
+            &error,
+            format!("look at it: sudo ls -la {}", directory.display()),
         )
     })
 }
@@ -265,7 +259,11 @@ pub(super) fn make_config_dir(directory: &Path) -> Result<(), Failure> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
     made.and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o755))).map_err(
         |error| {
-            Failure::new(format!("cannot make {}", directory.display()), error, "run it with sudo")
+            Failure::caused_by(
+                format!("the directory {} cannot be made", directory.display()),
+                &error,
+                format!("make it by hand: sudo mkdir -p {}", directory.display()),
+            )
         },
     )
 }
@@ -273,19 +271,16 @@ pub(super) fn make_config_dir(directory: &Path) -> Result<(), Failure> {
 /// The path of this program as the service will run it; it is copied if it cannot stay.
 pub(super) fn program() -> Result<PathBuf, Failure> {
     let running = std::env::current_exe().map_err(|error| {
-        Failure::new(
-            "cannot find out where this program is",
-            error,
-            "put it into /usr/local/bin and run it from there",
-        )
+        let help = format!("run it as {USUAL_PROGRAM}, with /proc mounted");
+        Failure::caused_by("it cannot be found out where this program is", &error, help)
     })?;
     if can_stay(&running) {
         return Ok(running);
     }
-    let failed = |error| {
-        Failure::new(
-            format!("cannot copy this program to {USUAL_PROGRAM}"),
-            error,
+    let failed = |error: io::Error| {
+        Failure::caused_by(
+            format!("this program cannot be copied to {USUAL_PROGRAM}"),
+            &error,
             "put it into /usr/local/bin or /opt by hand, and run it from there",
         )
     };

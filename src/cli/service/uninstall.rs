@@ -7,8 +7,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::Service;
-use super::system::{self, UnitState, hint, systemctl};
+use super::system::{self, UnitState, systemctl};
 use crate::cli::fail::Failure;
+use crate::cli::print::hint;
 use crate::cli::{Done, print};
 
 /// A little more than the units give a stop.
@@ -64,10 +65,10 @@ pub(super) fn run(service: Service, purge: bool) -> Done {
 
 fn remove(path: &Path, how: impl FnOnce(&Path) -> io::Result<()>) -> Done {
     match how(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::new(
-            format!("cannot remove {}", path.display()),
-            error,
-            "remove it by hand with sudo",
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::caused_by(
+            format!("{} cannot be removed", path.display()),
+            &error,
+            format!("look at what holds it (lsattr, mount), then: rm -r {}", path.display()),
         )),
         _ => Ok(()),
     }

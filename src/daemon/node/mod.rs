@@ -17,8 +17,7 @@ mod uplink;
 pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
 pub use startup::{NodeOptions, StartError, run};
-pub use state::ENROLMENT_FILE;
-pub use state::StateError;
+pub use state::{ENROLMENT_FILE, StateError};
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
