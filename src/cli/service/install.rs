@@ -21,7 +21,7 @@ use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
 use crate::daemon::node::Question;
 use crate::daemon::node::report::Status;
-use crate::store::files;
+use crate::io::files;
 
 /// A child that connects and waits for the server's word; it has shorter limits of its own.
 const ENROL_LIMIT: Duration = Duration::from_secs(60);
