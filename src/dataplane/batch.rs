@@ -119,54 +119,6 @@ impl UdpBatch {
     }
 }
 
-/// IP packets to be written to the TUN interface, in order.
-#[derive(Debug, Default)]
-pub struct TunBatch {
-    buf: Vec<u8>,
-    packets: Vec<Range<usize>>,
-    used: usize,
-}
-
-impl TunBatch {
-    /// Forgets all packets, keeps the memory.
-    pub fn clear(&mut self) {
-        self.packets.clear();
-        self.used = 0;
-    }
-
-    /// Whether there is nothing to write.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.packets.is_empty()
-    }
-
-    /// Adds one packet that `write` puts into a buffer of `room` bytes; `Ok(0)` adds nothing.
-    ///
-    /// # Errors
-    /// What `write` returns; then nothing is added.
-    pub fn push<E>(
-        &mut self,
-        room: usize,
-        write: impl FnOnce(&mut [u8]) -> Result<usize, E>,
-    ) -> Result<(), E> {
-        let start = self.used;
-        if self.buf.len() < start + room {
-            self.buf.resize(start + room, 0);
-        }
-        let len = write(&mut self.buf[start..start + room])?;
-        if len > 0 {
-            self.packets.push(start..start + len);
-            self.used = start + len;
-        }
-        Ok(())
-    }
-
-    /// The packets, in order.
-    pub fn packets(&self) -> impl Iterator<Item = &[u8]> {
-        self.packets.iter().map(|range| &self.buf[range.clone()])
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

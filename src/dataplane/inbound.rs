@@ -3,8 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use super::batch::TunBatch;
-use super::{ForwardingTable, Note, Shared, Source};
+use super::{ForwardingTable, Note, Shared, Source, TunBatch};
 use crate::path::Via;
 use crate::types::{DropReason, NodeId};
 use crate::wire::ip::IpView;

@@ -10,12 +10,14 @@
 
 mod batch;
 mod inbound;
+pub mod offload;
 mod outbound;
 mod peer;
 mod session;
 mod table;
+mod tun_batch;
 
-pub use batch::{Run, Target, TunBatch, UdpBatch};
+pub use batch::{Run, Target, UdpBatch};
 pub use inbound::inbound;
 pub(crate) use outbound::send_datagram;
 pub use outbound::{flush_pending, outbound};
@@ -24,6 +26,7 @@ pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
 };
 pub use table::ForwardingTable;
+pub use tun_batch::{Frame, TunBatch};
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc;
 
+use crate::dataplane::offload::MergeKinds;
 use crate::dataplane::{Note, Shared, Source, Target, TunBatch, UdpBatch, inbound, outbound};
 use crate::io::clock;
 use crate::io::link::LinkSender;
@@ -245,7 +246,7 @@ fn run_inbound(ports: &Ports, notes: &NoteSender) {
             }
             let table = ports.shared.table();
             let now = clock::now();
-            batch.clear();
+            batch.clear(MergeKinds::default());
             for datagram in buffers.datagrams() {
                 let source = Source::Udp { remote: datagram.remote, local: datagram.local };
                 let shared = &ports.shared;
