@@ -13,7 +13,7 @@ use super::{Done, config as config_command};
 use crate::config::node::NodeConfig;
 use crate::config::paths::{Paths, Role};
 use crate::config::{self, Wanted};
-use crate::daemon::node::{Ended, NodeOptions, StartError, run as run_node};
+use crate::daemon::node::{Ended, NodeOptions, Offloads, StartError, run as run_node};
 use crate::io::link::ConnectError;
 use crate::io::tun::TunError;
 use crate::node::{Node, NodeSettings};
@@ -154,6 +154,11 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         settings: NodeSettings {
             rekey_after,
             eager_peers: file.eager_peers.map_or(defaults.eager_peers, usize::from),
+        },
+        offloads: Offloads {
+            tun: file.tun_offload.unwrap_or(true),
+            udp_gso: file.udp_gso.unwrap_or(true),
+            udp_gro: file.udp_gro.unwrap_or(true),
         },
         enrol_only: args.enrol_only,
     })

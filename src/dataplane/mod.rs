@@ -18,10 +18,10 @@ mod table;
 mod tun_batch;
 
 pub use batch::{Run, Target, UdpBatch};
-pub use inbound::inbound;
+pub use inbound::{inbound, inbound_train};
 pub(crate) use outbound::send_datagram;
-pub use outbound::{flush_pending, outbound};
-pub use peer::{Peer, PeerCounters};
+pub use outbound::{flush_pending, outbound, outbound_frame};
+pub use peer::{LockedPeer, Peer, PeerCounters};
 pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
 };

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::offload::merge::{Merger, Place, train_head};
-use super::offload::{MergeKinds, VIRTIO_HEADER_LEN};
+use super::offload::{FrameHeader, MergeKinds, SegmentationKind, VIRTIO_HEADER_LEN};
 
 /// Ends the list of a train.
 const END: usize = usize::MAX;
@@ -162,6 +162,13 @@ impl<'b> Frame<'b> {
     #[must_use]
     pub fn head(&self) -> &'b [u8] {
         if self.is_train() { &self.batch.heads[self.item.head.clone()] } else { &PLAIN }
+    }
+
+    /// What kind of train it is.
+    #[must_use]
+    pub fn kind(&self) -> Option<SegmentationKind> {
+        let header = FrameHeader::decode(self.head().first_chunk()?).ok()?;
+        header.segmentation.map(|segmentation| segmentation.kind)
     }
 
     /// What comes behind the head, piece by piece.

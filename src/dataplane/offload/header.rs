@@ -56,6 +56,14 @@ impl FrameHeader {
     pub fn parse(frame: &mut [u8]) -> Result<(Self, &mut [u8]), UnknownHeader> {
         let (header, packet) =
             frame.split_first_chunk_mut::<VIRTIO_HEADER_LEN>().ok_or(UnknownHeader)?;
+        Ok((Self::decode(header)?, packet))
+    }
+
+    /// Reads a header that stands alone.
+    ///
+    /// # Errors
+    /// When it is of a kind that was never asked for.
+    pub fn decode(header: &[u8; VIRTIO_HEADER_LEN]) -> Result<Self, UnknownHeader> {
         let [flags, kind, l0, l1, s0, s1, c0, c1, o0, o1] = *header;
         let size = u16::from_ne_bytes([s0, s1]);
         let kind = match kind & !ECN {
@@ -69,12 +77,11 @@ impl FrameHeader {
             return Err(UnknownHeader);
         }
         let checksum = (u16::from_ne_bytes([c0, c1]), u16::from_ne_bytes([o0, o1]));
-        let header = Self {
+        Ok(Self {
             checksum: (flags & NEEDS_CHECKSUM != 0).then_some(checksum),
             segmentation: kind.map(|kind| Segmentation { kind, size }),
             header_len: u16::from_ne_bytes([l0, l1]),
-        };
-        Ok((header, packet))
+        })
     }
 
     /// The header's bytes.
