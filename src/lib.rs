@@ -9,8 +9,8 @@
 //!
 //! ```text
 //! types <- wire <- { path, policy } <- dataplane <- node
-//! types <- wire <- policy <- server            config <- { daemon, cli }
-//! types <- wire <- io                          store <- daemon
+//! types <- wire <- policy <- server
+//! types <- wire <- io <- { config, store } <- daemon
 //! { node, server, dataplane, io, store, config } <- daemon <- lab <- cli
 //! ```
 //!

@@ -1,12 +1,14 @@
-//! Asking the running node.
+//! Asking the running daemons, node or server.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 
 use super::fail::{Failure, NOT_RUNNING, PERMISSION};
+use super::runtime;
 use crate::config::paths::{Paths, Role};
 use crate::daemon::node::Question;
 use crate::io::local::{LocalClient, LocalError, Reply};
@@ -26,92 +28,144 @@ impl SocketArg {
         self.socket.clone().unwrap_or_else(|| Paths::socket_to_ask(Role::Node))
     }
 
-    /// Asks a question that has one answer.
+    /// Asks the node a question that has one answer.
     ///
     /// # Errors
     /// When the daemon does not run, may not be asked, or says no.
     pub fn ask<A: DeserializeOwned>(&self, question: &Question) -> Result<A, Failure> {
-        let mut answers = self.start(question)?;
-        answers.next_answer()?.ok_or_else(|| Failure::new("the daemon hung up without an answer"))
+        ask(Role::Node, &self.path(), question)
     }
 
-    /// Asks a question that has several answers.
+    /// Asks the node a question that has several answers.
     ///
     /// # Errors
     /// When the daemon does not run or may not be asked.
     pub fn start(&self, question: &Question) -> Result<Answers, Failure> {
-        let runtime = runtime()?;
-        let path = self.path();
-        let client = runtime.block_on(async {
-            let mut client = LocalClient::connect(&path).await?;
-            client.ask(question).await?;
-            Ok(client)
-        });
-        let client = client.map_err(failure)?;
-        Ok(Answers { runtime, client })
+        Answers::to(Role::Node, &self.path(), question)
     }
+}
+
+/// Asks the daemon of this role behind `socket` a question that has one answer.
+pub(super) fn ask<Q: Serialize, A: DeserializeOwned>(
+    role: Role,
+    socket: &Path,
+    question: &Q,
+) -> Result<A, Failure> {
+    let mut answers = Answers::to(role, socket, question)?;
+    answers.next_answer()?.ok_or_else(|| {
+        Failure::new(
+            format!("{} hung up without an answer", running(role)),
+            "it came to its end, or it serves too many other commands at this moment",
+            format!("type the command again; if that does not help: {}", log(role)),
+        )
+    })
 }
 
 /// The answers to one question.
 #[derive(Debug)]
 pub struct Answers {
+    role: Role,
     runtime: Runtime,
     client: LocalClient,
 }
 
 impl Answers {
+    fn to<Q: Serialize>(role: Role, socket: &Path, question: &Q) -> Result<Self, Failure> {
+        let runtime = runtime::on_this_thread()?;
+        let client = runtime.block_on(async {
+            let mut client = LocalClient::connect(socket).await?;
+            client.ask(question).await?;
+            Ok(client)
+        });
+        let client = client.map_err(|error| unanswered(role, &error))?;
+        Ok(Self { role, runtime, client })
+    }
+
     /// The next answer, or none when the daemon hung up.
     ///
     /// # Errors
     /// When the daemon says no.
     pub fn next_answer<A: DeserializeOwned>(&mut self) -> Result<Option<A>, Failure> {
-        let reply: Option<Reply<A>> = self.runtime.block_on(self.client.next()).map_err(failure)?;
-        match reply {
+        let reply: Result<Option<Reply<A>>, _> = self.runtime.block_on(self.client.next());
+        match reply.map_err(|error| unanswered(self.role, &error))? {
             None => Ok(None),
             Some(Reply::Ok(answer)) => Ok(Some(answer)),
-            Some(Reply::Error(refusal)) => {
-                let failure = Failure::new(refusal.error).code(refusal.code);
-                Err(match refusal.help {
-                    Some(help) => failure.help(help),
-                    None => failure,
-                })
-            }
+            Some(Reply::Error(refusal)) => Err(refusal.into()),
         }
     }
 }
 
-/// A runtime for one command.
-///
-/// # Errors
-/// When the kernel gives none.
-pub(super) fn runtime() -> Result<Runtime, Failure> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new("cannot start").cause(error))
+fn running(role: Role) -> &'static str {
+    match role {
+        Role::Node => "the running node",
+        Role::Server => "the running server",
+    }
 }
 
-/// How a failed local socket is told.
-pub(super) fn failure(error: LocalError) -> Failure {
-    let text = error.to_string();
+fn log(role: Role) -> &'static str {
+    match role {
+        Role::Node => "journalctl -u overlay",
+        Role::Server => "journalctl -u overlay-server",
+    }
+}
+
+/// Why a daemon gives no answer.
+fn unanswered(role: Role, error: &LocalError) -> Failure {
     match error {
-        LocalError::NotRunning { path } => Failure::new("overlay does not run on this machine")
-            .cause(format!("nobody listens on {}", path.display()))
-            .help(
-                "sudo overlay up (or sudo systemctl start overlay); after a first install: \
-                 sudo overlay up JOINLINE",
-            )
-            .code(NOT_RUNNING),
-        LocalError::Permission { path, source } => {
-            Failure::new("no permission to talk to the running overlay")
-                .cause(format!("{}: {source}", path.display()))
-                .help("use sudo, or become a member of the group \"overlay\"")
-                .code(PERMISSION)
+        LocalError::NotRunning { path } => {
+            let (error, help) = match role {
+                Role::Node => (
+                    "overlay does not run on this machine",
+                    "sudo overlay up (as a service: sudo systemctl start overlay); on a machine \
+                     that is new here: sudo overlay up JOINLINE",
+                ),
+                Role::Server => (
+                    "no server runs on this machine",
+                    "overlay server (as a service: sudo systemctl start overlay-server); one \
+                     that runs elsewhere on this machine is named with --socket PATH",
+                ),
+            };
+            let cause = format!("nobody listens on {}", path.display());
+            Failure::new(error, cause, help).code(NOT_RUNNING)
         }
+        LocalError::Permission { path, source } => Failure::new(
+            format!("this user may not talk to {}", running(role)),
+            format!("no permission to use {}: {source}", path.display()),
+            "type the same command with sudo, or become a member of the socket's group: \
+             sudo usermod -aG overlay USER",
+        )
+        .code(PERMISSION),
+        LocalError::NotUnderstood { .. } => Failure::caused_by(
+            format!("{} gives an answer that makes no sense", running(role)),
+            error,
+            "restart it, if this program was replaced since it was started; else look at its \
+             version: overlay version",
+        ),
         LocalError::AlreadyRunning { .. }
         | LocalError::NotASocket { .. }
         | LocalError::Io { .. }
-        | LocalError::NotUnderstood { .. }
-        | LocalError::TimedOut => Failure::new("the running overlay does not answer").cause(text),
+        | LocalError::TimedOut => Failure::caused_by(
+            format!("{} does not answer", running(role)),
+            error,
+            format!("look at what it says: {}", log(role)),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_does_not_run_is_named_by_its_role() {
+        let error = LocalError::NotRunning { path: "/run/overlay/x.sock".into() };
+        let node = unanswered(Role::Node, &error);
+        let server = unanswered(Role::Server, &error);
+        for failure in [&node, &server] {
+            assert_eq!(failure.exit_code(), NOT_RUNNING);
+            assert!(failure.to_string().contains("\ncause: nobody listens on /run/overlay/x.sock"));
+        }
+        assert!(node.to_string().contains("sudo overlay up"), "{node}");
+        assert!(server.to_string().contains("help: overlay server"), "{server}");
     }
 }

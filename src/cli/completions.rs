@@ -3,7 +3,7 @@
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 
-use super::{Cli, Done};
+use super::{Cli, Done, print};
 
 /// Arguments of `overlay completions`.
 #[derive(Debug, Clone, Args)]
@@ -17,8 +17,9 @@ pub struct CompletionsArgs {
 /// Runs it.
 ///
 /// # Errors
-/// Never.
+/// When stdout is gone.
 pub fn run(args: &CompletionsArgs) -> Done {
-    clap_complete::generate(args.shell, &mut Cli::command(), "overlay", &mut std::io::stdout());
-    Ok(())
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "overlay", &mut script);
+    print::line(String::from_utf8_lossy(&script).trim_end())
 }

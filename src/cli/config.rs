@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::fail::{Failure, USAGE};
+use super::fail::{self, Failure};
 use super::{Done, print};
 use crate::config::node::NodeConfig;
 use crate::config::server::ServerConfig;
@@ -51,13 +51,60 @@ fn check(file: &Path) -> Result<&'static str, ConfigError> {
 }
 
 /// How a wrong configuration file is told.
+///
+/// For every command that reads one.
 pub(super) fn failure(error: &ConfigError) -> Failure {
-    let failure = Failure::new("the configuration file cannot be used").cause(error).code(USAGE);
-    match error {
-        ConfigError::Missing { .. } => failure.help("give another --config, or leave it out"),
-        ConfigError::File(_) => failure,
+    let (code, help) = match error {
+        ConfigError::Missing { .. } => (
+            fail::USAGE,
+            "correct the path, or leave the file out: every setting has a default".into(),
+        ),
+        ConfigError::File(error) if error.is_permission() => (
+            fail::PERMISSION,
+            "type the same command with sudo, or let the user that runs this read the file".into(),
+        ),
+        ConfigError::File(_) => (
+            fail::FAILED,
+            "name a file that can be read, or none: every setting has a default".into(),
+        ),
         ConfigError::Content { place, .. } => {
-            failure.help(format!("edit it, then: overlay config check {}", place.path.display()))
+            let path = place.path.display();
+            (fail::USAGE, format!("edit line {}, then: overlay config check {path}", place.line))
         }
+    };
+    Failure::caused_by("the configuration file cannot be used", error, help).code(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::io::files::FileError;
+
+    #[test]
+    fn a_file_that_may_not_be_read_is_a_matter_of_rights() {
+        let failure_of = |kind: io::ErrorKind| {
+            let path = "/root/node.toml".into();
+            failure(&FileError::Io { action: "read", path, source: kind.into() }.into())
+        };
+        let denied = failure_of(io::ErrorKind::PermissionDenied);
+        assert_eq!(denied.exit_code(), fail::PERMISSION);
+        assert!(denied.to_string().contains("cause: cannot read /root/node.toml"), "{denied}");
+        assert!(denied.to_string().contains("with sudo"), "{denied}");
+        assert_eq!(failure_of(io::ErrorKind::IsADirectory).exit_code(), fail::FAILED);
+    }
+
+    #[test]
+    fn a_mistake_is_told_with_its_line_and_the_command_that_checks_it() {
+        let error = config::load::<NodeConfig>(Path::new("node.toml"), "\nmtuu = 1\n").unwrap_err();
+        let failure = failure(&error);
+        assert_eq!(failure.exit_code(), fail::USAGE);
+        let text = failure.to_string();
+        assert!(text.contains("cause: node.toml:2:1: unknown key \"mtuu\""), "{text}");
+        assert!(
+            text.ends_with("help: edit line 2, then: overlay config check node.toml"),
+            "{text}"
+        );
     }
 }

@@ -34,7 +34,9 @@ pub fn run(args: &DownArgs) -> Done {
         }
         std::thread::sleep(STEP);
     }
-    Err(Failure::new("the daemon was told to stop and still runs")
-        .cause(format!("it still answers on {}", path.display()))
-        .help("sudo systemctl status overlay"))
+    Err(Failure::new(
+        "the node was told to stop and still runs",
+        format!("after {} s it still answers on {}", LIMIT.as_secs(), path.display()),
+        "look at what it does: sudo systemctl status overlay",
+    ))
 }

@@ -44,9 +44,12 @@ pub fn run(args: &IpArgs) -> Done {
     };
     let Some((name, _, ipv4, ipv6)) = found else {
         let wanted = args.peer.as_deref().unwrap_or_default();
-        return Err(Failure::new(format!("no peer is called \"{wanted}\""))
-            .help("overlay status lists all peers")
-            .code(UNKNOWN_PEER));
+        return Err(Failure::new(
+            format!("no peer is called \"{wanted}\""),
+            "it is no name, overlay address or id of a node in this network",
+            "overlay status (it lists all peers)",
+        )
+        .code(UNKNOWN_PEER));
     };
     if args.json {
         let (ipv4, ipv6) = (ipv4.into(), ipv6.into());

@@ -1,7 +1,6 @@
 //! `overlay lab`: a small internet on this machine, and commands inside it.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -10,10 +9,11 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
-use super::fail::{Failure, NOT_RUNNING, PERMISSION};
+use super::fail::{Failure, NOT_RUNNING, PERMISSION, USAGE};
+use super::print;
 use crate::io::tun::TunError;
 use crate::lab::nat::{NatKind, UnknownNatKind};
-use crate::lab::{self, ExecRequest, LabOptions, NamespacesForbidden, NoLab};
+use crate::lab::{self, ExecRequest, LabOptions, NamespacesForbidden, NoLab, NoMachine};
 
 /// Arguments of `overlay lab`.
 #[derive(Debug, Clone, Args)]
@@ -90,9 +90,8 @@ pub fn run(args: LabArgs) -> ExitCode {
     match dispatch(args) {
         Ok(code) => code,
         Err(error) => {
-            let failure = failure(error);
-            // Where standard error is closed there is nobody to tell.
-            let _ = writeln!(std::io::stderr().lock(), "{failure}");
+            let failure = failure(&error);
+            print::failure(&failure);
             ExitCode::from(failure.exit_code())
         }
     }
@@ -146,29 +145,44 @@ fn percent(text: &str) -> Result<f64, String> {
     Err(format!("must be from 0 to {HIGHEST_LOSS_PERCENT} percent"))
 }
 
-/// Adds to an error what a person can do about it.
-fn failure(error: anyhow::Error) -> Failure {
-    let mut help = None;
-    let mut code = None;
+/// How a lab that does not work is told.
+fn failure(error: &anyhow::Error) -> Failure {
     for cause in error.chain() {
         if let Some(forbidden) = cause.downcast_ref::<NamespacesForbidden>() {
-            (help, code) = (Some(forbidden.help()), Some(PERMISSION));
-        } else if cause.is::<NoLab>() {
-            let start = "start one in another terminal: overlay lab".to_owned();
-            (help, code) = (Some(start), Some(NOT_RUNNING));
-        } else if let Some(tun) = cause.downcast_ref::<TunError>() {
-            help = tun.help().map(str::to_owned);
+            return Failure::new(forbidden, forbidden.cause(), forbidden.help()).code(PERMISSION);
+        }
+        if let Some(tun) = cause.downcast_ref::<TunError>() {
+            let failure = Failure::caused_by(FAILED_LAB, error.as_ref(), tun.help());
+            let denied = matches!(tun, TunError::NoPermission { .. });
+            return if denied { failure.code(PERMISSION) } else { failure };
+        }
+        if let Some(NoLab { pid }) = cause.downcast_ref::<NoLab>() {
+            let cause = match pid {
+                Some(pid) => format!("process {pid} is no lab that this user has started"),
+                None => "exec runs a command inside a lab that this user has started before".into(),
+            };
+            let help = "start one in another terminal: overlay lab";
+            return Failure::new(error, cause, help).code(NOT_RUNNING);
+        }
+        if let Some(NoMachine { machines, .. }) = cause.downcast_ref::<NoMachine>() {
+            let machine = machines.first().map_or("alice", String::as_str);
+            return Failure::new(
+                error,
+                format!("its machines are {}", machines.join(", ")),
+                format!("overlay lab exec {machine} -- overlay status"),
+            )
+            .code(USAGE);
         }
     }
-    let mut failure = Failure::from(error);
-    if let Some(help) = help {
-        failure = failure.help(help);
-    }
-    match code {
-        Some(code) => failure.code(code),
-        None => failure,
-    }
+    Failure::caused_by(
+        FAILED_LAB,
+        error.as_ref(),
+        "start it without --check, then look inside from another terminal: \
+         overlay lab exec alice -- overlay status",
+    )
 }
+
+const FAILED_LAB: &str = "the lab has failed";
 
 /// A minute one way is beyond any line on earth.
 const LONGEST_DELAY_MS: f64 = 60_000.0;
@@ -218,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_missing_lab_is_told_with_the_command_that_starts_one() {
-        let failure = failure(anyhow::Error::new(NoLab));
+        let failure = failure(&anyhow::Error::new(NoLab { pid: None }));
         assert_eq!(failure.exit_code(), NOT_RUNNING);
         let text = failure.to_string();
         assert!(text.ends_with("help: start one in another terminal: overlay lab"), "{text}");

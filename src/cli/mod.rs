@@ -10,9 +10,12 @@ pub mod lab;
 pub mod netcheck;
 pub mod ping;
 mod print;
+mod runtime;
 pub mod server;
+pub mod service;
 pub mod status;
 pub mod up;
+mod usage;
 pub mod version;
 
 use std::process::ExitCode;
@@ -47,6 +50,7 @@ enum Command {
     Ping(ping::PingArgs),
     Netcheck(netcheck::NetcheckArgs),
     Ip(ip::IpArgs),
+    Service(service::ServiceArgs),
     Lab(lab::LabArgs),
     Config(config::ConfigArgs),
     Completions(completions::CompletionsArgs),
@@ -55,7 +59,11 @@ enum Command {
 
 /// Runs a command; the exit codes are those of [`fail`].
 pub fn run() -> ExitCode {
-    let done = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage::end(&error),
+    };
+    let done = match cli.command {
         // The lab makes namespaces, which must come before any thread.
         Command::Lab(args) => return lab::run(args),
         Command::Server(args) => server::run(args),
@@ -65,6 +73,7 @@ pub fn run() -> ExitCode {
         Command::Ping(args) => ping::run(&args),
         Command::Netcheck(args) => netcheck::run(&args),
         Command::Ip(args) => ip::run(&args),
+        Command::Service(args) => service::run(args),
         Command::Config(args) => config::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Version(args) => version::run(&args),

@@ -81,7 +81,7 @@ pub fn run(args: &PingArgs) -> Done {
         timeout_ms: timeout.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
     })?;
     let (mut sent, mut rtts, mut direct) = (0, Vec::new(), false);
-    let mut last_kind = String::new();
+    let (mut last_kind, mut last_path) = (String::new(), String::new());
     while let Some(Some(line)) = answers.next_answer::<Option<PingLine>>()? {
         sent = line.seq;
         if let Some(rtt_ms) = line.rtt_ms {
@@ -96,6 +96,7 @@ pub fn run(args: &PingArgs) -> Done {
         } else {
             show(&line, &last_kind)?;
         }
+        last_path.clone_from(&line.kind);
         if line.rtt_ms.is_some() {
             last_kind = line.kind;
         }
@@ -121,16 +122,28 @@ pub fn run(args: &PingArgs) -> Done {
         print::line(format!("{sent} sent, {received} received"))?;
     }
     if received == 0 {
-        return Err(Failure::new(format!("{} does not reply", args.peer))
-            .help("overlay status shows whether it is online, and the path to it")
-            .code(NO_REPLY));
+        return Err(no_reply(&args.peer, sent, &last_path));
     }
     if args.until_direct && !direct {
-        return Err(Failure::new(format!("{} replies, but only through the relay", args.peer))
-            .help("overlay netcheck, here and there, says what the NATs allow")
-            .code(ONLY_RELAYED));
+        return Err(Failure::new(
+            format!("{} replies, but only through the relay", args.peer),
+            format!("in {sent} pings no direct path came up between the two NATs"),
+            "overlay netcheck (here and there: it says what each NAT allows)",
+        )
+        .code(ONLY_RELAYED));
     }
     Ok(())
+}
+
+fn no_reply(peer: &str, sent: u64, path: &str) -> Failure {
+    let cause = match (sent, path) {
+        (0, _) => "the time was over before the first ping".into(),
+        (_, "offline") => format!("it is offline: {sent} pings, and no path to send them on"),
+        (1, path) => format!("one ping got lost (path: {path})"),
+        (_, path) => format!("all {sent} pings got lost (path: {path})"),
+    };
+    let help = "overlay status (it shows whether the peer is online, and the path to it)";
+    Failure::new(format!("{peer} does not reply"), cause, help).code(NO_REPLY)
 }
 
 fn show(line: &PingLine, last_kind: &str) -> Done {

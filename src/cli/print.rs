@@ -10,25 +10,54 @@ use super::fail::Failure;
 
 /// Writes a line of data.
 pub(super) fn line(text: impl std::fmt::Display) -> Done {
-    let mut out = std::io::stdout().lock();
-    match writeln!(out, "{text}").and_then(|()| out.flush()) {
-        Ok(()) => Ok(()),
+    match write(text) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        Err(error) => Err(Failure::new("cannot write to standard output").cause(error)),
+        written => written.map_err(|error| unwritable(&error)),
     }
+}
+
+/// Writes a line of data that a daemon has to tell; it goes on when nobody reads it.
+pub(super) fn line_of_daemon(text: impl std::fmt::Display) -> Done {
+    match write(text) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.map_err(|error| unwritable(&error)),
+    }
+}
+
+fn write(text: impl std::fmt::Display) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{text}").and_then(|()| out.flush())
+}
+
+fn unwritable(error: &std::io::Error) -> Failure {
+    Failure::caused_by(
+        "the result cannot be written to standard output",
+        error,
+        "look at where the output goes (a full disk: df -h), then type the command again",
+    )
+}
+
+/// Tells people on stderr what programs do not want to read.
+pub(super) fn hint(text: impl std::fmt::Display) {
+    // When stderr is closed nobody misses it.
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
 /// Writes a value as one line of JSON.
 pub(super) fn json(value: &impl Serialize) -> Done {
-    let text = serde_json::to_string(value)
-        .map_err(|error| Failure::new("cannot be written as JSON").cause(error))?;
+    let text = serde_json::to_string(value).map_err(|error| {
+        Failure::caused_by(
+            "the result cannot be written as JSON",
+            &error,
+            "type the command without --json",
+        )
+    })?;
     line(text)
 }
 
 /// Writes how a command failed.
 pub(super) fn failure(failure: &Failure) {
-    // When stderr is gone too, there is nobody to tell.
-    let _ = writeln!(std::io::stderr().lock(), "{failure}");
+    hint(failure);
 }
 
 /// A table of plain aligned columns, easy on `grep` and `awk`.

@@ -2,7 +2,8 @@
 
 mod admin;
 
-use std::io::{self, Write};
+use std::fmt::Display;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -10,13 +11,14 @@ use clap::{Args, Subcommand};
 use tracing::info;
 
 use super::fail::{self, Failure};
+use super::{config as config_command, print, runtime};
 use crate::config::paths::{Paths, Role};
 use crate::config::server::ServerConfig;
-use crate::config::{self, ConfigError, Wanted};
+use crate::config::{self, Wanted};
 use crate::daemon::server::{Options, StartError, start};
+use crate::io::files::FileError;
 use crate::io::local::LocalError;
 use crate::store::StoreError;
-use crate::store::files::FileError;
 use crate::wire::join::ServerAddr;
 
 /// Run the server of a network, or manage the nodes of the one that runs.
@@ -88,6 +90,14 @@ pub fn run(args: ServerArgs) -> Result<(), Failure> {
     }
 }
 
+/// Prints a join line if nobody has joined the running server yet; returns whether it did.
+///
+/// # Errors
+/// When the server cannot be asked.
+pub(super) fn first_invite(socket: &std::path::Path) -> Result<bool, Failure> {
+    admin::first_invite(socket)
+}
+
 /// Where the running server's socket is, if nobody says so on the command line.
 fn socket_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
     let config = match file {
@@ -99,14 +109,7 @@ fn socket_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
 }
 
 fn load(file: &std::path::Path, wanted: Wanted) -> Result<ServerConfig, Failure> {
-    config::load_file(file, wanted).map_err(|error| {
-        let code = match &error {
-            ConfigError::File(error) if error.is_permission() => fail::PERMISSION,
-            ConfigError::File(_) => fail::FAILED,
-            ConfigError::Missing { .. } | ConfigError::Content { .. } => fail::USAGE,
-        };
-        Failure::new("cannot use the configuration").cause(error).code(code)
-    })
+    config::load_file(file, wanted).map_err(|error| config_command::failure(&error))
 }
 
 fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
@@ -126,98 +129,90 @@ fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
         network_ipv6: config.network_ipv6,
     };
     crate::telemetry::start();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new("cannot start").cause(error))?;
-    runtime.block_on(serve(options))
+    runtime::on_all_cores()?.block_on(serve(options))
 }
 
 async fn serve(options: Options) -> Result<(), Failure> {
     let server = start(options.clone()).await.map_err(|error| explain(&error, &options))?;
     if let Some(line) = server.first_join_line() {
         info!("nobody has joined yet: the join line on stdout lets one node in, within one hour");
-        info!("type on that machine: sudo overlay up JOINLINE");
-        say(line.expose())?;
+        info!("type on that machine: sudo overlay up JOINLINE; new lines: overlay server invite");
+        print::line_of_daemon(line.expose())?;
     }
     server.run_until_signal().await.map_err(|error| explain(&error, &options))
 }
 
-/// Prints a line to stdout. Who does not want to read it any more is no failure.
-fn say(line: &str) -> Result<(), Failure> {
-    let mut stdout = io::stdout().lock();
-    match writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::new("cannot write to stdout").cause(error))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Why a server does not start, and what to type next.
 fn explain(error: &StartError, options: &Options) -> Failure {
-    let failure = Failure::new("the server cannot start").cause(error);
+    let failure = |help: &dyn Display| Failure::caused_by("the server cannot start", error, help);
     match error {
-        StartError::Listen { address, source, .. } => listen_failure(failure, *address, source),
+        StartError::Listen { address, source, .. } => failure(&listen_help(*address, source)),
         StartError::Store(StoreError::File(error)) | StartError::File(error) => {
-            file_failure(failure, error)
+            failure(&file_help(error))
         }
         StartError::Store(StoreError::Damaged { path, .. } | StoreError::Foreign { path }) => {
-            failure.help(format!("restore {} from a backup; it was not changed", path.display()))
+            failure(&format_args!("restore {} from a backup; it was not changed", path.display()))
         }
         StartError::Store(StoreError::Newer { .. }) => {
-            failure.help("install the newer version again; the store was not changed")
+            failure(&"install the newer version again; the store was not changed")
         }
-        StartError::StoreLost { key, .. } => failure.help(format!(
+        StartError::Store(StoreError::Conflict { .. } | StoreError::Database(_)) => failure(
+            &format_args!("look at the disk of the store: df -h {}", options.state_dir.display()),
+        ),
+        StartError::StoreLost { key, .. } => failure(&format_args!(
             "restore the store from a backup; to start a new network instead, remove {}",
             key.display()
         )),
         StartError::KeyLost { .. } => {
-            failure.help("restore the key from a backup: every node trusts this key and no other")
+            failure(&"restore the key from a backup: every node trusts this key and no other")
         }
-        StartError::Local(LocalError::AlreadyRunning { .. }) => failure.help(
-            "a server runs already: ask it with `overlay server nodes`, or choose another --socket",
+        StartError::Local(LocalError::AlreadyRunning { .. }) => failure(
+            &"a server runs already: ask it with `overlay server nodes`, or choose another --socket",
         ),
-        StartError::Local(LocalError::Permission { .. }) => failure
-            .code(fail::PERMISSION)
-            .help("run it with sudo, or choose another place with --socket"),
-        StartError::Range(_) | StartError::RangeFixed { .. } => failure
-            .code(fail::USAGE)
-            .help("change or remove the keys `network` and `network-ipv6` in the configuration"),
-        StartError::Record { .. } => failure.help(format!(
+        StartError::Local(LocalError::NotASocket { path }) => failure(&format_args!(
+            "look at it: ls -l {}; or choose another --socket",
+            path.display()
+        )),
+        StartError::Local(_) => failure(&"run it with sudo, or choose another place with --socket"),
+        StartError::Range(_) | StartError::RangeFixed { .. } => {
+            failure(&"change or remove `network` and `network-ipv6` in the configuration")
+                .code(fail::USAGE)
+        }
+        StartError::Record { .. } => failure(&format_args!(
             "restore {} from a backup",
             options.state_dir.join("server.db").display()
         )),
-        StartError::Store(_) | StartError::Local(_) | StartError::System { .. } => failure,
+        StartError::System { .. } => {
+            failure(&"see how many threads and open files are allowed: ulimit -u -n")
+        }
     }
 }
 
-fn listen_failure(failure: Failure, address: SocketAddr, source: &io::Error) -> Failure {
+fn listen_help(address: SocketAddr, source: &io::Error) -> String {
     match source.kind() {
-        io::ErrorKind::AddrInUse => failure.help(format!(
-            "see who has the port with `ss -tulpn 'sport = :{}'`, or choose another with --listen",
+        io::ErrorKind::AddrInUse => format!(
+            "see who has the port: sudo ss -tulpn 'sport = :{}'; or choose another with --listen",
             address.port()
-        )),
-        io::ErrorKind::PermissionDenied => failure
-            .code(fail::PERMISSION)
-            .help("run it with sudo, or choose a port above 1023 with --listen"),
-        io::ErrorKind::AddrNotAvailable => failure.help(format!(
-            "{} is no address of this machine; list them with `ip addr`",
+        ),
+        io::ErrorKind::PermissionDenied => {
+            "run it with sudo, or choose a port above 1023 with --listen".into()
+        }
+        _ => format!(
+            "see whether {} is an address of this machine: ip addr; choose one with --listen",
             address.ip()
-        )),
-        _ => failure,
+        ),
     }
 }
 
-fn file_failure(failure: Failure, error: &FileError) -> Failure {
+fn file_help(error: &FileError) -> String {
     match error {
-        FileError::Locked { .. } => failure.help(
-            "a server runs already: ask it with `overlay server nodes`, or choose another --state-dir",
-        ),
-        FileError::TooOpen { path, .. } => failure.help(format!("chmod 600 {}", path.display())),
-        _ if error.is_permission() => failure
-            .code(fail::PERMISSION)
-            .help("run it with sudo, or choose another place with --state-dir"),
-        _ => failure,
+        FileError::Locked { .. } => "a server runs already: ask it with `overlay server nodes`, \
+                                     or choose another --state-dir"
+            .into(),
+        FileError::TooOpen { path, .. } => format!("sudo chmod 600 {}", path.display()),
+        FileError::TooLarge { path } => {
+            format!("restore {} from a backup; it was not changed", path.display())
+        }
+        FileError::Io { .. } => "run it with sudo, or choose another place with --state-dir".into(),
     }
 }

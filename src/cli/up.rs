@@ -1,30 +1,38 @@
 //! `overlay up`: runs a node in the foreground; systemd starts the same.
 
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use zeroize::Zeroizing;
 
-use super::ask::runtime;
-use super::fail::{Failure, NOT_ENROLLED, PERMISSION};
-use super::{Done, config as config_command};
+use super::fail::{Failure, NOT_ENROLLED, PERMISSION, USAGE, is_denied};
+use super::{Done, config as config_command, runtime};
 use crate::config::node::NodeConfig;
 use crate::config::paths::{Paths, Role};
 use crate::config::{self, Wanted};
-use crate::daemon::node::{Ended, NodeOptions, Offloads, StartError, run as run_node};
+use crate::daemon::node::{
+    Ended, InterfaceError, NodeOptions, Offloads, StartError, StateError, run as run_node,
+};
+use crate::io::files::FileError;
 use crate::io::link::ConnectError;
+use crate::io::local::LocalError;
 use crate::io::tun::TunError;
 use crate::node::{Node, NodeSettings};
 use crate::telemetry;
 use crate::types::NodeName;
 use crate::wire::control::RefusedCode;
-use crate::wire::join::JoinLine;
+use crate::wire::join::{JoinError, JoinLine};
 
 const DEFAULT_INTERFACE: &str = "overlay0";
 /// The IPv6 minimum; fits every path with all headers on top.
 const DEFAULT_MTU: u16 = 1280;
+const MTU_RANGE: &str = "it has to be 1280 to 9000: IPv6 needs 1280, and no link carries over 9000";
+const REKEY_RANGE: &str = "it has to be 5 to 120: a new key each so many seconds";
+/// How a machine gets in.
+const NEW_LINE: &str =
+    "on the server: overlay server invite, then on this machine: sudo overlay up JOINLINE";
 
 /// Arguments of `overlay up`.
 #[derive(Debug, Clone, Args)]
@@ -81,20 +89,23 @@ pub fn run(args: UpArgs) -> Done {
     let options = options(args)?;
     telemetry::start();
     let enrol_only = options.enrol_only;
-    let end = runtime()?.block_on(Box::pin(run_node(options, move |node| ready(node, enrol_only))));
+    let end = runtime::on_this_thread()?
+        .block_on(Box::pin(run_node(options, move |node| ready(node, enrol_only))));
     // Nobody is told when there is no service manager.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     match end {
         Ok(Ended::Stopped) => Ok(()),
-        Ok(Ended::Removed) => Err(Failure::new("this machine was removed from its network")
-            .cause("the server does not know it any more")
-            .help("ask for a new join line, then: sudo overlay up JOINLINE")
-            .code(NOT_ENROLLED)),
+        Ok(Ended::Removed) => Err(Failure::new(
+            "this machine was removed from its network",
+            "the server says that it is not a member any more",
+            NEW_LINE,
+        )
+        .code(NOT_ENROLLED)),
         Err(StartError::AlreadyRunning { socket }) => {
             tracing::info!(socket = %socket.display(), "overlay already runs on this machine");
             Ok(())
         }
-        Err(error) => Err(failure(error)),
+        Err(error) => Err(failure(&error)),
     }
 }
 
@@ -128,16 +139,12 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         None => defaults.rekey_after,
         Some(seconds @ 5..=120) => Duration::from_secs(u64::from(seconds)),
         Some(seconds) => {
-            return Err(Failure::usage(format!("rekey-after-s = {seconds} cannot be used"))
-                .cause("keys are renewed after 5 to 120 seconds")
-                .help(format!("edit {}", path.display())));
+            return Err(unusable(&path, format!("rekey-after-s = {seconds}"), REKEY_RANGE));
         }
     };
     let mtu = args.mtu.or(file.mtu).unwrap_or(DEFAULT_MTU);
     if !(1280..=9000).contains(&mtu) {
-        return Err(Failure::usage(format!("mtu = {mtu} cannot be used"))
-            .cause("IPv6 needs 1280, and no underlay carries more than 9000")
-            .help(format!("edit {}", path.display())));
+        return Err(unusable(&path, format!("mtu = {mtu}"), MTU_RANGE));
     }
     let listen_port = args.listen_port.or(file.listen_port);
     Ok(NodeOptions {
@@ -164,131 +171,195 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
     })
 }
 
+fn unusable(file: &Path, setting: String, range: &str) -> Failure {
+    let error = format!("the setting {setting} cannot be used");
+    Failure::new(error, range, format!("edit {}, then: sudo overlay up", file.display()))
+        .code(USAGE)
+}
+
 /// Reads a join line from the argument, a file or standard input.
 pub(super) fn join_line(argument: &str) -> Result<JoinLine, Failure> {
     let text = if argument == "-" {
         let mut text = Zeroizing::new(String::new());
         std::io::stdin().lock().take(64 * 1024).read_to_string(&mut text).map_err(|error| {
-            Failure::new("cannot read the join line from standard input").cause(error)
+            Failure::caused_by(
+                "the join line cannot be read from standard input",
+                &error,
+                "overlay server invite | ssh MACHINE sudo overlay up -",
+            )
         })?;
         text
     } else if let Some(path) = argument.strip_prefix("file:") {
         std::fs::read_to_string(path).map(Zeroizing::new).map_err(|error| {
-            Failure::new("cannot read the file with the join line")
-                .cause(format!("{path}: {error}"))
-                .help("file:PATH names a file that holds the join line and nothing else")
+            let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+            Failure::new(
+                "the file with the join line cannot be read",
+                format!("{path}: {error}"),
+                "sudo overlay up file:PATH (PATH is a file that holds the join line and nothing \
+                 else)",
+            )
+            .code(if denied { PERMISSION } else { USAGE })
         })?
     } else {
         Zeroizing::new(argument.to_string())
     };
-    text.parse().map_err(|error| {
-        Failure::new("this is no join line")
-            .cause(error)
-            .help("copy the whole line that `overlay server invite` prints; it is one word")
+    text.parse().map_err(|error: JoinError| {
+        Failure::caused_by(
+            "this is no join line",
+            &error,
+            "copy the whole line that `overlay server invite` prints on the server; it is one word",
+        )
+        .code(USAGE)
     })
 }
 
 /// How a node that does not start says so.
-fn failure(error: StartError) -> Failure {
-    use crate::daemon::node::InterfaceError;
-    let new_line = "on the server: overlay server invite, then here: sudo overlay up JOINLINE";
-    let denied = permission_denied(&error);
-    let text = error.to_string();
+fn failure(error: &StartError) -> Failure {
+    let denied = permission_denied(error);
     let failure = match error {
-        StartError::NotEnrolled => Failure::new(text)
-            .cause("there is no join line, and no enrolment in the state directory")
-            .help(new_line)
-            .code(NOT_ENROLLED),
-        StartError::OtherNetwork { .. } => Failure::new(text)
-            .cause("one state directory holds one membership")
-            .help("use another --state-dir, --socket and --interface, or remove the old state"),
-        StartError::Connect(error) => connect_failure(&error),
-        StartError::Refused { code, message } => refused(code, message),
-        StartError::NoAnswer => Failure::new("the server did not let this machine in")
-            .cause(text)
-            .help("look at the server's log; then try again"),
-        StartError::PortTaken { port } => Failure::new(text)
-            .cause(format!("port {port} was asked for with --listen-port or in the configuration"))
-            .help("choose another port, or leave it out to get a free one"),
-        StartError::Interface(InterfaceError::Tun(error)) => {
-            let help = error.help().unwrap_or("see the log of the kernel: dmesg");
-            let code = if matches!(error, TunError::NoPermission { .. }) { PERMISSION } else { 1 };
-            Failure::new("the network interface cannot be made").cause(error).help(help).code(code)
+        StartError::NotEnrolled => Failure::new(
+            error,
+            "there is no join line, and no enrolment in the state directory",
+            NEW_LINE,
+        )
+        .code(NOT_ENROLLED),
+        StartError::OtherNetwork { .. } => Failure::new(
+            "this machine is in another network already",
+            error,
+            "sudo overlay up (stays in that one); to be in both, give this one a --state-dir, \
+             --socket and --interface of its own",
+        ),
+        StartError::Connect(error) => connect_failure(error),
+        StartError::Refused { code, message } => refused(*code, message),
+        StartError::NoAnswer => Failure::new(NOT_LET_IN, error, SERVER_LOG),
+        StartError::PortTaken { port } => Failure::new(
+            error,
+            format!("port {port} was asked for with --listen-port or in the configuration"),
+            format!(
+                "choose another port, or none to get a free one; who has this one: \
+                 sudo ss -ulpn 'sport = :{port}'"
+            ),
+        ),
+        StartError::Interface(error) => interface_failure(error),
+        StartError::Local(LocalError::NotASocket { path }) => Failure::caused_by(
+            LOCAL_SOCKET,
+            error,
+            format!("look at it: ls -l {}; or choose another --socket", path.display()),
+        ),
+        StartError::Local(error) => Failure::caused_by(
+            LOCAL_SOCKET,
+            error,
+            "run it with sudo, or give --socket a place that this user may write to",
+        ),
+        StartError::State(StateError::Damaged { path, .. }) => Failure::caused_by(
+            STATE,
+            error,
+            format!("restore {} from a backup, or remove it and join anew", path.display()),
+        ),
+        StartError::State(StateError::File(FileError::Locked { .. })) => Failure::caused_by(
+            STATE,
+            error,
+            "stop the other node (sudo overlay down), or choose another --state-dir",
+        ),
+        StartError::State(StateError::File(FileError::TooOpen { path, .. })) => {
+            Failure::caused_by(STATE, error, format!("sudo chmod 600 {}", path.display()))
         }
-        StartError::Interface(InterfaceError::Conflict(conflict)) => {
-            Failure::new("the overlay's addresses are in use on this machine").cause(conflict).help(
-                "remove that local route or address, or give the network another range: \
-                 `network = \"10.x.y.0/20\"` in the server's configuration before the first node \
-                 joins",
-            )
-        }
-        StartError::Interface(InterfaceError::Netlink(error)) => {
-            Failure::new("the network interface cannot be configured")
-                .cause(error)
-                .help("run it with sudo; in a container add --cap-add NET_ADMIN")
-        }
-        error @ (StartError::Local(_)
-        | StartError::State(_)
-        | StartError::Io { .. }
-        | StartError::AlreadyRunning { .. }) => Failure::from(anyhow::Error::from(error)).help(
-            "run it with sudo, or give --state-dir and --socket in a place that you may write to",
+        StartError::State(error) => Failure::caused_by(
+            STATE,
+            error,
+            "run it with sudo, or give --state-dir a place that this user may write to",
+        ),
+        StartError::Io { .. } => Failure::caused_by(
+            "the node cannot start",
+            error,
+            "see how many threads and open files are allowed: ulimit -u -n",
+        ),
+        StartError::AlreadyRunning { socket } => Failure::new(
+            "overlay already runs on this machine",
+            format!("it answers on {}", socket.display()),
+            "overlay status",
         ),
     };
     if denied { failure.code(PERMISSION) } else { failure }
 }
 
-fn permission_denied(error: &StartError) -> bool {
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = source {
-        let kernel = error.downcast_ref::<std::io::Error>();
-        if kernel.is_some_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied) {
-            return true;
-        }
-        source = error.source();
-    }
+const NOT_LET_IN: &str = "the server did not let this machine in";
+const SERVER_LOG: &str = "look at what the server says (on it: journalctl -u overlay-server), then \
+                          try again";
+const LOCAL_SOCKET: &str = "the socket for the other commands cannot be made";
+const STATE: &str = "the state directory cannot be used";
+
+fn interface_failure(error: &InterfaceError) -> Failure {
     match error {
-        StartError::Local(crate::io::local::LocalError::Permission { .. }) => true,
-        StartError::Interface(crate::daemon::node::InterfaceError::Netlink(error)) => {
+        InterfaceError::Tun(error) => {
+            Failure::caused_by("the network interface cannot be made", error, error.help())
+        }
+        InterfaceError::Conflict(conflict) => Failure::new(
+            "the overlay's addresses are in use on this machine",
+            conflict,
+            "remove that local route or address; or, before the first node joins, give the \
+             network another range in the server's configuration: network = \"10.x.y.0/20\"",
+        ),
+        InterfaceError::Netlink(error) => Failure::caused_by(
+            "the network interface cannot be configured",
+            error,
+            "run it with sudo; in a container add --cap-add NET_ADMIN",
+        ),
+    }
+}
+
+/// Some parts of the kernel have numbers of their own for it.
+fn permission_denied(error: &StartError) -> bool {
+    match error {
+        StartError::Interface(InterfaceError::Tun(TunError::NoPermission { .. })) => true,
+        StartError::Interface(InterfaceError::Netlink(error)) => {
             error.kernel_error() == Some(nix::errno::Errno::EPERM)
         }
-        _ => false,
+        _ => is_denied(error),
     }
 }
 
 fn connect_failure(error: &ConnectError) -> Failure {
     let help = match error {
         ConnectError::WrongKey { .. } => {
-            "the join line is from another server, or the server was set up anew: get a new one \
-             with overlay server invite"
+            "the line is of another server, or this server was set up anew; get a new line on it: \
+             overlay server invite"
         }
         ConnectError::NotOurProtocol { .. } => {
-            "another program listens there: check address and port of the server \
-             (overlay server --public-addr)"
+            "another program listens there; tell the server its own address and port, then make a \
+             new line: overlay server --public-addr HOST:PORT"
         }
-        ConnectError::Resolve { .. } => "check the server's name and this machine's DNS",
+        ConnectError::Resolve { host, .. } => {
+            return Failure::caused_by(
+                NO_CONNECTION,
+                error,
+                format!("check the name and this machine's DNS: getent hosts {host}"),
+            );
+        }
         ConnectError::Unreachable { .. }
         | ConnectError::TimedOut { .. }
         | ConnectError::Closed { .. } => {
-            "check that the server runs, and that its TCP port is open in its firewall"
+            "check that the server runs (on it: overlay server nodes), and that its TCP port is \
+             open in its firewall"
         }
     };
-    Failure::new("cannot connect to the server").cause(error).help(help)
+    Failure::caused_by(NO_CONNECTION, error, help)
 }
 
-fn refused(code: RefusedCode, message: String) -> Failure {
+const NO_CONNECTION: &str = "this machine cannot connect to the server";
+
+fn refused(code: RefusedCode, message: &str) -> Failure {
     let help = match code {
-        RefusedCode::NetworkFull => "remove nodes that are gone: overlay server remove NODE",
-        RefusedCode::Version => "install the same version here and on the server",
-        RefusedCode::Unavailable | RefusedCode::Replaced | RefusedCode::BadRequest => {
-            "look at the server's log; then try again"
-        }
+        RefusedCode::NetworkFull => "on the server, remove nodes: overlay server remove NODE",
+        RefusedCode::Version => "install the same version here and on the server: overlay version",
+        RefusedCode::Unavailable | RefusedCode::Replaced | RefusedCode::BadRequest => SERVER_LOG,
         RefusedCode::NotAccepted
         | RefusedCode::InviteExpired
         | RefusedCode::InviteUsedUp
         | RefusedCode::InviteRevoked
         | RefusedCode::NotMember
-        | RefusedCode::WrongNetwork => "get a new join line, on the server: overlay server invite",
+        | RefusedCode::WrongNetwork => NEW_LINE,
     };
-    let failure = Failure::new("the server did not let this machine in").cause(message).help(help);
+    let failure = Failure::new(NOT_LET_IN, message, help);
     if code == RefusedCode::NotMember { failure.code(NOT_ENROLLED) } else { failure }
 }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
-use crate::store::files::{self, FileError};
+use crate::io::files::{self, FileError};
 
 /// Why a configuration file cannot be used.
 #[derive(Debug, thiserror::Error)]

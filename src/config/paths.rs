@@ -33,17 +33,21 @@ pub struct Paths {
 }
 
 impl Paths {
-    /// The places for the user that runs this process.
+    /// The places for the user that runs this process, or those that a service manager gives it.
     #[must_use]
     pub fn of(role: Role) -> Self {
-        if nix::unistd::geteuid().is_root() {
+        let variable = |name: &str| std::env::var_os(name);
+        let paths = if nix::unistd::geteuid().is_root() {
             Self::of_system(role)
         } else {
-            Self::of_user(role, |name| std::env::var_os(name))
-        }
+            Self::of_user(role, variable)
+        };
+        paths.within_service(role, variable)
     }
 
-    fn of_system(role: Role) -> Self {
+    /// The places of root and of the services.
+    #[must_use]
+    pub fn of_system(role: Role) -> Self {
         let word = role.word();
         Self {
             state_dir: format!("/var/lib/overlay/{word}").into(),
@@ -64,6 +68,20 @@ impl Paths {
             state_dir: state.join("overlay").join(word),
             socket: runtime.join("overlay").join(format!("{word}.sock")),
             config: config.join("overlay").join(format!("{word}.toml")),
+        }
+    }
+
+    /// A service has a user without a home and may write to few places; systemd names the ones of
+    /// its unit in these variables (`StateDirectory=` and its like in systemd.exec(5)).
+    fn within_service(self, role: Role, variable: impl Fn(&str) -> Option<OsString>) -> Self {
+        let word = role.word();
+        let given = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        Self {
+            state_dir: given("STATE_DIRECTORY").unwrap_or(self.state_dir),
+            socket: given("RUNTIME_DIRECTORY")
+                .map_or(self.socket, |dir| dir.join(format!("{word}.sock"))),
+            config: given("CONFIGURATION_DIRECTORY")
+                .map_or(self.config, |dir| dir.join(format!("{word}.toml"))),
         }
     }
 
@@ -93,5 +111,18 @@ mod tests {
         assert_eq!(user.state_dir, PathBuf::from("/home/ann/.local/state/overlay/server"));
         assert_eq!(user.socket, PathBuf::from("/run/user/1000/overlay/server.sock"));
         assert_eq!(user.config, PathBuf::from("/home/ann/.config/overlay/server.toml"));
+    }
+
+    #[test]
+    fn a_service_has_the_systems_places_whoever_its_user_is() {
+        let user = Paths::of_user(Role::Node, |_| None);
+        let service = user.clone().within_service(Role::Node, |name| match name {
+            "STATE_DIRECTORY" => Some("/var/lib/overlay/node".into()),
+            "RUNTIME_DIRECTORY" => Some("/run/overlay".into()),
+            "CONFIGURATION_DIRECTORY" => Some("/etc/overlay".into()),
+            _ => None,
+        });
+        assert_eq!(service, Paths::of_system(Role::Node));
+        assert_eq!(user.clone().within_service(Role::Node, |_| None), user);
     }
 }

@@ -27,11 +27,11 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
+use crate::io::files::FileError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
-use crate::store::files::FileError;
 use crate::types::{DropCounters, RangeError};
 use crate::wire::join::ServerAddr;
 use addresses::Advertised;
@@ -132,6 +132,7 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct RunningServer {
     listening: Vec<SocketAddr>,
+    advertised: Vec<ServerAddr>,
     first_join_line: Option<JoinText>,
     hub: Arc<Hub>,
     stop: watch::Sender<bool>,
@@ -151,7 +152,8 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let state = state::open(&options).await?;
     let advertised =
         Advertised::new(&options.public_addr, &bound, state.records.network.record.range);
-    let settings = Settings { server_key: state.key.public(), addresses: advertised.look() };
+    let addresses = advertised.look();
+    let settings = Settings { server_key: state.key.public(), addresses: addresses.clone() };
     let (now, wall) = (crate::io::clock::now(), crate::io::clock::unix_seconds());
     let server = Server::new(settings, state.records, state.seed, now, wall);
     let range = server.network().range;
@@ -182,7 +184,8 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     }
     tasks.push(tokio::spawn(local::serve(local, events)));
     let core = tokio::spawn(core.run(inbox, stopping));
-    Ok(RunningServer { listening, first_join_line, hub, stop, core, tasks, threads })
+    let advertised = addresses;
+    Ok(RunningServer { listening, advertised, first_join_line, hub, stop, core, tasks, threads })
 }
 
 /// Takes as many open files as the system allows: every node is one.
@@ -237,7 +240,9 @@ impl RunningServer {
         let system = |action| move |source| StartError::System { action, source };
         let mut terminate = signal(SignalKind::terminate()).map_err(system("wait for a signal"))?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(system("wait for a signal"))?;
-        notify(&[sd_notify::NotifyState::Ready]);
+        let addresses: Vec<String> = self.advertised.iter().map(ToString::to_string).collect();
+        let status = format!("nodes find it at {}", addresses.join(", "));
+        notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&status)]);
         let died = tokio::select! {
             _ = terminate.recv() => false,
             _ = interrupt.recv() => false,

@@ -5,9 +5,10 @@
 //! HTTP, so no web page and no other machine can reach it. The types of the questions and answers
 //! are the daemons' own.
 
+mod bind;
+
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,8 +28,6 @@ const MAX_ANSWER_BYTES: usize = 64 << 20;
 const MAX_CONNECTIONS: usize = 64;
 /// How long a client may take to ask, or to take an answer.
 const IO_LIMIT: Duration = Duration::from_secs(10);
-/// Whose members may ask a daemon that runs as root.
-const GROUP: &str = "overlay";
 
 /// What can go wrong on a local socket.
 #[derive(Debug, thiserror::Error)]
@@ -108,9 +107,10 @@ pub struct Refusal {
     pub code: u8,
     /// What happened.
     pub error: String,
+    /// Why.
+    pub cause: String,
     /// What to type next.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub help: Option<String>,
+    pub help: String,
 }
 
 /// Who is at the other end of a connection, as the kernel says.
@@ -138,40 +138,7 @@ impl LocalListener {
     /// # Errors
     /// [`LocalError::AlreadyRunning`] when a daemon listens there, and what the kernel says.
     pub async fn bind(path: &Path) -> Result<Self, LocalError> {
-        let io = |source: io::Error| match source.kind() {
-            io::ErrorKind::PermissionDenied => {
-                LocalError::Permission { path: path.to_path_buf(), source }
-            }
-            _ => LocalError::Io { path: path.to_path_buf(), source },
-        };
-        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            fs::DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(io)?;
-        }
-        match fs::symlink_metadata(path) {
-            Ok(found) if !found.file_type().is_socket() => {
-                return Err(LocalError::NotASocket { path: path.to_path_buf() });
-            }
-            Ok(_) => match UnixStream::connect(path).await {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(io(error)),
-                Ok(_) => return Err(LocalError::AlreadyRunning { path: path.to_path_buf() }),
-            },
-            Err(_) => {}
-        }
-        // Bound beside its place and moved there once its mode is right: whatever the umask, there
-        // is no moment at which a stranger can open it.
-        let mut beside = path.as_os_str().to_os_string();
-        beside.push(".new");
-        let beside = PathBuf::from(beside);
-        let _ = fs::remove_file(&beside);
-        let listener = UnixListener::bind(&beside).map_err(io)?;
-        fs::set_permissions(&beside, fs::Permissions::from_mode(0o660)).map_err(io)?;
-        if let Ok(Some(group)) = nix::unistd::Group::from_name(GROUP) {
-            // Only root and members can give the socket to the group; for others it stays theirs.
-            let _ = nix::unistd::chown(&beside, None, Some(group.gid));
-        }
-        fs::rename(&beside, path).map_err(io)?;
+        let listener = bind::socket(path).await?;
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         Ok(Self { listener, path: path.to_path_buf(), places })
     }
@@ -320,6 +287,8 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     async fn pair(path: &Path) -> (LocalListener, LocalConnection, LocalClient) {

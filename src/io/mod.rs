@@ -1,6 +1,7 @@
 //! The world: sockets, devices, netlink, clock. No decisions are made here.
 
 pub mod clock;
+pub mod files;
 pub mod link;
 pub mod listen;
 pub mod local;

@@ -221,18 +221,16 @@ pub enum TunError {
 }
 
 impl TunError {
-    /// What a person can do about it, if there is something.
-    pub fn help(&self) -> Option<&'static str> {
+    /// What a person can do about it.
+    pub fn help(&self) -> &'static str {
         match self {
-            Self::InvalidName { .. } | Self::NameTaken { .. } => Some("choose another --interface"),
-            Self::NoDevice => Some(
+            Self::InvalidName { .. } | Self::NameTaken { .. } => "choose another --interface",
+            Self::NoDevice => {
                 "load the driver (sudo modprobe tun); in a container pass the device \
-                 (docker run --device /dev/net/tun)",
-            ),
-            Self::NoPermission { .. } => {
-                Some("run it with sudo; in a container add --cap-add NET_ADMIN")
+                 (docker run --device /dev/net/tun)"
             }
-            Self::Open { .. } => None,
+            Self::NoPermission { .. } => "run it with sudo; in a container add --cap-add NET_ADMIN",
+            Self::Open { .. } => "see what the kernel says about it: sudo dmesg | tail",
         }
     }
 }

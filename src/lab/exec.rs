@@ -36,11 +36,11 @@ pub fn exec(request: &ExecRequest) -> Result<ExitCode> {
     let running = state::running(&state::labs_directory()?)?;
     let wanted = |lab: &&LabState| request.lab_pid.is_none_or(|pid| pid == lab.pid);
     let Some(lab) = running.iter().find(wanted) else {
-        bail!(NoLab);
+        bail!(NoLab { pid: request.lab_pid });
     };
-    let names: Vec<&str> = lab.machines.iter().map(|machine| machine.name.as_str()).collect();
     let Some(machine) = lab.machines.iter().find(|machine| machine.name == request.machine) else {
-        bail!("no machine {:?} in this lab, only {}", request.machine, names.join(", "));
+        let machines = lab.machines.iter().map(|machine| machine.name.clone()).collect();
+        bail!(NoMachine { name: request.machine.clone(), machines });
     };
     let us = std::env::current_exe().ok();
     enter(lab, machine)?;
@@ -50,7 +50,20 @@ pub fn exec(request: &ExecRequest) -> Result<ExitCode> {
 /// There is nothing to run a command in.
 #[derive(Debug, thiserror::Error)]
 #[error("no lab of yours is running")]
-pub struct NoLab;
+pub struct NoLab {
+    /// The lab that was asked for, if it was a certain one.
+    pub pid: Option<i32>,
+}
+
+/// The lab has no such machine.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no machine \"{name}\" in the lab")]
+pub struct NoMachine {
+    /// What was asked for.
+    pub name: String,
+    /// What there is.
+    pub machines: Vec<String>,
+}
 
 fn enter(lab: &LabState, machine: &MachineState) -> Result<()> {
     let here = std::env::current_dir().ok();

@@ -19,7 +19,7 @@ use super::{LabOptions, state};
 
 /// Why there can be no lab here.
 #[derive(Debug, thiserror::Error)]
-#[error("this machine does not allow user namespaces: {errno}{}", blame(.settings))]
+#[error("this machine does not allow user namespaces")]
 pub struct NamespacesForbidden {
     errno: Errno,
     settings: Vec<Setting>,
@@ -119,6 +119,20 @@ fn isolate() -> Result<()> {
 }
 
 impl NamespacesForbidden {
+    /// The kernel settings that forbid it with their values; if none does, what else there is.
+    pub fn cause(&self) -> String {
+        let show = |setting: &Setting| format!("{} = {}", setting.name, setting.value);
+        let forbidding: Vec<String> =
+            self.settings.iter().filter(|setting| setting.forbids).map(show).collect();
+        if !forbidding.is_empty() {
+            return format!("{} ({})", forbidding.join(", "), self.errno);
+        }
+        let all: Vec<String> = self.settings.iter().map(show).collect();
+        let known =
+            if all.is_empty() { "no kernel setting is known".into() } else { all.join(", ") };
+        format!("{}; the kernel settings allow it ({known}), so a container forbids it", self.errno)
+    }
+
     /// What a person can do about it.
     pub fn help(&self) -> String {
         let sudo = "or run it as root: sudo overlay lab";
@@ -129,12 +143,6 @@ impl NamespacesForbidden {
             ),
         }
     }
-}
-
-fn blame(settings: &[Setting]) -> String {
-    let shown = settings.iter().map(|setting| format!("{} = {}", setting.name, setting.value));
-    let shown: Vec<String> = shown.collect();
-    if shown.is_empty() { String::new() } else { format!(" ({})", shown.join(", ")) }
 }
 
 fn settings() -> Vec<Setting> {
@@ -183,9 +191,9 @@ mod tests {
             },
         ];
         let error = NamespacesForbidden { errno: Errno::EPERM, settings };
-        let text = error.to_string();
-        assert!(text.contains("EPERM"), "{text}");
-        assert!(text.contains("kernel.apparmor_restrict_unprivileged_userns = 1"), "{text}");
+        let cause = error.cause();
+        assert!(cause.contains("EPERM"), "{cause}");
+        assert!(cause.starts_with("kernel.apparmor_restrict_unprivileged_userns = 1"), "{cause}");
         let help = error.help();
         assert!(help.starts_with("sudo sysctl kernel.apparmor"), "{help}");
         assert!(help.ends_with("sudo overlay lab"), "{help}");

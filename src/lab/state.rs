@@ -76,21 +76,29 @@ pub(crate) fn labs_directory() -> Result<PathBuf> {
         fs::metadata(runtime).is_ok_and(|facts| facts.is_dir() && facts.uid() == user.as_raw())
     };
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(ours);
-    let directory = match runtime {
-        Some(runtime) => runtime.join("overlay-lab"),
-        None => PathBuf::from(format!("/tmp/overlay-lab-{user}")),
+    let candidates = match runtime {
+        Some(runtime) => vec![runtime.join("overlay-lab")],
+        // One that another user namespace made under our number is not ours; then the next one is.
+        None => std::iter::once(format!("/tmp/overlay-lab-{user}"))
+            .chain((2..10).map(|number| format!("/tmp/overlay-lab-{user}-{number}")))
+            .map(PathBuf::from)
+            .collect(),
     };
-    let shown = directory.display();
-    match DirBuilder::new().mode(0o700).create(&directory) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error).with_context(|| format!("creating {shown}")),
+    for directory in &candidates {
+        let shown = directory.display();
+        match DirBuilder::new().mode(0o700).create(directory) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error).with_context(|| format!("creating {shown}")),
+        }
+        let facts =
+            fs::symlink_metadata(directory).with_context(|| format!("looking at {shown}"))?;
+        if facts.is_dir() && facts.uid() == user.as_raw() && facts.mode() & 0o077 == 0 {
+            return Ok(directory.clone());
+        }
     }
-    let facts = fs::symlink_metadata(&directory).with_context(|| format!("looking at {shown}"))?;
-    if !facts.is_dir() || facts.uid() != user.as_raw() || facts.mode() & 0o077 != 0 {
-        bail!("{shown} is not a directory that only you can enter; remove it");
-    }
-    Ok(directory)
+    let first = candidates.first().map(|directory| directory.display().to_string());
+    bail!("{} is not a directory that only you can enter; remove it", first.unwrap_or_default());
 }
 
 /// Makes the directory of a new lab.

@@ -148,6 +148,10 @@ impl Node {
         while let Some(event) = peer.agent.poll_event() {
             let PathEvent::Primary { from, to, why } = event;
             moved = true;
+            if !is_upgrade(from, to) {
+                // What is under way on the old path is lost.
+                peer.fast.lock().session.hurry(now);
+            }
             if let (Some(Via::Direct { remote, .. }), Some(info)) =
                 (to, self.netmap.peers.get_mut(&id))
                 && info.last_direct != Some(remote)
@@ -186,13 +190,13 @@ impl Node {
         }
     }
 
-    /// There is another path: a handshake under way is tried on it at once, and what waited goes.
+    /// There is another path: what waited for one goes. A handshake under way on a path that was
+    /// only left for a better one goes on, since its answer is as good as a new one's and sooner.
     fn handle_path_change(&mut self, id: NodeId, now: Instant) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
         if peer.agent.choice().primary.is_none() {
             return;
         }
-        peer.fast.lock().session.hurry(now);
         if peer.session_wanted {
             self.try_handshake(id, now);
         }
@@ -206,4 +210,15 @@ impl Node {
             flush_pending(&self.shared, &table, &peer.fast, now, &mut self.datagrams);
         }
     }
+}
+
+/// Whether data left a path only because a better kind answered.
+fn is_upgrade(from: Option<Via>, to: Option<Via>) -> bool {
+    let rank = |via: Option<Via>| match via {
+        None => 0,
+        Some(Via::RelayTcp) => 1,
+        Some(Via::RelayUdp) => 2,
+        Some(Via::Direct { .. }) => 3,
+    };
+    from.is_some() && rank(from) < rank(to)
 }

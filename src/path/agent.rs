@@ -255,6 +255,9 @@ impl PathAgent {
         if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
             self.called_at = Some(now);
             self.transmits.push_back(PathTransmit::CallMeMaybe { via });
+            // The peer probes when the call arrives, and wants our NAT open then: a fresh ladder,
+            // however young the last one is.
+            self.round_at = None;
             self.start_round(now);
         }
     }

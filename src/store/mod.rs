@@ -1,18 +1,17 @@
-//! What has to survive: small state files, and the server's log of records.
+//! What has to survive on the server: its log of records.
 //!
 //! A [`Store`] is a table of records, each with the revision at which it was last written. Nothing
 //! here knows what a record means, and nothing else knows SQL. The statements are those that SQLite
 //! and PostgreSQL share, with only BIGINT and TEXT columns, so that the second can serve later in
 //! the same code; what is SQLite's own is in `sqlite`.
 
-pub mod files;
 mod sqlite;
 
 use std::path::PathBuf;
 
 use sqlx::{Any, AnyPool, Row, Transaction};
 
-use files::FileError;
+use crate::io::files::FileError;
 
 /// The version of the tables.
 const SCHEMA: i64 = 1;

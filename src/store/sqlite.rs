@@ -8,8 +8,8 @@ use data_encoding::HEXUPPER;
 use sqlx::any::AnyPoolOptions;
 use sqlx::{AnyPool, Row};
 
-use super::files::{FileError, SECRET_MODE};
 use super::{SCHEMA, Store, StoreError, create};
+use crate::io::files::{FileError, SECRET_MODE};
 
 /// `FULL` and not `NORMAL`: with the write-ahead log, NORMAL may lose acknowledged commits when the
 /// power fails.

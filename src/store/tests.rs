@@ -1,3 +1,5 @@
+//! Revisions, transactions and what a restart finds.
+
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;

@@ -163,6 +163,9 @@ impl Net {
         let ns = Namespace { name: format!("{}-{name}", self.id) };
         ip(&format!("netns add {ns}"));
         self.parts.lock().unwrap().namespaces.push(ns.clone());
+        // A new IPv6 address is otherwise tried out for a second or two before neighbours are told.
+        ns.sysctl("net/ipv6/conf/all/accept_dad", "0");
+        ns.sysctl("net/ipv6/conf/default/accept_dad", "0");
         ns.ip("link set lo up");
         ns
     }
@@ -239,6 +242,13 @@ impl Namespace {
     /// Runs `ip` with these words and returns what it printed.
     pub(crate) fn ip(&self, words: &str) -> String {
         ip(&format!("-n {self} {words}"))
+    }
+
+    /// The names of its interfaces; what else `ip link` shows may change while a link comes up.
+    pub(crate) fn interfaces(&self) -> Vec<String> {
+        let links = self.ip("-o link");
+        let name = |line: &str| line.split(": ").nth(1).map(str::to_owned);
+        links.lines().filter_map(name).collect()
     }
 
     pub(crate) fn nft(&self, rules: &str) {

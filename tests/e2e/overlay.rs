@@ -42,7 +42,8 @@ pub(crate) fn assert_error(output: &Output, codes: &[i32], words: &[&str]) {
         "exit code {code:?}, wanted one of {codes:?}\n{stdout}{stderr}"
     );
     for part in ["error:", "cause:", "help:"] {
-        assert!(stderr.contains(part), "no `{part}` on stderr:\n{stderr}");
+        let said = stderr.lines().filter(|line| line.starts_with(part)).count();
+        assert_eq!(said, 1, "one line of stderr starts with `{part}`:\n{stderr}");
     }
     let text = stderr.to_lowercase();
     assert!(

@@ -4,15 +4,17 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use comfy_table::Table;
-use comfy_table::presets::NOTHING;
-use serde::Serialize;
 
-use super::{Command, say};
-use crate::cli::fail::{self, Failure};
-use crate::io::local::{LocalClient, LocalError, Reply};
+use super::Command;
+use crate::cli::fail::Failure;
+use crate::cli::print::{hint, json, line, table, table_text};
+use crate::cli::{Done, ask};
+use crate::config::paths::Role;
 use crate::server::admin::{Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Request};
 use crate::types::{InviteId, NodeName};
+
+/// How long an invite lives if nobody says otherwise; `--ttl` has the same.
+const DEFAULT_TTL_S: u64 = 3600;
 
 #[derive(Debug, Args)]
 pub(super) struct InviteArgs {
@@ -60,7 +62,7 @@ impl Show {
     }
 }
 
-pub(super) fn run(command: Command, socket: &Path) -> Result<(), Failure> {
+pub(super) fn run(command: Command, socket: &Path) -> Done {
     let (request, show) = match command {
         Command::Nodes { json } => (Request::Nodes, Show::of(json)),
         Command::Remove { node } => (Request::Remove { node }, Show::Text),
@@ -75,43 +77,25 @@ pub(super) fn run(command: Command, socket: &Path) -> Result<(), Failure> {
             (Request::Invite { uses, ttl_s: ttl.as_secs(), name }, Show::of(json))
         }
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new("cannot start").cause(error))?;
-    match runtime.block_on(ask(socket, &request)).map_err(|error| unreachable(&error))? {
-        Reply::Ok(answer) => print(&answer, show),
-        Reply::Error(refusal) => {
-            let failure = Failure::new(refusal.error).code(refusal.code);
-            Err(match refusal.help {
-                Some(help) => failure.help(help),
-                None => failure,
-            })
-        }
+    print(&answer(socket, &request)?, show)
+}
+
+/// Makes and prints an invite when nobody has joined yet; returns whether it did.
+pub(super) fn first_invite(socket: &Path) -> Result<bool, Failure> {
+    let Answer::Nodes(list) = answer(socket, &Request::Nodes)? else { return Ok(false) };
+    if !list.nodes.is_empty() {
+        return Ok(false);
     }
+    let request = Request::Invite { uses: 1, ttl_s: DEFAULT_TTL_S, name: None };
+    print(&answer(socket, &request)?, Show::Text)?;
+    Ok(true)
 }
 
-async fn ask(socket: &Path, request: &Request) -> Result<Reply<Answer>, LocalError> {
-    let mut client = LocalClient::connect(socket).await?;
-    client.ask(request).await?;
-    let reply = client.next().await?;
-    reply.ok_or_else(|| LocalError::NotRunning { path: socket.to_path_buf() })
+fn answer(socket: &Path, request: &Request) -> Result<Answer, Failure> {
+    ask::ask(Role::Server, socket, request)
 }
 
-fn unreachable(error: &LocalError) -> Failure {
-    let failure = Failure::new("cannot ask the server").cause(error);
-    match error {
-        LocalError::NotRunning { .. } => failure
-            .code(fail::NOT_RUNNING)
-            .help("start it with `overlay server`, or say where its socket is with --socket"),
-        LocalError::Permission { .. } => {
-            failure.code(fail::PERMISSION).help("run the same command with sudo")
-        }
-        _ => failure,
-    }
-}
-
-fn print(answer: &Answer, show: Show) -> Result<(), Failure> {
+fn print(answer: &Answer, show: Show) -> Done {
     match (answer, show) {
         (Answer::Invited(invited), Show::Json) => json(invited),
         (Answer::Invites(list), Show::Json) => json(list),
@@ -120,36 +104,31 @@ fn print(answer: &Answer, show: Show) -> Result<(), Failure> {
         (Answer::Removed(node) | Answer::Renamed(node), Show::Json) => json(node),
         (Answer::Invited(invited), Show::Text) => print_invited(invited),
         (Answer::Invites(list), Show::Text) => print_invites(list),
-        (Answer::Revoked(invite), Show::Text) => say(&format!("revoked {}", invite.id)),
+        (Answer::Revoked(invite), Show::Text) => line(format!("revoked {}", invite.id)),
         (Answer::Nodes(list), Show::Text) => print_nodes(list),
         (Answer::Removed(node), Show::Text) => {
-            say(&format!("removed {} ({})", node.name, node.ipv4))
+            line(format!("removed {} ({})", node.name, node.ipv4))
         }
         (Answer::Renamed(node), Show::Text) => {
-            say(&format!("{} is called {} now", node.ipv4, node.name))
+            line(format!("{} is called {} now", node.ipv4, node.name))
         }
     }
 }
 
-fn json<T: Serialize>(value: &T) -> Result<(), Failure> {
-    let text = serde_json::to_string(value);
-    say(&text.map_err(|error| Failure::new("cannot print the answer").cause(error))?)
-}
-
-fn print_invited(invited: &Invited) -> Result<(), Failure> {
-    say(invited.join.expose())?;
+fn print_invited(invited: &Invited) -> Done {
+    line(invited.join.expose())?;
     let nodes = match invited.uses {
         1 => "one node".to_string(),
         uses => format!("{uses} nodes"),
     };
-    hint(&format!(
+    hint(format!(
         "invite {} lets {nodes} in until {}; type there: sudo overlay up JOINLINE",
         invited.id, invited.expires
     ));
     Ok(())
 }
 
-fn print_invites(list: &InviteList) -> Result<(), Failure> {
+fn print_invites(list: &InviteList) -> Done {
     if list.invites.is_empty() {
         hint("there are no invites; make one with `overlay server invite`");
         return Ok(());
@@ -159,10 +138,12 @@ fn print_invites(list: &InviteList) -> Result<(), Failure> {
         let uses = format!("{}/{}", invite.used, invite.uses);
         [invite.id.to_string(), invite.state.clone(), uses, invite.expires.clone(), name.into()]
     };
-    table(["ID", "STATE", "USED", "EXPIRES", "NAME"], list.invites.iter().map(row))
+    let mut table = table(&["ID", "STATE", "USED", "EXPIRES", "NAME"]);
+    table.add_rows(list.invites.iter().map(row));
+    line(table_text(&table))
 }
 
-fn print_nodes(list: &NodeList) -> Result<(), Failure> {
+fn print_nodes(list: &NodeList) -> Done {
     if list.nodes.is_empty() {
         hint("nobody has joined yet; make an invite with `overlay server invite`");
         return Ok(());
@@ -179,26 +160,7 @@ fn print_nodes(list: &NodeList) -> Result<(), Failure> {
             node.id.clone(),
         ]
     };
-    let header = ["NAME", "IPV4", "STATE", "LAST SEEN", "IPV6", "ID"];
-    table(header, list.nodes.iter().map(row))
-}
-
-/// Columns with two spaces between them: good to read, and good for `awk`.
-fn table<const N: usize>(
-    header: [&str; N],
-    rows: impl Iterator<Item = [String; N]>,
-) -> Result<(), Failure> {
-    let mut table = Table::new();
-    table.load_style(NOTHING).set_header(header).add_rows(rows);
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
-    }
-    table.to_string().lines().try_for_each(|line| say(line.trim_end()))
-}
-
-/// Tells people what programs do not want to read.
-fn hint(text: &str) {
-    use std::io::Write;
-    // When stderr is closed nobody misses it.
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let mut table = table(&["NAME", "IPV4", "STATE", "LAST SEEN", "IPV6", "ID"]);
+    table.add_rows(list.nodes.iter().map(row));
+    line(table_text(&table))
 }

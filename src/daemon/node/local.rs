@@ -137,8 +137,9 @@ async fn serve(
             Question::Down => {
                 let refusal = Refusal {
                     code: exit::PERMISSION,
-                    error: "only root may stop the daemon".into(),
-                    help: Some("sudo overlay down".into()),
+                    error: "this user may not stop the node".into(),
+                    cause: "only root and the node's own user may; others may only look".into(),
+                    help: "sudo overlay down".into(),
                 };
                 connection.answer(&Reply::<()>::Error(refusal)).await?;
             }
@@ -150,8 +151,12 @@ async fn serve(
 fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     answer.map_or_else(
         || {
-            let error = "the daemon is stopping".to_string();
-            Reply::Error(Refusal { code: exit::FAILED, error, help: None })
+            Reply::Error(Refusal {
+                code: exit::FAILED,
+                error: "the node does not answer any more".into(),
+                cause: "it is about to end: it was stopped, or removed from its network".into(),
+                help: "sudo overlay up (as a service: sudo systemctl start overlay)".into(),
+            })
         },
         Reply::Ok,
     )
@@ -183,7 +188,8 @@ async fn ping(
         let refusal = Refusal {
             code: exit::UNKNOWN_PEER,
             error: format!("no peer is called \"{text}\""),
-            help: Some("overlay status lists all peers".into()),
+            cause: "it is no name, overlay address or id of a node in this network".into(),
+            help: "overlay status (it lists all peers)".into(),
         };
         return connection.answer(&Reply::<PingLine>::Error(refusal)).await;
     };

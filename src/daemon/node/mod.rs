@@ -17,9 +17,10 @@ mod uplink;
 pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
 pub use startup::{NodeOptions, Offloads, StartError, run};
+pub use state::{ENROLMENT_FILE, StateError};
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,8 @@ struct Daemon {
     state: StateDir,
     uplink: Uplink,
     server: Option<SocketAddr>,
+    /// Our address on the control connection.
+    link_local: Option<IpAddr>,
     reflector_ports: (Option<u16>, Option<u16>),
     heard_server: Instant,
     notes: mpsc::Receiver<Note>,
@@ -137,8 +140,9 @@ impl Daemon {
     fn handle_uplink(&mut self, event: UplinkEvent) {
         let now = clock::now();
         match event {
-            UplinkEvent::Connected { server, sender } => {
+            UplinkEvent::Connected { server, local, sender } => {
                 self.server = Some(server);
+                self.link_local = Some(local);
                 self.heard_server = now;
                 let invite = self.options.join.as_ref().map(|join| control::InviteUse {
                     id: join.invite.0,
@@ -303,7 +307,18 @@ impl Daemon {
     async fn scan_interfaces(&mut self) {
         let own = self.interface.as_ref().map(Interface::index);
         match interface::host_endpoints(&self.ports, own).await {
-            Ok(endpoints) => self.node.handle_host_endpoints(endpoints, clock::now()),
+            Ok(endpoints) => {
+                let gone = self.link_local.filter(|local| {
+                    !local.is_loopback() && !endpoints.iter().any(|it| it.ip() == *local)
+                });
+                if gone.is_some() && self.server.is_some() {
+                    // The connection cannot answer any more, and TCP would take its time to say so.
+                    tracing::info!("the address of the control connection is gone");
+                    self.uplink.reconnect();
+                    self.handle_link_down();
+                }
+                self.node.handle_host_endpoints(endpoints, clock::now());
+            }
             Err(error) => tracing::warn!(%error, "the local addresses could not be read"),
         }
     }

@@ -202,6 +202,7 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         state,
         uplink,
         server: None,
+        link_local: None,
         reflector_ports: (None, None),
         heard_server: now,
         notes,

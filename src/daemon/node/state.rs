@@ -11,14 +11,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use crate::io::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::node::Netmap;
-use crate::store::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::types::{NetworkId, PublicKey, SecretKey};
 use crate::wire::control::Welcome;
 use crate::wire::join::{JoinLine, MAX_ADDRESSES, ServerAddr};
 
 const KEY_FILE: &str = "node.key";
-const ENROLMENT_FILE: &str = "node.json";
+/// The file in a state directory that says which network the node is in.
+pub const ENROLMENT_FILE: &str = "node.json";
 const NETMAP_FILE: &str = "netmap.json";
 
 /// What can be wrong with the state directory.

@@ -2,7 +2,7 @@
 //! that answers with the pinned key wins, and a lost connection is made again with growing,
 //! jittered waits.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,8 @@ pub(super) enum UplinkEvent {
     Connected {
         /// Its far end.
         server: SocketAddr,
+        /// Our address on it.
+        local: IpAddr,
         /// To send on it.
         sender: LinkSender,
     },
@@ -105,9 +107,13 @@ impl Uplink {
                 }
                 Phase::Connecting(attempts, worst) => match attempts.join_next().await {
                     Some(Ok(Ok(link))) => {
-                        let Link { sender, receiver, remote, .. } = link;
+                        let Link { sender, receiver, local, remote, .. } = link;
                         self.phase = Phase::Connected(Box::new(receiver));
-                        return UplinkEvent::Connected { server: remote, sender };
+                        return UplinkEvent::Connected {
+                            server: remote,
+                            local: local.ip(),
+                            sender,
+                        };
                     }
                     Some(Ok(Err(error))) => {
                         if worst.as_ref().is_none_or(|worst| telling(&error) > telling(worst)) {

@@ -12,11 +12,11 @@ use super::relay::Hub;
 use super::state;
 use crate::daemon::exit;
 use crate::io::clock;
+use crate::io::files::DirLock;
 use crate::io::local::Refusal;
 use crate::server::admin::{Answer, Request, RequestError};
 use crate::server::{Connected, ConnectionId, Decision, Output, Server};
 use crate::store::Store;
-use crate::store::files::DirLock;
 use crate::wire::control::ClientMessage;
 
 /// Events that are handled before the outputs go out.
@@ -132,7 +132,7 @@ impl Core {
         let decision =
             self.server.decide(request, clock::unix_seconds()).map_err(|error| refusal(&error))?;
         let answer = self.commit(decision).await?;
-        answer.ok_or_else(|| unavailable("there is no answer to that"))
+        answer.ok_or_else(|| unavailable("the server has no answer", "the question has none"))
     }
 
     /// Writes a decision down, then makes it true.
@@ -150,7 +150,7 @@ impl Core {
         };
         error!(%failure, "a change could not be stored and was not made");
         self.server.give_up(decision);
-        Err(unavailable(&format!("the change could not be stored: {failure}")))
+        Err(unavailable("the change was not made, as it cannot be stored", &failure))
     }
 
     async fn write_seen(&mut self) {
@@ -189,22 +189,39 @@ async fn stopped(stopping: &mut watch::Receiver<bool>) {
     let _ = stopping.wait_for(|stop| *stop).await;
 }
 
-fn unavailable(error: &str) -> Refusal {
-    Refusal { code: exit::FAILED, error: error.into(), help: None }
+fn unavailable(error: &str, cause: &str) -> Refusal {
+    Refusal {
+        code: exit::FAILED,
+        error: error.into(),
+        cause: cause.into(),
+        help: "look at the server's disk (df -h) and log (journalctl -u overlay-server), then \
+               type the command again"
+            .into(),
+    }
 }
 
 fn refusal(error: &RequestError) -> Refusal {
-    let (code, help) = match error {
-        RequestError::UnknownNode { .. } => {
-            (exit::UNKNOWN_PEER, "list the nodes with `overlay server nodes`")
-        }
-        RequestError::UnknownInvite { .. } => {
-            (exit::FAILED, "list the invites with `overlay server invite list`")
-        }
-        RequestError::NameTaken { .. } => {
-            (exit::FAILED, "choose another name, or rename that node first")
-        }
-        RequestError::BadInvite => (exit::USAGE, "try `overlay server invite --uses 1 --ttl 1h`"),
+    let (code, cause, help) = match error {
+        RequestError::UnknownNode { .. } => (
+            exit::UNKNOWN_PEER,
+            "it is no name, overlay address or id of a node in this network",
+            "overlay server nodes (it lists them)",
+        ),
+        RequestError::UnknownInvite { .. } => (
+            exit::FAILED,
+            "no invite has this id; one that ended long ago is forgotten",
+            "overlay server invite list",
+        ),
+        RequestError::NameTaken { .. } => (
+            exit::FAILED,
+            "a name belongs to one node",
+            "choose another name, or rename that node first: overlay server rename NODE NAME",
+        ),
+        RequestError::BadInvite => (
+            exit::USAGE,
+            "its number of uses (--uses) or its time (--ttl) makes no sense",
+            "overlay server invite --uses 1 --ttl 1h",
+        ),
     };
-    Refusal { code, error: error.to_string(), help: Some(help.into()) }
+    Refusal { code, error: error.to_string(), cause: cause.into(), help: help.into() }
 }

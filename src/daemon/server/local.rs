@@ -41,7 +41,14 @@ async fn answer_all(mut connection: LocalConnection, events: mpsc::Sender<Event>
             Ok(None) => return,
             Err(error) => {
                 debug!(%error, "local socket");
-                let refusal = Refusal { code: exit::USAGE, error: error.to_string(), help: None };
+                let refusal = Refusal {
+                    code: exit::USAGE,
+                    error: "the server does not understand the question".into(),
+                    cause: error.to_string(),
+                    help: "use the same version for command and server (overlay version), and \
+                           restart the server if it was replaced"
+                        .into(),
+                };
                 let _ = connection.answer(&Reply::<Answer>::Error(refusal)).await;
                 return;
             }
@@ -64,15 +71,17 @@ async fn answer(
     if request.is_write() && !peer.may_write {
         return Err(Refusal {
             code: exit::PERMISSION,
-            error: "only root and the server's own user may change the network".into(),
-            help: Some("run the same command with sudo".into()),
+            error: "this user may not change the network".into(),
+            cause: "only root and the server's own user may; others may only look".into(),
+            help: "type the same command with sudo".into(),
         });
     }
     let (sender, receiver) = oneshot::channel();
     let gone = || Refusal {
         code: exit::FAILED,
-        error: "the server is stopping or does not answer".into(),
-        help: None,
+        error: "the server does not answer".into(),
+        cause: "it is stopping, or it waits for its disk".into(),
+        help: "look at what it does: systemctl status overlay-server".into(),
     };
     events.send(Event::Request { request, answer: sender }).await.map_err(|_| gone())?;
     timeout(ANSWER_LIMIT, receiver).await.map_err(|_| gone())?.map_err(|_| gone())?

@@ -14,9 +14,9 @@ use tracing::info;
 use zeroize::Zeroizing;
 
 use super::{Options, StartError, addresses};
+use crate::io::files::{self, DirLock, SECRET_MODE};
 use crate::server::choose_range;
 use crate::server::records::{self, Key, NetworkRecord, Record, Records, Versioned};
-use crate::store::files::{self, DirLock, SECRET_MODE};
 use crate::store::{Change, Store, StoredRecord};
 use crate::types::{NetworkId, NodeId, OverlayRange, SecretKey};
 

@@ -1,3 +1,5 @@
+//! Who may sign on, who is sent to and how, and what everybody else gets: nothing.
+
 use super::*;
 use crate::testing::epoch;
 

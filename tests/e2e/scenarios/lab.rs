@@ -32,13 +32,13 @@ const NO_PROGRAMS: &str = "PATH=/nonexistent";
 fn passes(flags: &[&str]) {
     let net = Net::new();
     let host = net.machine("laptop", Nat::None);
-    let before = host.ns.ip("-o link");
+    let before = host.ns.interfaces();
     let folder = format!("XDG_RUNTIME_DIR={}", path(net.dir()));
     let mut command = host.ns.command("env");
     command.args([NO_PROGRAMS, &folder, &binary(), "lab", "--check"]).args(flags);
     let Output { code, stdout, stderr } = process::run(command, LAB_LIMIT);
     assert_eq!(code, Some(0), "lab --check {flags:?}\n{stdout}\n{stderr}");
-    assert_eq!(host.ns.ip("-o link"), before, "nothing is left behind");
+    assert_eq!(host.ns.interfaces(), before, "nothing is left behind");
 }
 
 fn forbidden() {

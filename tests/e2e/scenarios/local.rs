@@ -53,13 +53,14 @@ fn place() -> Place {
 /// What the kernel has of interfaces, addresses and routes, less what changes by itself: IPv6
 /// link-local addresses, which become usable a second or two after their link came up.
 fn network_state(host: &Host) -> String {
-    let words = ["-o link", "-o addr", "route show table all", "-6 route show table all", "rule"];
+    let words = ["-o addr", "route show table all", "-6 route show table all", "rule"];
     let mut state: Vec<String> = words
         .iter()
         .flat_map(|words| host.ns.ip(words).lines().map(str::to_owned).collect::<Vec<_>>())
         .filter(|line| !line.contains("fe80:") && !line.contains("ff00::/8"))
         .map(|line| line.split(" valid_lft").next().unwrap_or_default().replace(" tentative", ""))
         .collect();
+    state.extend(host.ns.interfaces());
     state.sort();
     state.join("\n")
 }

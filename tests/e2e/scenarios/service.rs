@@ -16,6 +16,8 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("service::a_container_boots_with_the_program", boots),
         Case::new("service::server_and_node_install_restart_and_uninstall", install),
         Case::new("service::a_bad_join_line_installs_nothing", bad_join_line),
+        Case::new("service::secrets_stay_private_and_root_and_service_share_the_state", shared),
+        Case::new("service::a_removed_node_stops_for_good_and_a_purge_leaves_nothing", removed),
     ]
     .map(|case| case.needs(Needs::Systemd))
     .into()
@@ -69,7 +71,7 @@ fn install() {
     ping::first_answer(&bob.host, &alice_ipv4, now(), Duration::from_secs(10));
 
     assert_exposure(&server, SERVER_UNIT, 1.5);
-    assert_exposure(&node, NODE_UNIT, 2.0);
+    assert_exposure(&node, NODE_UNIT, 1.8);
     node.ok(&["overlay", "service", "status", "node"]);
     server.ok(&["overlay", "service", "status", "server"]);
     let again = node.run(&["overlay", "up"]);
@@ -113,6 +115,103 @@ fn bad_join_line() {
     assert_not_installed(&container, NODE_UNIT);
 }
 
+/// Server and node on one machine.
+fn both(net: &Net) -> Container {
+    let container = Container::boot(net, &net.machine("alice", Nat::None));
+    let output = container.run(&["overlay", "service", "install", "server"]);
+    assert_eq!(output.code, Some(0), "{output:#?}");
+    let line = output.stdout.lines().find(|line| line.starts_with("ovl1_"));
+    let line = line.expect("a server that nobody has joined prints a join line");
+    // The shell is there to hide the line from the process list, as an administrator would.
+    container.ok(&["sh", "-c", &format!("umask 077; echo {line} > /root/line")]);
+    container.ok(&["overlay", "service", "install", "node", "file:/root/line"]);
+    container
+}
+
+fn shared() {
+    let net = Net::new();
+    let container = both(&net);
+    let journal = container.ok(&["journalctl", "--no-pager"]);
+    assert!(!journal.contains("ovl1_"), "a join line is in the journal");
+    let owner = |path: &str| container.ok(&["stat", "-c", "%U:%G %a", path]).trim().to_owned();
+    assert_eq!(owner("/var/lib/overlay/node"), "overlay:overlay 700");
+    assert_eq!(owner("/var/lib/overlay/server"), "overlay:overlay 700");
+    assert_eq!(owner("/var/lib/overlay/node/node.key"), "overlay:overlay 600");
+    assert_eq!(owner("/run/overlay/node.sock"), "overlay:overlay 660");
+    assert_eq!(owner("/run/overlay/server.sock"), "overlay:overlay 660");
+    assert_eq!(owner("/etc/overlay"), "root:root 755");
+
+    // Members of the group may look and others may not; nobody but root installs.
+    let group = container.ok(&["id", "-g", "overlay"]).trim().to_owned();
+    let member = ["setpriv", "--reuid=4711", "--regid=4711", "--groups", group.as_str()];
+    let stranger = ["setpriv", "--reuid=4711", "--regid=4711", "--clear-groups"];
+    container.ok(&[&member[..], &["overlay", "status"]].concat());
+    let output = container.run(&[&stranger[..], &["overlay", "status"]].concat());
+    assert_error(&output, &[4], &["permission"]);
+    let output = container.run(&[&member[..], &["overlay", "down"]].concat());
+    assert_eq!(output.code, Some(4), "{output:?}");
+    let output =
+        container.run(&[&stranger[..], &["overlay", "service", "install", "node"]].concat());
+    assert_error(&output, &[4], &["root"]);
+
+    // The service runs on with what root has written in between.
+    container.ok(&["systemctl", "stop", NODE_UNIT]);
+    let run = "timeout --preserve-status 10 overlay up & for i in $(seq 100); do \
+               overlay ip >/dev/null 2>&1 && break; sleep 0.1; done; \
+               overlay service install node; echo $? >/root/code; overlay down; wait";
+    container.ok(&["sh", "-c", run]);
+    assert_eq!(container.ok(&["cat", "/root/code"]).trim(), "1", "a node runs in the foreground");
+    assert_eq!(owner("/var/lib/overlay/node/netmap.json"), "overlay:overlay 600");
+    container.ok(&["overlay", "service", "install", "node"]);
+
+    // A configuration that the service cannot use is refused before anything is changed.
+    let set = |line: &str| {
+        container.ok(&["sh", "-c", &format!("echo '{line}' > /etc/overlay/node.toml")]);
+        container.run(&["overlay", "service", "install", "node"])
+    };
+    assert_error(&set("statedir = 1"), &[2], &["state-dir"]);
+    assert_error(&set("state-dir = \"/srv/x\""), &[2], &["/var/lib/overlay/node"]);
+    container.ok(&["overlay", "ip"]);
+    let failed = set("interface = \"lo\"");
+    assert_error(&failed, &[1], &["interface"]);
+    assert!(failed.stderr.contains("journalctl"), "it shows the last lines:\n{}", failed.stderr);
+    // systemd tries again and again by now; that is no node outside of the service.
+    container.ok(&["rm", "/etc/overlay/node.toml"]);
+    container.ok(&["overlay", "service", "install", "node"]);
+
+    // A join line that does not work leaves the service as it was.
+    container.ok(&["systemctl", "stop", SERVER_UNIT]);
+    let line = "file:/root/line";
+    let output = container.run(&["overlay", "service", "install", "node", line]);
+    assert_error(&output, &[1], &["connect"]);
+    assert_eq!(container.ok(&["systemctl", "is-active", NODE_UNIT]).trim(), "active");
+}
+
+fn removed() {
+    let net = Net::new();
+    let container = both(&net);
+    container.ok(&["overlay", "server", "remove", "alice"]);
+    wait_for("the node gives up", Duration::from_secs(10), || {
+        let state = container.run(&["systemctl", "is-active", NODE_UNIT]).stdout;
+        (state.trim() == "failed").then_some(())
+    });
+    let restarts = container.ok(&["systemctl", "show", "-P", "NRestarts", NODE_UNIT]);
+    assert_eq!(restarts.trim(), "0", "a node without a network is not started again");
+    let status = container.run(&["overlay", "service", "status", "node"]);
+    assert_error(&status, &[3], &["journalctl"]);
+    let line = container.ok(&["overlay", "server", "invite"]);
+    container.ok(&["overlay", "service", "install", "node", line.trim()]);
+
+    for role in ["node", "server"] {
+        container.ok(&["overlay", "service", "uninstall", role]);
+        container.ok(&["test", "-d", &format!("/var/lib/overlay/{role}")]);
+        container.ok(&["overlay", "service", "uninstall", role, "--purge"]);
+    }
+    for path in ["/var/lib/overlay", "/run/overlay"] {
+        assert_eq!(container.run(&["test", "-e", path]).code, Some(1), "{path} is still there");
+    }
+}
+
 fn assert_not_installed(container: &Container, unit: &str) {
     let Output { code, stdout, .. } = container.run(&["systemctl", "cat", unit]);
     assert_ne!(code, Some(0), "{unit} is still there:\n{stdout}");
@@ -120,4 +219,4 @@ fn assert_not_installed(container: &Container, unit: &str) {
 }
 
 const SERVER_UNIT: &str = "overlay-server.service";
-const NODE_UNIT: &str = "overlay-node.service";
+const NODE_UNIT: &str = "overlay.service";

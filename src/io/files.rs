@@ -5,11 +5,11 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use zeroize::Zeroizing;
 
 /// Mode of a file with a secret in it.
@@ -54,7 +54,7 @@ pub enum FileError {
 }
 
 impl FileError {
-    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Io { action, path, source }
     }
@@ -87,11 +87,30 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), File
         file.write_all(bytes)?;
         // The umask may have taken bits away that the caller wants.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
+        leave_to_owner_of(directory, &file);
         file.sync_all()?;
         fs::rename(&beside, path)?;
         File::open(directory)?.sync_all()
     })();
     written.map_err(FileError::io("write", path))
+}
+
+/// Root works in the state directory of the service now and then; what it leaves there must be of
+/// use to the service.
+fn leave_to_owner_of(directory: &Path, file: &File) {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let owner = fs::metadata(directory).map(|owner| (owner.uid(), owner.gid()));
+    // One with a second name may be somebody else's, linked to here by the directory's owner.
+    let is_ours = file.metadata().is_ok_and(|file| file.is_file() && file.nlink() <= 1);
+    if let Ok((uid, gid)) = owner
+        && (uid, gid) != (0, 0)
+        && is_ours
+    {
+        // A root without this right is one in a user namespace, where there is no other user.
+        let _ = fchown(file, Some(uid), Some(gid));
+    }
 }
 
 /// The content of a file, or `None` when there is no such file.
@@ -168,8 +187,11 @@ impl DirLock {
             .create(true)
             .truncate(false)
             .mode(SECRET_MODE)
+            // The owner of the directory must not lead root to another file.
+            .custom_flags(OFlag::O_NOFOLLOW.bits())
             .open(&path)
             .map_err(FileError::io("lock", &path))?;
+        leave_to_owner_of(directory, &file);
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(file) => Ok(Self { _file: file }),
             Err((_, Errno::EWOULDBLOCK)) => {
@@ -197,6 +219,33 @@ mod tests {
         }
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn what_root_writes_belongs_to_the_owner_of_the_directory() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        if std::os::unix::fs::chown(dir.path(), Some(4711), Some(4712)).is_err() {
+            return; // root of a user namespace that knows no other user
+        }
+        let path = dir.path().join("server.key");
+        write_atomically(&path, b"secret", SECRET_MODE).unwrap();
+        let _lock = DirLock::acquire(dir.path()).unwrap();
+        for path in [path, dir.path().join(LOCK_FILE)] {
+            let file = fs::metadata(&path).unwrap();
+            assert_eq!((file.uid(), file.gid()), (4711, 4712), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn the_lock_is_never_a_way_to_another_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join("other");
+        fs::write(&other, "precious").unwrap();
+        std::os::unix::fs::symlink(&other, dir.path().join(LOCK_FILE)).unwrap();
+        assert!(matches!(DirLock::acquire(dir.path()), Err(FileError::Io { .. })));
     }
 
     #[test]

@@ -1,0 +1,218 @@
+//! The command line as it was promised: commands, flags, exit codes, errors, and what the README
+//! says of them.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::collections::BTreeSet;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use clap::CommandFactory;
+use overlay::cli::{Cli, fail};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_overlay");
+const README: &str = include_str!("../README.md");
+
+/// Every command with the arguments that it has for ever. Others may come; none of these may go.
+const CONTRACT: &[(&str, &[&str])] = &[
+    ("server", &["--config", "--listen", "--public-addr", "--state-dir", "--socket"]),
+    ("server invite", &["--uses", "--ttl", "--name", "--json", "--socket"]),
+    ("server invite list", &["--json", "--socket"]),
+    ("server invite revoke", &["ID", "--socket"]),
+    ("server nodes", &["--json", "--socket"]),
+    ("server remove", &["NODE", "--socket"]),
+    ("server rename", &["NODE", "NAME", "--socket"]),
+    (
+        "up",
+        &[
+            "JOINLINE",
+            "--config",
+            "--state-dir",
+            "--socket",
+            "--interface",
+            "--listen-port",
+            "--mtu",
+            "--name",
+        ],
+    ),
+    ("down", &["--socket"]),
+    ("status", &["--json", "--watch", "--socket"]),
+    ("ping", &["PEER", "-c", "--json", "--until-direct", "--timeout", "--socket"]),
+    ("netcheck", &["--json", "--socket"]),
+    ("ip", &["PEER", "--socket"]),
+    ("service install", &["node", "server", "JOINLINE"]),
+    ("service uninstall", &["node", "server"]),
+    ("service status", &["node", "server"]),
+    ("lab", &["--nat", "--delay", "--loss", "--block-udp", "--check", "--json"]),
+    ("config check", &["F"]),
+    ("completions", &["SHELL"]),
+    ("version", &["--json"]),
+];
+
+/// Runs the program without settings of whoever runs the tests.
+fn overlay(line: &str) -> Command {
+    let mut command = Command::new(BINARY);
+    command.args(line.split_whitespace());
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("OVERLAY_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+fn words(text: &str) -> BTreeSet<&str> {
+    let inside = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    text.split(|c| !inside(c)).filter(|word| !word.is_empty()).collect()
+}
+
+#[test]
+fn the_help_of_every_command_lists_what_was_promised() {
+    for (command, arguments) in CONTRACT {
+        let output = overlay(&format!("{command} --help")).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{command} --help");
+        let help = String::from_utf8(output.stdout).unwrap();
+        let listed = words(&help);
+        for argument in *arguments {
+            assert!(listed.contains(argument), "{command} has no {argument}:\n{help}");
+        }
+    }
+}
+
+#[test]
+fn the_table_of_the_readme_names_every_command() {
+    let spans: Vec<&str> = README
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .flat_map(|line| line.split('`').skip(1).step_by(2))
+        .collect();
+    let named: BTreeSet<&str> = spans.iter().flat_map(|span| words(span)).collect();
+    let mut found = 0;
+    let mut open: Vec<clap::Command> = Cli::command().get_subcommands().cloned().collect();
+    while let Some(command) = open.pop() {
+        // The commands inside a lab and of a configuration file are told by their own help.
+        if command.get_name() != "lab" {
+            open.extend(command.get_subcommands().cloned());
+        }
+        assert!(named.contains(command.get_name()), "{} is not in the table", command.get_name());
+        found += 1;
+    }
+    assert!(found >= CONTRACT.len(), "only {found} commands were looked at");
+}
+
+#[test]
+fn the_exit_codes_of_the_readme_are_those_of_the_program() {
+    let codes = [
+        (fail::OK, "ok"),
+        (fail::FAILED, "failed"),
+        (fail::USAGE, "usage"),
+        (fail::NOT_RUNNING, "not running"),
+        (fail::PERMISSION, "no permission"),
+        (fail::UNKNOWN_PEER, "unknown peer"),
+        (fail::NO_REPLY, "no reply"),
+        (fail::ONLY_RELAYED, "only relayed"),
+        (fail::NOT_ENROLLED, "not enrolled"),
+    ];
+    let constants = include_str!("../src/daemon/exit.rs").matches("pub const ").count();
+    assert_eq!(codes.len(), constants, "this test knows every code");
+    let text = README.split("Exit codes: ").nth(1).expect("the README tells the exit codes");
+    let text = text.split('.').next().unwrap().replace('\n', " ");
+    let expected: Vec<String> = codes.iter().map(|(code, word)| format!("{code} {word}")).collect();
+    assert_eq!(text, expected.join(", "));
+}
+
+#[test]
+fn the_examples_of_configuration_files_are_good_ones() {
+    for name in ["node.toml", "server.toml"] {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join(name);
+        let output = overlay("config check").arg(file).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{name}: {output:?}");
+    }
+}
+
+/// Checks that `output` is an error of three parts with this exit code, and returns the text.
+fn assert_failure(what: &str, output: &Output, code: u8) -> String {
+    let text = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(code.into()), "{what}\n{text}");
+    for part in ["error: ", "cause: ", "help: "] {
+        let said = text.lines().filter(|line| line.starts_with(part) && line.len() > part.len());
+        assert_eq!(said.count(), 1, "{what}: one line starts with `{part}`\n{text}");
+    }
+    assert!(output.stdout.is_empty(), "{what}: stdout is for data");
+    text
+}
+
+#[test]
+fn every_failure_says_what_and_why_and_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let nothing = dir.path().join("nothing.sock");
+    let nothing = nothing.display();
+    let bad = dir.path().join("server.toml");
+    fs::write(&bad, "lisen = []\n").unwrap();
+    let bad = bad.display();
+    let cases = [
+        (String::new(), fail::USAGE),
+        ("upp".into(), fail::USAGE),
+        ("ping".into(), fail::USAGE),
+        ("server".to_owned() + " --listen nowhere", fail::USAGE),
+        ("up --mtu many".into(), fail::USAGE),
+        ("lab --nat cone".into(), fail::USAGE),
+        (format!("up hello --state-dir {nothing}"), fail::USAGE),
+        (format!("up file:{nothing} --state-dir {nothing}"), fail::USAGE),
+        (format!("config check {bad}"), fail::USAGE),
+        (format!("config check {nothing}"), fail::USAGE),
+        (format!("server --config {bad}"), fail::USAGE),
+        (format!("up --config {nothing}"), fail::USAGE),
+        (format!("config check {}", dir.path().display()), fail::FAILED),
+        (format!("status --socket {nothing}"), fail::NOT_RUNNING),
+        (format!("server nodes --socket {nothing}"), fail::NOT_RUNNING),
+        (format!("lab exec --pid {} alice", i32::MAX), fail::NOT_RUNNING),
+        (
+            format!("up --state-dir {0}/state --socket {0}/x.sock", dir.path().display()),
+            fail::NOT_ENROLLED,
+        ),
+    ];
+    for (line, code) in cases {
+        let output = overlay(&line).env("XDG_RUNTIME_DIR", dir.path()).output().unwrap();
+        assert_failure(&format!("overlay {line}"), &output, code);
+    }
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    for line in ["--help", "--version", "server --help", "server invite -h"] {
+        let output = overlay(line).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{line}");
+        assert!(!output.stdout.is_empty() && output.stderr.is_empty(), "{line}: {output:?}");
+    }
+}
+
+#[test]
+fn a_configuration_that_may_not_be_read_is_a_missing_right() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    // A user without rights may not be allowed to enter the folder of the build.
+    let copy = dir.path().join("overlay");
+    fs::copy(BINARY, &copy).unwrap();
+    let home = dir.path().join("home");
+    fs::create_dir(&home).unwrap();
+    fs::set_permissions(&home, Permissions::from_mode(0o000)).unwrap();
+    let named = home.join("server.toml");
+    let named = named.to_str().unwrap();
+    for args in
+        [&["up"][..], &["server"], &["server", "--config", named], &["config", "check", named]]
+    {
+        let mut command = Command::new(&copy);
+        command.args(args).env_clear().env("HOME", &home);
+        if nix::unistd::geteuid().is_root() {
+            command.uid(65534).gid(65534);
+        }
+        let text = assert_failure(&args.join(" "), &command.output().unwrap(), fail::PERMISSION);
+        assert!(text.contains("cause: cannot read "), "{text}");
+        assert!(text.contains("sudo"), "{text}");
+    }
+    fs::set_permissions(&home, Permissions::from_mode(0o700)).unwrap();
+}
