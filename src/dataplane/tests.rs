@@ -4,9 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::offload::{FrameHeader, MergeKinds, Segmentation, SegmentationKind};
 use super::{
     EngineKeys, ForwardingTable, MIN_SEAL_BUFFER, Note, Peer, Session, SessionSettings, Shared,
-    Source, TunBatch, UdpBatch, flush_pending, inbound, outbound,
+    Source, TunBatch, UdpBatch, flush_pending, inbound, inbound_train, outbound, outbound_frame,
 };
 use crate::path::{Choice, Via};
 use crate::testing::epoch;
@@ -237,6 +238,62 @@ fn multicast_and_garbage_from_the_interface_die_quietly() {
     assert_eq!(drops.of(DropReason::Multicast), 1);
     assert_eq!(drops.of(DropReason::BadInnerPacket), 1);
     assert_eq!(drops.of(DropReason::NoRoute), 1);
+}
+
+/// A super-packet of the kernel: TCP over IPv4 with `payload`, to be cut at 100 bytes.
+fn super_packet(src: Ipv4Addr, dst: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
+    let segmentation = Some(Segmentation { kind: SegmentationKind::TcpV4, size: 100 });
+    let header = FrameHeader { checksum: Some((20, 16)), segmentation, header_len: 40 };
+    let mut inner = vec![0, 80, 1, 187, 0, 0, 0, 9, 0, 0, 0, 7, 0x50, 0x10, 1, 0, 0, 0, 0, 0];
+    inner.extend_from_slice(payload);
+    let mut ip = packet(src, dst, &inner);
+    ip[9] = 6;
+    // What the kernel leaves in the field: the sum of addresses, protocol and length.
+    let words = ip[12..20].chunks(2).map(|pair| u32::from(pair[0]) * 256 + u32::from(pair[1]));
+    let mut sum: u32 = words.sum::<u32>() + 6 + u32::try_from(inner.len()).unwrap();
+    sum = (sum & 0xffff) + (sum >> 16);
+    ip[36..38].copy_from_slice(&u16::try_from(sum).unwrap().to_be_bytes());
+    [header.encode().as_slice(), &ip].concat()
+}
+
+#[test]
+fn a_super_packet_leaves_as_one_run_and_arrives_as_one_train() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let payload: Vec<u8> = (0..450u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
+    let mut frame = super_packet(a.addrs.v4, b.addrs.v4, &payload);
+    let (mut out, mut notes) = (UdpBatch::default(), Vec::new());
+    outbound_frame(&a.shared, &a.shared.table(), &mut frame, now, &mut out, &mut notes);
+    let runs: Vec<_> = out.runs().map(|(run, bytes)| (run.segment, bytes.to_vec())).collect();
+    assert_eq!(runs.len(), 1, "all for one call");
+    assert_eq!((runs[0].0, runs[0].1.len()), (172, 4 * 172 + 122));
+    let mut tun = TunBatch::default();
+    tun.clear(MergeKinds { tcp: true, udp: true });
+    let source = Source::Udp { remote: a.endpoint, local: None };
+    let (stride, train) = (runs[0].0, &runs[0].1);
+    let table = b.shared.table();
+    inbound_train(&b.shared, &table, source, train, stride, now, &mut tun, &mut notes);
+    tun.finish();
+    let frames: Vec<_> = tun.frames().collect();
+    assert_eq!(frames.len(), 1, "one write");
+    assert_eq!(frames[0].kind(), Some(SegmentationKind::TcpV4));
+    assert_eq!(frames[0].packets().count(), 5);
+    assert_eq!(frames[0].pieces().collect::<Vec<_>>().concat(), payload);
+    assert_eq!(b.peer.counters.rx_bytes.load(std::sync::atomic::Ordering::Relaxed), 450 + 5 * 40);
+}
+
+#[test]
+fn a_broken_frame_is_counted_and_does_no_harm() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let whole = super_packet(a.addrs.v4, b.addrs.v4, &[7; 450]);
+    for len in 0..whole.len() {
+        let (mut out, mut notes) = (UdpBatch::default(), Vec::new());
+        let mut frame = whole[..len].to_vec();
+        outbound_frame(&a.shared, &a.shared.table(), &mut frame, now, &mut out, &mut notes);
+        assert!(out.is_empty(), "{len}");
+    }
+    assert_eq!(a.shared.drops().of(DropReason::BadInnerPacket), whole.len() as u64);
 }
 
 proptest::proptest! {
