@@ -215,6 +215,13 @@ fn run_outbound(ports: &Ports, notes: &NoteSender) {
             let _ = ports.tun_changed.read();
             continue;
         }
+        let broken = fds.get(2).and_then(PollFd::revents);
+        if broken.is_some_and(|events| events.contains(PollFlags::POLLERR)) {
+            // The interface was removed. Until the control task has made another one there is
+            // nothing to wait for.
+            ports.tun.compare_and_swap(&tun, None);
+            continue;
+        }
         let Some(tun) = tun else { continue };
         let table = ports.shared.table();
         let now = clock::now();
