@@ -38,6 +38,7 @@ impl UdpSocket {
         socket.bind(&addr.into())?;
         let socket = std::net::UdpSocket::from(socket);
         let state = UdpSocketState::new((&socket).into())?;
+        allow_fragments(&socket)?;
         // Where the kernel allows less, less it is.
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
@@ -76,6 +77,8 @@ impl UdpSocket {
             match self.state.try_send((&self.socket).into(), &transmit(bytes, Some(segment))) {
                 // The device cannot do it: quinn-udp has switched it off, the train is still here.
                 Err(_) if self.state.max_gso_segments() == 1 => {}
+                // A train is not cut into fragments, its single datagrams are.
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
                 result => return result,
             }
         }
@@ -104,6 +107,18 @@ impl AsFd for UdpSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// To call after `quinn-udp` has set up `socket`, which forbids fragments: it is made for QUIC, and
+/// QUIC finds out how much a path takes. A full packet of the overlay has 1348 bytes and more with
+/// all headers; a path that takes less is slower with fragments, and without them it swallows every
+/// full packet with no word to anybody.
+///
+/// # Errors
+/// What the kernel says.
+pub fn allow_fragments(socket: &std::net::UdpSocket) -> io::Result<()> {
+    let ipv6 = socket.local_addr()?.is_ipv6();
+    Ok(super::sys::allow_fragments(socket, ipv6)?)
 }
 
 /// One datagram that was received.

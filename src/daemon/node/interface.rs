@@ -7,7 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::io::os::{Conflict, InterfaceAddress, LinkState, Netlink, NetlinkError, Overlap, Route, conflicts};
+use crate::io::os::{
+    Conflict, InterfaceAddress, LinkState, Netlink, NetlinkError, Overlap, Route, conflicts,
+};
 use crate::io::tun::{Tun, TunError, TunOptions};
 use crate::node::Identity;
 
@@ -151,8 +153,11 @@ impl Daemon {
             }
             Ok(Condition::Off) => {
                 if self.interface.as_ref().is_some_and(|interface| !interface.off) {
-                    tracing::warn!(interface = name, "the interface was switched off, no packet \
-                        comes or goes; type: sudo ip link set {name} up");
+                    tracing::warn!(
+                        interface = name,
+                        "the interface was switched off, no packet \
+                        comes or goes; type: sudo ip link set {name} up"
+                    );
                 }
             }
             Ok(Condition::Gone) => self.remake_interface(now).await,
