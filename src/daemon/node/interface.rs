@@ -7,6 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+use nix::errno::Errno;
+
 use crate::io::os::{
     Conflict, InterfaceAddress, LinkState, Netlink, NetlinkError, Overlap, Route, conflicts,
 };
@@ -72,12 +75,19 @@ impl Interface {
         }
         let tun = Tun::open(&TunOptions::named(&options.interface))?;
         let index = tun.index();
+        let mut left_out = Vec::new();
         for prefix in identity.addrs.prefixes() {
-            netlink.add_address(index, prefix).await?;
+            if !add_address(&netlink, index, prefix).await? {
+                tracing::warn!(address = %prefix, "IPv6 is disabled on this machine, going on \
+                    without (sysctl net.ipv6.conf.all.disable_ipv6)");
+                left_out.push(prefix.addr());
+            }
         }
         netlink.set_link(index, Some(u32::from(options.mtu)), LinkState::Up).await?;
         for route in routes_of(&identity, index) {
-            netlink.add_route(&route).await?;
+            if route.pref_src.is_none_or(|source| !left_out.contains(&source)) {
+                netlink.add_route(&route).await?;
+            }
         }
         tracing::info!(interface = options.interface, ipv4 = %identity.addrs.v4,
             ipv6 = %identity.addrs.v6, mtu = options.mtu, "interface is up");
@@ -95,19 +105,25 @@ impl Interface {
             Some(_) => {}
         }
         let mut mended = Vec::new();
+        let mut left_out = Vec::new();
         let addresses = netlink.addresses().await?;
         for prefix in self.identity.addrs.prefixes() {
             let there = |it: &InterfaceAddress| it.index == index && it.addr == prefix;
-            if !addresses.iter().any(there) {
-                netlink.add_address(index, prefix).await?;
+            if addresses.iter().any(there) {
+                continue;
+            }
+            if add_address(&netlink, index, prefix).await? {
                 mended.push(prefix.to_string());
+            } else {
+                left_out.push(prefix.addr());
             }
         }
         // Read after the addresses are back: the kernel drops routes with their source address.
         let routes = netlink.routes().await?;
         for route in routes_of(&self.identity, index) {
             let there = |it: &Route| it.index == index && it.dst == route.dst;
-            if !routes.iter().any(there) {
+            let possible = route.pref_src.is_none_or(|source| !left_out.contains(&source));
+            if possible && !routes.iter().any(there) {
                 netlink.add_route(&route).await?;
                 mended.push(format!("route to {}", route.dst));
             }
@@ -126,6 +142,17 @@ impl Interface {
     pub(super) fn identity(&self) -> &Identity {
         &self.identity
     }
+}
+
+/// Adds an address; `false` where the kernel has no IPv6, as in most containers.
+async fn add_address(netlink: &Netlink, index: u32, prefix: IpNet) -> Result<bool, NetlinkError> {
+    let Err(error) = netlink.add_address(index, prefix).await else { return Ok(true) };
+    // Switched off by sysctl, or by a parameter of the kernel. A missing right is EPERM.
+    let absent = matches!(
+        error.kernel_error(),
+        Some(Errno::EACCES | Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT)
+    );
+    if absent && prefix.addr().is_ipv6() { Ok(false) } else { Err(error) }
 }
 
 fn routes_of(identity: &Identity, index: u32) -> impl Iterator<Item = Route> {

@@ -29,6 +29,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("local::a_start_after_sigkill_cleans_up_and_works", restart_after_kill),
         Case::new("local::garbage_on_the_local_sockets_does_no_harm", garbage_on_sockets),
         Case::new("local::interface_name_port_and_mtu_are_as_asked", asked_interface),
+        Case::new("local::a_machine_without_ipv6_is_a_member", without_ipv6),
         Case::new("local::an_interface_that_others_took_apart_is_mended", interface_mended),
     ]
 }
@@ -230,6 +231,19 @@ fn asked_interface() {
         assert!(link.contains(&address), "{address} is not in {link}");
     }
     assert!(host.ns.ip("-o link show dev lan7").contains("mtu 1320"));
+}
+
+fn without_ipv6() {
+    let Place { net, server, host } = place();
+    for which in ["all", "default"] {
+        host.ns.sysctl(&format!("net/ipv6/conf/{which}/disable_ipv6"), "1");
+    }
+    let other = net.machine("bob", Nat::PortRestricted);
+    let peer = Node::start(&net, &other, &server);
+    let mut node = Node::start(&net, &host, &server);
+    node.wait_path("bob", "direct", Duration::from_secs(10));
+    ping::assert_answers(&host, &peer.ipv4());
+    assert!(node.log().contains("IPv6 is disabled"), "{}", node.log());
 }
 
 fn interface_mended() {
