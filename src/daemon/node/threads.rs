@@ -291,6 +291,13 @@ fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
             let _ = ports.tun_changed.read();
             continue;
         }
+        let broken = fds.get(2).and_then(PollFd::revents);
+        if broken.is_some_and(|events| events.contains(PollFlags::POLLERR)) {
+            // The interface was removed. Until the control task has made another one there is
+            // nothing to wait for.
+            ports.tun.compare_and_swap(&tun, None);
+            continue;
+        }
         let Some(tun) = tun else { continue };
         // A batch that a panic left behind is cleared before it is used.
         let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
