@@ -157,6 +157,8 @@ impl Node {
         session.bound_at = Some(now);
         session.next_at = now + if relaying { REFRESH_IN_USE } else { REFRESH };
         let appeared = !std::mem::replace(&mut session.bound, true);
+        let moved = self.reflexive() != Some(observed) && !self.host_endpoints.contains(&observed);
+        self.note_announced(moved, now);
         self.handle_reflexive(observed, now);
         if appeared {
             self.update_peers(now);

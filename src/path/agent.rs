@@ -4,6 +4,7 @@
 //! it is alive is the business of `liveness`.
 
 mod choose;
+mod opener;
 mod rounds;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -18,6 +19,8 @@ use super::probe::{ProbeOutcome, Prober};
 use super::{Choice, Via};
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, TxId, usable_underlay};
 use choose::KEEPALIVE;
+use opener::Cause;
+pub use opener::{OPENER_TTL, Signalling};
 
 /// An endpoint that answered this long ago, and was not heard since, has to prove itself again.
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
@@ -35,6 +38,13 @@ pub enum PathTransmit {
     Ping {
         /// On this path.
         via: Via,
+        /// Its transaction.
+        tx: TxId,
+    },
+    /// A ping that dies after [`OPENER_TTL`] hops.
+    Opener {
+        /// Towards this endpoint.
+        remote: SocketAddr,
         /// Its transaction.
         tx: TxId,
     },
@@ -121,6 +131,7 @@ impl Endpoint {
 pub struct PathAgent {
     rng: StdRng,
     wanted: bool,
+    signalling: Signalling,
     endpoints: BTreeMap<SocketAddr, Endpoint>,
     relay: Option<Via>,
     relay_prober: Prober,
@@ -146,6 +157,7 @@ impl PathAgent {
         Self {
             rng: StdRng::from_seed(seed),
             wanted: false,
+            signalling: Signalling::default(),
             endpoints: BTreeMap::new(),
             relay: None,
             relay_prober: Prober::default(),
@@ -171,7 +183,7 @@ impl PathAgent {
     pub fn set_wanted(&mut self, wanted: bool, now: Instant) {
         if wanted && !self.wanted {
             self.wanted = true;
-            self.start_round(now);
+            self.start_round(Cause::Wanted, now);
         }
         self.wanted = wanted;
     }
@@ -186,7 +198,7 @@ impl PathAgent {
         self.relay_prober.forget();
         self.choose("the relay changed", now);
         if appeared && self.wanted {
-            self.start_round(now);
+            self.start_round(Cause::Wanted, now);
         }
     }
 
@@ -210,7 +222,7 @@ impl PathAgent {
             self.endpoints.entry(remote).or_insert_with(|| Endpoint::new(kind));
         }
         if fresh && self.wanted && !self.is_direct() {
-            self.start_round(now);
+            self.start_round(Cause::ToldBoth, now);
         }
     }
 
@@ -231,7 +243,7 @@ impl PathAgent {
             // The peer is not direct, or it has moved: does our path still lead to it?
             self.verify(now);
         } else {
-            self.start_round(now);
+            self.start_round(Cause::Called, now);
         }
     }
 
@@ -258,7 +270,7 @@ impl PathAgent {
             // The peer probes when the call arrives, and wants our NAT open then: a fresh ladder,
             // however young the last one is.
             self.round_at = None;
-            self.start_round(now);
+            self.start_round(Cause::ToldBoth, now);
         }
     }
 
@@ -276,7 +288,7 @@ impl PathAgent {
         self.called_at = None;
         self.retries = 0;
         if self.wanted {
-            self.start_round(now);
+            self.start_round(Cause::Wanted, now);
         }
     }
 
@@ -297,7 +309,7 @@ impl PathAgent {
         if !checked {
             // The triggered check: the peer's NAT is open for us at this moment.
             endpoint.prober.start_round(now);
-            if endpoint.prober.take_due(now) {
+            if endpoint.prober.take_due(now).is_some() {
                 self.ping(via, now);
             }
         }
@@ -328,7 +340,7 @@ impl PathAgent {
         if let Via::Direct { remote, local } = via
             && let Some(endpoint) = self.learn(remote, local, now)
             && endpoint.prober.last_pong().is_none()
-            && !endpoint.prober.in_round()
+            && (!endpoint.prober.in_round() || endpoint.prober.is_held(now))
         {
             endpoint.prober.start_round(now);
         }
@@ -372,7 +384,7 @@ impl PathAgent {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
             if self.wanted && !self.is_direct() {
-                self.start_round(now);
+                self.start_round(Cause::Wanted, now);
             }
         }
         self.choose("the path stopped answering", now);

@@ -1,8 +1,9 @@
-//! NAT recipes for the kernel's nftables: the four classical kinds, and a firewall without UDP.
+//! NAT recipes for the kernel's nftables: the four classical kinds, a router with an open input, and
+//! a firewall without UDP.
 //!
-//! Every recipe drops unasked-for UDP to the router itself. A router that accepts it makes
+//! Every recipe but one drops unasked-for UDP to the router itself. A router that accepts it makes
 //! connection tracking remember the stranger's packet, and then moves the inside host to another
-//! port: that is a fifth kind, and no recipe here.
+//! port. All routers stand two hops into the internet, so what lives for two hops ends before them.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -18,6 +19,8 @@ pub(crate) enum Nat {
     PortRestricted,
     /// A random port for every destination.
     Symmetric,
+    /// Port-restricted, and the router takes what is sent to itself.
+    OpenInput,
 }
 
 impl Nat {
@@ -36,13 +39,16 @@ impl Nat {
             Self::AddressRestricted => "address-restricted",
             Self::PortRestricted => "port-restricted",
             Self::Symmetric => "symmetric",
+            Self::OpenInput => "open-input",
         }
     }
 
     /// Whether plain punching, with answers to the observed source, joins the two kinds.
     pub(crate) fn can_be_punched(self, other: Self) -> bool {
-        let hard =
-            |a, b| a == Self::Symmetric && matches!(b, Self::Symmetric | Self::PortRestricted);
+        let hard = |a, b| {
+            use Nat::{OpenInput, PortRestricted, Symmetric};
+            a == Symmetric && matches!(b, Symmetric | PortRestricted | OpenInput)
+        };
         !hard(self, other) && !hard(other, self)
     }
 
@@ -54,8 +60,10 @@ impl Nat {
             Self::AddressRestricted => format!("{}{ADDRESS_FILTER}", full_cone(wan)),
             Self::PortRestricted => masquerade(""),
             Self::Symmetric => masquerade("fully-random"),
+            Self::OpenInput => masquerade(""),
         };
-        format!("{ROUTER_INPUT}{kind}")
+        let input = if self == Self::OpenInput { "" } else { ROUTER_INPUT };
+        format!("{HOPS}{input}{kind}")
     }
 }
 
@@ -64,6 +72,15 @@ impl fmt::Display for Nat {
         f.write_str(self.word())
     }
 }
+
+/// Before connection tracking sees it.
+const HOPS: &str = r#"
+table ip hops {
+ chain pre { type filter hook prerouting priority -350; policy accept;
+  iifname "wan" ip ttl < 3 drop
+ }
+}
+"#;
 
 const ROUTER_INPUT: &str = r#"
 table inet fw {

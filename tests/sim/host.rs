@@ -20,6 +20,8 @@ use crate::uplink::Uplink;
 pub(crate) struct Outgoing {
     /// Datagrams, each with where it goes.
     pub(crate) datagrams: Vec<(Target, Vec<u8>)>,
+    /// Where datagrams go that die on the way.
+    pub(crate) openers: Vec<SocketAddr>,
     /// Control messages.
     pub(crate) messages: Vec<ClientMessage>,
     /// Inner packets that came out of the TUN interface.
@@ -33,6 +35,7 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     fn is_empty(&self) -> bool {
         self.datagrams.is_empty()
+            && self.openers.is_empty()
             && self.messages.is_empty()
             && self.packets.is_empty()
             && self.news.is_empty()
@@ -258,6 +261,9 @@ impl Host {
             let all = batch.datagrams().map(|(target, datagram)| (target, datagram.to_vec()));
             going.datagrams.extend(all);
         };
+        while let Some(opener) = node.poll_opener() {
+            going.openers.push(opener.remote);
+        }
         take(&self.out, going);
         self.out.clear();
         node.take_datagrams(&mut self.out);

@@ -63,6 +63,9 @@ impl World {
                 self.send_up(host, connection, Frame::Control(control::encode(&message)));
             }
         }
+        for remote in going.openers {
+            self.open(host, remote);
+        }
         for (target, bytes) in going.datagrams {
             match (target, connection) {
                 (Target::Udp { remote, .. }, _) => self.send_udp(host, remote, bytes),
@@ -95,6 +98,15 @@ impl World {
             Some(Outbound::Forward(flow)) => self.send_out(edge, Some(host), flow.src, dst, bytes),
             Some(Outbound::Hairpin(flow)) => self.send_in_lan(host, flow.src, flow.dst, bytes),
             None => {}
+        }
+    }
+
+    /// A datagram that passes the own edge, and dies in the internet.
+    fn open(&mut self, host: usize, dst: SocketAddr) {
+        let (edge, src) = (self.hosts[host].edge, self.hosts[host].endpoint);
+        if !is_private(dst.ip()) && !self.hosts[host].udp_blocked {
+            let now = self.now;
+            let _ = self.edges[edge].outbound(src, dst, now);
         }
     }
 

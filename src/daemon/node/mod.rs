@@ -37,7 +37,7 @@ use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
 use interface::Interface;
 use local::Request;
 use state::StateDir;
-use threads::{Ports, send_all, write_tun};
+use threads::{Ports, send_all, send_opener, write_tun};
 use uplink::{Uplink, UplinkEvent};
 
 /// Changes of addresses come in groups; the last one counts.
@@ -216,6 +216,9 @@ impl Daemon {
         let now = clock::now();
         while let Some(event) = self.node.poll_event() {
             self.handle_event(event, now).await?;
+        }
+        while let Some(opener) = self.node.poll_opener() {
+            send_opener(&self.ports, &opener);
         }
         let mut out = std::mem::take(&mut self.out);
         self.node.take_datagrams(&mut out);

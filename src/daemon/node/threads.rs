@@ -16,8 +16,10 @@ use tokio::sync::mpsc;
 use crate::dataplane::{Note, Shared, Source, Target, TunBatch, UdpBatch, inbound, outbound};
 use crate::io::clock;
 use crate::io::link::LinkSender;
+use crate::io::opener::send_with_ttl;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
+use crate::node::Opener;
 use crate::types::DropReason;
 
 /// Packets read from the TUN interface before they are sent.
@@ -109,6 +111,16 @@ pub(super) fn send_all(ports: &Ports, batch: &UdpBatch) {
                 }
             }
         }
+    }
+}
+
+/// Sends a datagram with a short life. What cannot be sent now is not worth waiting for.
+pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
+    let socket = if opener.remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
+    let Some(socket) = socket else { return };
+    if let Err(error) = send_with_ttl(socket, opener.remote, opener.ttl, &opener.datagram) {
+        ports.shared.drops().count(DropReason::SendFailed);
+        tracing::trace!(remote = %opener.remote, %error, "opener not sent");
     }
 }
 

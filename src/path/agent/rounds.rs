@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
+use super::opener::Cause;
 use super::{Endpoint, PathAgent, PathTransmit};
 use crate::path::Via;
-use crate::path::probe::ProbeOutcome;
+use crate::path::probe::{Due, ProbeOutcome};
 use crate::types::{CandidateKind, TxId, usable_underlay};
 
 /// How many endpoints a peer may teach us by sending from them, beside those it announces.
@@ -61,15 +62,19 @@ impl PathAgent {
     }
 
     /// Pings every endpoint that is not proved, and asks the peer to do the same. Soon after the
-    /// last round only endpoints that were not in it are taken in.
-    pub(super) fn start_round(&mut self, now: Instant) {
+    /// last round only endpoints that were not in it, or wait in it for longer than they now have
+    /// to, are taken in.
+    pub(super) fn start_round(&mut self, cause: Cause, now: Instant) {
         let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
         let started = self.round_at.is_some_and(recent);
-        for endpoint in self.endpoints.values_mut() {
+        let hold = self.hold(cause, now);
+        for (remote, endpoint) in &mut self.endpoints {
+            let hold = if endpoint.wants_opener(*remote) { hold } else { Duration::ZERO };
             let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
-            let joins = if started { untried } else { !endpoint.proved(now) };
+            let sooner = endpoint.prober.is_held(now + hold);
+            let joins = if started { untried || sooner } else { !endpoint.proved(now) };
             if joins {
-                endpoint.prober.start_round(now);
+                endpoint.prober.start_held_round(hold, now);
             }
         }
         if let Some(via) = self.relay {
@@ -98,19 +103,31 @@ impl PathAgent {
     /// Sends the pings of all rounds that are due; the first ones of a round leave in the same
     /// instant as its call-me-maybe.
     pub(super) fn ping_due(&mut self, now: Instant) {
-        let due: Vec<(SocketAddr, Option<IpAddr>)> = self
+        let due: Vec<(SocketAddr, Option<IpAddr>, Due)> = self
             .endpoints
             .iter_mut()
-            .filter_map(|(remote, e)| e.prober.take_due(now).then_some((*remote, e.local)))
+            .filter_map(|(remote, e)| Some((*remote, e.local, e.prober.take_due(now)?)))
             .collect();
-        for (remote, local) in due {
-            self.ping(Via::Direct { remote, local }, now);
+        for (remote, local, due) in due {
+            match due {
+                Due::Ping => drop(self.ping(Via::Direct { remote, local }, now)),
+                Due::Opener => self.open(remote, now),
+            }
         }
-        if self.relay_prober.take_due(now)
+        if self.relay_prober.take_due(now).is_some()
             && let Some(relay) = self.relay
         {
             self.ping(relay, now);
         }
+    }
+
+    /// On a short way the opener arrives, and is answered like any ping.
+    fn open(&mut self, remote: SocketAddr, now: Instant) {
+        let tx = TxId(self.rng.random());
+        if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+            endpoint.prober.opened(tx, now);
+        }
+        self.transmits.push_back(PathTransmit::Opener { remote, tx });
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {

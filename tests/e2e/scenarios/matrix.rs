@@ -16,6 +16,16 @@ pub(crate) fn cases() -> Vec<Case> {
             cases.push(Case::new(format!("matrix::{a}_with_{b}"), move || pair(a, b)));
         }
     }
+    for other in Nat::ALL.into_iter().chain([Nat::OpenInput]) {
+        let open = Nat::OpenInput;
+        let mut add = |a: Nat, b: Nat| {
+            cases.push(Case::new(format!("matrix::{a}_with_{b}"), move || pair(a, b)));
+        };
+        add(open, other);
+        if other != open {
+            add(other, open);
+        }
+    }
     cases.push(Case::new("matrix::one_private_address_in_both_homes", same_private_address));
     cases.push(Case::new("matrix::two_nodes_in_one_home_talk_inside_it", one_home));
     cases.push(Case::new("matrix::ipv6_makes_a_symmetric_pair_direct", symmetric_pair_with_ipv6));
