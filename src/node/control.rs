@@ -55,6 +55,8 @@ impl Node {
         self.events.push_back(Event::Identity(identity.clone()));
         if let Some(port) = welcome.relay_port {
             let relay = SocketAddr::new(server.ip(), port);
+            let second = welcome.second_port.map(|port| SocketAddr::new(server.ip(), port));
+            self.prediction.set_second_port(second);
             self.relay.start(relay, identity.id, RelayKey(welcome.relay_key), now);
             self.handle_relay_timeout(now);
         }
@@ -129,6 +131,7 @@ impl Node {
         self.announce(None, now);
         if !first {
             self.announced_at = None;
+            self.prediction.forget();
             self.update_signalling();
             self.relay.hurry(now);
             self.handle_relay_timeout(now);

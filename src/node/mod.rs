@@ -8,6 +8,7 @@
 //! - `control`: what the server says, and what it is told
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
 //! - `disco`: probes in and out
+//! - `predict`: which ports our NAT will give us next
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
 //! - `netmap`: the network as the server described it, also on disk
@@ -20,6 +21,7 @@ mod disco;
 mod handshake;
 mod netmap;
 mod peer;
+mod predict;
 mod relay;
 mod signalling;
 mod status;
@@ -42,6 +44,7 @@ use crate::types::{Candidate, NodeId, PublicKey, SecretKey};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use peer::PeerControl;
+use predict::Prediction;
 use relay::RelayClient;
 
 /// What can be set about a node.
@@ -122,7 +125,9 @@ pub struct Node {
     traffic_tick_at: Option<Instant>,
     engine_tick_at: Option<Instant>,
     datagrams: UdpBatch,
+    prediction: Prediction,
     openers: VecDeque<Opener>,
+    scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
 }
@@ -161,7 +166,9 @@ impl Node {
             traffic_tick_at: None,
             engine_tick_at: None,
             datagrams: UdpBatch::default(),
+            prediction: Prediction::default(),
             openers: VecDeque::new(),
+            scratch: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
         };

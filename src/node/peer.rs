@@ -105,7 +105,7 @@ impl Node {
         let relay = self.relay_path();
         let eager = self.netmap.peers.len() <= self.settings.eager_peers;
         let link_up = self.link_up;
-        let signalling = self.signalling();
+        let signalling = self.signalling(id);
         let (Some(peer), Some(info)) = (self.peers.get_mut(&id), self.netmap.peers.get(&id)) else {
             return;
         };
@@ -182,7 +182,7 @@ impl Node {
                     self.send_disco(id, via, &Message::Pong { tx, observed });
                 }
                 PathTransmit::CallMeMaybe { via } => {
-                    let candidates = self.announced.clone();
+                    let candidates = self.call_candidates(now);
                     let message = Message::CallMeMaybe { epoch: self.call_epoch, candidates };
                     self.send_disco(id, via, &message);
                 }

@@ -15,20 +15,24 @@ const GATHER_PER_NODE: Duration = Duration::from_micros(500);
 impl Node {
     /// Tells every agent how news travels now.
     pub(super) fn update_signalling(&mut self) {
-        let signalling = self.signalling();
-        for peer in self.peers.values_mut() {
-            peer.agent.set_signalling(signalling);
+        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
+        for id in ids {
+            let signalling = self.signalling(id);
+            if let Some(peer) = self.peers.get_mut(&id) {
+                peer.agent.set_signalling(signalling);
+            }
         }
     }
 
-    /// How news travels now.
-    pub(super) fn signalling(&self) -> Signalling {
+    /// How news travels between us and a peer now.
+    pub(super) fn signalling(&self, id: NodeId) -> Signalling {
         let peers = self.netmap.peers.len();
         let eager = self.link_up && peers <= self.settings.eager_peers;
         let peers = u32::try_from(peers).unwrap_or(u32::MAX);
         Signalling {
             server_rtt: self.relay.rtt(),
             announced_at: self.announced_at,
+            doubles: self.netmap.identity.as_ref().is_some_and(|own| own.id > id),
             lag: eager.then(|| GATHER_PER_NODE.saturating_mul(peers)),
         }
     }

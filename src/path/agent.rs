@@ -105,7 +105,9 @@ struct Endpoint {
 
 impl Endpoint {
     fn new(kind: CandidateKind) -> Self {
-        Self { kind, local: None, prober: Prober::default(), heard: None, penalty_until: None }
+        let guess = kind == CandidateKind::Predicted;
+        let prober = if guess { Prober::for_guess() } else { Prober::default() };
+        Self { kind, local: None, prober, heard: None, penalty_until: None }
     }
 
     fn proved(&self, now: Instant) -> bool {
@@ -145,6 +147,7 @@ pub struct PathAgent {
     call_epoch: u64,
     retry_at: Option<Instant>,
     retries: usize,
+    guesses: usize,
     keepalive_at: Option<Instant>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
@@ -171,6 +174,7 @@ impl PathAgent {
             call_epoch: 0,
             retry_at: None,
             retries: 0,
+            guesses: 0,
             keepalive_at: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -213,7 +217,7 @@ impl PathAgent {
             .collect();
         self.endpoints.retain(|remote, endpoint| {
             announced.contains_key(remote)
-                || endpoint.kind == CandidateKind::PeerReflexive
+                || matches!(endpoint.kind, CandidateKind::PeerReflexive | CandidateKind::Predicted)
                 || endpoint.proved(now)
         });
         let mut fresh = false;
@@ -232,6 +236,11 @@ impl PathAgent {
             return;
         }
         self.call_epoch = epoch;
+        // Guesses age fast: the newest ones replace all others.
+        let called = |remote: &SocketAddr| candidates.iter().any(|it| it.endpoint == *remote);
+        self.endpoints.retain(|remote, endpoint| {
+            endpoint.kind != CandidateKind::Predicted || endpoint.proved(now) || called(remote)
+        });
         for candidate in candidates.iter().take(MAX_CANDIDATES) {
             if usable_underlay(candidate.endpoint) && self.endpoints.len() < 2 * MAX_CANDIDATES {
                 self.endpoints
@@ -262,18 +271,6 @@ impl PathAgent {
         self.endpoints.contains_key(&remote)
     }
 
-    /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
-    pub fn handle_own_candidates(&mut self, now: Instant) {
-        if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
-            self.called_at = Some(now);
-            self.transmits.push_back(PathTransmit::CallMeMaybe { via });
-            // The peer probes when the call arrives, and wants our NAT open then: a fresh ladder,
-            // however young the last one is.
-            self.round_at = None;
-            self.start_round(Cause::ToldBoth, now);
-        }
-    }
-
     /// The local network changed: nothing that was proved holds.
     pub fn handle_network_change(&mut self, now: Instant) {
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
@@ -287,6 +284,7 @@ impl PathAgent {
         self.round_at = None;
         self.called_at = None;
         self.retries = 0;
+        self.guesses = 0;
         if self.wanted {
             self.start_round(Cause::Wanted, now);
         }
@@ -384,7 +382,7 @@ impl PathAgent {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
             if self.wanted && !self.is_direct() {
-                self.start_round(Cause::Wanted, now);
+                self.retry(now);
             }
         }
         self.choose("the path stopped answering", now);

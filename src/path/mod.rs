@@ -24,6 +24,7 @@
 mod agent;
 mod liveness;
 mod nat;
+pub mod predict;
 mod probe;
 mod score;
 #[cfg(test)]

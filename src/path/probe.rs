@@ -13,6 +13,10 @@ use crate::types::TxId;
 /// that starts later. Ten silent ones are proof enough.
 const ROUND_MS: [u64; 10] = [0, 40, 100, 200, 400, 800, 1_400, 2_000, 3_000, 4_500];
 
+/// Pings to a guessed endpoint: each opens our NAT for what the peer sends from there, and the
+/// peer goes on sending.
+const GUESS_STEPS: usize = 3;
+
 /// An unanswered ping is forgotten after this: longer than any sane round trip.
 const PING_LIFETIME: Duration = Duration::from_secs(5);
 
@@ -42,6 +46,8 @@ pub(crate) enum Due {
 #[derive(Debug, Default)]
 pub(crate) struct Prober {
     opener_at: Option<Instant>,
+    /// Pings in a round; none for all that there are.
+    steps: Option<usize>,
     round_start: Option<Instant>,
     next_step: usize,
     in_flight: BTreeMap<TxId, Instant>,
@@ -64,6 +70,11 @@ impl Prober {
     pub(crate) fn start_held_round(&mut self, hold: Duration, now: Instant) {
         self.start_round(now + hold);
         self.opener_at = (!hold.is_zero()).then_some(now);
+    }
+
+    /// A guess among many: a round of a few pings, for one of the others may be right.
+    pub(crate) fn for_guess() -> Self {
+        Self { steps: Some(GUESS_STEPS), ..Self::default() }
     }
 
     /// Whether the pings of the round still wait for the peer to open its NAT.
@@ -100,7 +111,7 @@ impl Prober {
         if self.opener_at.take().is_some() {
             return Some(Due::Opener);
         }
-        if self.next_step >= ROUND_MS.len() {
+        if self.next_step >= self.steps.unwrap_or(ROUND_MS.len()) {
             self.round_start = None;
             return None;
         }
@@ -152,7 +163,7 @@ impl Prober {
 
     /// Forgets what was proved: the network changed under it.
     pub(crate) fn forget(&mut self) {
-        *self = Self { sent_pings: self.sent_pings, ..Self::default() };
+        *self = Self { sent_pings: self.sent_pings, steps: self.steps, ..Self::default() };
     }
 
     pub(crate) fn outcome(&self) -> ProbeOutcome {

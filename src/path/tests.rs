@@ -58,6 +58,7 @@ impl World {
                 server_rtt: Some(RELAY_ONE_WAY),
                 announced_at: Some(announced),
                 lag: None,
+                doubles: false,
             });
         }
         Self { start: now, now, sides, flights: Vec::new(), cut: false }
@@ -204,8 +205,12 @@ fn a_peer_that_knows_our_endpoint_only_now_has_not_opened_its_nat() {
     let mut world = World::new([true, true]);
     let now = world.now;
     let side = &mut world.sides[0];
-    let signalling =
-        Signalling { server_rtt: Some(RELAY_ONE_WAY), announced_at: Some(now), lag: None };
+    let signalling = Signalling {
+        server_rtt: Some(RELAY_ONE_WAY),
+        announced_at: Some(now),
+        lag: None,
+        doubles: false,
+    };
     side.agent.set_signalling(signalling);
     side.agent.set_relay(Some(Via::RelayUdp), now);
     let candidate = Candidate::new("203.0.113.20:5000".parse().unwrap(), CandidateKind::Reflexive);

@@ -19,6 +19,8 @@ pub(crate) enum Nat {
     PortRestricted,
     /// A random port for every destination.
     Symmetric,
+    /// The next port for every destination.
+    Sequential,
     /// Port-restricted, and the router takes what is sent to itself.
     OpenInput,
 }
@@ -39,6 +41,7 @@ impl Nat {
             Self::AddressRestricted => "address-restricted",
             Self::PortRestricted => "port-restricted",
             Self::Symmetric => "symmetric",
+            Self::Sequential => "sequential",
             Self::OpenInput => "open-input",
         }
     }
@@ -46,8 +49,9 @@ impl Nat {
     /// Whether plain punching, with answers to the observed source, joins the two kinds.
     pub(crate) fn can_be_punched(self, other: Self) -> bool {
         let hard = |a, b| {
-            use Nat::{OpenInput, PortRestricted, Symmetric};
-            a == Symmetric && matches!(b, Symmetric | PortRestricted | OpenInput)
+            use Nat::{OpenInput, PortRestricted, Sequential, Symmetric};
+            // What a sequential one does next can be guessed, and nothing of the other's.
+            a == Symmetric && matches!(b, Symmetric | Sequential | PortRestricted | OpenInput)
         };
         !hard(self, other) && !hard(other, self)
     }
@@ -60,6 +64,7 @@ impl Nat {
             Self::AddressRestricted => format!("{}{ADDRESS_FILTER}", full_cone(wan)),
             Self::PortRestricted => masquerade(""),
             Self::Symmetric => masquerade("fully-random"),
+            Self::Sequential => sequential(wan),
             Self::OpenInput => masquerade(""),
         };
         let input = if self == Self::OpenInput { "" } else { ROUTER_INPUT };
@@ -99,6 +104,26 @@ table ip nat {{
  }}
  chain post {{ type nat hook postrouting priority srcnat;
   oifname "wan" masquerade {flags}
+ }}
+}}
+"#
+    )
+}
+
+/// Every flow gets the next port. The map is written out: an offset to `numgen` counts in steps of
+/// 256.
+fn sequential(wan: Ipv4Addr) -> String {
+    let ports: Vec<String> =
+        (0..2048).map(|number| format!("{number} : {}", 40_000 + number)).collect();
+    let ports = ports.join(", ");
+    format!(
+        r#"
+table ip nat {{
+ chain pre {{ type nat hook prerouting priority dstnat;
+ }}
+ chain post {{ type nat hook postrouting priority srcnat;
+  oifname "wan" meta l4proto udp snat to {wan}:numgen inc mod 2048 map {{ {ports} }}
+  oifname "wan" masquerade
  }}
 }}
 "#

@@ -3,7 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use overlay::lab::nat::{Flow, Nat, NatBehaviour, NatKind, Outbound, Protocol, Unsolicited};
+use overlay::lab::nat::{
+    Dependence, Flow, Nat, NatBehaviour, NatKind, Outbound, PortAllocation, Protocol, Unsolicited,
+};
 
 use crate::link::Line;
 
@@ -30,6 +32,15 @@ impl Edge {
     pub(crate) fn open_input(&mut self, seed: u64) {
         let unsolicited = Unsolicited::Claims { timeout: CLAIM_LIFETIME };
         let behaviour = NatBehaviour { unsolicited, ..NatBehaviour::default() };
+        self.nat = Nat::with_behaviour(behaviour, self.external, seed);
+    }
+
+    /// A symmetric NAT that hands out its ports in order.
+    pub(crate) fn sequential(&mut self, seed: u64) {
+        let mapping = Dependence::AddressAndPort;
+        let port_allocation = PortAllocation::Sequential;
+        let behaviour = NatBehaviour { mapping, port_allocation, ..NatBehaviour::default() };
+        self.kind = NatKind::Symmetric;
         self.nat = Nat::with_behaviour(behaviour, self.external, seed);
     }
 

@@ -129,6 +129,44 @@ fn routers_with_an_open_input_are_not_spoiled() {
 }
 
 #[test]
+fn the_next_ports_of_a_nat_that_counts_are_guessed() {
+    // The other side guesses too, or has one port and a filter; who is first may be either.
+    for (sequential, bound) in [
+        ([true, false], Duration::from_secs(1)),
+        ([false, true], Duration::from_secs(1)),
+        ([true, true], Duration::from_secs(3)),
+    ] {
+        for gap in [0, 30, 200, 5_000, 40_000] {
+            let mut world = World::new(7, Line::clean(10 * MS), epoch());
+            for (number, sequential) in (0..).zip(sequential) {
+                let edge = world.add_edge(PortRestricted, Line::clean(10 * MS));
+                if sequential {
+                    world.edges[edge].sequential(21 + number);
+                }
+                world.add_host(edge, 5000, NodeSettings::default());
+            }
+            world.start_host(0);
+            world.run_for(gap * MS);
+            world.start_host(1);
+            let limit = Duration::from_secs(5);
+            let met = |world: &World| {
+                world.hosts[1].id().is_some() && knows(world, 1, 0) && knows(world, 0, 1)
+            };
+            assert!(world.run_until(limit, met));
+            let met_at = world.now;
+            let both = |world: &World| {
+                path_kind(world, 0, 1) == "direct" && path_kind(world, 1, 0) == "direct"
+            };
+            let found = world.run_until(Duration::from_secs(20), both);
+            let took = world.now - met_at;
+            println!("sequential {sequential:?}, {gap} ms later: {found} after {took:?}");
+            assert!(found && took <= bound);
+            check_delivery(&mut world);
+        }
+    }
+}
+
+#[test]
 fn a_direct_path_that_dies_under_traffic_costs_a_second() {
     let mut world = running(&[PortRestricted; 2]);
     let mut pings = talk(&mut world, Duration::from_secs(2), 20 * MS);

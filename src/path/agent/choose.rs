@@ -71,6 +71,7 @@ impl PathAgent {
         if self.is_direct() {
             self.last_switch = Some(now);
             self.retries = 0;
+            self.guesses = 0;
             self.retry_at = None;
             self.postpone_keepalive(now);
         } else {

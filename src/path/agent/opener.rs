@@ -45,6 +45,8 @@ pub struct Signalling {
     /// How late the server may tell the peer what it tells us, when the peer acts on that at once;
     /// none when it waits to be called.
     pub lag: Option<Duration>,
+    /// Of the two sides, one sends to guessed ports in another order, so that their guesses meet.
+    pub doubles: bool,
 }
 
 /// Why a round starts.
@@ -56,6 +58,8 @@ pub(super) enum Cause {
     ToldBoth,
     /// We want it, and call the peer.
     Wanted,
+    /// The same, and soon after the last one: the last guesses missed.
+    Guess,
 }
 
 impl PathAgent {
@@ -66,7 +70,7 @@ impl PathAgent {
 
     /// How long pings into the peer's NAT wait in a round of this cause.
     pub(super) fn hold(&self, cause: Cause, now: Instant) -> Duration {
-        let Signalling { server_rtt, announced_at, lag } = self.signalling;
+        let Signalling { server_rtt, announced_at, lag, .. } = self.signalling;
         let call = server_rtt.map_or(UNMEASURED, |rtt| rtt.max(SHORTEST_CALL));
         let settle = SETTLE.max(server_rtt.unwrap_or_default() * 2);
         let settled = announced_at.is_some_and(|at| now.saturating_duration_since(at) >= settle);

@@ -7,8 +7,8 @@ use rand::Rng;
 
 use super::opener::Cause;
 use super::{Endpoint, PathAgent, PathTransmit};
-use crate::path::Via;
 use crate::path::probe::{Due, ProbeOutcome};
+use crate::path::{Via, predict};
 use crate::types::{CandidateKind, TxId, usable_underlay};
 
 /// How many endpoints a peer may teach us by sending from them, beside those it announces.
@@ -24,6 +24,11 @@ const RETRY: [Duration; 4] = [
     Duration::from_secs(30),
     Duration::from_secs(60),
 ];
+
+/// Guesses miss by chance, and the next ones may hit: they are made again after this,
+const GUESS_AGAIN: Duration = Duration::from_millis(700);
+/// so often before the usual waits.
+const GUESSES: usize = 4;
 
 impl PathAgent {
     /// The endpoint that a packet came from, learned as peer-reflexive when it is new.
@@ -66,7 +71,7 @@ impl PathAgent {
     /// to, are taken in.
     pub(super) fn start_round(&mut self, cause: Cause, now: Instant) {
         let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
-        let started = self.round_at.is_some_and(recent);
+        let started = self.round_at.is_some_and(recent) && cause != Cause::Guess;
         let hold = self.hold(cause, now);
         for (remote, endpoint) in &mut self.endpoints {
             let hold = if endpoint.wants_opener(*remote) { hold } else { Duration::ZERO };
@@ -78,7 +83,8 @@ impl PathAgent {
             }
         }
         if let Some(via) = self.relay {
-            let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
+            let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
+            let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
             if !self.called_at.is_some_and(recent) {
                 self.called_at = Some(now);
                 self.transmits.push_back(PathTransmit::CallMeMaybe { via });
@@ -95,9 +101,36 @@ impl PathAgent {
         // Without any path nothing else can help, so the rounds stay close enough together to
         // keep our NAT open for a peer that comes back.
         let last = if self.primary.is_some() { RETRY.len() - 1 } else { 1 };
-        let wait = RETRY[self.retries.min(last)];
+        let guessing =
+            self.endpoints.values().any(|endpoint| endpoint.kind == CandidateKind::Predicted);
+        let wait = if guessing && self.guesses < GUESSES {
+            GUESS_AGAIN
+        } else {
+            RETRY[self.retries.min(last)]
+        };
         self.retries += 1;
         self.retry_at = Some(now + wait);
+    }
+
+    /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
+    pub fn handle_own_candidates(&mut self, now: Instant) {
+        if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
+            self.called_at = Some(now);
+            self.transmits.push_back(PathTransmit::CallMeMaybe { via });
+            // The peer probes when the call arrives, and wants our NAT open then: a fresh ladder,
+            // however young the last one is.
+            self.round_at = None;
+            self.start_round(Cause::ToldBoth, now);
+        }
+    }
+
+    /// The last round led to nothing.
+    pub(super) fn retry(&mut self, now: Instant) {
+        let guessed =
+            self.endpoints.values().any(|endpoint| endpoint.kind == CandidateKind::Predicted);
+        let cause = if guessed && self.guesses < GUESSES { Cause::Guess } else { Cause::Wanted };
+        self.guesses += 1;
+        self.start_round(cause, now);
     }
 
     /// Sends the pings of all rounds that are due; the first ones of a round leave in the same
@@ -108,7 +141,12 @@ impl PathAgent {
             .iter_mut()
             .filter_map(|(remote, e)| Some((*remote, e.local, e.prober.take_due(now)?)))
             .collect();
-        for (remote, local, due) in due {
+        let guess = |(remote, ..): &(SocketAddr, _, _)| {
+            self.endpoints.get(remote).is_some_and(|e| e.kind == CandidateKind::Predicted)
+        };
+        let (guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
+        let guesses = predict::order(guesses, self.signalling.doubles);
+        for (remote, local, due) in sure.into_iter().chain(guesses) {
             match due {
                 Due::Ping => drop(self.ping(Via::Direct { remote, local }, now)),
                 Due::Opener => self.open(remote, now),
