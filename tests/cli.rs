@@ -49,6 +49,7 @@ const CONTRACT: &[(&str, &[&str])] = &[
     ("lab", &["--nat", "--delay", "--loss", "--block-udp", "--check", "--json"]),
     ("config check", &["F"]),
     ("completions", &["SHELL"]),
+    ("man", &["DIR"]),
     ("version", &["--json"]),
 ];
 

@@ -7,6 +7,7 @@ pub mod down;
 pub mod fail;
 pub mod ip;
 pub mod lab;
+pub mod man;
 pub mod netcheck;
 pub mod ping;
 mod print;
@@ -54,6 +55,7 @@ enum Command {
     Lab(lab::LabArgs),
     Config(config::ConfigArgs),
     Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
     Version(version::VersionArgs),
 }
 
@@ -76,6 +78,7 @@ pub fn run() -> ExitCode {
         Command::Service(args) => service::run(args),
         Command::Config(args) => config::run(&args),
         Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
         Command::Version(args) => version::run(&args),
     };
     match done {

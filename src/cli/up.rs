@@ -13,7 +13,7 @@ use crate::config::node::NodeConfig;
 use crate::config::paths::{Paths, Role};
 use crate::config::{self, Wanted};
 use crate::daemon::node::{
-    Ended, InterfaceError, NodeOptions, StartError, StateError, run as run_node,
+    Ended, InterfaceError, NodeOptions, Offloads, StartError, StateError, run as run_node,
 };
 use crate::io::files::FileError;
 use crate::io::link::ConnectError;
@@ -161,6 +161,11 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         settings: NodeSettings {
             rekey_after,
             eager_peers: file.eager_peers.map_or(defaults.eager_peers, usize::from),
+        },
+        offloads: Offloads {
+            tun: file.tun_offload.unwrap_or(true),
+            udp_gso: file.udp_gso.unwrap_or(true),
+            udp_gro: file.udp_gro.unwrap_or(true),
         },
         enrol_only: args.enrol_only,
     })

@@ -26,6 +26,12 @@ pub struct NodeConfig {
     pub rekey_after_s: Option<u16>,
     /// Make paths before they are used in networks of up to so many peers. Default: 64.
     pub eager_peers: Option<u16>,
+    /// Let the kernel hand over and take many packets of one flow at once. Default: true.
+    pub tun_offload: Option<bool>,
+    /// Send many datagrams in one call. Default: true.
+    pub udp_gso: Option<bool>,
+    /// Receive many datagrams of one sender as one. Default: true.
+    pub udp_gro: Option<bool>,
 }
 
 #[cfg(test)]
@@ -55,9 +61,13 @@ mod tests {
             mtu,
             rekey_after_s,
             eager_peers,
+            tun_offload,
+            udp_gso,
+            udp_gro,
         } = all;
         assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
+        assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
     }
 }

@@ -42,6 +42,10 @@ pub struct UdpBatch {
     used: usize,
 }
 
+/// The memory that is passed over by [`UdpBatch::keep_open_run`] before it is used again: moving
+/// bytes each time would cost a copy, and never doing it would leave the processor's cache.
+const MAX_PASSED: usize = 256 << 10;
+
 impl UdpBatch {
     /// Forgets all datagrams, keeps the memory.
     pub fn clear(&mut self) {
@@ -58,7 +62,25 @@ impl UdpBatch {
     /// Bytes waiting.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.used
+        self.used - self.runs.first().map_or(self.used, |run| run.range.start)
+    }
+
+    /// The runs that nothing joins any more: all but the last. Forget them with
+    /// [`Self::keep_open_run`].
+    pub fn closed_runs(&self) -> impl Iterator<Item = (&Run, &[u8])> {
+        self.runs().take(self.runs.len().saturating_sub(1))
+    }
+
+    /// Forgets all but the last run, which the next packets may join.
+    pub fn keep_open_run(&mut self) {
+        let Some(mut last) = self.runs.pop() else { return };
+        self.runs.clear();
+        if last.range.start > MAX_PASSED {
+            self.buf.copy_within(last.range.clone(), 0);
+            last.range = 0..last.range.len();
+            self.used = last.range.end;
+        }
+        self.runs.push(last);
     }
 
     /// Adds one datagram that `write` puts into a buffer of at least `room` bytes; it returns the
@@ -119,54 +141,6 @@ impl UdpBatch {
     }
 }
 
-/// IP packets to be written to the TUN interface, in order.
-#[derive(Debug, Default)]
-pub struct TunBatch {
-    buf: Vec<u8>,
-    packets: Vec<Range<usize>>,
-    used: usize,
-}
-
-impl TunBatch {
-    /// Forgets all packets, keeps the memory.
-    pub fn clear(&mut self) {
-        self.packets.clear();
-        self.used = 0;
-    }
-
-    /// Whether there is nothing to write.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.packets.is_empty()
-    }
-
-    /// Adds one packet that `write` puts into a buffer of `room` bytes; `Ok(0)` adds nothing.
-    ///
-    /// # Errors
-    /// What `write` returns; then nothing is added.
-    pub fn push<E>(
-        &mut self,
-        room: usize,
-        write: impl FnOnce(&mut [u8]) -> Result<usize, E>,
-    ) -> Result<(), E> {
-        let start = self.used;
-        if self.buf.len() < start + room {
-            self.buf.resize(start + room, 0);
-        }
-        let len = write(&mut self.buf[start..start + room])?;
-        if len > 0 {
-            self.packets.push(start..start + len);
-            self.used = start + len;
-        }
-        Ok(())
-    }
-
-    /// The packets, in order.
-    pub fn packets(&self) -> impl Iterator<Item = &[u8]> {
-        self.packets.iter().map(|range| &self.buf[range.clone()])
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,6 +172,24 @@ mod tests {
             assert!(bytes.len() <= MAX_RUN_BYTES && bytes.len() / run.segment <= MAX_RUN_SEGMENTS);
         }
         assert_eq!(batch.datagrams().count(), 200);
+    }
+
+    #[test]
+    fn the_open_run_goes_on_when_the_closed_ones_have_left() {
+        let mut batch = UdpBatch::default();
+        let mut sent = Vec::new();
+        for round in 0..1000u32 {
+            batch.push_bytes(target(1), &round.to_be_bytes().repeat(350));
+            if batch.len() > MAX_RUN_BYTES {
+                sent.extend(batch.closed_runs().map(|(_, bytes)| bytes.to_vec()));
+                batch.keep_open_run();
+            }
+            assert!(batch.len() <= 2 * MAX_RUN_BYTES && batch.used < MAX_PASSED * 2);
+        }
+        assert!(sent.iter().all(|run| run.len() == MAX_RUN_BYTES / 1400 * 1400), "full ones");
+        sent.extend(batch.runs().map(|(_, bytes)| bytes.to_vec()));
+        let expected: Vec<u8> = (0..1000u32).flat_map(|i| i.to_be_bytes().repeat(350)).collect();
+        assert!(sent.concat() == expected, "every byte in its order");
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use super::batch::TunBatch;
-use super::{ForwardingTable, Note, Shared, Source};
+use super::peer::LockedPeer;
+use super::{ForwardingTable, Note, Peer, Shared, Source, TunBatch};
 use crate::path::Via;
 use crate::types::{DropReason, NodeId};
 use crate::wire::ip::IpView;
@@ -20,28 +20,173 @@ pub fn inbound(
     tun: &mut TunBatch,
     notes: &mut Vec<Note>,
 ) {
-    let taken = match (PacketKind::classify(datagram), source) {
-        (PacketKind::Relay, _) => relayed(shared, table, source, datagram, now, tun, notes),
-        (PacketKind::Data { receiver }, Source::Udp { remote, local }) => {
-            let via = Via::Direct { remote, local };
-            data(shared, table, via, receiver, datagram, now, tun, notes)
+    Run { shared, table, source, now, tun, notes, lane: None }.take(datagram);
+}
+
+/// Takes datagrams of `stride` bytes each (the last may be shorter) from one sender: those in a row
+/// for one session are opened under one lock.
+#[expect(clippy::too_many_arguments, reason = "the whole context of one train, by reference")]
+pub fn inbound_train(
+    shared: &Shared,
+    table: &ForwardingTable,
+    source: Source,
+    train: &[u8],
+    stride: usize,
+    now: Instant,
+    tun: &mut TunBatch,
+    notes: &mut Vec<Note>,
+) {
+    let mut run = Run { shared, table, source, now, tun, notes, lane: None };
+    for datagram in train.chunks(stride.max(1)) {
+        run.take(datagram);
+    }
+}
+
+/// Datagrams from one source.
+struct Run<'a> {
+    shared: &'a Shared,
+    table: &'a ForwardingTable,
+    source: Source,
+    now: Instant,
+    tun: &'a mut TunBatch,
+    notes: &'a mut Vec<Note>,
+    lane: Option<Lane<'a>>,
+}
+
+/// The session that the last datagram was for, locked.
+struct Lane<'a> {
+    peer: &'a Peer,
+    state: LockedPeer<'a>,
+    receiver: u32,
+    via: Via,
+    authentic: bool,
+    rx_bytes: usize,
+}
+
+impl Drop for Run<'_> {
+    fn drop(&mut self) {
+        self.close_lane();
+    }
+}
+
+impl<'a> Run<'a> {
+    fn take(&mut self, datagram: &[u8]) {
+        let taken = match (PacketKind::classify(datagram), self.source) {
+            (PacketKind::Relay, _) => self.relayed(datagram),
+            (PacketKind::Data { receiver }, Source::Udp { remote, local }) => {
+                self.data(Via::Direct { remote, local }, receiver, datagram)
+            }
+            (
+                PacketKind::HandshakeInitiation
+                | PacketKind::HandshakeReply { .. }
+                | PacketKind::Disco
+                | PacketKind::RelayControl,
+                Source::Udp { .. },
+            ) => {
+                self.note_control(None, datagram);
+                Ok(())
+            }
+            (PacketKind::Unknown, _) | (_, Source::Link) => Err(DropReason::Malformed),
+        };
+        if let Err(reason) = taken {
+            self.shared.drops().count(reason);
+            if reason == DropReason::UnknownSession && self.shared.may_note_unknown(self.now) {
+                note_unknown_session(self.source, datagram, self.notes);
+            }
         }
-        (
+    }
+
+    fn note_control(&mut self, relayed: Option<NodeId>, datagram: &[u8]) {
+        let source = self.source;
+        self.notes.push(Note::Control { source, relayed, datagram: datagram.to_vec() });
+    }
+
+    /// A datagram in a relay frame: from the server's relay port or the control connection only.
+    fn relayed(&mut self, datagram: &[u8]) -> Result<(), DropReason> {
+        let via = match self.source {
+            Source::Udp { remote, .. } if self.table.relay == Some(remote) => Via::RelayUdp,
+            Source::Udp { .. } => return Err(DropReason::BadRelayFrame),
+            Source::Link => Via::RelayTcp,
+        };
+        let (from, payload) = relay::parse_data(datagram).map_err(|_| DropReason::BadRelayFrame)?;
+        match PacketKind::classify(payload) {
+            PacketKind::Data { receiver } => {
+                self.check_sender(receiver, from)?;
+                self.data(via, receiver, payload)
+            }
             PacketKind::HandshakeInitiation
             | PacketKind::HandshakeReply { .. }
-            | PacketKind::Disco
-            | PacketKind::RelayControl,
-            Source::Udp { .. },
-        ) => {
-            notes.push(Note::Control { source, relayed: None, datagram: datagram.to_vec() });
-            Ok(())
+            | PacketKind::Disco => {
+                self.note_control(Some(from), payload);
+                Ok(())
+            }
+            PacketKind::Relay | PacketKind::RelayControl | PacketKind::Unknown => {
+                Err(DropReason::BadRelayFrame)
+            }
         }
-        (PacketKind::Unknown, _) | (_, Source::Link) => Err(DropReason::Malformed),
-    };
-    if let Err(reason) = taken {
-        shared.drops().count(reason);
-        if reason == DropReason::UnknownSession && shared.may_note_unknown(now) {
-            note_unknown_session(source, datagram, notes);
+    }
+
+    /// The relay names the sender; a session of somebody else in such a frame is not meant well.
+    fn check_sender(&self, receiver: u32, from: NodeId) -> Result<(), DropReason> {
+        let open = self.lane.as_ref().filter(|lane| lane.receiver == receiver);
+        let peer = match open {
+            Some(lane) => lane.peer,
+            None => self.table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?,
+        };
+        if peer.id == from { Ok(()) } else { Err(DropReason::BadRelayFrame) }
+    }
+
+    fn data(&mut self, via: Via, receiver: u32, datagram: &[u8]) -> Result<(), DropReason> {
+        if self.lane.as_ref().is_none_or(|lane| lane.receiver != receiver || lane.via != via) {
+            self.close_lane();
+            let peer = self.table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?;
+            let state = peer.lock();
+            let (authentic, rx_bytes) = (false, 0);
+            self.lane = Some(Lane { peer, state, receiver, via, authentic, rx_bytes });
+        }
+        let Some(lane) = &mut self.lane else { return Err(DropReason::UnknownSession) };
+        let (own, now) = (self.table.own, self.now);
+        let mut confirmed = false;
+        let taken = self.tun.push(datagram.len(), |room| {
+            let opened = lane.state.session.open(receiver, datagram, room, now)?;
+            lane.authentic = true;
+            confirmed = opened.confirms_session;
+            if opened.len == 0 {
+                return Ok(0);
+            }
+            let view =
+                IpView::parse(&room[..opened.len]).map_err(|_| DropReason::BadInnerPacket)?;
+            if !lane.peer.addrs.contains(view.src) {
+                return Err(DropReason::SpoofedSource);
+            }
+            if own.is_none_or(|own| !own.contains(view.dst)) {
+                return Err(DropReason::NoRoute);
+            }
+            lane.rx_bytes += view.len;
+            Ok(view.len)
+        });
+        if confirmed {
+            self.notes.push(Note::SessionConfirmed(lane.peer.id));
+        }
+        taken
+    }
+
+    /// Unlocks the session and tells what was heard from the peer.
+    fn close_lane(&mut self) {
+        let Some(Lane { peer, state, via, authentic, rx_bytes, .. }) = self.lane.take() else {
+            return;
+        };
+        drop(state);
+        if !authentic {
+            return;
+        }
+        let stamp = self.shared.stamp(self.now);
+        peer.counters.rx_bytes.fetch_add(rx_bytes as u64, Ordering::Relaxed);
+        peer.counters.last_heard.store(stamp, Ordering::Relaxed);
+        if peer.choice().primary.is_some_and(|primary| primary == via) {
+            peer.counters.last_heard_primary.store(stamp, Ordering::Relaxed);
+        } else if !via.is_relay() {
+            self.notes.push(Note::HeardOn { peer: peer.id, via });
         }
     }
 }
@@ -57,90 +202,4 @@ fn note_unknown_session(source: Source, datagram: &[u8], notes: &mut Vec<Note>) 
         (Source::Link, _) => Via::RelayTcp,
     };
     notes.push(Note::UnknownSession { via, relayed });
-}
-
-/// A datagram in a relay frame: from the server's relay port or the control connection only.
-fn relayed(
-    shared: &Shared,
-    table: &ForwardingTable,
-    source: Source,
-    datagram: &[u8],
-    now: Instant,
-    tun: &mut TunBatch,
-    notes: &mut Vec<Note>,
-) -> Result<(), DropReason> {
-    let via = match source {
-        Source::Udp { remote, .. } if table.relay == Some(remote) => Via::RelayUdp,
-        Source::Udp { .. } => return Err(DropReason::BadRelayFrame),
-        Source::Link => Via::RelayTcp,
-    };
-    let (from, payload) = relay::parse_data(datagram).map_err(|_| DropReason::BadRelayFrame)?;
-    match PacketKind::classify(payload) {
-        PacketKind::Data { receiver } => {
-            check_sender(table, receiver, from)?;
-            data(shared, table, via, receiver, payload, now, tun, notes)
-        }
-        PacketKind::HandshakeInitiation | PacketKind::HandshakeReply { .. } | PacketKind::Disco => {
-            notes.push(Note::Control { source, relayed: Some(from), datagram: payload.to_vec() });
-            Ok(())
-        }
-        PacketKind::Relay | PacketKind::RelayControl | PacketKind::Unknown => {
-            Err(DropReason::BadRelayFrame)
-        }
-    }
-}
-
-/// The relay names the sender; a session of somebody else in such a frame is not meant well.
-fn check_sender(table: &ForwardingTable, receiver: u32, from: NodeId) -> Result<(), DropReason> {
-    match table.by_receiver(receiver) {
-        Some(peer) if peer.id == from => Ok(()),
-        Some(_) => Err(DropReason::BadRelayFrame),
-        None => Err(DropReason::UnknownSession),
-    }
-}
-
-#[expect(clippy::too_many_arguments, reason = "the whole context of one packet, by reference")]
-fn data(
-    shared: &Shared,
-    table: &ForwardingTable,
-    via: Via,
-    receiver: u32,
-    datagram: &[u8],
-    now: Instant,
-    tun: &mut TunBatch,
-    notes: &mut Vec<Note>,
-) -> Result<(), DropReason> {
-    let peer = table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?;
-    let mut confirmed = false;
-    let mut authentic = false;
-    let taken = tun.push(datagram.len(), |room| {
-        let opened = peer.lock().session.open(receiver, datagram, room, now)?;
-        authentic = true;
-        confirmed = opened.confirms_session;
-        if opened.len == 0 {
-            return Ok(0);
-        }
-        let view = IpView::parse(&room[..opened.len]).map_err(|_| DropReason::BadInnerPacket)?;
-        if !peer.addrs.contains(view.src) {
-            return Err(DropReason::SpoofedSource);
-        }
-        if table.own.is_none_or(|own| !own.contains(view.dst)) {
-            return Err(DropReason::NoRoute);
-        }
-        peer.counters.rx_bytes.fetch_add(view.len as u64, Ordering::Relaxed);
-        Ok(view.len)
-    });
-    if authentic {
-        let stamp = shared.stamp(now);
-        peer.counters.last_heard.store(stamp, Ordering::Relaxed);
-        if peer.choice().primary.is_some_and(|primary| primary == via) {
-            peer.counters.last_heard_primary.store(stamp, Ordering::Relaxed);
-        } else if !via.is_relay() {
-            notes.push(Note::HeardOn { peer: peer.id, via });
-        }
-        if confirmed {
-            notes.push(Note::SessionConfirmed(peer.id));
-        }
-    }
-    taken
 }

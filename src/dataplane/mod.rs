@@ -10,20 +10,23 @@
 
 mod batch;
 mod inbound;
+pub mod offload;
 mod outbound;
 mod peer;
 mod session;
 mod table;
+mod tun_batch;
 
-pub use batch::{Run, Target, TunBatch, UdpBatch};
-pub use inbound::inbound;
+pub use batch::{Run, Target, UdpBatch};
+pub use inbound::{inbound, inbound_train};
 pub(crate) use outbound::send_datagram;
-pub use outbound::{flush_pending, outbound};
-pub use peer::{Peer, PeerCounters};
+pub use outbound::{flush_pending, outbound, outbound_frame};
+pub use peer::{LockedPeer, Peer, PeerCounters};
 pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
 };
 pub use table::ForwardingTable;
+pub use tun_batch::{Frame, TunBatch};
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::batch::{Target, UdpBatch};
+use super::offload::{FrameHeader, Segments};
+use super::peer::LockedPeer;
 use super::session::{MIN_SEAL_BUFFER, SEAL_OVERHEAD, SealError, Session};
 use super::{ForwardingTable, Note, Peer, Shared};
 use crate::path::Via;
@@ -28,42 +30,92 @@ pub fn outbound<'p>(
     notes: &mut Vec<Note>,
 ) {
     for packet in packets {
-        if let Err(reason) = outbound_one(shared, table, packet, now, out, notes) {
+        let sent = Train::route(shared, table, packet, now, notes)
+            .map(|(mut train, len)| train.send(&packet[..len], out));
+        if let Err(reason) = sent.and_then(|sent| sent) {
             shared.drops().count(reason);
         }
     }
 }
 
-fn outbound_one(
+/// Like [`outbound`] for what a TUN interface with offloads hands over: a virtio header and a
+/// packet or a super-packet. A super-packet is routed once, and its segments are sealed under one
+/// lock. `frame` is scratch afterwards.
+pub fn outbound_frame(
     shared: &Shared,
     table: &ForwardingTable,
-    packet: &[u8],
+    frame: &mut [u8],
+    now: Instant,
+    out: &mut UdpBatch,
+    notes: &mut Vec<Note>,
+) {
+    if let Err(reason) = outbound_segments(shared, table, frame, now, out, notes) {
+        shared.drops().count(reason);
+    }
+}
+
+fn outbound_segments(
+    shared: &Shared,
+    table: &ForwardingTable,
+    frame: &mut [u8],
     now: Instant,
     out: &mut UdpBatch,
     notes: &mut Vec<Note>,
 ) -> Result<(), DropReason> {
-    let view = IpView::parse(packet).map_err(|_| DropReason::BadInnerPacket)?;
-    let packet = &packet[..view.len];
-    if is_multicast(view.dst) {
-        return Err(DropReason::Multicast);
+    let (header, packet) = FrameHeader::parse(frame).map_err(|_| DropReason::BadInnerPacket)?;
+    let (mut train, len) = Train::route(shared, table, packet, now, notes)?;
+    let mut segments = Segments::new(&header, &mut packet[..len])?;
+    while let Some(segment) = segments.next_segment() {
+        train.send(segment, out)?;
     }
-    let peer = table.route(view.dst).ok_or(DropReason::NoRoute)?;
-    let stamp = shared.stamp(now);
-    let before = peer.counters.last_sent.swap(stamp, Ordering::Relaxed);
-    if before == 0 || stamp.saturating_sub(before) > PAUSE_MS {
-        notes.push(Note::Active(peer.id));
-    }
-    let mut state = peer.lock();
-    match send(&mut state.session, peer, table, packet, now, out) {
-        Ok(()) => Ok(()),
-        Err(SealError::NoSession | SealError::NoPath) => {
-            state.keep(packet, shared.drops(), now);
-            if peer.ask_for_session() {
-                notes.push(Note::SessionWanted(peer.id));
-            }
-            Ok(())
+    Ok(())
+}
+
+/// Packets to one peer, under one lock.
+struct Train<'t> {
+    shared: &'t Shared,
+    peer: &'t Peer,
+    way: Way,
+    state: LockedPeer<'t>,
+    notes: &'t mut Vec<Note>,
+    now: Instant,
+}
+
+impl<'t> Train<'t> {
+    /// Finds the peer that `packet` goes to; gives the packet's length by its header, too.
+    fn route(
+        shared: &'t Shared,
+        table: &'t ForwardingTable,
+        packet: &[u8],
+        now: Instant,
+        notes: &'t mut Vec<Note>,
+    ) -> Result<(Self, usize), DropReason> {
+        let view = IpView::parse(packet).map_err(|_| DropReason::BadInnerPacket)?;
+        if is_multicast(view.dst) {
+            return Err(DropReason::Multicast);
         }
-        Err(SealError::TooLarge) => Err(DropReason::TooLarge),
+        let peer = table.route(view.dst).ok_or(DropReason::NoRoute)?;
+        let stamp = shared.stamp(now);
+        let before = peer.counters.last_sent.swap(stamp, Ordering::Relaxed);
+        if before == 0 || stamp.saturating_sub(before) > PAUSE_MS {
+            notes.push(Note::Active(peer.id));
+        }
+        let way = Way::to(peer, table);
+        Ok((Self { shared, peer, way, state: peer.lock(), notes, now }, view.len))
+    }
+
+    fn send(&mut self, packet: &[u8], out: &mut UdpBatch) -> Result<(), DropReason> {
+        match send(&mut self.state.session, self.peer, &self.way, packet, self.now, out) {
+            Ok(()) => Ok(()),
+            Err(SealError::NoSession | SealError::NoPath) => {
+                self.state.keep(packet, self.shared.drops(), self.now);
+                if self.peer.ask_for_session() {
+                    self.notes.push(Note::SessionWanted(self.peer.id));
+                }
+                Ok(())
+            }
+            Err(SealError::TooLarge) => Err(DropReason::TooLarge),
+        }
     }
 }
 
@@ -79,44 +131,57 @@ pub fn flush_pending(
     if !state.session.is_usable(now) || peer.choice().primary.is_none() {
         return;
     }
+    let way = Way::to(peer, table);
     while let Some(packet) = state.take_pending(shared.drops(), now) {
-        if send(&mut state.session, peer, table, &packet, now, out).is_err() {
+        if send(&mut state.session, peer, &way, &packet, now, out).is_err() {
             state.keep(&packet, shared.drops(), now);
             return;
         }
     }
 }
 
+/// Where packets to a peer go at this moment.
+struct Way {
+    primary: Option<(Target, Header)>,
+    duplicate: Option<(Target, Header)>,
+}
+
+impl Way {
+    fn to(peer: &Peer, table: &ForwardingTable) -> Self {
+        let choice = peer.choice();
+        let way = |via: Option<Via>| {
+            let via = via?;
+            Some((target_of(via, table)?, header_of(via, peer.id)))
+        };
+        Self { primary: way(choice.primary), duplicate: way(choice.duplicate) }
+    }
+}
+
 fn send(
     session: &mut Session,
     peer: &Peer,
-    table: &ForwardingTable,
+    way: &Way,
     packet: &[u8],
     now: Instant,
     out: &mut UdpBatch,
 ) -> Result<(), SealError> {
-    let choice = peer.choice();
-    let via = choice.primary.ok_or(SealError::NoPath)?;
-    let target = target_of(via, table).ok_or(SealError::NoPath)?;
-    let header = header_of(via, peer.id);
+    let (target, header) = way.primary.as_ref().ok_or(SealError::NoPath)?;
     let room = header.len() + (packet.len() + SEAL_OVERHEAD).max(MIN_SEAL_BUFFER);
     // A doubled packet is sealed once: the same counter lets the receiver drop the second copy.
     let mut copy = None;
-    out.push(target, room, |room| {
+    out.push(*target, room, |room| {
         let (head, body) = room.split_at_mut(header.len());
         head.copy_from_slice(header.as_slice());
         let len = session.seal(packet, body, now)?;
-        if choice.duplicate.is_some() {
+        if way.duplicate.is_some() {
             copy = Some(body[..len].to_vec());
         }
         Ok(header.len() + len)
     })?;
-    if let (Some(copy), Some(via)) = (copy, choice.duplicate)
-        && let Some(target) = target_of(via, table)
-    {
-        let mut datagram = header_of(via, peer.id).as_slice().to_vec();
+    if let (Some(copy), Some((target, header))) = (copy, &way.duplicate) {
+        let mut datagram = header.as_slice().to_vec();
         datagram.extend_from_slice(&copy);
-        out.push_bytes(target, &datagram);
+        out.push_bytes(*target, &datagram);
     }
     peer.counters.tx_bytes.fetch_add(packet.len() as u64, Ordering::Relaxed);
     Ok(())

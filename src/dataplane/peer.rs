@@ -39,6 +39,9 @@ pub struct PeerState {
     pending: VecDeque<(Instant, Vec<u8>)>,
 }
 
+/// A peer's state while its lock is held.
+pub type LockedPeer<'a> = MutexGuard<'a, PeerState>;
+
 /// One peer, as packets see it.
 #[derive(Debug)]
 pub struct Peer {
@@ -71,7 +74,7 @@ impl Peer {
     }
 
     /// Takes the peer's lock: once per run of packets, never while holding another peer's.
-    pub fn lock(&self) -> MutexGuard<'_, PeerState> {
+    pub fn lock(&self) -> LockedPeer<'_> {
         // A panic while holding it can only come from the crypto library refusing a buffer; the
         // state behind it is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -1,26 +1,48 @@
 //! A kernel TUN device: whole IP packets in and out of one network interface.
 //!
+//! With offloads, every packet has a virtio header in front, and what is read may be a super-packet
+//! or lack its checksum: [`crate::dataplane::offload`] makes packets of it.
+//!
 //! Sets no address, route or MTU and brings nothing up: that is netlink's business ([`super::os`]).
 //! Reads and writes never block, so that a poll(2) thread and a tokio `AsyncFd` can both drive it.
 //! The interface disappears when the value is dropped.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 
 use super::sys;
+use crate::dataplane::Frame;
+use crate::dataplane::offload::{MergeKinds, SegmentationKind, VIRTIO_HEADER_LEN};
+
+/// Checksums, TCP in both families, and TCP with ECN.
+const TSO: libc::c_uint =
+    libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+/// UDP in both families, since Linux 6.2.
+const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+/// Pieces of one write: more than a train has.
+const MAX_PIECES: usize = 80;
 
 /// What kind of device to open.
 #[derive(Debug, Clone)]
 pub struct TunOptions {
     name: String,
+    offloads: bool,
 }
 
 impl TunOptions {
     /// A device called `name`, one plain IP packet per read and write.
     pub fn named(name: &str) -> Self {
-        Self { name: name.to_owned() }
+        Self { name: name.to_owned(), offloads: false }
+    }
+
+    /// Asks for all offloads that the kernel has.
+    #[must_use]
+    pub fn with_offloads(mut self, wanted: bool) -> Self {
+        self.offloads = wanted;
+        self
     }
 }
 
@@ -29,6 +51,9 @@ pub struct Tun {
     device: tun::Device,
     name: String,
     index: u32,
+    has_headers: bool,
+    tso: AtomicBool,
+    uso: AtomicBool,
 }
 
 impl Tun {
@@ -40,16 +65,26 @@ impl Tun {
     pub fn open(options: &TunOptions) -> Result<Self, TunError> {
         let name = options.name.as_str();
         check_name(name)?;
-        let mut config = tun::Configuration::default();
-        config.tun_name(name).platform_config(|platform| {
-            // Not about privileges: it keeps the crate from setting addresses, MTU and flags.
-            platform.ensure_root_privileges(false);
-        });
-        let device = tun::Device::new(&config).map_err(|source| open_error(name, source.into()))?;
+        let (device, kinds) = if options.offloads {
+            match open_with_offloads(name) {
+                Some(opened) => opened,
+                None => (open_device(name, false)?, None),
+            }
+        } else {
+            (open_device(name, false)?, None)
+        };
         device.set_nonblock().map_err(|source| TunError::Open { name: name.to_owned(), source })?;
         let index = nix::net::if_::if_nametoindex(name)
             .map_err(|errno| TunError::Open { name: name.to_owned(), source: errno.into() })?;
-        Ok(Self { device, name: name.to_owned(), index })
+        let MergeKinds { tcp, udp } = kinds.unwrap_or_default();
+        Ok(Self {
+            device,
+            name: name.to_owned(),
+            index,
+            has_headers: kinds.is_some(),
+            tso: AtomicBool::new(tcp),
+            uso: AtomicBool::new(udp),
+        })
     }
 
     /// The interface name.
@@ -60,6 +95,16 @@ impl Tun {
     /// The interface index, valid in the namespace where the device was opened.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// Whether every packet read and written has a virtio header in front.
+    pub fn has_headers(&self) -> bool {
+        self.has_headers
+    }
+
+    /// What may be written as trains.
+    pub fn trains(&self) -> MergeKinds {
+        MergeKinds { tcp: self.tso.load(Ordering::Relaxed), udp: self.uso.load(Ordering::Relaxed) }
     }
 
     /// Reads one packet; a packet longer than `buffer` is cut.
@@ -76,6 +121,50 @@ impl Tun {
     /// `EINVAL` for bytes that are no IP packet, `EIO` while the interface is down.
     pub fn write(&self, packet: &[u8]) -> io::Result<usize> {
         Ok(nix::unistd::write(self, packet)?)
+    }
+
+    /// Writes a packet or a train, with a header where the device wants one. A kernel that refuses
+    /// a train gets its packets singly, and no trains of that kind from there on.
+    ///
+    /// # Errors
+    /// Those of [`Self::write`].
+    pub fn write_frame(&self, frame: &Frame<'_>) -> io::Result<()> {
+        if !self.has_headers {
+            return frame.packets().try_for_each(|packet| self.write(packet).map(drop));
+        }
+        if !frame.is_train() {
+            return frame.packets().try_for_each(|packet| self.write_single(packet));
+        }
+        let mut slices = [IoSlice::new(&[]); MAX_PIECES];
+        let pieces = std::iter::once(frame.head()).chain(frame.pieces());
+        let mut count = 0;
+        for (slice, piece) in slices.iter_mut().zip(pieces) {
+            *slice = IoSlice::new(piece);
+            count += 1;
+        }
+        match nix::sys::uio::writev(self, &slices[..count]) {
+            Ok(_) => Ok(()),
+            Err(Errno::EINVAL) => {
+                frame.packets().try_for_each(|packet| self.write_single(packet))?;
+                let udp = frame.kind() == Some(SegmentationKind::Udp);
+                let switch = if udp { &self.uso } else { &self.tso };
+                switch.store(false, Ordering::Relaxed);
+                tracing::warn!(
+                    interface = self.name,
+                    udp,
+                    "the kernel takes no trains, going on \
+                    without"
+                );
+                Ok(())
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn write_single(&self, packet: &[u8]) -> io::Result<()> {
+        let pieces = [IoSlice::new(&[0; VIRTIO_HEADER_LEN]), IoSlice::new(packet)];
+        nix::sys::uio::writev(self, &pieces)?;
+        Ok(())
     }
 }
 
@@ -144,6 +233,29 @@ impl TunError {
             Self::Open { .. } => "see what the kernel says about it: sudo dmesg | tail",
         }
     }
+}
+
+fn open_device(name: &str, headers: bool) -> Result<tun::Device, TunError> {
+    let mut config = tun::Configuration::default();
+    config.tun_name(name).platform_config(|platform| {
+        // Not about privileges: it keeps the crate from setting addresses, MTU and flags.
+        platform.ensure_root_privileges(false).vnet_hdr(headers);
+    });
+    tun::Device::new(&config).map_err(|source| open_error(name, source.into()))
+}
+
+/// None when the kernel has none of it; what else is wrong, opening without will tell.
+fn open_with_offloads(name: &str) -> Option<(tun::Device, Option<MergeKinds>)> {
+    let device = open_device(name, true).ok()?;
+    let kinds = if sys::tun_set_offload(&device, TSO | USO).is_ok() {
+        MergeKinds { tcp: true, udp: true }
+    } else if sys::tun_set_offload(&device, TSO).is_ok() {
+        MergeKinds { tcp: true, udp: false }
+    } else {
+        tracing::info!(interface = name, "the kernel has no segmentation offload");
+        MergeKinds::default()
+    };
+    Some((device, Some(kinds)))
 }
 
 fn check_name(name: &str) -> Result<(), TunError> {

@@ -7,7 +7,9 @@
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sys::socket::{setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -23,6 +25,8 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 pub struct UdpSocket {
     socket: std::net::UdpSocket,
     state: UdpSocketState,
+    gso: AtomicBool,
+    gro: bool,
 }
 
 impl UdpSocket {
@@ -41,7 +45,33 @@ impl UdpSocket {
         // Where the kernel allows less, less it is.
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
-        Ok(Self { socket, state })
+        let (gso, gro) = (state.max_gso_segments() > 1, state.gro_segments() > 1);
+        Ok(Self { socket, state, gso: AtomicBool::new(gso), gro })
+    }
+
+    /// Sends every datagram singly from here on.
+    pub fn disable_gso(&mut self) {
+        self.gso = AtomicBool::new(false);
+    }
+
+    /// Receives every datagram singly from here on.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn disable_gro(&mut self) -> io::Result<()> {
+        setsockopt(&self.socket, sockopt::UdpGroSegment, &false)?;
+        self.gro = false;
+        Ok(())
+    }
+
+    /// Whether trains are sent in one call.
+    pub fn sends_trains(&self) -> bool {
+        self.gso.load(Ordering::Relaxed)
+    }
+
+    /// Whether trains are received in one piece.
+    pub fn receives_trains(&self) -> bool {
+        self.gro
     }
 
     /// The address that the socket is bound to.
@@ -72,15 +102,20 @@ impl UdpSocket {
             segment_size,
             src_ip: local,
         };
-        if bytes.len() > segment && self.state.max_gso_segments() > 1 {
+        let train = bytes.len() > segment && self.gso.load(Ordering::Relaxed);
+        if train {
             match self.state.try_send((&self.socket).into(), &transmit(bytes, Some(segment))) {
-                // The device cannot do it: quinn-udp has switched it off, the train is still here.
-                Err(_) if self.state.max_gso_segments() == 1 => {}
+                // Perhaps the network device cannot cut it; the train is still here.
+                Err(error) if is_no_offload(&error) => {}
                 result => return result,
             }
         }
         for datagram in bytes.chunks(segment.max(1)) {
             self.state.try_send((&self.socket).into(), &transmit(datagram, None))?;
+        }
+        if train {
+            self.gso.store(false, Ordering::Relaxed);
+            tracing::warn!("the kernel takes no UDP trains, going on without");
         }
         Ok(())
     }
@@ -100,21 +135,29 @@ impl UdpSocket {
     }
 }
 
+/// The device has no checksum offload, or something on the way takes no trains. An address of ours
+/// that is gone looks the same; then single datagrams fail, too.
+fn is_no_offload(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL))
+}
+
 impl AsFd for UdpSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
-/// One datagram that was received.
+/// Datagrams of one sender that were received together.
 #[derive(Debug, Clone, Copy)]
 pub struct Received<'a> {
     /// From where.
     pub remote: SocketAddr,
     /// The address of ours that it was sent to.
     pub local: Option<IpAddr>,
-    /// Its content.
+    /// Their content, one behind the other.
     pub bytes: &'a [u8],
+    /// Length of each datagram but the last, which may be shorter.
+    pub stride: usize,
 }
 
 /// Room for one receive call.
@@ -131,15 +174,14 @@ impl Default for RecvBuffers {
 }
 
 impl RecvBuffers {
-    /// The datagrams of the last call, in order.
-    pub fn datagrams(&self) -> impl Iterator<Item = Received<'_>> {
+    /// What the last call brought, in order.
+    pub fn trains(&self) -> impl Iterator<Item = Received<'_>> {
         let slots = self.bytes.chunks(SLOT_BYTES).zip(&self.metas).take(self.filled);
-        slots.flat_map(|(slot, meta)| {
-            slot[..meta.len.min(slot.len())].chunks(meta.stride.max(1)).map(|bytes| Received {
-                remote: meta.addr,
-                local: meta.dst_ip,
-                bytes,
-            })
+        slots.map(|(slot, meta)| Received {
+            remote: meta.addr,
+            local: meta.dst_ip,
+            bytes: &slot[..meta.len.min(slot.len())],
+            stride: meta.stride,
         })
     }
 }
@@ -166,12 +208,36 @@ mod tests {
             let mut fds = [nix::poll::PollFd::new(receiver.as_fd(), nix::poll::PollFlags::POLLIN)];
             assert_eq!(nix::poll::poll(&mut fds, 2_000u16), Ok(1), "all of it arrives");
             receiver.receive(&mut buffers).unwrap();
-            for datagram in buffers.datagrams() {
-                assert_eq!(datagram.remote, sender.local_addr().unwrap());
-                assert_eq!(datagram.local, Some("127.0.0.1".parse().unwrap()));
-                got.push(datagram.bytes.to_vec());
+            for train in buffers.trains() {
+                assert_eq!(train.remote, sender.local_addr().unwrap());
+                assert_eq!(train.local, Some("127.0.0.1".parse().unwrap()));
+                got.extend(train.bytes.chunks(train.stride).map(<[u8]>::to_vec));
             }
         }
         assert_eq!(got, [vec![0; 1000], vec![1; 1000], vec![2; 500]]);
+    }
+
+    #[test]
+    fn trains_go_through_one_by_one_when_they_are_switched_off() {
+        let mut receiver = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let mut sender = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        receiver.disable_gro().unwrap();
+        sender.disable_gso();
+        sender.send(receiver.local_addr().unwrap(), None, &[7; 2_500], 1000).unwrap();
+        let mut buffers = RecvBuffers::default();
+        receiver.receive(&mut buffers).unwrap();
+        let lens: Vec<usize> = buffers.trains().map(|train| train.bytes.len()).collect();
+        assert_eq!(lens, [1000, 1000, 500]);
+        assert!(!sender.sends_trains() && !receiver.receives_trains());
+    }
+
+    #[test]
+    fn a_lost_address_of_ours_does_not_switch_trains_off() {
+        let sender = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let before = sender.sends_trains();
+        let foreign = Some("192.0.2.77".parse().unwrap());
+        let remote = "127.0.0.1:9".parse().unwrap();
+        assert!(sender.send(remote, foreign, &[7; 2_500], 1000).is_err());
+        assert_eq!(sender.sends_trains(), before);
     }
 }

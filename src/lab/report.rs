@@ -11,6 +11,9 @@ use super::LabOptions;
 use super::nat::NatKind;
 use crate::io::clock;
 
+/// Answers on one path that people are shown.
+const SHOWN_PONGS: usize = 4;
+
 /// The way that packets to a peer take, in the words of `overlay status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -139,7 +142,13 @@ impl Report {
             .map_or_else(|| pong.path.to_string(), |remote| format!("{:<10} {remote}", pong.path));
         let line =
             format!("  pong {:<58} {:>8.1} ms", format!("{way}  seq {}", pong.seq), pong.rtt_ms);
-        self.say(&line);
+        // People see the first answers and every change of the path; the JSON has them all.
+        let changed = self.pings.last().is_none_or(|last| last.path != pong.path);
+        if changed || self.pings.len() < SHOWN_PONGS {
+            self.say(&line);
+        } else if self.pings.len() == SHOWN_PONGS {
+            self.say("  ...");
+        }
         self.pings.push(pong);
     }
 

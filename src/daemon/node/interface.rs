@@ -47,7 +47,8 @@ impl Interface {
             }
             tracing::warn!(%conflict, "a part of a local network is hidden by the overlay");
         }
-        let tun = Tun::open(&TunOptions::named(&options.interface))?;
+        let tun =
+            Tun::open(&TunOptions::named(&options.interface).with_offloads(options.offloads.tun))?;
         let index = tun.index();
         for prefix in identity.addrs.prefixes() {
             netlink.add_address(index, prefix).await?;

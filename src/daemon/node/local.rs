@@ -308,6 +308,7 @@ impl Daemon {
                 network: identity.network.to_string(),
                 drops: own.drops.iter().map(|(why, count)| ((*why).into(), *count)).collect(),
                 version: env!("CARGO_PKG_VERSION").into(),
+                offloads: self.ports.offloads(),
             },
             server: ServerStatus {
                 state: state.into(),

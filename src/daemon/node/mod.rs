@@ -17,7 +17,7 @@ mod uplink;
 
 pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
-pub use startup::{NodeOptions, StartError, run};
+pub use startup::{NodeOptions, Offloads, StartError, run};
 pub use state::{ENROLMENT_FILE, StateError};
 
 use std::collections::BTreeMap;
@@ -212,7 +212,7 @@ impl Daemon {
         let table = shared.table();
         let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
         inbound(&shared, &table, Source::Link, datagram, now, &mut tun, &mut notes);
-        write_tun(&self.ports, &tun);
+        write_tun(&self.ports, &mut tun);
         for note in notes {
             self.node.handle_note(note, now);
         }

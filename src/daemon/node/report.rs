@@ -48,6 +48,22 @@ pub struct OwnStatus {
     pub drops: BTreeMap<String, u64>,
     /// Version of the running daemon.
     pub version: String,
+    /// Offloads in use.
+    #[serde(default)]
+    pub offloads: OffloadReport,
+}
+
+/// Offloads in use: many packets per system call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffloadReport {
+    /// TCP super-packets on the TUN interface.
+    pub tun_tso: bool,
+    /// UDP super-packets on the TUN interface.
+    pub tun_uso: bool,
+    /// Many datagrams per send.
+    pub udp_gso: bool,
+    /// Many datagrams per receive.
+    pub udp_gro: bool,
 }
 
 /// The coordination server.

@@ -1,7 +1,7 @@
 //! From options to a running daemon, and its end.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,8 +52,21 @@ pub struct NodeOptions {
     pub mtu: u16,
     /// What the core can be told.
     pub settings: NodeSettings,
+    /// What the data plane may ask the kernel for.
+    pub offloads: Offloads,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
+}
+
+/// Offloads that may be used where the kernel has them.
+#[derive(Debug, Clone, Copy)]
+pub struct Offloads {
+    /// Super-packets on the TUN interface.
+    pub tun: bool,
+    /// Many datagrams per send.
+    pub udp_gso: bool,
+    /// Many datagrams per receive.
+    pub udp_gro: bool,
 }
 
 /// Why the daemon did not start, or could not go on.
@@ -267,8 +280,19 @@ fn bind_udp(
     options: &NodeOptions,
     saved_port: u16,
 ) -> Result<(Option<UdpSocket>, Option<UdpSocket>), StartError> {
-    let v4 = |port| UdpSocket::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
-    let v6 = |port| UdpSocket::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
+    let bind = |ip: IpAddr, port| {
+        let mut socket = UdpSocket::bind(SocketAddr::new(ip, port))?;
+        if !options.offloads.udp_gso {
+            socket.disable_gso();
+        }
+        if !options.offloads.udp_gro {
+            // A kernel that does not know it does not do it.
+            let _ = socket.disable_gro();
+        }
+        Ok::<_, io::Error>(socket)
+    };
+    let v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port);
+    let v6 = |port| bind(Ipv6Addr::UNSPECIFIED.into(), port);
     let wanted = options.listen_port.unwrap_or(saved_port);
     let udp_v4 = match v4(wanted) {
         Ok(socket) => Some(socket),

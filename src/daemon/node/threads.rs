@@ -1,11 +1,12 @@
 //! The two threads that move packets, and the ports they share with the control task.
 //!
 //! Each runs to completion: read a batch, call the packet function, write the batch. Nothing is
-//! handed from thread to thread but notes for the control plane.
+//! handed from thread to thread but notes for the control plane. The thread that has just written
+//! to the interface looks for an answer there, which would else wait for the other one to wake.
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwapOption;
@@ -13,7 +14,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc;
 
-use crate::dataplane::{Note, Shared, Source, Target, TunBatch, UdpBatch, inbound, outbound};
+use super::report::OffloadReport;
+use crate::dataplane::{
+    Note, Run, Shared, Source, Target, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
+};
 use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
@@ -22,10 +26,16 @@ use crate::io::udp::{RecvBuffers, UdpSocket};
 use crate::node::Opener;
 use crate::types::DropReason;
 
-/// Packets read from the TUN interface before they are sent.
+/// Packets read from the TUN interface before the other sources are looked at.
 const TUN_BATCH: usize = 64;
-/// The largest packet that a TUN interface can hand over.
-const MAX_PACKET: usize = 65_536;
+/// Answers that the receiving thread looks for: a handful of acknowledgements, no upload.
+const ANSWERS: usize = 16;
+/// The largest packet that a TUN interface can hand over, with its header.
+const MAX_PACKET: usize = 65_536 + 64;
+/// Sealed bytes that are sent before more packets are read: one full run.
+const SEND_BYTES: usize = 65_000;
+/// Opened bytes that are written before more datagrams are looked at.
+const WRITE_BYTES: usize = 128 << 10;
 /// How long a full socket is waited for before its datagrams are dropped.
 const FULL_SOCKET_WAIT_MS: u8 = 5;
 
@@ -79,6 +89,18 @@ impl Ports {
         socket.and_then(|socket| socket.local_addr().ok()).map_or(0, |addr| addr.port())
     }
 
+    /// The offloads in use at this moment.
+    pub(super) fn offloads(&self) -> OffloadReport {
+        let trains = self.tun.load().as_ref().map(|tun| tun.trains()).unwrap_or_default();
+        let all = |has: fn(&UdpSocket) -> bool| self.sockets().all(has);
+        OffloadReport {
+            tun_tso: trains.tcp,
+            tun_uso: trains.udp,
+            udp_gso: all(UdpSocket::sends_trains),
+            udp_gro: all(UdpSocket::receives_trains),
+        }
+    }
+
     fn sockets(&self) -> impl Iterator<Item = &UdpSocket> {
         self.udp_v4.iter().chain(&self.udp_v6)
     }
@@ -86,8 +108,12 @@ impl Ports {
 
 /// Sends a whole batch. What cannot be sent is dropped and counted.
 pub(super) fn send_all(ports: &Ports, batch: &UdpBatch) {
+    send_runs(ports, batch.runs());
+}
+
+fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>) {
     let drops = ports.shared.drops();
-    for (run, bytes) in batch.runs() {
+    for (run, bytes) in runs {
         match run.target {
             Target::Udp { remote, local } => {
                 let socket = if remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
@@ -147,12 +173,14 @@ fn send_or_wait(
 }
 
 /// Writes a whole batch to the TUN interface.
-pub(super) fn write_tun(ports: &Ports, batch: &TunBatch) {
+pub(super) fn write_tun(ports: &Ports, batch: &mut TunBatch) {
+    batch.finish();
     let tun = ports.tun.load();
-    for packet in batch.packets() {
-        let written = tun.as_ref().map(|tun| tun.write(packet));
-        if !matches!(written, Some(Ok(_))) {
-            ports.shared.drops().count(DropReason::TunWriteFailed);
+    for frame in batch.frames() {
+        let written = tun.as_ref().map(|tun| tun.write_frame(&frame));
+        if !matches!(written, Some(Ok(()))) {
+            let packets = frame.packets().count() as u64;
+            ports.shared.drops().count_many(DropReason::TunWriteFailed, packets);
         }
     }
 }
@@ -167,14 +195,16 @@ pub(super) struct Threads {
 impl Threads {
     /// Starts both. Notes go to `notes`; when it is full they are dropped and counted.
     pub(super) fn start(ports: &Arc<Ports>, notes: &mpsc::Sender<Note>) -> io::Result<Self> {
+        let outlet = Arc::new(Mutex::new(Outlet::new()));
         let mut handles = Vec::new();
-        for (name, run) in
-            [("tun-to-udp", run_outbound as fn(&Ports, &NoteSender)), ("udp-to-tun", run_inbound)]
-        {
-            let ports = Arc::clone(ports);
+        for (name, run) in [
+            ("tun-to-udp", run_outbound as fn(&Ports, &Mutex<Outlet>, &NoteSender)),
+            ("udp-to-tun", run_inbound),
+        ] {
+            let (ports, outlet) = (Arc::clone(ports), Arc::clone(&outlet));
             let notes = NoteSender { notes: notes.clone(), shared: Arc::clone(&ports.shared) };
             let thread = std::thread::Builder::new().name(name.into());
-            handles.push(thread.spawn(move || run(&ports, &notes))?);
+            handles.push(thread.spawn(move || run(&ports, &outlet, &notes))?);
         }
         Ok(Self { ports: Arc::clone(ports), handles })
     }
@@ -207,10 +237,44 @@ impl NoteSender {
     }
 }
 
-fn run_outbound(ports: &Ports, notes: &NoteSender) {
-    let mut buffer = vec![0; MAX_PACKET];
-    let mut batch = UdpBatch::default();
-    let mut asked = Vec::new();
+/// The way from the interface to the sockets; one thread at a time goes it.
+struct Outlet {
+    buffer: Vec<u8>,
+    batch: UdpBatch,
+    asked: Vec<Note>,
+}
+
+impl Outlet {
+    fn new() -> Self {
+        Self { buffer: vec![0; MAX_PACKET], batch: UdpBatch::default(), asked: Vec::new() }
+    }
+
+    /// Sends what is there, `limit` reads at the most.
+    fn drain(&mut self, ports: &Ports, tun: &Tun, notes: &NoteSender, limit: usize) {
+        let Self { buffer, batch, asked } = self;
+        let shared = &ports.shared;
+        let table = shared.table();
+        let now = clock::now();
+        batch.clear();
+        for _ in 0..limit {
+            let Ok(len) = tun.read(buffer) else { break };
+            if tun.has_headers() {
+                outbound_frame(shared, &table, &mut buffer[..len], now, batch, asked);
+            } else {
+                outbound(shared, &table, [&buffer[..len]], now, batch, asked);
+            }
+            if batch.len() > SEND_BYTES {
+                send_runs(ports, batch.closed_runs());
+                batch.keep_open_run();
+            }
+        }
+        send_all(ports, batch);
+        batch.clear();
+        notes.send(asked);
+    }
+}
+
+fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
     loop {
         let tun = ports.tun.load_full();
         let mut fds = vec![
@@ -228,20 +292,13 @@ fn run_outbound(ports: &Ports, notes: &NoteSender) {
             continue;
         }
         let Some(tun) = tun else { continue };
-        let table = ports.shared.table();
-        let now = clock::now();
-        batch.clear();
-        for _ in 0..TUN_BATCH {
-            let Ok(len) = tun.read(&mut buffer) else { break };
-            let packet = &buffer[..len];
-            outbound(&ports.shared, &table, [packet], now, &mut batch, &mut asked);
-        }
-        send_all(ports, &batch);
-        notes.send(&mut asked);
+        // A batch that a panic left behind is cleared before it is used.
+        let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
+        outlet.drain(ports, &tun, notes, TUN_BATCH);
     }
 }
 
-fn run_inbound(ports: &Ports, notes: &NoteSender) {
+fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
     let mut buffers = RecvBuffers::default();
     let mut batch = TunBatch::default();
     let mut asked = Vec::new();
@@ -255,16 +312,32 @@ fn run_inbound(ports: &Ports, notes: &NoteSender) {
             if socket.receive(&mut buffers).is_err() {
                 continue;
             }
-            let table = ports.shared.table();
+            let shared = &ports.shared;
+            let table = shared.table();
             let now = clock::now();
-            batch.clear();
-            for datagram in buffers.datagrams() {
-                let source = Source::Udp { remote: datagram.remote, local: datagram.local };
-                let shared = &ports.shared;
-                inbound(shared, &table, source, datagram.bytes, now, &mut batch, &mut asked);
+            let tun = ports.tun.load_full();
+            let kinds = tun.as_ref().map(|tun| tun.trains()).unwrap_or_default();
+            batch.clear(kinds);
+            let mut wrote = false;
+            for train in buffers.trains() {
+                let source = Source::Udp { remote: train.remote, local: train.local };
+                let (bytes, stride) = (train.bytes, train.stride);
+                inbound_train(shared, &table, source, bytes, stride, now, &mut batch, &mut asked);
+                if batch.len() > WRITE_BYTES {
+                    write_tun(ports, &mut batch);
+                    batch.clear(kinds);
+                    wrote = true;
+                }
             }
-            write_tun(ports, &batch);
+            wrote |= !batch.is_empty();
+            write_tun(ports, &mut batch);
             notes.send(&mut asked);
+            if wrote
+                && let Some(tun) = &tun
+                && let Ok(mut outlet) = outlet.try_lock()
+            {
+                outlet.drain(ports, tun, notes, ANSWERS);
+            }
         }
     }
 }

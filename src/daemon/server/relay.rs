@@ -22,6 +22,7 @@ use crate::io::link::LinkSender;
 use crate::server::ConnectionId;
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
 use crate::types::{DropCounters, DropReason, NodeId};
+use crate::wire::relay::DATA_HEADER_LEN;
 
 /// How long a thread may take to notice that it should stop.
 const POLL_MS: u16 = 200;
@@ -132,13 +133,27 @@ impl Hub {
         let stride = meta.stride.max(1);
         let now = clock::now();
         let mut decided: Vec<Decided> = Vec::new();
+        // The header of the last datagram as it came, and as it goes on.
+        let mut last_headers: Option<([u8; DATA_HEADER_LEN], [u8; DATA_HEADER_LEN])> = None;
         let mut table = lock(&self.table);
         for start in (0..meta.len).step_by(stride) {
             let end = (start + stride).min(meta.len);
             let Some(datagram) = buffer.get_mut(start..end) else {
                 break;
             };
+            let came = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
+            // Only the header and the arrival decide, and a train is mostly for one node.
+            if let (Some(came), Some((last_came, goes)), Some(last)) =
+                (came, last_headers, decided.last_mut())
+                && came == last_came
+            {
+                datagram[..DATA_HEADER_LEN].copy_from_slice(&goes);
+                last.bytes.end = end;
+                continue;
+            }
             let verdict = table.handle_datagram(datagram, arrival, now);
+            let goes = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
+            last_headers = came.zip(goes).filter(|_| matches!(verdict, Verdict::Forward(_)));
             match decided.last_mut() {
                 Some(last) if last.verdict == verdict && matches!(verdict, Verdict::Forward(_)) => {
                     last.bytes.end = end;
@@ -194,15 +209,24 @@ impl Hub {
         let segment_bytes = segment_bytes.max(1);
         let train_bytes = segment_bytes * port.state.max_gso_segments().max(1);
         for train in bytes.chunks(train_bytes) {
-            if send(port, exit, train, segment_bytes).is_ok() {
-                continue;
-            }
-            // A network card or tunnel that takes no trains may take the datagrams one by one.
-            for datagram in train.chunks(segment_bytes) {
-                if let Err(error) = send(port, exit, datagram, segment_bytes) {
-                    debug!(%error, "cannot send");
-                    self.drops.count(DropReason::SendFailed);
+            match send(port, exit, train, segment_bytes) {
+                Ok(()) => {}
+                // A full queue has no room for the parts either: the senders slow down by losing.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let datagrams = train.len().div_ceil(segment_bytes);
+                    self.drops.count_many(DropReason::SendFailed, datagrams as u64);
                 }
+                // A network card or tunnel that takes no trains may take them one by one.
+                Err(_) => self.send_singly(port, exit, train, segment_bytes),
+            }
+        }
+    }
+
+    fn send_singly(&self, port: &UdpPort, exit: Arrival, train: &[u8], segment_bytes: usize) {
+        for datagram in train.chunks(segment_bytes) {
+            if let Err(error) = send(port, exit, datagram, segment_bytes) {
+                debug!(%error, "cannot send");
+                self.drops.count(DropReason::SendFailed);
             }
         }
     }

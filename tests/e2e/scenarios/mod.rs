@@ -9,6 +9,7 @@ mod local;
 mod matrix;
 mod members;
 mod netcheck;
+mod offload;
 mod recipes;
 mod relay;
 mod server;
@@ -27,6 +28,7 @@ pub(crate) fn all() -> Vec<Case> {
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        offload::cases(),
         netcheck::cases(),
         commands::cases(),
         local::cases(),

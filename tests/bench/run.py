@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Throughput, cost and latency of the data plane between two network namespaces on one machine.
+
+usage: run.py [--rounds N] [--secs N] [--mtu N] [--relay] [--check MB] [--only TEST,...] NAME=BINARY...
+
+Every BINARY is brought up once as a server and two nodes, side by side; then each round runs each
+test once with each of them in random order, so that the drift of the machine hits all alike. NAME
+`veth` without a binary is the bare link. Medians and ranges over the rounds are printed as a table.
+
+  --relay     the nodes can reach only the server, which forwards between them
+  --check MB  before measuring, compare SHA-256 of MB megabytes each way over IPv4 and IPv6, and
+              UDP datagrams of odd sizes byte by byte
+  --config T  a line for the nodes' node.toml (may be repeated), e.g. 'udp-gso = false'
+
+Needs root, iproute2, iputils-ping and iperf3. Every command is bounded in time.
+"""
+import argparse, hashlib, json, os, random, shutil, signal, socket, statistics
+import subprocess, sys, tempfile, threading, time
+
+LIBC = __import__("ctypes").CDLL(None, use_errno=True)
+
+
+def sh(*cmd, check=True, timeout=30):
+    done = subprocess.run(cmd, text=True, capture_output=True, timeout=timeout)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(cmd)}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+class Space:
+    """A network namespace and what runs in it."""
+
+    def __init__(self, name):
+        self.name = name
+        self.children = []
+        sh("ip", "netns", "add", name)
+        self.run("ip", "link", "set", "lo", "up")
+
+    def run(self, *cmd, **options):
+        return sh("ip", "netns", "exec", self.name, *cmd, **options)
+
+    def start(self, log, *cmd):
+        with open(log, "w") as out:
+            self.children.append(subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *cmd], stdout=out, stderr=out,
+                start_new_session=True))
+        return self.children[-1]
+
+    def inside(self, work):
+        """Runs a function on a thread in the namespace; gives its result."""
+        result = []
+
+        def body():
+            with open(f"/var/run/netns/{self.name}") as space:
+                if LIBC.setns(space.fileno(), 0x40000000):
+                    result.append(OSError("setns"))
+                    return
+            try:
+                result.append(work())
+            except Exception as error:
+                result.append(error)
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+
+        def wait(timeout=120):
+            thread.join(timeout)
+            if not result:
+                raise RuntimeError("no end in time")
+            if isinstance(result[0], Exception):
+                raise result[0]
+            return result[0]
+
+        return wait
+
+    def close(self):
+        for child in self.children:
+            child.send_signal(signal.SIGTERM)
+        for child in self.children:
+            try:
+                child.wait(3)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        sh("ip", "netns", "del", self.name, check=False)
+
+
+def connect(one, other, net):
+    """A veth pair with addresses 10.200.net.1 and .2."""
+    ends = [f"bench{net}a", f"bench{net}b"]
+    sh("ip", "link", "add", ends[0], "netns", one.name, "type", "veth",
+       "peer", "name", ends[1], "netns", other.name)
+    for space, device, host in ((one, ends[0], 1), (other, ends[1], 2)):
+        space.run("ip", "addr", "add", f"10.200.{net}.{host}/24", "dev", device)
+        space.run("ip", "link", "set", device, "up")
+
+
+class Pair:
+    """Two ends, and how one calls the other."""
+
+    def __init__(self, name, binary, number, args):
+        self.name, self.binary = name, binary
+        self.dir = tempfile.mkdtemp(prefix="bench-")
+        tag = f"b{os.getpid() % 10000}n{number}"
+        self.a, self.b = Space(f"{tag}a"), Space(f"{tag}b")
+        self.spaces = [self.a, self.b]
+        server = self.a
+        if args.relay and binary:
+            server = Space(f"{tag}s")
+            self.spaces.append(server)
+            connect(server, self.a, number * 2)
+            connect(server, self.b, number * 2 + 1)
+            listen, server_of = ["0.0.0.0:41820"], [f"10.200.{number * 2 + i}.1" for i in (0, 1)]
+        else:
+            connect(self.a, self.b, number * 2)
+            listen = [f"10.200.{number * 2}.1:41820"]
+            server_of = [f"10.200.{number * 2}.1"] * 2
+        self.v4, self.v6, self.back = f"10.200.{number * 2}.2", None, f"10.200.{number * 2}.1"
+        if binary:
+            self.bring_up(server, listen, server_of, args)
+        self.b.start(os.devnull, "iperf3", "-s")
+        time.sleep(0.3)
+
+    def bring_up(self, server, listen, server_of, args):
+        control = f"{self.dir}/server.sock"
+        public = [part for host in dict.fromkeys(server_of) for part in ("--public-addr", f"{host}:41820")]
+        server.start(f"{self.dir}/server.log", self.binary, "server", "--listen", *listen, *public,
+                     "--state-dir", f"{self.dir}/server", "--socket", control)
+        wait_for(lambda: os.path.exists(control), "the server")
+        with open(f"{self.dir}/node.toml", "w") as config:
+            config.write("\n".join(args.config) + "\n")
+        for space, host in ((self.a, "a"), (self.b, "b")):
+            invite = json.loads(server.run(self.binary, "server", "invite", "--json", "--socket", control))
+            with open(f"{self.dir}/{host}.join", "w") as join:
+                join.write(invite["join"])
+            space.start(f"{self.dir}/{host}.log", self.binary, "up", f"file:{self.dir}/{host}.join",
+                        "--name", host, "--state-dir", f"{self.dir}/{host}", "--socket",
+                        f"{self.dir}/{host}.sock", "--interface", f"ov{host}", "--mtu", str(args.mtu),
+                        "--config", f"{self.dir}/node.toml")
+        wanted = "relay-udp" if args.relay else "direct"
+        wait_for(lambda: self.path() == wanted, f"a {wanted} path")
+
+    def status(self, host="a"):
+        space = self.a if host == "a" else self.b
+        return json.loads(space.run(self.binary, "status", "--json", "--socket", f"{self.dir}/{host}.sock"))
+
+    def path(self):
+        try:
+            status = self.status()
+        except (RuntimeError, ValueError):
+            return None
+        self.back = status["self"]["ipv4"]
+        for peer in status["peers"]:
+            self.v4, self.v6 = peer["ipv4"], peer["ipv6"]
+            self.a.run("ping", "-c1", "-W1", self.v4, check=False)
+            return peer["path"]["kind"]
+        return None
+
+    def iperf(self, secs, *extra):
+        out = self.a.run("iperf3", "-J", "-c", self.v4, "-t", str(secs), *extra, timeout=secs + 20, check=False)
+        return json.loads(out)["end"]
+
+    def close(self):
+        for space in self.spaces:
+            space.close()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def wait_for(test, what, secs=20):
+    end = time.time() + secs
+    while not test():
+        if time.time() > end:
+            raise RuntimeError(f"{what} did not come up")
+        time.sleep(0.1)
+
+
+def busy():
+    """Seconds of work of all processors; what the host took away counts as well."""
+    fields = [int(field) for field in open("/proc/stat").readline().split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def received(end):
+    return end["sum_received"]["bits_per_second"] / 1e9
+
+
+def test_tcp1(pair, secs):
+    before = busy()
+    end = pair.iperf(secs)
+    gigabytes = end["sum_received"]["bytes"] / 1e9
+    return {"tcp1 Gb/s": received(end), "CPU s/GB": (busy() - before) / gigabytes}
+
+
+def test_udp(pair, secs, size):
+    total = pair.iperf(secs, "-u", "-b", "0", "-l", str(size))["sum"]
+    return (total["packets"] - total["lost_packets"]) / total["seconds"] / 1e3
+
+
+def test_ping(pair):
+    out = pair.a.run("ping", "-c", "400", "-i", "0.005", "-W", "1", pair.v4, timeout=60)
+    times = sorted(float(line.split("time=")[1].split()[0]) * 1e3 for line in out.splitlines() if "time=" in line)
+    return {"ping p50 us": times[len(times) // 2], "ping p99 us": times[len(times) * 99 // 100]}
+
+
+def test_bidir(pair, secs):
+    end = pair.iperf(secs, "--bidir")
+    back = end.get("sum_received_bidir_reverse", {}).get("bits_per_second", 0) / 1e9
+    return {"bidir Gb/s": received(end) + back}
+
+
+TESTS = {
+    "tcp1": test_tcp1,
+    "tcp8": lambda pair, secs: {"tcp8 Gb/s": received(pair.iperf(secs, "-P", "8"))},
+    "reverse": lambda pair, secs: {"reverse Gb/s": received(pair.iperf(secs, "-R"))},
+    "bidir": test_bidir,
+    "udp64": lambda pair, secs: {"udp64 kpps": test_udp(pair, secs, 64)},
+    "udp1200": lambda pair, secs: {"udp1200 kpps": test_udp(pair, secs, 1200)},
+    "ping": lambda pair, secs: test_ping(pair),
+}
+
+
+def check(pair, megabytes):
+    """Bytes in are bytes out: TCP both ways and both families, UDP of odd sizes."""
+    addresses = {"v4": (socket.AF_INET, pair.v4)}
+    if pair.v6:
+        addresses["v6"] = (socket.AF_INET6, pair.v6)
+    block = random.randbytes(1 << 20)
+    for family, (kind, address) in addresses.items():
+        for direction in ("up", "down"):
+            listener = pair.b.inside(lambda: socket.create_server((address, 0), family=kind))()
+            port = listener.getsockname()[1]
+
+            def give(stream):
+                sent = hashlib.sha256()
+                for number in range(megabytes):
+                    # Odd cuts, so that segments of all sizes are made.
+                    piece = number.to_bytes(4, "big") + block[number % 977:]
+                    sent.update(piece)
+                    stream.sendall(piece)
+                stream.shutdown(socket.SHUT_WR)
+                return sent.hexdigest()
+
+            def take(stream):
+                got, buffer = hashlib.sha256(), bytearray(1 << 20)
+                while count := stream.recv_into(buffer):
+                    got.update(memoryview(buffer)[:count])
+                return got.hexdigest()
+
+            roles = (take, give) if direction == "up" else (give, take)
+            far = pair.b.inside(lambda: roles[0](listener.accept()[0]))
+            near = pair.a.inside(lambda: roles[1](socket.create_connection((address, port))))
+            started = time.time()
+            if near(300) != far(300):
+                raise RuntimeError(f"{pair.name}: TCP {family} {direction}: the sums differ")
+            print(f"{pair.name}: TCP {family} {direction}: {megabytes} MB equal, {time.time() - started:.1f} s")
+        far = pair.b.inside(lambda: socket.socket(kind, socket.SOCK_DGRAM))()
+        near = pair.a.inside(lambda: socket.socket(kind, socket.SOCK_DGRAM))()
+        far.bind((address, 0))
+        for end in (far, near):
+            end.settimeout(3)
+        near.connect(far.getsockname()[:2])
+        for size in [*range(0, 2600, 7), 8000, 65_000]:
+            sent = block[size:size * 2]
+            near.send(sent)
+            got, back = far.recvfrom(70_000)
+            far.sendto(got, back)
+            if near.recv(70_000) != sent:
+                raise RuntimeError(f"{pair.name}: UDP {family} of {size} bytes differs")
+        print(f"{pair.name}: UDP {family}: all sizes equal")
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--secs", type=int, default=3)
+    parser.add_argument("--mtu", type=int, default=1280)
+    parser.add_argument("--relay", action="store_true")
+    parser.add_argument("--check", type=int, default=0)
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--only", default=",".join(TESTS))
+    parser.add_argument("contenders", nargs="+")
+    args = parser.parse_args()
+    pairs, results = [], {}
+    try:
+        for number, contender in enumerate(args.contenders):
+            name, _, binary = contender.partition("=")
+            pairs.append(Pair(name, binary, number, args))
+            if binary:
+                print(f"{name}: offloads {pairs[-1].status()['self'].get('offloads')}", flush=True)
+        if args.check:
+            for pair in pairs:
+                check(pair, args.check)
+        tests = [test for test in args.only.split(",") if test in TESTS]
+        for _ in range(args.rounds):
+            for test in tests:
+                for pair in random.sample(pairs, len(pairs)):
+                    try:
+                        measured = TESTS[test](pair, args.secs)
+                    except (KeyError, ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
+                        print(f"{pair.name} {test}: {error!r}"[:200])
+                        continue
+                    for what, value in measured.items():
+                        results.setdefault(what, {}).setdefault(pair.name, []).append(value)
+        names = [pair.name for pair in pairs]
+        print("\n| | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
+        for what, by_name in results.items():
+            def cell(values):
+                if not values:
+                    return "-"
+                return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+            print(f"| {what} | " + " | ".join(cell(by_name.get(name)) for name in names) + " |")
+        for pair in pairs:
+            if pair.binary:
+                drops = {k: v for h in "ab" for k, v in pair.status(h)["self"]["drops"].items() if v}
+                print(f"{pair.name}: drops {drops}")
+    finally:
+        for pair in pairs:
+            pair.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+//! Many packets per system call change no byte, with every switch in every position.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::case::Case;
+use crate::lab::{Host, Net};
+use crate::nat::Nat;
+use crate::overlay::{Node, Server};
+
+const SWITCHES: [&str; 3] = ["tun-offload", "udp-gso", "udp-gro"];
+/// More than a TCP window, less than a second of a debug build.
+const TRANSFER_BYTES: usize = 6_000_000;
+const LIMIT: Duration = Duration::from_secs(20);
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("offload::all_on_changes_no_byte", || same_bytes(&[], &[])),
+        Case::new("offload::no_tun_offload_changes_no_byte", || {
+            same_bytes(&["tun-offload"], &["tun-offload"]);
+        }),
+        Case::new("offload::no_udp_gso_changes_no_byte", || {
+            same_bytes(&["udp-gso"], &["udp-gso"]);
+        }),
+        Case::new("offload::no_udp_gro_changes_no_byte", || {
+            same_bytes(&["udp-gro"], &["udp-gro"]);
+        }),
+        Case::new("offload::one_side_without_any_changes_no_byte", || {
+            same_bytes(&[], &SWITCHES);
+        }),
+        Case::new("offload::both_sides_without_any_change_no_byte", || {
+            same_bytes(&SWITCHES, &SWITCHES);
+        }),
+    ]
+}
+
+/// Each side with these switches off.
+fn same_bytes(off_at_alice: &[&str], off_at_bob: &[&str]) {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let [mut alice, bob] = [("alice", off_at_alice), ("bob", off_at_bob)]
+        .map(|(name, off)| start(&net, &server, name, off));
+    alice.wait_path("bob", "direct", LIMIT);
+    for (address, own) in [(bob.ipv4(), alice.ipv4()), (bob.ipv6(), alice.ipv6())] {
+        let address: IpAddr = address.parse().unwrap();
+        streams_are_equal(&alice.host, &bob.host, address);
+        streams_are_equal(&bob.host, &alice.host, own.parse().unwrap());
+        datagrams_are_equal(&alice.host, &bob.host, address);
+    }
+}
+
+fn start(net: &Net, server: &Server, name: &str, off: &[&str]) -> Node {
+    let config: String = off.iter().map(|switch| format!("{switch} = false\n")).collect();
+    let mut node = Node::with_config(net, &net.machine(name, Nat::None), name, &config);
+    node.up(&server.join());
+    let status = node.wait_connected();
+    let shown = |key: &str| status["self"]["offloads"][key] == Value::Bool(true);
+    let is_off = |switch: &str| off.contains(&switch);
+    // Every kernel that these tests run on has these three.
+    assert_eq!(shown("tun_tso"), !is_off("tun-offload"), "{status}");
+    assert_eq!(shown("udp_gso"), !is_off("udp-gso"), "{status}");
+    assert_eq!(shown("udp_gro"), !is_off("udp-gro"), "{status}");
+    assert!(!shown("tun_uso") || !is_off("tun-offload"), "{status}");
+    node
+}
+
+/// Bytes that repeat nowhere near.
+fn content(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state.to_be_bytes()[0]
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn streams_are_equal(from: &Host, to: &Host, address: IpAddr) {
+    let sent = content(TRANSFER_BYTES);
+    let listener = to.ns.enter(|| TcpListener::bind((address, 0)).unwrap());
+    let remote = listener.local_addr().unwrap();
+    let receiver = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).unwrap();
+        got
+    });
+    let mut stream = from.ns.enter(|| TcpStream::connect_timeout(&remote, LIMIT).unwrap());
+    stream.set_write_timeout(Some(LIMIT)).unwrap();
+    // Odd cuts make segments of all sizes.
+    for piece in sent.chunks(77_777) {
+        stream.write_all(piece).unwrap();
+    }
+    drop(stream);
+    let got = receiver.join().unwrap();
+    assert!(got == sent, "{remote}: {} of {} bytes, or other ones", got.len(), sent.len());
+}
+
+fn datagrams_are_equal(from: &Host, to: &Host, address: IpAddr) {
+    let far = to.ns.enter(|| UdpSocket::bind((address, 0)).unwrap());
+    let any: SocketAddr =
+        if address.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
+    let near = from.ns.enter(|| UdpSocket::bind(any).unwrap());
+    near.connect(far.local_addr().unwrap()).unwrap();
+    for socket in [&near, &far] {
+        socket.set_read_timeout(Some(LIMIT)).unwrap();
+    }
+    let bytes = content(70_000);
+    let mut buffer = vec![0; 70_000];
+    for len in (0..2_700).step_by(101).chain([1_231, 1_232, 1_233, 9_001]) {
+        // Several in a row, so that there is something to merge.
+        for _ in 0..3 {
+            near.send(&bytes[..len]).unwrap();
+        }
+        for _ in 0..3 {
+            let (got, remote) = far.recv_from(&mut buffer).unwrap();
+            assert!(buffer[..got] == bytes[..len], "{len} bytes became {got}, or other ones");
+            far.send_to(&buffer[..got], remote).unwrap();
+            let got = near.recv(&mut buffer).unwrap();
+            assert!(buffer[..got] == bytes[..len], "{len} bytes came back as {got}");
+        }
+    }
+}
