@@ -20,8 +20,10 @@ use crate::dataplane::{
 };
 use crate::io::clock;
 use crate::io::link::LinkSender;
+use crate::io::opener::send_with_ttl;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
+use crate::node::Opener;
 use crate::types::DropReason;
 
 /// What the TUN thread reads before it looks at the other descriptors.
@@ -135,6 +137,16 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
                 }
             }
         }
+    }
+}
+
+/// Sends a datagram with a short life. What cannot be sent now is not worth waiting for.
+pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
+    let socket = if opener.remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
+    let Some(socket) = socket else { return };
+    if let Err(error) = send_with_ttl(socket, opener.remote, opener.ttl, &opener.datagram) {
+        ports.shared.drops().count(DropReason::SendFailed);
+        tracing::trace!(remote = %opener.remote, %error, "opener not sent");
     }
 }
 
