@@ -169,7 +169,7 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
 
     let (stop, stopping) = watch::channel(false);
     let (events, inbox) = mpsc::channel(EVENT_QUEUE);
-    let hub = Arc::new(Hub::new(bound.udp));
+    let hub = Arc::new(Hub::new(bound.udp, events.clone()));
     let threads = relay::spawn(&hub, &stopping)?;
     let mut core = core::Core::new(server, state.store, Arc::clone(&hub), advertised, state.lock);
     let first_join_line = first_join_line(&mut core).await?;

@@ -5,6 +5,7 @@ pub mod files;
 pub mod link;
 pub mod listen;
 pub mod local;
+pub mod opener;
 pub mod os;
 mod sys;
 pub mod tun;

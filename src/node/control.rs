@@ -55,6 +55,8 @@ impl Node {
         self.events.push_back(Event::Identity(identity.clone()));
         if let Some(port) = welcome.relay_port {
             let relay = SocketAddr::new(server.ip(), port);
+            let second = welcome.second_port.map(|port| SocketAddr::new(server.ip(), port));
+            self.prediction.set_second_port(second);
             self.relay.start(relay, identity.id, RelayKey(welcome.relay_key), now);
             self.handle_relay_timeout(now);
         }
@@ -128,6 +130,9 @@ impl Node {
         self.host_endpoints = endpoints;
         self.announce(None, now);
         if !first {
+            self.announced_at = None;
+            self.prediction.forget();
+            self.update_signalling();
             self.relay.hurry(now);
             self.handle_relay_timeout(now);
             let ids: Vec<NodeId> = self.peers.keys().copied().collect();
@@ -145,14 +150,15 @@ impl Node {
         self.announce(Some(observed), now);
     }
 
+    /// Where the server sees us, if that is no address of ours.
+    pub(super) fn reflexive(&self) -> Option<SocketAddr> {
+        let reflexive = |candidate: &&Candidate| candidate.kind == CandidateKind::Reflexive;
+        self.announced.iter().find(reflexive).map(|candidate| candidate.endpoint)
+    }
+
     /// Tells the server and, with the next call-me-maybe, the peers where we may be reached.
     fn announce(&mut self, reflexive: Option<SocketAddr>, now: Instant) {
-        let reflexive = reflexive.or_else(|| {
-            self.announced
-                .iter()
-                .find(|candidate| candidate.kind == CandidateKind::Reflexive)
-                .map(|candidate| candidate.endpoint)
-        });
+        let reflexive = reflexive.or_else(|| self.reflexive());
         let mut candidates: Vec<Candidate> = reflexive
             .filter(|endpoint| {
                 usable_underlay(*endpoint) && !self.host_endpoints.contains(endpoint)

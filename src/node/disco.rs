@@ -75,7 +75,12 @@ impl Node {
                 if let Some(identity) = &self.netmap.identity {
                     candidates.retain(|c| !identity.range.contains(c.endpoint.ip()));
                 }
-                peer.agent.handle_call_me_maybe(epoch, &candidates, now);
+                if self.defers_call(id, epoch, &candidates, now) {
+                    return Ok(());
+                }
+                if let Some(peer) = self.peers.get_mut(&id) {
+                    peer.agent.handle_call_me_maybe(epoch, &candidates, now);
+                }
             }
         }
         self.drain_agent(id, now);

@@ -8,6 +8,8 @@
 //! - `control`: what the server says, and what it is told
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
 //! - `disco`: probes in and out
+//! - `predict`: which ports our NAT will give us next
+//! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
 //! - `netmap`: the network as the server described it, also on disk
 //! - `peer`: one peer's control state, and publishing it to the data plane
@@ -19,7 +21,9 @@ mod disco;
 mod handshake;
 mod netmap;
 mod peer;
+mod predict;
 mod relay;
+mod signalling;
 mod status;
 mod timers;
 
@@ -40,6 +44,7 @@ use crate::types::{Candidate, NodeId, PublicKey, SecretKey};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use peer::PeerControl;
+use predict::Prediction;
 use relay::RelayClient;
 
 /// What can be set about a node.
@@ -86,6 +91,17 @@ pub enum Event {
     Refused(RefusedCode, String),
 }
 
+/// A datagram that opens our own NAT and dies before it reaches the peer's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opener {
+    /// Towards this endpoint.
+    pub remote: SocketAddr,
+    /// With this time to live (IPv4) or hop limit (IPv6).
+    pub ttl: u8,
+    /// The bytes.
+    pub datagram: Vec<u8>,
+}
+
 /// One node.
 #[derive(Debug)]
 pub struct Node {
@@ -102,11 +118,16 @@ pub struct Node {
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
     announced: Vec<Candidate>,
+    /// Since when the server knows the endpoint that our NAT gives us.
+    announced_at: Option<Instant>,
     call_epoch: u64,
     open_pings: BTreeMap<crate::types::TxId, (u64, Instant)>,
     traffic_tick_at: Option<Instant>,
     engine_tick_at: Option<Instant>,
     datagrams: UdpBatch,
+    prediction: Prediction,
+    openers: VecDeque<Opener>,
+    scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
 }
@@ -139,11 +160,15 @@ impl Node {
             link_up: false,
             host_endpoints: Vec::new(),
             announced: Vec::new(),
+            announced_at: None,
             call_epoch,
             open_pings: BTreeMap::new(),
             traffic_tick_at: None,
             engine_tick_at: None,
             datagrams: UdpBatch::default(),
+            prediction: Prediction::default(),
+            openers: VecDeque::new(),
+            scratch: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
         };
@@ -182,6 +207,11 @@ impl Node {
     pub fn take_datagrams(&mut self, out: &mut UdpBatch) {
         out.clear();
         std::mem::swap(out, &mut self.datagrams);
+    }
+
+    /// A datagram with a short life; call until none, before [`Self::take_datagrams`].
+    pub fn poll_opener(&mut self) -> Option<Opener> {
+        self.openers.pop_front()
     }
 
     /// A message for the server; call until none. Dropped by the caller when there is no link.

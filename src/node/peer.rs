@@ -105,6 +105,7 @@ impl Node {
         let relay = self.relay_path();
         let eager = self.netmap.peers.len() <= self.settings.eager_peers;
         let link_up = self.link_up;
+        let signalling = self.signalling(id);
         let (Some(peer), Some(info)) = (self.peers.get_mut(&id), self.netmap.peers.get(&id)) else {
             return;
         };
@@ -117,6 +118,7 @@ impl Node {
         let in_use = peer.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
         let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
         let wanted = in_use || eager && (info.online || !link_up || direct);
+        peer.agent.set_signalling(signalling);
         peer.agent.set_candidates(&candidates, now);
         if !info.online && link_up {
             // Gone, or cut off from the server only? Its path can tell.
@@ -168,6 +170,7 @@ impl Node {
         peer.fast.set_choice(peer.agent.choice());
         while let Some(transmit) = self.peers.get_mut(&id).and_then(|p| p.agent.poll_transmit()) {
             match transmit {
+                PathTransmit::Opener { remote, tx } => self.send_opener(id, remote, tx),
                 PathTransmit::Ping { via, tx } => {
                     self.send_disco(id, via, &Message::Ping { tx, padding: 0 });
                 }
@@ -179,7 +182,7 @@ impl Node {
                     self.send_disco(id, via, &Message::Pong { tx, observed });
                 }
                 PathTransmit::CallMeMaybe { via } => {
-                    let candidates = self.announced.clone();
+                    let candidates = self.call_candidates(now);
                     let message = Message::CallMeMaybe { epoch: self.call_epoch, candidates };
                     self.send_disco(id, via, &message);
                 }

@@ -126,8 +126,11 @@ impl Node {
         let bind = Control::Bind { node: session.node, counter: session.counter };
         let target = Target::Udp { remote: session.server, local: None };
         self.datagrams.push_bytes(target, &bind.encode(Some(&session.key)));
+        self.ask_second_port();
         if lost {
-            session.bound = false;
+            if let Some(session) = &mut self.relay.session {
+                session.bound = false;
+            }
             self.update_peers(now);
         }
     }
@@ -140,8 +143,12 @@ impl Node {
         now: Instant,
     ) -> Result<(), DropReason> {
         let relaying = self.is_relaying(now);
-        let Some(session) = &mut self.relay.session else { return Err(DropReason::BadRelayFrame) };
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
+        if let Control::Reflected { tx, observed } = message {
+            let ours = self.handle_reflected(from, tx, observed, now);
+            return if ours { Ok(()) } else { Err(DropReason::BadRelayFrame) };
+        }
+        let Some(session) = &mut self.relay.session else { return Err(DropReason::BadRelayFrame) };
         let Control::Bound { node, counter, observed } = message else {
             return Err(DropReason::BadRelayFrame);
         };
@@ -157,7 +164,10 @@ impl Node {
         session.bound_at = Some(now);
         session.next_at = now + if relaying { REFRESH_IN_USE } else { REFRESH };
         let appeared = !std::mem::replace(&mut session.bound, true);
+        let moved = self.reflexive() != Some(observed) && !self.host_endpoints.contains(&observed);
+        self.note_announced(moved, now);
         self.handle_reflexive(observed, now);
+        self.note_first_port(observed, now);
         if appeared {
             self.update_peers(now);
         }

@@ -4,6 +4,7 @@
 //! it is alive is the business of `liveness`.
 
 mod choose;
+mod opener;
 mod rounds;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -18,6 +19,8 @@ use super::probe::{ProbeOutcome, Prober};
 use super::{Choice, Via};
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, TxId, usable_underlay};
 use choose::KEEPALIVE;
+use opener::Cause;
+pub use opener::{OPENER_TTL, Signalling};
 
 /// An endpoint that answered this long ago, and was not heard since, has to prove itself again.
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
@@ -35,6 +38,13 @@ pub enum PathTransmit {
     Ping {
         /// On this path.
         via: Via,
+        /// Its transaction.
+        tx: TxId,
+    },
+    /// A ping that dies after [`OPENER_TTL`] hops.
+    Opener {
+        /// Towards this endpoint.
+        remote: SocketAddr,
         /// Its transaction.
         tx: TxId,
     },
@@ -95,7 +105,9 @@ struct Endpoint {
 
 impl Endpoint {
     fn new(kind: CandidateKind) -> Self {
-        Self { kind, local: None, prober: Prober::default(), heard: None, penalty_until: None }
+        let guess = kind == CandidateKind::Predicted;
+        let prober = if guess { Prober::for_guess() } else { Prober::default() };
+        Self { kind, local: None, prober, heard: None, penalty_until: None }
     }
 
     fn proved(&self, now: Instant) -> bool {
@@ -121,6 +133,7 @@ impl Endpoint {
 pub struct PathAgent {
     rng: StdRng,
     wanted: bool,
+    signalling: Signalling,
     endpoints: BTreeMap<SocketAddr, Endpoint>,
     relay: Option<Via>,
     relay_prober: Prober,
@@ -134,6 +147,7 @@ pub struct PathAgent {
     call_epoch: u64,
     retry_at: Option<Instant>,
     retries: usize,
+    guesses: usize,
     keepalive_at: Option<Instant>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
@@ -146,6 +160,7 @@ impl PathAgent {
         Self {
             rng: StdRng::from_seed(seed),
             wanted: false,
+            signalling: Signalling::default(),
             endpoints: BTreeMap::new(),
             relay: None,
             relay_prober: Prober::default(),
@@ -159,6 +174,7 @@ impl PathAgent {
             call_epoch: 0,
             retry_at: None,
             retries: 0,
+            guesses: 0,
             keepalive_at: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -171,7 +187,7 @@ impl PathAgent {
     pub fn set_wanted(&mut self, wanted: bool, now: Instant) {
         if wanted && !self.wanted {
             self.wanted = true;
-            self.start_round(now);
+            self.start_round(Cause::Wanted, now);
         }
         self.wanted = wanted;
     }
@@ -186,7 +202,7 @@ impl PathAgent {
         self.relay_prober.forget();
         self.choose("the relay changed", now);
         if appeared && self.wanted {
-            self.start_round(now);
+            self.start_round(Cause::Wanted, now);
         }
     }
 
@@ -201,7 +217,7 @@ impl PathAgent {
             .collect();
         self.endpoints.retain(|remote, endpoint| {
             announced.contains_key(remote)
-                || endpoint.kind == CandidateKind::PeerReflexive
+                || matches!(endpoint.kind, CandidateKind::PeerReflexive | CandidateKind::Predicted)
                 || endpoint.proved(now)
         });
         let mut fresh = false;
@@ -210,7 +226,7 @@ impl PathAgent {
             self.endpoints.entry(remote).or_insert_with(|| Endpoint::new(kind));
         }
         if fresh && self.wanted && !self.is_direct() {
-            self.start_round(now);
+            self.start_round(Cause::ToldBoth, now);
         }
     }
 
@@ -220,6 +236,11 @@ impl PathAgent {
             return;
         }
         self.call_epoch = epoch;
+        // Guesses age fast: the newest ones replace all others.
+        let called = |remote: &SocketAddr| candidates.iter().any(|it| it.endpoint == *remote);
+        self.endpoints.retain(|remote, endpoint| {
+            endpoint.kind != CandidateKind::Predicted || endpoint.proved(now) || called(remote)
+        });
         for candidate in candidates.iter().take(MAX_CANDIDATES) {
             if usable_underlay(candidate.endpoint) && self.endpoints.len() < 2 * MAX_CANDIDATES {
                 self.endpoints
@@ -231,7 +252,7 @@ impl PathAgent {
             // The peer is not direct, or it has moved: does our path still lead to it?
             self.verify(now);
         } else {
-            self.start_round(now);
+            self.start_round(Cause::Called, now);
         }
     }
 
@@ -250,18 +271,6 @@ impl PathAgent {
         self.endpoints.contains_key(&remote)
     }
 
-    /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
-    pub fn handle_own_candidates(&mut self, now: Instant) {
-        if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
-            self.called_at = Some(now);
-            self.transmits.push_back(PathTransmit::CallMeMaybe { via });
-            // The peer probes when the call arrives, and wants our NAT open then: a fresh ladder,
-            // however young the last one is.
-            self.round_at = None;
-            self.start_round(now);
-        }
-    }
-
     /// The local network changed: nothing that was proved holds.
     pub fn handle_network_change(&mut self, now: Instant) {
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
@@ -275,8 +284,9 @@ impl PathAgent {
         self.round_at = None;
         self.called_at = None;
         self.retries = 0;
+        self.guesses = 0;
         if self.wanted {
-            self.start_round(now);
+            self.start_round(Cause::Wanted, now);
         }
     }
 
@@ -297,7 +307,7 @@ impl PathAgent {
         if !checked {
             // The triggered check: the peer's NAT is open for us at this moment.
             endpoint.prober.start_round(now);
-            if endpoint.prober.take_due(now) {
+            if endpoint.prober.take_due(now).is_some() {
                 self.ping(via, now);
             }
         }
@@ -328,7 +338,7 @@ impl PathAgent {
         if let Via::Direct { remote, local } = via
             && let Some(endpoint) = self.learn(remote, local, now)
             && endpoint.prober.last_pong().is_none()
-            && !endpoint.prober.in_round()
+            && (!endpoint.prober.in_round() || endpoint.prober.is_held(now))
         {
             endpoint.prober.start_round(now);
         }
@@ -372,7 +382,7 @@ impl PathAgent {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
             if self.wanted && !self.is_direct() {
-                self.start_round(now);
+                self.retry(now);
             }
         }
         self.choose("the path stopped answering", now);

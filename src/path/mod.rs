@@ -9,7 +9,8 @@
 //! 1. Data goes by relay at once, whenever there is one. Nothing waits for probing.
 //! 2. A *round* sends pings to every candidate at the same time, a short ladder each, together
 //!    with a call-me-maybe by relay that makes the peer do the same: both NATs are opened by the
-//!    outgoing ping, and let the other's ping in.
+//!    outgoing ping, and let the other's ping in. Who moves first sends an *opener*, a ping that
+//!    dies on the way, so that it does not reach the other's NAT before that is open.
 //! 3. A ping that arrives is answered by a pong *and*, when its path is not proved, by a ping on
 //!    the same path (a triggered check, RFC 8445 section 7.3.1.4). Its source becomes a
 //!    peer-reflexive candidate: behind a symmetric NAT that is the only endpoint that works.
@@ -23,12 +24,13 @@
 mod agent;
 mod liveness;
 mod nat;
+pub mod predict;
 mod probe;
 mod score;
 #[cfg(test)]
 mod tests;
 
-pub use agent::{Answer, PathAgent, PathEvent, PathTransmit, Traffic};
+pub use agent::{Answer, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic};
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};
 pub use probe::ProbeOutcome;
 

@@ -13,6 +13,10 @@ use crate::types::TxId;
 /// that starts later. Ten silent ones are proof enough.
 const ROUND_MS: [u64; 10] = [0, 40, 100, 200, 400, 800, 1_400, 2_000, 3_000, 4_500];
 
+/// Pings to a guessed endpoint: each opens our NAT for what the peer sends from there, and the
+/// peer goes on sending.
+const GUESS_STEPS: usize = 3;
+
 /// An unanswered ping is forgotten after this: longer than any sane round trip.
 const PING_LIFETIME: Duration = Duration::from_secs(5);
 
@@ -29,9 +33,21 @@ pub enum ProbeOutcome {
     Silent,
 }
 
+/// What is due on an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Due {
+    /// A ping that dies on the way: it opens our NAT and does not reach the peer's.
+    Opener,
+    /// A ping.
+    Ping,
+}
+
 /// Schedules the pings to one endpoint and measures their round trips.
 #[derive(Debug, Default)]
 pub(crate) struct Prober {
+    opener_at: Option<Instant>,
+    /// Pings in a round; none for all that there are.
+    steps: Option<usize>,
     round_start: Option<Instant>,
     next_step: usize,
     in_flight: BTreeMap<TxId, Instant>,
@@ -44,12 +60,31 @@ pub(crate) struct Prober {
 impl Prober {
     /// Starts a round of pings, from its first step.
     pub(crate) fn start_round(&mut self, now: Instant) {
+        self.opener_at = None;
         self.round_start = Some(now);
         self.next_step = 0;
     }
 
+    /// Starts a round with an opener now and the first ping after `hold`; without a hold there is
+    /// nothing to open ahead of.
+    pub(crate) fn start_held_round(&mut self, hold: Duration, now: Instant) {
+        self.start_round(now + hold);
+        self.opener_at = (!hold.is_zero()).then_some(now);
+    }
+
+    /// A guess among many: a round of a few pings, for one of the others may be right.
+    pub(crate) fn for_guess() -> Self {
+        Self { steps: Some(GUESS_STEPS), ..Self::default() }
+    }
+
+    /// Whether the pings of the round still wait for the peer to open its NAT.
+    pub(crate) fn is_held(&self, now: Instant) -> bool {
+        self.next_step == 0 && self.round_start.is_some_and(|start| start > now)
+    }
+
     /// Ends the round: the endpoint answered, or nobody cares any more.
     pub(crate) fn stop_round(&mut self) {
+        self.opener_at = None;
         self.round_start = None;
     }
 
@@ -57,25 +92,31 @@ impl Prober {
         self.round_start.is_some()
     }
 
-    /// When the next ping of the round is due.
+    /// When something of the round is due.
     pub(crate) fn next_at(&self) -> Option<Instant> {
         let start = self.round_start?;
+        if self.opener_at.is_some() {
+            return self.opener_at;
+        }
         let step =
             ROUND_MS.get(self.next_step).copied().unwrap_or(ROUND_MS[ROUND_MS.len() - 1] + 500);
         Some(start + Duration::from_millis(step))
     }
 
-    /// Whether a ping of the round is due; goes on to the next step.
-    pub(crate) fn take_due(&mut self, now: Instant) -> bool {
+    /// What of the round is due; goes on to the next step.
+    pub(crate) fn take_due(&mut self, now: Instant) -> Option<Due> {
         if self.next_at().is_none_or(|at| at > now) {
-            return false;
+            return None;
         }
-        if self.next_step >= ROUND_MS.len() {
+        if self.opener_at.take().is_some() {
+            return Some(Due::Opener);
+        }
+        if self.next_step >= self.steps.unwrap_or(ROUND_MS.len()) {
             self.round_start = None;
-            return false;
+            return None;
         }
         self.next_step += 1;
-        true
+        Some(Due::Ping)
     }
 
     /// Records that ping `tx` was sent, by whatever cause.
@@ -97,6 +138,12 @@ impl Prober {
         Some(rtt)
     }
 
+    /// Records that opener `tx` was sent: it may be answered, but nothing has reached the peer.
+    pub(crate) fn opened(&mut self, tx: TxId, now: Instant) {
+        self.in_flight.insert(tx, now);
+        self.sent_pings = self.sent_pings.saturating_add(1);
+    }
+
     pub(crate) fn last_sent(&self) -> Option<Instant> {
         self.last_sent
     }
@@ -116,7 +163,7 @@ impl Prober {
 
     /// Forgets what was proved: the network changed under it.
     pub(crate) fn forget(&mut self) {
-        *self = Self { sent_pings: self.sent_pings, ..Self::default() };
+        *self = Self { sent_pings: self.sent_pings, steps: self.steps, ..Self::default() };
     }
 
     pub(crate) fn outcome(&self) -> ProbeOutcome {
@@ -147,7 +194,7 @@ mod tests {
         prober.start_round(epoch());
         let mut sent = 0;
         while let Some(at) = prober.next_at() {
-            if prober.take_due(at) {
+            if prober.take_due(at).is_some() {
                 prober.sent(tx(sent), at);
                 sent += 1;
             }
@@ -157,11 +204,26 @@ mod tests {
     }
 
     #[test]
+    fn a_held_round_opens_first_and_pings_when_the_hold_is_over() {
+        let now = epoch();
+        let hold = Duration::from_millis(30);
+        let mut prober = Prober::default();
+        prober.start_held_round(hold, now);
+        assert_eq!(prober.take_due(now), Some(Due::Opener));
+        assert!(prober.is_held(now));
+        assert_eq!((prober.take_due(now), prober.next_at()), (None, Some(now + hold)));
+        assert_eq!(prober.take_due(now + hold), Some(Due::Ping));
+        assert!(!prober.is_held(now + hold));
+        prober.start_held_round(Duration::ZERO, now);
+        assert_eq!(prober.take_due(now), Some(Due::Ping), "no hold, no opener");
+    }
+
+    #[test]
     fn an_answer_ends_the_round_and_gives_the_round_trip() {
         let now = epoch();
         let mut prober = Prober::default();
         prober.start_round(now);
-        assert!(prober.take_due(now));
+        assert_eq!(prober.take_due(now), Some(Due::Ping));
         prober.sent(tx(1), now);
         let later = now + Duration::from_millis(30);
         assert_eq!(prober.handle_pong(tx(2), later), None, "a stranger's pong is nothing");

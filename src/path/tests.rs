@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{PathAgent, PathEvent, PathTransmit, Traffic, Via};
+use super::{PathAgent, PathEvent, PathTransmit, Signalling, Traffic, Via};
 use crate::testing::epoch;
 use crate::types::{Candidate, CandidateKind, TxId};
 
@@ -23,6 +23,9 @@ struct Side {
     announced: SocketAddr,
     /// Endpoints that this side's NAT lets in; none when it lets in everybody.
     open_for: Option<BTreeSet<SocketAddr>>,
+    /// Strangers that a router with an open input remembers: what is sent to them is moved to
+    /// another port, and does not pass their filter.
+    claimed_by: BTreeSet<SocketAddr>,
     events: Vec<(Duration, PathEvent)>,
 }
 
@@ -37,7 +40,8 @@ struct World {
 
 impl World {
     fn new(filtered: [bool; 2]) -> Self {
-        let now = epoch();
+        let announced = epoch();
+        let now = announced + Duration::from_secs(1);
         let endpoints: [SocketAddr; 2] =
             ["203.0.113.10:4000".parse().unwrap(), "203.0.113.20:5000".parse().unwrap()];
         let side = |i: usize| Side {
@@ -45,9 +49,19 @@ impl World {
             public: endpoints[i],
             announced: endpoints[i],
             open_for: filtered[i].then(BTreeSet::new),
+            claimed_by: BTreeSet::new(),
             events: Vec::new(),
         };
-        Self { start: now, now, sides: [side(0), side(1)], flights: Vec::new(), cut: false }
+        let mut sides = [side(0), side(1)];
+        for side in &mut sides {
+            side.agent.set_signalling(Signalling {
+                server_rtt: Some(RELAY_ONE_WAY),
+                announced_at: Some(announced),
+                lag: None,
+                doubles: false,
+            });
+        }
+        Self { start: now, now, sides, flights: Vec::new(), cut: false }
     }
 
     fn meet(&mut self, relay: Option<Via>) {
@@ -65,6 +79,12 @@ impl World {
         for i in 0..2 {
             while let Some(transmit) = self.sides[i].agent.poll_transmit() {
                 let (via, message) = match transmit {
+                    PathTransmit::Opener { remote, .. } => {
+                        if let Some(open) = &mut self.sides[i].open_for {
+                            open.insert(remote);
+                        }
+                        continue;
+                    }
                     PathTransmit::Ping { via, tx } => (via, Message::Ping(tx)),
                     PathTransmit::Pong { via, tx } => (via, Message::Pong(tx)),
                     PathTransmit::CallMeMaybe { via } => (via, Message::CallMeMaybe),
@@ -84,7 +104,8 @@ impl World {
                     open.insert(remote);
                 }
                 let source = self.sides[from].public;
-                if remote == self.sides[1 - from].public && !self.cut {
+                let moved = self.sides[from].claimed_by.contains(&remote);
+                if remote == self.sides[1 - from].public && !self.cut && !moved {
                     let via = Via::Direct { remote: source, local: None };
                     self.flights.push((self.now + ONE_WAY, 1 - from, via, message));
                 }
@@ -122,6 +143,7 @@ impl World {
         if let (Via::Direct { remote, .. }, Some(open)) = (via, &side.open_for)
             && !open.contains(&remote)
         {
+            side.claimed_by.insert(remote);
             return;
         }
         match message {
@@ -153,6 +175,52 @@ fn data_goes_by_relay_at_once_and_direct_after_the_punch() {
         let direct = world.direct_after(side).expect("a port-restricted pair is punched");
         assert!(direct <= Duration::from_millis(100), "took {direct:?}");
     }
+}
+
+#[test]
+fn routers_with_an_open_input_are_not_spoiled_whoever_is_first() {
+    for (first, ahead_ms) in [(0, 0), (1, 0), (0, 5), (1, 5), (0, 15), (1, 15), (0, 60), (1, 60)] {
+        let mut world = World::new([true, true]);
+        for i in [first, 1 - first] {
+            let now = world.now;
+            let candidate = Candidate::new(world.sides[1 - i].announced, CandidateKind::Reflexive);
+            let agent = &mut world.sides[i].agent;
+            agent.set_relay(Some(Via::RelayUdp), now);
+            agent.set_candidates(&[candidate], now);
+            agent.set_wanted(true, now);
+            world.drain();
+            world.run(Duration::from_millis(ahead_ms));
+        }
+        world.run(Duration::from_millis(200));
+        for side in 0..2 {
+            assert!(world.sides[side].claimed_by.is_empty(), "{first} first by {ahead_ms} ms");
+            let direct = world.direct_after(side).expect("the pair is punched");
+            assert!(direct <= Duration::from_millis(140), "{first} by {ahead_ms}: {direct:?}");
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_knows_our_endpoint_only_now_has_not_opened_its_nat() {
+    let mut world = World::new([true, true]);
+    let now = world.now;
+    let side = &mut world.sides[0];
+    let signalling = Signalling {
+        server_rtt: Some(RELAY_ONE_WAY),
+        announced_at: Some(now),
+        lag: None,
+        doubles: false,
+    };
+    side.agent.set_signalling(signalling);
+    side.agent.set_relay(Some(Via::RelayUdp), now);
+    let candidate = Candidate::new("203.0.113.20:5000".parse().unwrap(), CandidateKind::Reflexive);
+    side.agent.handle_call_me_maybe(1, &[candidate], now);
+    let sent: Vec<_> = std::iter::from_fn(|| side.agent.poll_transmit()).collect();
+    let reaches_peer = |transmit: &PathTransmit| {
+        matches!(transmit, PathTransmit::Ping { via: Via::Direct { .. }, .. })
+    };
+    assert!(sent.iter().any(|transmit| matches!(transmit, PathTransmit::Opener { .. })));
+    assert!(!sent.iter().any(reaches_peer), "{sent:?}");
 }
 
 #[test]

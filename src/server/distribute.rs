@@ -7,13 +7,16 @@
 //! [`GATHER`]), or a thousand nodes that reconnect would cost a million messages.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use minicbor::Encoder;
 
 use super::records::MemberRecord;
 use super::{Output, Server};
-use crate::types::{Candidate, NodeId, OverlayAddrs};
+use crate::types::{
+    Candidate, CandidateKind, MAX_CANDIDATES, NodeId, OverlayAddrs, usable_underlay,
+};
 use crate::wire::control::{WireCandidate, WirePeer};
 
 /// The least time between two deltas in the largest network: a removed node must be out everywhere
@@ -96,6 +99,19 @@ impl Distribution {
         }
     }
 
+    /// Takes where the relay saw a node. The node itself announces the same list a little later.
+    fn set_reflexive(&mut self, node: NodeId, endpoint: SocketAddr) {
+        let Some(described) = self.peers.get(&node) else { return };
+        let mut candidates = described.peer.candidates.clone();
+        let reflexive = WireCandidate::from(Candidate::new(endpoint, CandidateKind::Reflexive));
+        candidates.retain(|candidate| candidate.kind != reflexive.kind);
+        if candidates.iter().all(|candidate| candidate.endpoint != endpoint) {
+            candidates.insert(0, reflexive);
+            candidates.truncate(MAX_CANDIDATES);
+        }
+        self.put(node, WirePeer { candidates, ..described.peer.clone() });
+    }
+
     fn put(&mut self, node: NodeId, peer: WirePeer) {
         if self.peers.get(&node).is_some_and(|described| described.peer == peer) {
             return;
@@ -162,6 +178,15 @@ impl Distribution {
 }
 
 impl Server {
+    /// The relay has seen a node at `endpoint`: its peers are told at the moment at which it is told
+    /// itself, so that both open their NATs for each other half a round trip sooner.
+    pub fn note_reflexive(&mut self, node: NodeId, endpoint: SocketAddr) {
+        let inside = self.network.record.range.contains(endpoint.ip());
+        if self.online.contains_key(&node) && usable_underlay(endpoint) && !inside {
+            self.distribution.set_reflexive(node, endpoint);
+        }
+    }
+
     /// Sends a delta to every node that is online, if one is due.
     pub(super) fn distribute(&mut self, now: Instant) {
         if self.distribution.flush_at().is_none_or(|at| at > now) {

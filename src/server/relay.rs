@@ -35,6 +35,9 @@ impl SocketId {
     }
 }
 
+/// The control plane is told at most this often where a node is; the node tells it too.
+const SIGHTING_SPACING: Duration = Duration::from_secs(1);
+
 /// Where a datagram came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arrival {
@@ -101,6 +104,7 @@ pub enum RelayChange {
 pub struct RelayTable {
     nodes: BTreeMap<NodeId, Entry>,
     by_source: BTreeMap<(SocketId, SocketAddr), NodeId>,
+    sightings: BTreeMap<NodeId, SocketAddr>,
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +113,7 @@ struct Entry {
     counter: Option<u64>,
     bound: Option<Binding>,
     connection: Option<ConnectionId>,
+    sighted_at: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -129,6 +134,7 @@ impl RelayTable {
                 entry.key = Some(key);
                 entry.counter = None;
                 entry.connection = Some(connection);
+                entry.sighted_at = None;
             }
             RelayChange::Offline { node, connection } => {
                 if let Some(entry) = self.nodes.get_mut(&node) {
@@ -136,6 +142,7 @@ impl RelayTable {
                 }
             }
             RelayChange::Removed(node) => {
+                self.sightings.remove(&node);
                 if let Some(Entry { bound: Some(bound), .. }) = self.nodes.remove(&node) {
                     self.by_source.remove(&(bound.arrival.socket, bound.arrival.source));
                 }
@@ -161,6 +168,12 @@ impl RelayTable {
             PacketKind::RelayControl => self.handle_control(datagram, arrival, now),
             _ => Verdict::Drop(DropReason::Malformed),
         }
+    }
+
+    /// A node that signed on from somewhere else than before, and where that is: the others may be
+    /// told before it can tell them itself. Call until none.
+    pub fn poll_sighting(&mut self) -> Option<(NodeId, SocketAddr)> {
+        self.sightings.pop_first()
     }
 
     /// Decides what to do with a relay datagram that came by the control connection of `sender`.
@@ -242,6 +255,12 @@ impl RelayTable {
         let bytes = bound.encode(Some(key));
         entry.counter = Some(counter);
         let before = entry.bound.replace(Binding { arrival, at: now });
+        let moved = before.is_none_or(|before| before.arrival.source != arrival.source);
+        let recent = |at: Instant| now.saturating_duration_since(at) < SIGHTING_SPACING;
+        if (moved || entry.sighted_at.is_none()) && !entry.sighted_at.is_some_and(recent) {
+            entry.sighted_at = Some(now);
+            self.sightings.insert(node, arrival.source);
+        }
         if let Some(Binding { arrival, .. }) = before {
             self.by_source.remove(&(arrival.socket, arrival.source));
         }

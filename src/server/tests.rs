@@ -349,6 +349,33 @@ fn every_connection_hears_a_tick_and_its_ping() {
 }
 
 #[test]
+fn peers_are_told_where_the_relay_saw_a_node_before_it_tells_them() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(2);
+    let alice = world.enter(1, hello(1, Some(&invite)));
+    let at = |kind, text: &str| WireCandidate { kind, endpoint: text.parse().unwrap() };
+    let host = at(1, "192.168.1.2:5000");
+    let bob = world.enter(2, Hello { candidates: vec![host], ..hello(2, Some(&invite)) });
+    world.pass(Duration::from_secs(1));
+    let node = NodeId::new(2).unwrap();
+    let announced = vec![at(2, "203.0.113.9:7"), host];
+    for (seen, expected) in [
+        ("203.0.113.9:6", vec![at(2, "203.0.113.9:6"), host]),
+        ("203.0.113.9:7", announced.clone()),
+        ("10.77.0.9:7", announced.clone()),
+        ("127.0.0.1:7", announced.clone()),
+    ] {
+        world.server.note_reflexive(node, seen.parse().unwrap());
+        world.pass(Duration::from_secs(1));
+        assert_eq!(world.node(alice).peers[&2].candidates, expected, "{seen}");
+    }
+    let epoch = world.node(alice).epoch;
+    world.say(bob, ClientMessage { candidates: Some(announced), ..Default::default() });
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(alice).epoch, epoch, "the node says the same: nothing is new");
+}
+
+#[test]
 fn candidates_inside_the_overlay_are_left_out() {
     let mut world = World::new("10.77.0.0/20");
     let invite = world.invite(2);

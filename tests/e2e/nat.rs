@@ -1,8 +1,9 @@
-//! NAT recipes for the kernel's nftables: the four classical kinds, and a firewall without UDP.
+//! NAT recipes for the kernel's nftables: the four classical kinds, a router with an open input, and
+//! a firewall without UDP.
 //!
-//! Every recipe drops unasked-for UDP to the router itself. A router that accepts it makes
+//! Every recipe but one drops unasked-for UDP to the router itself. A router that accepts it makes
 //! connection tracking remember the stranger's packet, and then moves the inside host to another
-//! port: that is a fifth kind, and no recipe here.
+//! port. All routers stand two hops into the internet, so what lives for two hops ends before them.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -18,6 +19,10 @@ pub(crate) enum Nat {
     PortRestricted,
     /// A random port for every destination.
     Symmetric,
+    /// The next port for every destination.
+    Sequential,
+    /// Port-restricted, and the router takes what is sent to itself.
+    OpenInput,
 }
 
 impl Nat {
@@ -36,13 +41,18 @@ impl Nat {
             Self::AddressRestricted => "address-restricted",
             Self::PortRestricted => "port-restricted",
             Self::Symmetric => "symmetric",
+            Self::Sequential => "sequential",
+            Self::OpenInput => "open-input",
         }
     }
 
     /// Whether plain punching, with answers to the observed source, joins the two kinds.
     pub(crate) fn can_be_punched(self, other: Self) -> bool {
-        let hard =
-            |a, b| a == Self::Symmetric && matches!(b, Self::Symmetric | Self::PortRestricted);
+        let hard = |a, b| {
+            use Nat::{OpenInput, PortRestricted, Sequential, Symmetric};
+            // What a sequential one does next can be guessed, and nothing of the other's.
+            a == Symmetric && matches!(b, Symmetric | Sequential | PortRestricted | OpenInput)
+        };
         !hard(self, other) && !hard(other, self)
     }
 
@@ -54,8 +64,11 @@ impl Nat {
             Self::AddressRestricted => format!("{}{ADDRESS_FILTER}", full_cone(wan)),
             Self::PortRestricted => masquerade(""),
             Self::Symmetric => masquerade("fully-random"),
+            Self::Sequential => sequential(wan),
+            Self::OpenInput => masquerade(""),
         };
-        format!("{ROUTER_INPUT}{kind}")
+        let input = if self == Self::OpenInput { "" } else { ROUTER_INPUT };
+        format!("{HOPS}{input}{kind}")
     }
 }
 
@@ -64,6 +77,15 @@ impl fmt::Display for Nat {
         f.write_str(self.word())
     }
 }
+
+/// Before connection tracking sees it.
+const HOPS: &str = r#"
+table ip hops {
+ chain pre { type filter hook prerouting priority -350; policy accept;
+  iifname "wan" ip ttl < 3 drop
+ }
+}
+"#;
 
 const ROUTER_INPUT: &str = r#"
 table inet fw {
@@ -82,6 +104,26 @@ table ip nat {{
  }}
  chain post {{ type nat hook postrouting priority srcnat;
   oifname "wan" masquerade {flags}
+ }}
+}}
+"#
+    )
+}
+
+/// Every flow gets the next port. The map is written out: an offset to `numgen` counts in steps of
+/// 256.
+fn sequential(wan: Ipv4Addr) -> String {
+    let ports: Vec<String> =
+        (0..2048).map(|number| format!("{number} : {}", 40_000 + number)).collect();
+    let ports = ports.join(", ");
+    format!(
+        r#"
+table ip nat {{
+ chain pre {{ type nat hook prerouting priority dstnat;
+ }}
+ chain post {{ type nat hook postrouting priority srcnat;
+  oifname "wan" meta l4proto udp snat to {wan}:numgen inc mod 2048 map {{ {ports} }}
+  oifname "wan" masquerade
  }}
 }}
 "#

@@ -1,9 +1,11 @@
 //! What stands between hosts and the internet: nothing, or a NAT with a LAN behind it.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use overlay::lab::nat::{Flow, Nat, NatKind, Outbound, Protocol};
+use overlay::lab::nat::{
+    Dependence, Flow, Nat, NatBehaviour, NatKind, Outbound, PortAllocation, Protocol, Unsolicited,
+};
 
 use crate::link::Line;
 
@@ -24,6 +26,22 @@ impl Edge {
     pub(crate) fn new(kind: NatKind, external: Ipv4Addr, line: Line, seed: u64) -> Self {
         let external = IpAddr::V4(external);
         Self { kind, external, line, nat: Nat::new(kind, external, seed), homes: 0 }
+    }
+
+    /// A port-restricted NAT whose own input is open: what a stranger sends stays in its memory.
+    pub(crate) fn open_input(&mut self, seed: u64) {
+        let unsolicited = Unsolicited::Claims { timeout: CLAIM_LIFETIME };
+        let behaviour = NatBehaviour { unsolicited, ..NatBehaviour::default() };
+        self.nat = Nat::with_behaviour(behaviour, self.external, seed);
+    }
+
+    /// A symmetric NAT that hands out its ports in order.
+    pub(crate) fn sequential(&mut self, seed: u64) {
+        let mapping = Dependence::AddressAndPort;
+        let port_allocation = PortAllocation::Sequential;
+        let behaviour = NatBehaviour { mapping, port_allocation, ..NatBehaviour::default() };
+        self.kind = NatKind::Symmetric;
+        self.nat = Nat::with_behaviour(behaviour, self.external, seed);
     }
 
     /// The address of one more host here. All LANs use one private range, as homes do.
@@ -60,6 +78,9 @@ impl Edge {
         self.nat.flush();
     }
 }
+
+/// Linux forgets a flow without an answer after this.
+const CLAIM_LIFETIME: Duration = Duration::from_secs(30);
 
 /// Whether an address means something in a LAN only.
 pub(crate) fn is_private(address: IpAddr) -> bool {

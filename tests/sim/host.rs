@@ -20,6 +20,10 @@ use crate::uplink::Uplink;
 pub(crate) struct Outgoing {
     /// Datagrams, each with where it goes.
     pub(crate) datagrams: Vec<(Target, Vec<u8>)>,
+    /// What sockets send that live for one question.
+    pub(crate) questions: Vec<(SocketAddr, Vec<u8>)>,
+    /// Where datagrams go that die on the way.
+    pub(crate) openers: Vec<SocketAddr>,
     /// Control messages.
     pub(crate) messages: Vec<ClientMessage>,
     /// Inner packets that came out of the TUN interface.
@@ -33,6 +37,8 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     fn is_empty(&self) -> bool {
         self.datagrams.is_empty()
+            && self.openers.is_empty()
+            && self.questions.is_empty()
             && self.messages.is_empty()
             && self.packets.is_empty()
             && self.news.is_empty()
@@ -65,6 +71,8 @@ pub(crate) struct Host {
     out: UdpBatch,
     wake_at: Option<Instant>,
     idle_turns: u32,
+    /// Ports of sockets that live for one question.
+    pub(crate) scratch_ports: u16,
 }
 
 impl Host {
@@ -92,6 +100,7 @@ impl Host {
             out: UdpBatch::default(),
             wake_at: None,
             idle_turns: 0,
+            scratch_ports: FIRST_SCRATCH_PORT,
         }
     }
 
@@ -176,6 +185,14 @@ impl Host {
         self.refresh();
     }
 
+    /// An answer arrived at a scratch socket.
+    pub(crate) fn handle_scratch(&mut self, remote: SocketAddr, datagram: &[u8], now: Instant) {
+        if let Some(node) = &mut self.node {
+            node.handle_scratch(remote, datagram, now);
+            self.refresh();
+        }
+    }
+
     /// A message of the server arrived.
     pub(crate) fn handle_message(
         &mut self,
@@ -258,6 +275,12 @@ impl Host {
             let all = batch.datagrams().map(|(target, datagram)| (target, datagram.to_vec()));
             going.datagrams.extend(all);
         };
+        while let Some(question) = node.poll_scratch() {
+            going.questions.push(question);
+        }
+        while let Some(opener) = node.poll_opener() {
+            going.openers.push(opener.remote);
+        }
         take(&self.out, going);
         self.out.clear();
         node.take_datagrams(&mut self.out);
@@ -321,6 +344,9 @@ pub(crate) fn spread(seed: u64, purpose: u64) -> [u8; 32] {
     bytes[16..24].copy_from_slice(&purpose.to_le_bytes());
     bytes
 }
+
+/// Above all ports of main sockets.
+pub(crate) const FIRST_SCRATCH_PORT: u16 = 30_000;
 
 /// The most datagrams of one turn: every peer's queue of waiting packets, doubled, and probes.
 const MAX_DATAGRAMS: usize = 1_000;

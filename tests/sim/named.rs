@@ -89,25 +89,81 @@ fn a_port_restricted_pair_talks_by_relay_at_once_and_directly_soon() {
     let first = world.ping(1, 0, 100).expect("the second node knows the first");
     assert!(world.run_until(limit, |world| knows(world, 0, 1)));
     let met_at = world.now;
-    // Where the second node can be reached is known to nobody before the relay has seen it.
-    assert!(world.run_until(limit, |world| path_kind(world, 1, 0) == "relay-udp"));
-    let known_at = world.now;
     let both =
         |world: &World| path_kind(world, 0, 1) == "direct" && path_kind(world, 1, 0) == "direct";
     assert!(world.run_until(limit, both), "the pair is punched");
-    let direct = world.now - known_at;
+    let direct = world.now - met_at;
     let bound = relay_rtt / 2 + direct_rtt + 10 * MS;
-    println!(
-        "direct both ways {direct:?} after all endpoints are known, {:?} after both are online, \
-         bound {bound:?}",
-        world.now - met_at
-    );
+    println!("direct both ways {direct:?} after both know each other, bound {bound:?}");
     assert!(direct <= bound, "direct after {direct:?}");
     world.run_for(relay_rtt);
     let delivered = world.ledger.ping(first).took().expect("it arrived");
     println!("first packet after {delivered:?}, relay round trip {relay_rtt:?}");
     assert!(delivered <= relay_rtt * 3 / 2 + 5 * MS, "first packet after {delivered:?}");
     check_delivery(&mut world);
+}
+
+#[test]
+fn routers_with_an_open_input_are_not_spoiled() {
+    // Far from the server, near to it, and very different ways to it.
+    for (first, second) in [(10, 10), (60, 5), (5, 60), (1, 1)] {
+        for open in [[true, true], [true, false], [false, true]] {
+            for gap in [0, 1, 7, 30, 100, 2_000] {
+                let mut world = World::new(7, Line::clean(10 * MS), epoch());
+                for (open, ms) in open.into_iter().zip([first, second]) {
+                    let edge = world.add_edge(PortRestricted, Line::clean(ms * MS));
+                    if open {
+                        world.edges[edge].open_input(11);
+                    }
+                    world.add_host(edge, 5000, NodeSettings::default());
+                }
+                world.start_host(0);
+                world.run_for(gap * MS);
+                world.start_host(1);
+                world.run_for(Duration::from_secs(3));
+                println!("open {open:?}, {first} and {second} ms, the second {gap} ms later");
+                check_paths(&world);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_next_ports_of_a_nat_that_counts_are_guessed() {
+    // The other side guesses too, or has one port and a filter; who is first may be either.
+    for (sequential, bound) in [
+        ([true, false], Duration::from_secs(1)),
+        ([false, true], Duration::from_secs(1)),
+        ([true, true], Duration::from_secs(3)),
+    ] {
+        for gap in [0, 30, 200, 5_000, 40_000] {
+            let mut world = World::new(7, Line::clean(10 * MS), epoch());
+            for (number, sequential) in (0..).zip(sequential) {
+                let edge = world.add_edge(PortRestricted, Line::clean(10 * MS));
+                if sequential {
+                    world.edges[edge].sequential(21 + number);
+                }
+                world.add_host(edge, 5000, NodeSettings::default());
+            }
+            world.start_host(0);
+            world.run_for(gap * MS);
+            world.start_host(1);
+            let limit = Duration::from_secs(5);
+            let met = |world: &World| {
+                world.hosts[1].id().is_some() && knows(world, 1, 0) && knows(world, 0, 1)
+            };
+            assert!(world.run_until(limit, met));
+            let met_at = world.now;
+            let both = |world: &World| {
+                path_kind(world, 0, 1) == "direct" && path_kind(world, 1, 0) == "direct"
+            };
+            let found = world.run_until(Duration::from_secs(20), both);
+            let took = world.now - met_at;
+            println!("sequential {sequential:?}, {gap} ms later: {found} after {took:?}");
+            assert!(found && took <= bound);
+            check_delivery(&mut world);
+        }
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use overlay::server::ConnectionId;
 use overlay::wire::control::{self, ServerMessage};
 
 use crate::edge::is_private;
-use crate::host::Outgoing;
+use crate::host::{FIRST_SCRATCH_PORT, Outgoing};
 use crate::link::Line;
 use crate::server::{Frame, SERVER, Sent, control_endpoint};
 use crate::world::World;
@@ -63,6 +63,12 @@ impl World {
                 self.send_up(host, connection, Frame::Control(control::encode(&message)));
             }
         }
+        for (remote, bytes) in going.questions {
+            self.ask(host, remote, bytes);
+        }
+        for remote in going.openers {
+            self.open(host, remote);
+        }
         for (target, bytes) in going.datagrams {
             match (target, connection) {
                 (Target::Udp { remote, .. }, _) => self.send_udp(host, remote, bytes),
@@ -95,6 +101,28 @@ impl World {
             Some(Outbound::Forward(flow)) => self.send_out(edge, Some(host), flow.src, dst, bytes),
             Some(Outbound::Hairpin(flow)) => self.send_in_lan(host, flow.src, flow.dst, bytes),
             None => {}
+        }
+    }
+
+    /// A datagram that passes the own edge, and dies in the internet.
+    fn open(&mut self, host: usize, dst: SocketAddr) {
+        let (edge, src) = (self.hosts[host].edge, self.hosts[host].endpoint);
+        if !is_private(dst.ip()) && !self.hosts[host].udp_blocked {
+            let now = self.now;
+            let _ = self.edges[edge].outbound(src, dst, now);
+        }
+    }
+
+    /// A question of a socket that has never sent anything.
+    fn ask(&mut self, host: usize, dst: SocketAddr, bytes: Vec<u8>) {
+        let edge = self.hosts[host].edge;
+        self.hosts[host].scratch_ports += 1;
+        let src = SocketAddr::new(self.hosts[host].endpoint.ip(), self.hosts[host].scratch_ports);
+        let now = self.now;
+        if !self.hosts[host].udp_blocked
+            && let Some(Outbound::Forward(flow)) = self.edges[edge].outbound(src, dst, now)
+        {
+            self.send_out(edge, Some(host), flow.src, dst, bytes);
         }
     }
 
@@ -217,6 +245,18 @@ impl World {
         match parcel {
             Parcel::Edge { edge, from, src, dst, bytes } => {
                 let Some(flow) = self.edges[edge].inbound(src, dst, now) else { return };
+                if flow.dst.port() > FIRST_SCRATCH_PORT {
+                    let ip = flow.dst.ip();
+                    let to = self
+                        .hosts
+                        .iter()
+                        .position(|host| host.edge == edge && host.endpoint.ip() == ip);
+                    if let Some(to) = to.filter(|to| !self.hosts[*to].udp_blocked) {
+                        self.hosts[to].handle_scratch(src, &bytes, now);
+                        self.settle(to);
+                    }
+                    return;
+                }
                 let to = self
                     .hosts
                     .iter()

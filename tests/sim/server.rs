@@ -241,7 +241,11 @@ impl ServerHost {
         let Some(running) = &mut self.running else { return };
         let arrival = Arrival { socket, source, local: Some(SERVER) };
         let verdict = running.relay.handle_datagram(&mut bytes, arrival, now);
+        while let Some((node, endpoint)) = running.relay.poll_sighting() {
+            running.server.note_reflexive(node, endpoint);
+        }
         self.carry_out(verdict, bytes, Some(source));
+        self.drain(now);
     }
 
     fn carry_out(&mut self, verdict: Verdict, bytes: Vec<u8>, source: Option<SocketAddr>) {

@@ -9,6 +9,7 @@ mod interface;
 mod local;
 mod netcheck;
 pub mod report;
+mod scratch;
 mod startup;
 mod state;
 mod threads;
@@ -36,8 +37,9 @@ use crate::types::NodeId;
 use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
 use interface::Interface;
 use local::Request;
+use scratch::ScratchAnswer;
 use state::StateDir;
-use threads::{Ports, send_all, write_tun};
+use threads::{Ports, send_all, send_opener, write_tun};
 use uplink::{Uplink, UplinkEvent};
 
 /// Changes of addresses come in groups; the last one counts.
@@ -70,6 +72,8 @@ struct Daemon {
     heard_server: Instant,
     notes: mpsc::Receiver<Note>,
     requests: mpsc::Receiver<Request>,
+    /// Both ends: the daemon hands the one to every scratch socket.
+    scratch: (mpsc::Sender<ScratchAnswer>, mpsc::Receiver<ScratchAnswer>),
     changes: Option<Changes>,
     pings: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_token: u64,
@@ -110,6 +114,9 @@ impl Daemon {
                     let Ok(note) = self.notes.try_recv() else { break };
                     self.node.handle_note(note, now);
                 }
+            }
+            Some((from, answer)) = self.scratch.1.recv() => {
+                self.node.handle_scratch(from, &answer, clock::now());
             }
             () = network_change(self.changes.as_mut()) => {
                 self.rescan_at.get_or_insert(clock::now() + NETWORK_SETTLE);
@@ -217,6 +224,12 @@ impl Daemon {
         while let Some(event) = self.node.poll_event() {
             self.handle_event(event, now).await?;
         }
+        while let Some(opener) = self.node.poll_opener() {
+            send_opener(&self.ports, &opener);
+        }
+        while let Some((remote, question)) = self.node.poll_scratch() {
+            scratch::ask(remote, question, self.scratch.0.clone());
+        }
         let mut out = std::mem::take(&mut self.out);
         self.node.take_datagrams(&mut out);
         send_all(&self.ports, &out);
@@ -229,6 +242,9 @@ impl Daemon {
         }
         if self.rescan_at.is_some_and(|at| at <= now) {
             self.rescan_at = None;
+            if !self.options.enrol_only {
+                self.mend_interface(now).await;
+            }
             self.scan_interfaces().await;
         }
         if self.save_at.is_some_and(|at| at <= now) {

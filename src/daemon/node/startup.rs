@@ -30,6 +30,8 @@ use crate::wire::join::JoinLine;
 const ENROL_LIMIT: Duration = Duration::from_secs(20);
 /// Notes and requests that wait for the control task.
 const QUEUE: usize = 1024;
+/// One scratch socket lives at a time; a second answer may be late.
+const SCRATCH_QUEUE: usize = 8;
 
 /// What the daemon is told by flags, variables and files.
 #[derive(Debug, Clone)]
@@ -207,6 +209,7 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         heard_server: now,
         notes,
         requests,
+        scratch: mpsc::channel(SCRATCH_QUEUE),
         changes,
         pings: std::collections::BTreeMap::new(),
         next_token: 0,

@@ -20,8 +20,10 @@ use crate::dataplane::{
 };
 use crate::io::clock;
 use crate::io::link::LinkSender;
+use crate::io::opener::send_with_ttl;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
+use crate::node::Opener;
 use crate::types::DropReason;
 
 /// What the TUN thread reads before it looks at the other descriptors.
@@ -135,6 +137,16 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
                 }
             }
         }
+    }
+}
+
+/// Sends a datagram with a short life. What cannot be sent now is not worth waiting for.
+pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
+    let socket = if opener.remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
+    let Some(socket) = socket else { return };
+    if let Err(error) = send_with_ttl(socket, opener.remote, opener.ttl, &opener.datagram) {
+        ports.shared.drops().count(DropReason::SendFailed);
+        tracing::trace!(remote = %opener.remote, %error, "opener not sent");
     }
 }
 
@@ -289,6 +301,13 @@ fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
         }
         if fds[1].any() == Some(true) {
             let _ = ports.tun_changed.read();
+            continue;
+        }
+        let broken = fds.get(2).and_then(PollFd::revents);
+        if broken.is_some_and(|events| events.contains(PollFlags::POLLERR)) {
+            // The interface was removed. Until the control task has made another one there is
+            // nothing to wait for.
+            ports.tun.compare_and_swap(&tun, None);
             continue;
         }
         let Some(tun) = tun else { continue };

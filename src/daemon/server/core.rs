@@ -1,5 +1,6 @@
 //! The loop around the server's state machine: events in, commits, outputs out.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::io::local::Refusal;
 use crate::server::admin::{Answer, Request, RequestError};
 use crate::server::{Connected, ConnectionId, Decision, Output, Server};
 use crate::store::Store;
+use crate::types::NodeId;
 use crate::wire::control::ClientMessage;
 
 /// Events that are handled before the outputs go out.
@@ -30,6 +32,7 @@ pub(super) enum Event {
     Connected { id: ConnectionId, about: Connected },
     Message { id: ConnectionId, message: ClientMessage },
     Disconnected { id: ConnectionId },
+    Sighted { node: NodeId, endpoint: SocketAddr },
     Request { request: Request, answer: oneshot::Sender<Result<Answer, Refusal>> },
 }
 
@@ -104,6 +107,7 @@ impl Core {
         match event {
             Event::Connected { id, about } => self.server.handle_connected(id, about),
             Event::Disconnected { id } => self.server.handle_disconnected(id, wall),
+            Event::Sighted { node, endpoint } => self.server.note_reflexive(node, endpoint),
             Event::Message { id, message } => {
                 if let Some(decision) = self.server.handle_message(id, message, wall) {
                     // Who waits for it is told by `give_up` when it fails.

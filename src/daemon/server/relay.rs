@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSockRef};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tracing::{debug, error};
 
 use super::StartError;
+use super::core::Event;
 use super::sockets::UdpPort;
 use crate::io::clock;
 use crate::io::link::LinkSender;
@@ -35,6 +36,7 @@ pub(super) struct Hub {
     links: Mutex<BTreeMap<ConnectionId, Exit>>,
     ports: Vec<UdpPort>,
     drops: DropCounters,
+    events: mpsc::Sender<Event>,
 }
 
 /// A control connection, as the relay sees it.
@@ -57,12 +59,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Hub {
-    pub(super) fn new(ports: Vec<UdpPort>) -> Self {
+    pub(super) fn new(ports: Vec<UdpPort>, events: mpsc::Sender<Event>) -> Self {
         Self {
             table: Mutex::default(),
             links: Mutex::default(),
             ports,
             drops: DropCounters::default(),
+            events,
         }
     }
 
@@ -160,6 +163,10 @@ impl Hub {
                     decided.push(Decided { bytes, segment_bytes: end - start, verdict });
                 }
             }
+        }
+        while let Some((node, endpoint)) = table.poll_sighting() {
+            // When the core is that busy, the node's own word comes soon enough.
+            let _ = self.events.try_send(Event::Sighted { node, endpoint });
         }
         drop(table);
         for Decided { bytes, segment_bytes, verdict } in decided {

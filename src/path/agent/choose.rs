@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
+use super::opener::Cause;
 use super::{Endpoint, PathAgent, PathEvent, same_path};
 use crate::path::Via;
 use crate::path::liveness::{Doubt, Suspicion};
@@ -70,6 +71,7 @@ impl PathAgent {
         if self.is_direct() {
             self.last_switch = Some(now);
             self.retries = 0;
+            self.guesses = 0;
             self.retry_at = None;
             self.postpone_keepalive(now);
         } else {
@@ -100,7 +102,7 @@ impl PathAgent {
                 self.choose("the direct path went silent", now);
                 self.round_at = None;
                 self.retries = 0;
-                self.start_round(now);
+                self.start_round(Cause::Wanted, now);
             }
         }
     }

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
+use super::opener::Cause;
 use super::{Endpoint, PathAgent, PathTransmit};
-use crate::path::Via;
-use crate::path::probe::ProbeOutcome;
+use crate::path::probe::{Due, ProbeOutcome};
+use crate::path::{Via, predict};
 use crate::types::{CandidateKind, TxId, usable_underlay};
 
 /// How many endpoints a peer may teach us by sending from them, beside those it announces.
@@ -23,6 +24,11 @@ const RETRY: [Duration; 4] = [
     Duration::from_secs(30),
     Duration::from_secs(60),
 ];
+
+/// Guesses miss by chance, and the next ones may hit: they are made again after this,
+const GUESS_AGAIN: Duration = Duration::from_millis(700);
+/// so often before the usual waits.
+const GUESSES: usize = 4;
 
 impl PathAgent {
     /// The endpoint that a packet came from, learned as peer-reflexive when it is new.
@@ -61,19 +67,24 @@ impl PathAgent {
     }
 
     /// Pings every endpoint that is not proved, and asks the peer to do the same. Soon after the
-    /// last round only endpoints that were not in it are taken in.
-    pub(super) fn start_round(&mut self, now: Instant) {
+    /// last round only endpoints that were not in it, or wait in it for longer than they now have
+    /// to, are taken in.
+    pub(super) fn start_round(&mut self, cause: Cause, now: Instant) {
         let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
-        let started = self.round_at.is_some_and(recent);
-        for endpoint in self.endpoints.values_mut() {
+        let started = self.round_at.is_some_and(recent) && cause != Cause::Guess;
+        let hold = self.hold(cause, now);
+        for (remote, endpoint) in &mut self.endpoints {
+            let hold = if endpoint.wants_opener(*remote) { hold } else { Duration::ZERO };
             let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
-            let joins = if started { untried } else { !endpoint.proved(now) };
+            let sooner = endpoint.prober.is_held(now + hold);
+            let joins = if started { untried || sooner } else { !endpoint.proved(now) };
             if joins {
-                endpoint.prober.start_round(now);
+                endpoint.prober.start_held_round(hold, now);
             }
         }
         if let Some(via) = self.relay {
-            let recent = |at: Instant| now.saturating_duration_since(at) < CALL_SPACING;
+            let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
+            let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
             if !self.called_at.is_some_and(recent) {
                 self.called_at = Some(now);
                 self.transmits.push_back(PathTransmit::CallMeMaybe { via });
@@ -90,27 +101,71 @@ impl PathAgent {
         // Without any path nothing else can help, so the rounds stay close enough together to
         // keep our NAT open for a peer that comes back.
         let last = if self.primary.is_some() { RETRY.len() - 1 } else { 1 };
-        let wait = RETRY[self.retries.min(last)];
+        let guessing =
+            self.endpoints.values().any(|endpoint| endpoint.kind == CandidateKind::Predicted);
+        let wait = if guessing && self.guesses < GUESSES {
+            GUESS_AGAIN
+        } else {
+            RETRY[self.retries.min(last)]
+        };
         self.retries += 1;
         self.retry_at = Some(now + wait);
+    }
+
+    /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
+    pub fn handle_own_candidates(&mut self, now: Instant) {
+        if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
+            self.called_at = Some(now);
+            self.transmits.push_back(PathTransmit::CallMeMaybe { via });
+            // The peer probes when the call arrives, and wants our NAT open then: a fresh ladder,
+            // however young the last one is.
+            self.round_at = None;
+            self.start_round(Cause::ToldBoth, now);
+        }
+    }
+
+    /// The last round led to nothing.
+    pub(super) fn retry(&mut self, now: Instant) {
+        let guessed =
+            self.endpoints.values().any(|endpoint| endpoint.kind == CandidateKind::Predicted);
+        let cause = if guessed && self.guesses < GUESSES { Cause::Guess } else { Cause::Wanted };
+        self.guesses += 1;
+        self.start_round(cause, now);
     }
 
     /// Sends the pings of all rounds that are due; the first ones of a round leave in the same
     /// instant as its call-me-maybe.
     pub(super) fn ping_due(&mut self, now: Instant) {
-        let due: Vec<(SocketAddr, Option<IpAddr>)> = self
+        let due: Vec<(SocketAddr, Option<IpAddr>, Due)> = self
             .endpoints
             .iter_mut()
-            .filter_map(|(remote, e)| e.prober.take_due(now).then_some((*remote, e.local)))
+            .filter_map(|(remote, e)| Some((*remote, e.local, e.prober.take_due(now)?)))
             .collect();
-        for (remote, local) in due {
-            self.ping(Via::Direct { remote, local }, now);
+        let guess = |(remote, ..): &(SocketAddr, _, _)| {
+            self.endpoints.get(remote).is_some_and(|e| e.kind == CandidateKind::Predicted)
+        };
+        let (guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
+        let guesses = predict::order(guesses, self.signalling.doubles);
+        for (remote, local, due) in sure.into_iter().chain(guesses) {
+            match due {
+                Due::Ping => drop(self.ping(Via::Direct { remote, local }, now)),
+                Due::Opener => self.open(remote, now),
+            }
         }
-        if self.relay_prober.take_due(now)
+        if self.relay_prober.take_due(now).is_some()
             && let Some(relay) = self.relay
         {
             self.ping(relay, now);
         }
+    }
+
+    /// On a short way the opener arrives, and is answered like any ping.
+    fn open(&mut self, remote: SocketAddr, now: Instant) {
+        let tx = TxId(self.rng.random());
+        if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+            endpoint.prober.opened(tx, now);
+        }
+        self.transmits.push_back(PathTransmit::Opener { remote, tx });
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {

@@ -43,6 +43,23 @@ fn data(target: u32) -> Vec<u8> {
 const BAD: Verdict = Verdict::Drop(DropReason::BadRelayFrame);
 
 #[test]
+fn a_bind_from_somewhere_else_is_a_sighting_once_a_second() {
+    let start = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    let mut sighted = |counter, port, ms| {
+        let now = start + Duration::from_millis(ms);
+        let _ = bind(&mut table, 1, &key, counter, port, now);
+        table.poll_sighting().map(|(node, endpoint)| (node.number(), endpoint.port()))
+    };
+    assert_eq!(sighted(1, 1001, 0), Some((1, 1001)));
+    assert_eq!(sighted(2, 1001, 5_000), None, "the same place");
+    assert_eq!(sighted(3, 1002, 6_000), Some((1, 1002)));
+    assert_eq!(sighted(4, 1003, 6_500), None, "too soon");
+    assert_eq!(sighted(4, 1004, 9_000), None, "a replayed bind");
+}
+
+#[test]
 fn members_reach_each_other_by_udp_and_by_link() {
     let now = epoch();
     let mut table = RelayTable::default();

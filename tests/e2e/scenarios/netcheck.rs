@@ -21,8 +21,8 @@ fn fitting(nat: Nat) -> &'static [&'static str] {
         Nat::FullCone | Nat::AddressRestricted => {
             &["full-cone", "address-restricted", "full-cone-or-address-restricted"]
         }
-        Nat::PortRestricted => &["port-restricted"],
-        Nat::Symmetric => &["symmetric"],
+        Nat::PortRestricted | Nat::OpenInput => &["port-restricted"],
+        Nat::Symmetric | Nat::Sequential => &["symmetric"],
     }
 }
 
