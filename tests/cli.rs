@@ -217,3 +217,18 @@ fn a_configuration_that_may_not_be_read_is_a_missing_right() {
     }
     fs::set_permissions(&home, Permissions::from_mode(0o700)).unwrap();
 }
+
+#[test]
+fn a_file_without_end_is_no_join_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = overlay("up file:/dev/zero --state-dir");
+    command.arg(dir.path()).arg("--socket").arg(dir.path().join("socket"));
+    let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    let ended = (0..200).find_map(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        child.try_wait().unwrap()
+    });
+    // It would go on to eat all memory.
+    child.kill().unwrap();
+    assert_eq!(ended.and_then(|status| status.code()), Some(i32::from(fail::USAGE)));
+}

@@ -13,7 +13,9 @@ use super::fail::{Failure, NOT_RUNNING, PERMISSION, USAGE};
 use super::print;
 use crate::io::tun::TunError;
 use crate::lab::nat::{NatKind, UnknownNatKind};
-use crate::lab::{self, ExecRequest, LabOptions, NamespacesForbidden, NoLab, NoMachine};
+use crate::lab::{
+    self, ExecRequest, LabOptions, NamespacesForbidden, NoLab, NoMachine, NotStarted,
+};
 
 /// Arguments of `overlay lab`.
 #[derive(Debug, Clone, Args)]
@@ -164,8 +166,14 @@ fn failure(error: &anyhow::Error) -> Failure {
             let help = "start one in another terminal: overlay lab";
             return Failure::new(error, cause, help).code(NOT_RUNNING);
         }
+        if let Some(NotStarted { source, .. }) = cause.downcast_ref::<NotStarted>() {
+            let help = "a command of this machine, by name or path: overlay lab exec alice -- sh";
+            let denied = source.kind() == std::io::ErrorKind::PermissionDenied;
+            let failure = Failure::new(error, source, help);
+            return failure.code(if denied { PERMISSION } else { USAGE });
+        }
         if let Some(NoMachine { machines, .. }) = cause.downcast_ref::<NoMachine>() {
-            let machine = machines.first().map_or("alice", String::as_str);
+            let machine = machines.last().map_or("alice", String::as_str);
             return Failure::new(
                 error,
                 format!("its machines are {}", machines.join(", ")),

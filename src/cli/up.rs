@@ -30,6 +30,8 @@ const DEFAULT_INTERFACE: &str = "overlay0";
 const DEFAULT_MTU: u16 = 1280;
 const MTU_RANGE: &str = "it has to be 1280 to 9000: IPv6 needs 1280, and no link carries over 9000";
 const REKEY_RANGE: &str = "it has to be 5 to 120: a new key each so many seconds";
+/// More than any join line has, in bytes.
+const LONGEST_INPUT: u64 = 64 * 1024;
 /// How a machine gets in.
 const NEW_LINE: &str =
     "on the server: overlay server invite, then on this machine: sudo overlay up JOINLINE";
@@ -177,11 +179,18 @@ fn unusable(file: &Path, setting: String, range: &str) -> Failure {
         .code(USAGE)
 }
 
+/// The start of a file: a wrong one may be of any size, or without end.
+fn read_start(path: &str) -> std::io::Result<Zeroizing<String>> {
+    let mut text = Zeroizing::new(String::new());
+    std::fs::File::open(path)?.take(LONGEST_INPUT).read_to_string(&mut text)?;
+    Ok(text)
+}
+
 /// Reads a join line from the argument, a file or standard input.
 pub(super) fn join_line(argument: &str) -> Result<JoinLine, Failure> {
     let text = if argument == "-" {
         let mut text = Zeroizing::new(String::new());
-        std::io::stdin().lock().take(64 * 1024).read_to_string(&mut text).map_err(|error| {
+        std::io::stdin().lock().take(LONGEST_INPUT).read_to_string(&mut text).map_err(|error| {
             Failure::caused_by(
                 "the join line cannot be read from standard input",
                 &error,
@@ -190,7 +199,7 @@ pub(super) fn join_line(argument: &str) -> Result<JoinLine, Failure> {
         })?;
         text
     } else if let Some(path) = argument.strip_prefix("file:") {
-        std::fs::read_to_string(path).map(Zeroizing::new).map_err(|error| {
+        read_start(path).map_err(|error| {
             let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
             Failure::new(
                 "the file with the join line cannot be read",

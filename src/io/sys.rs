@@ -23,3 +23,20 @@ pub(crate) fn tun_set_offload(device: &tun::Device, mask: libc::c_uint) -> nix::
     // touches no memory of ours; a mask that it does not know is refused with an error.
     unsafe { ioctl::tun_set_offload(device.as_raw_fd(), mask) }.map(drop)
 }
+
+/// Lets the kernel and the routers on the way cut a datagram of `socket` that is longer than a
+/// link of the path takes.
+pub(crate) fn allow_fragments(socket: &std::net::UdpSocket, ipv6: bool) -> nix::Result<()> {
+    let (level, name, value) = if ipv6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+    } else {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+    };
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the descriptor is open for as long as the borrow of the socket; the kernel reads
+    // `length` bytes at the address of `value`, which is a C int and lives to the end of the call.
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length)
+    };
+    nix::errno::Errno::result(result).map(drop)
+}

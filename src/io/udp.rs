@@ -42,6 +42,7 @@ impl UdpSocket {
         socket.bind(&addr.into())?;
         let socket = std::net::UdpSocket::from(socket);
         let state = UdpSocketState::new((&socket).into())?;
+        allow_fragments(&socket)?;
         // Where the kernel allows less, less it is.
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
@@ -102,18 +103,20 @@ impl UdpSocket {
             segment_size,
             src_ip: local,
         };
-        let train = bytes.len() > segment && self.gso.load(Ordering::Relaxed);
-        if train {
+        let mut no_offload = false;
+        if bytes.len() > segment && self.gso.load(Ordering::Relaxed) {
             match self.state.try_send((&self.socket).into(), &transmit(bytes, Some(segment))) {
                 // Perhaps the network device cannot cut it; the train is still here.
-                Err(error) if is_no_offload(&error) => {}
+                Err(error) if is_no_offload(&error) => no_offload = true,
+                // A train is not cut into fragments, its single datagrams are.
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
                 result => return result,
             }
         }
         for datagram in bytes.chunks(segment.max(1)) {
             self.state.try_send((&self.socket).into(), &transmit(datagram, None))?;
         }
-        if train {
+        if no_offload {
             self.gso.store(false, Ordering::Relaxed);
             tracing::warn!("the kernel takes no UDP trains, going on without");
         }
@@ -145,6 +148,18 @@ impl AsFd for UdpSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// To call after `quinn-udp` has set up `socket`, which forbids fragments: it is made for QUIC, and
+/// QUIC finds out how much a path takes. A full packet of the overlay has 1348 bytes and more with
+/// all headers; a path that takes less is slower with fragments, and without them it swallows every
+/// full packet with no word to anybody.
+///
+/// # Errors
+/// What the kernel says.
+pub fn allow_fragments(socket: &std::net::UdpSocket) -> io::Result<()> {
+    let ipv6 = socket.local_addr()?.is_ipv6();
+    Ok(super::sys::allow_fragments(socket, ipv6)?)
 }
 
 /// Datagrams of one sender that were received together.

@@ -65,6 +65,17 @@ pub struct NoMachine {
     pub machines: Vec<String>,
 }
 
+/// The command cannot be started.
+#[derive(Debug, thiserror::Error)]
+#[error("{program} cannot be started")]
+pub struct NotStarted {
+    /// The command.
+    pub program: String,
+    /// What the kernel said.
+    #[source]
+    pub source: std::io::Error,
+}
+
 fn enter(lab: &LabState, machine: &MachineState) -> Result<()> {
     let here = std::env::current_dir().ok();
     let open = |what: String| {
@@ -99,6 +110,9 @@ fn command(request: &ExecRequest, machine: &MachineState, us: Option<&Path>) -> 
     if let Some(socket) = &machine.socket {
         command.env("OVERLAY_SOCKET", socket);
     }
+    if let Some(state_dir) = &machine.state_dir {
+        command.env("OVERLAY_STATE_DIR", state_dir).env("OVERLAY_NAME", &machine.name);
+    }
     // `overlay status` shall mean this very program, installed or not.
     if let Some(directory) = us.and_then(Path::parent) {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -116,7 +130,7 @@ fn run(command: Command) -> Result<ExitCode> {
     runtime.block_on(async {
         let mut child = tokio::process::Command::from(command)
             .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
+            .map_err(|source| NotStarted { program: program.display().to_string(), source })?;
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
         // The terminal sends these two to the command as well: it decides what they mean.
         let mut interrupt = signal(SignalKind::interrupt())?;

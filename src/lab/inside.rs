@@ -112,8 +112,11 @@ impl Run<'_> {
         self.report.say("");
         self.report.say(&format!("  run anything inside:  overlay lab exec alice -- {example}"));
         self.report.say("  stop:                 Ctrl-C");
+        // To stop the server or a node, and see what the others make of it, is what a lab is for.
         while self.shutdown.sleep(WATCH).is_ok() {
-            self.overlay.check_running()?;
+            for end in self.overlay.ends_to_tell() {
+                self.report.say(&format!("\n  {end}"));
+            }
         }
         Ok(())
     }
@@ -190,6 +193,7 @@ impl Lab {
             address: machine.address.addr(),
             namespace_fd: machine.namespace_fd(),
             socket: (!options.bare).then(|| socket(directory, machine.name)),
+            state_dir: (!options.bare).then(|| directory.join(machine.name)),
         };
         Ok(LabState {
             schema: 1,

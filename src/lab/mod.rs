@@ -25,7 +25,7 @@ mod start;
 mod state;
 mod story;
 
-pub use exec::{ExecRequest, NoLab, NoMachine, exec};
+pub use exec::{ExecRequest, NoLab, NoMachine, NotStarted, exec};
 pub use inside::inside;
 pub use start::{NamespacesForbidden, start};
 

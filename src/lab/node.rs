@@ -22,8 +22,10 @@ use crate::io::clock;
 /// A process of the lab; it is killed when this is dropped.
 pub(super) struct Node {
     what: String,
+    machine: &'static str,
     child: Child,
     log: PathBuf,
+    end_told: bool,
 }
 
 impl Node {
@@ -57,7 +59,7 @@ impl Node {
                 .spawn()
                 .with_context(|| format!("starting {shown}"))
         })?;
-        Ok(Self { what, child, log })
+        Ok(Self { what, machine: machine.name, child, log, end_told: false })
     }
 
     /// Fails with the end of its log if it is no longer running.
@@ -66,6 +68,20 @@ impl Node {
             None => Ok(()),
             Some(status) => bail!("{} has ended: {status}{}", self.what, self.log_tail()),
         }
+    }
+
+    /// What to tell a person about its end, the first time that this is asked after it.
+    pub(super) fn end_to_tell(&mut self) -> Option<String> {
+        if self.end_told {
+            return None;
+        }
+        let status = self.child.try_wait().ok().flatten()?;
+        self.end_told = true;
+        let (what, machine) = (&self.what, self.machine);
+        Some(format!(
+            "{what} on {machine} has ended ({status})\n  \
+             start it again:       overlay lab exec {machine} -- {what}"
+        ))
     }
 
     /// Waits until `ready` has something, trying again and again.

@@ -33,6 +33,8 @@ pub(crate) struct MachineState {
     pub(crate) namespace_fd: RawFd,
     /// The local socket of what runs on the machine.
     pub(crate) socket: Option<PathBuf>,
+    /// Where it keeps its state: what is started there by hand goes on with it.
+    pub(crate) state_dir: Option<PathBuf>,
 }
 
 impl LabState {

@@ -113,6 +113,11 @@ impl Overlay {
         self.nodes.iter_mut().try_for_each(Node::check_running)
     }
 
+    /// What to tell a person about processes that have ended since the last call.
+    pub(super) fn ends_to_tell(&mut self) -> Vec<String> {
+        self.nodes.iter_mut().filter_map(Node::end_to_tell).collect()
+    }
+
     /// Ends all processes, in order where they will.
     pub(super) fn stop(&mut self) {
         for node in &self.nodes {

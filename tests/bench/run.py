@@ -10,14 +10,15 @@ test once with each of them in random order, so that the drift of the machine hi
   --relay     the nodes can reach only the server, which forwards between them
   --check MB  before measuring, compare SHA-256 of MB megabytes each way over IPv4 and IPv6, and
               UDP datagrams of odd sizes byte by byte
+  --ethtool T settings for both ends of the link, e.g. 'tx off' to try what happens without offloads
   --config T  a line for the nodes' node.toml (may be repeated), e.g. 'udp-gso = false'
 
 Needs root, iproute2, iputils-ping and iperf3. Every command is bounded in time.
 """
-import argparse, hashlib, json, os, random, shutil, signal, socket, statistics
+import argparse, ctypes, hashlib, json, os, random, shutil, signal, socket, statistics
 import subprocess, sys, tempfile, threading, time
 
-LIBC = __import__("ctypes").CDLL(None, use_errno=True)
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def sh(*cmd, check=True, timeout=30):
@@ -85,7 +86,7 @@ class Space:
         sh("ip", "netns", "del", self.name, check=False)
 
 
-def connect(one, other, net):
+def connect(one, other, net, settings):
     """A veth pair with addresses 10.200.net.1 and .2."""
     ends = [f"bench{net}a", f"bench{net}b"]
     sh("ip", "link", "add", ends[0], "netns", one.name, "type", "veth",
@@ -93,6 +94,8 @@ def connect(one, other, net):
     for space, device, host in ((one, ends[0], 1), (other, ends[1], 2)):
         space.run("ip", "addr", "add", f"10.200.{net}.{host}/24", "dev", device)
         space.run("ip", "link", "set", device, "up")
+        if settings:
+            space.run("ethtool", "-K", device, *settings.split())
 
 
 class Pair:
@@ -108,11 +111,11 @@ class Pair:
         if args.relay and binary:
             server = Space(f"{tag}s")
             self.spaces.append(server)
-            connect(server, self.a, number * 2)
-            connect(server, self.b, number * 2 + 1)
+            connect(server, self.a, number * 2, args.ethtool)
+            connect(server, self.b, number * 2 + 1, args.ethtool)
             listen, server_of = ["0.0.0.0:41820"], [f"10.200.{number * 2 + i}.1" for i in (0, 1)]
         else:
-            connect(self.a, self.b, number * 2)
+            connect(self.a, self.b, number * 2, args.ethtool)
             listen = [f"10.200.{number * 2}.1:41820"]
             server_of = [f"10.200.{number * 2}.1"] * 2
         self.v4, self.v6, self.back = f"10.200.{number * 2}.2", None, f"10.200.{number * 2}.1"
@@ -208,6 +211,34 @@ def test_bidir(pair, secs):
     return {"bidir Gb/s": received(end) + back}
 
 
+def test_flood(pair, secs, size, segments):
+    """A sender that is not the bottleneck: sendmmsg of 64 datagrams, each cut into `segments`."""
+    sink = pair.b.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))()
+    sink.bind((pair.v4, 0))
+    near = pair.a.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))()
+    near.connect(sink.getsockname())
+    if segments > 1:
+        near.setsockopt(socket.SOL_UDP, 103, size)  # UDP_SEGMENT
+    payload = ctypes.create_string_buffer(size * segments)
+    piece = (ctypes.c_void_p * 2)(ctypes.addressof(payload), size * segments)
+    # struct mmsghdr: name, name length, pieces, count, control, its length, flags, sent.
+    batch = (ctypes.c_uint64 * (8 * 64))()
+    for number in range(64):
+        batch[number * 8 + 2], batch[number * 8 + 3] = ctypes.addressof(piece), 1
+
+    def arrived():
+        lines = [line.split() for line in pair.b.run("cat", "/proc/net/snmp").splitlines() if line.startswith("Udp:")]
+        named = dict(zip(lines[0][1:], lines[1][1:]))
+        return int(named["InDatagrams"]) + int(named["RcvbufErrors"])
+
+    before, started = arrived(), time.time()
+    while time.time() < started + secs:
+        for _ in range(8):
+            LIBC.sendmmsg(near.fileno(), batch, 64, 0)
+    took = time.time() - started
+    return (arrived() - before) / took / 1e3
+
+
 TESTS = {
     "tcp1": test_tcp1,
     "tcp8": lambda pair, secs: {"tcp8 Gb/s": received(pair.iperf(secs, "-P", "8"))},
@@ -215,6 +246,9 @@ TESTS = {
     "bidir": test_bidir,
     "udp64": lambda pair, secs: {"udp64 kpps": test_udp(pair, secs, 64)},
     "udp1200": lambda pair, secs: {"udp1200 kpps": test_udp(pair, secs, 1200)},
+    "flood64": lambda pair, secs: {"64 B, unbounded sender, kpps": test_flood(pair, secs, 64, 1)},
+    "train64": lambda pair, secs: {"64 B, sender with trains, kpps": test_flood(pair, secs, 64, 32)},
+    "flood1200": lambda pair, secs: {"1200 B, unbounded sender, kpps": test_flood(pair, secs, 1200, 1)},
     "ping": lambda pair, secs: test_ping(pair),
 }
 
@@ -276,6 +310,7 @@ def main():
     parser.add_argument("--mtu", type=int, default=1280)
     parser.add_argument("--relay", action="store_true")
     parser.add_argument("--check", type=int, default=0)
+    parser.add_argument("--ethtool", default="")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--only", default=",".join(TESTS))
     parser.add_argument("contenders", nargs="+")
@@ -312,7 +347,7 @@ def main():
         for pair in pairs:
             if pair.binary:
                 drops = {k: v for h in "ab" for k, v in pair.status(h)["self"]["drops"].items() if v}
-                print(f"{pair.name}: drops {drops}")
+                print(f"{pair.name}: drops {drops}, offloads {pair.status()['self'].get('offloads')}")
     finally:
         for pair in pairs:
             pair.close()

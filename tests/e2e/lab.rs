@@ -257,7 +257,7 @@ impl Namespace {
         process::run_with_input(command, rules, TOOL_LIMIT).success("nft");
     }
 
-    fn sysctl(&self, key: &str, value: &str) {
+    pub(crate) fn sysctl(&self, key: &str, value: &str) {
         self.enter(|| fs::write(Path::new("/proc/sys").join(key), value).unwrap());
     }
 

@@ -1,14 +1,27 @@
 //! The TUN interface with its addresses and routes, and the addresses of the other interfaces.
+//!
+//! Other programs have their hands on the same table: a network manager that is restarted may drop
+//! every route and address that it does not know. What is missing is put back.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crate::io::os::{Conflict, LinkState, Netlink, NetlinkError, Overlap, Route, conflicts};
+use ipnet::IpNet;
+use nix::errno::Errno;
+
+use crate::io::os::{
+    Conflict, InterfaceAddress, LinkState, Netlink, NetlinkError, Overlap, Route, conflicts,
+};
 use crate::io::tun::{Tun, TunError, TunOptions};
 use crate::node::Identity;
 
+use super::Daemon;
 use super::startup::NodeOptions;
 use super::threads::Ports;
+
+/// When an interface that could not be made anew is tried again.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// Why the interface could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +42,19 @@ pub enum InterfaceError {
 pub(super) struct Interface {
     tun: Arc<Tun>,
     identity: Identity,
+    /// Somebody has switched it off; told once.
+    off: bool,
+}
+
+/// What the kernel still had of the interface.
+#[derive(Debug, PartialEq, Eq)]
+enum Condition {
+    /// All of it, or all of it again: what was put back.
+    Whole(Vec<String>),
+    /// It is switched off, which only a person or a network manager does.
+    Off,
+    /// Nothing.
+    Gone,
 }
 
 impl Interface {
@@ -50,17 +76,60 @@ impl Interface {
         let tun =
             Tun::open(&TunOptions::named(&options.interface).with_offloads(options.offloads.tun))?;
         let index = tun.index();
+        let mut left_out = Vec::new();
         for prefix in identity.addrs.prefixes() {
-            netlink.add_address(index, prefix).await?;
+            if !add_address(&netlink, index, prefix).await? {
+                tracing::warn!(address = %prefix, "IPv6 is disabled on this machine, going on \
+                    without (sysctl net.ipv6.conf.all.disable_ipv6)");
+                left_out.push(prefix.addr());
+            }
         }
         netlink.set_link(index, Some(u32::from(options.mtu)), LinkState::Up).await?;
-        for (range, address) in ranges.iter().zip(identity.addrs.prefixes()) {
-            let route = Route { pref_src: Some(address.addr()), ..Route::direct(*range, index) };
-            netlink.add_route(&route).await?;
+        for route in routes_of(&identity, index) {
+            if route.pref_src.is_none_or(|source| !left_out.contains(&source)) {
+                netlink.add_route(&route).await?;
+            }
         }
         tracing::info!(interface = options.interface, ipv4 = %identity.addrs.v4,
             ipv6 = %identity.addrs.v6, mtu = options.mtu, "interface is up");
-        Ok(Self { tun: Arc::new(tun), identity })
+        Ok(Self { tun: Arc::new(tun), identity, off: false })
+    }
+
+    /// Puts back the addresses and routes that are missing.
+    async fn mend(&self) -> Result<Condition, NetlinkError> {
+        let netlink = Netlink::connect()?;
+        let index = self.tun.index();
+        let links = netlink.links().await?;
+        match links.iter().find(|link| link.index == index) {
+            None => return Ok(Condition::Gone),
+            Some(link) if !link.up => return Ok(Condition::Off),
+            Some(_) => {}
+        }
+        let mut mended = Vec::new();
+        let mut left_out = Vec::new();
+        let addresses = netlink.addresses().await?;
+        for prefix in self.identity.addrs.prefixes() {
+            let there = |it: &InterfaceAddress| it.index == index && it.addr == prefix;
+            if addresses.iter().any(there) {
+                continue;
+            }
+            if add_address(&netlink, index, prefix).await? {
+                mended.push(prefix.to_string());
+            } else {
+                left_out.push(prefix.addr());
+            }
+        }
+        // Read after the addresses are back: the kernel drops routes with their source address.
+        let routes = netlink.routes().await?;
+        for route in routes_of(&self.identity, index) {
+            let there = |it: &Route| it.index == index && it.dst == route.dst;
+            let possible = route.pref_src.is_none_or(|source| !left_out.contains(&source));
+            if possible && !routes.iter().any(there) {
+                netlink.add_route(&route).await?;
+                mended.push(format!("route to {}", route.dst));
+            }
+        }
+        Ok(Condition::Whole(mended))
     }
 
     pub(super) fn tun(&self) -> Arc<Tun> {
@@ -73,6 +142,80 @@ impl Interface {
 
     pub(super) fn identity(&self) -> &Identity {
         &self.identity
+    }
+}
+
+/// Adds an address; `false` where the kernel has no IPv6, as in most containers.
+async fn add_address(netlink: &Netlink, index: u32, prefix: IpNet) -> Result<bool, NetlinkError> {
+    let Err(error) = netlink.add_address(index, prefix).await else { return Ok(true) };
+    // Switched off by sysctl, or by a parameter of the kernel. A missing right is EPERM.
+    let absent = matches!(
+        error.kernel_error(),
+        Some(Errno::EACCES | Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT)
+    );
+    if absent && prefix.addr().is_ipv6() { Ok(false) } else { Err(error) }
+}
+
+fn routes_of(identity: &Identity, index: u32) -> impl Iterator<Item = Route> {
+    let ranges = identity.range.prefixes().into_iter().zip(identity.addrs.prefixes());
+    ranges.map(move |(range, address)| Route {
+        pref_src: Some(address.addr()),
+        ..Route::direct(range, index)
+    })
+}
+
+impl Daemon {
+    /// Looks after the interface when something about the network has changed.
+    pub(super) async fn mend_interface(&mut self, now: Instant) {
+        let condition = match &self.interface {
+            Some(interface) => interface.mend().await,
+            None => Ok(Condition::Gone),
+        };
+        let off = condition.as_ref().is_ok_and(|condition| *condition == Condition::Off);
+        let name = self.options.interface.clone();
+        match condition {
+            Ok(Condition::Whole(mended)) if mended.is_empty() => {}
+            Ok(Condition::Whole(mended)) => {
+                let what = mended.join(", ");
+                tracing::warn!(interface = name, what, "put back what was missing");
+            }
+            Ok(Condition::Off) => {
+                if self.interface.as_ref().is_some_and(|interface| !interface.off) {
+                    tracing::warn!(
+                        interface = name,
+                        "the interface was switched off, no packet \
+                        comes or goes; type: sudo ip link set {name} up"
+                    );
+                }
+            }
+            Ok(Condition::Gone) => self.remake_interface(now).await,
+            Err(error) => {
+                tracing::warn!(%error, interface = name, "the interface could not be mended");
+                self.rescan_at = Some(now + RETRY);
+            }
+        }
+        if let Some(interface) = &mut self.interface {
+            interface.off = off;
+        }
+    }
+
+    async fn remake_interface(&mut self, now: Instant) {
+        // Before a first enrolment there is none to remake.
+        let Some(identity) = self.node.netmap().identity.clone() else { return };
+        if self.interface.take().is_some() {
+            tracing::warn!(interface = self.options.interface, "the interface was removed");
+            self.ports.set_tun(None);
+        }
+        match Interface::create(&self.options, identity).await {
+            Ok(interface) => {
+                self.ports.set_tun(Some(interface.tun()));
+                self.interface = Some(interface);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the interface could not be made anew");
+                self.rescan_at = Some(now + RETRY);
+            }
+        }
     }
 }
 

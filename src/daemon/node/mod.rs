@@ -242,6 +242,9 @@ impl Daemon {
         }
         if self.rescan_at.is_some_and(|at| at <= now) {
             self.rescan_at = None;
+            if !self.options.enrol_only {
+                self.mend_interface(now).await;
+            }
             self.scan_interfaces().await;
         }
         if self.save_at.is_some_and(|at| at <= now) {

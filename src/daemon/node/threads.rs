@@ -26,10 +26,10 @@ use crate::io::udp::{RecvBuffers, UdpSocket};
 use crate::node::Opener;
 use crate::types::DropReason;
 
-/// Packets read from the TUN interface before the other sources are looked at.
-const TUN_BATCH: usize = 64;
-/// Answers that the receiving thread looks for: a handful of acknowledgements, no upload.
-const ANSWERS: usize = 16;
+/// What the TUN thread reads before it looks at the other descriptors.
+const TUN_BUDGET: Budget = Budget { packets: 64, bytes: 64 * MAX_PACKET };
+/// What the receiving thread looks for: a handful of acknowledgements, no upload.
+const ANSWER_BUDGET: Budget = Budget { packets: 16, bytes: 16_000 };
 /// The largest packet that a TUN interface can hand over, with its header.
 const MAX_PACKET: usize = 65_536 + 64;
 /// Sealed bytes that are sent before more packets are read: one full run.
@@ -237,6 +237,13 @@ impl NoteSender {
     }
 }
 
+/// How much is read in one go.
+#[derive(Clone, Copy)]
+struct Budget {
+    packets: usize,
+    bytes: usize,
+}
+
 /// The way from the interface to the sockets; one thread at a time goes it.
 struct Outlet {
     buffer: Vec<u8>,
@@ -249,15 +256,17 @@ impl Outlet {
         Self { buffer: vec![0; MAX_PACKET], batch: UdpBatch::default(), asked: Vec::new() }
     }
 
-    /// Sends what is there, `limit` reads at the most.
-    fn drain(&mut self, ports: &Ports, tun: &Tun, notes: &NoteSender, limit: usize) {
+    /// Sends what is there, up to `budget`.
+    fn drain(&mut self, ports: &Ports, tun: &Tun, notes: &NoteSender, budget: Budget) {
         let Self { buffer, batch, asked } = self;
         let shared = &ports.shared;
         let table = shared.table();
         let now = clock::now();
         batch.clear();
-        for _ in 0..limit {
+        let mut bytes = 0;
+        for _ in 0..budget.packets {
             let Ok(len) = tun.read(buffer) else { break };
+            bytes += len;
             if tun.has_headers() {
                 outbound_frame(shared, &table, &mut buffer[..len], now, batch, asked);
             } else {
@@ -266,6 +275,9 @@ impl Outlet {
             if batch.len() > SEND_BYTES {
                 send_runs(ports, batch.closed_runs());
                 batch.keep_open_run();
+            }
+            if bytes > budget.bytes {
+                break;
             }
         }
         send_all(ports, batch);
@@ -291,10 +303,17 @@ fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
             let _ = ports.tun_changed.read();
             continue;
         }
+        let broken = fds.get(2).and_then(PollFd::revents);
+        if broken.is_some_and(|events| events.contains(PollFlags::POLLERR)) {
+            // The interface was removed. Until the control task has made another one there is
+            // nothing to wait for.
+            ports.tun.compare_and_swap(&tun, None);
+            continue;
+        }
         let Some(tun) = tun else { continue };
         // A batch that a panic left behind is cleared before it is used.
         let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
-        outlet.drain(ports, &tun, notes, TUN_BATCH);
+        outlet.drain(ports, &tun, notes, TUN_BUDGET);
     }
 }
 
@@ -336,7 +355,7 @@ fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
                 && let Some(tun) = &tun
                 && let Ok(mut outlet) = outlet.try_lock()
             {
-                outlet.drain(ports, tun, notes, ANSWERS);
+                outlet.drain(ports, tun, notes, ANSWER_BUDGET);
             }
         }
     }

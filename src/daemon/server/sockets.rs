@@ -10,6 +10,7 @@ use tracing::{debug, info, warn};
 
 use super::StartError;
 use crate::io::listen;
+use crate::io::udp::allow_fragments;
 use crate::wire::control::DEFAULT_PORT;
 
 /// Passes most firewalls; taken when it is free and may be taken.
@@ -147,5 +148,6 @@ fn bind_udp_socket(address: SocketAddr) -> io::Result<UdpPort> {
     socket.bind(&address.into())?;
     let socket = UdpSocket::from(socket);
     let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+    allow_fragments(&socket)?;
     Ok(UdpPort { socket, state })
 }

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use crate::case::Case;
+use crate::clock::wait_for;
 use crate::lab::Net;
 use crate::nat::Nat;
 use crate::overlay::{assert_error, binary, path};
-use crate::process::{self, Output};
+use crate::process::{self, Daemon, Output};
 
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = vec![
@@ -15,6 +16,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("lab::check_passes_on_a_slow_and_lossy_net", || {
             passes(&["--delay", "20", "--loss", "2"]);
         }),
+        Case::new("lab::outlives_its_server_and_its_nodes", outlives),
         Case::new("lab::forbidden_namespaces_are_explained", forbidden),
     ];
     for (a, b) in [(Nat::None, Nat::FullCone), (Nat::Symmetric, Nat::PortRestricted)] {
@@ -39,6 +41,31 @@ fn passes(flags: &[&str]) {
     let Output { code, stdout, stderr } = process::run(command, LAB_LIMIT);
     assert_eq!(code, Some(0), "lab --check {flags:?}\n{stdout}\n{stderr}");
     assert_eq!(host.ns.interfaces(), before, "nothing is left behind");
+}
+
+/// Server and nodes can be stopped and started again by hand while the lab stays up.
+fn outlives() {
+    let net = Net::new();
+    let host = net.machine("laptop", Nat::None);
+    let folder = format!("XDG_RUNTIME_DIR={}", path(net.dir()));
+    let mut command = host.ns.command("env");
+    // It stays up for as long as somebody holds its terminal.
+    command.args([&folder, &binary(), "lab", "--nat", "none"]);
+    let lab = Daemon::start(command, &net.log_file("lab"));
+    let inside = |machine: &str, args: &[&str]| {
+        let mut command = host.ns.command("env");
+        command.args([&folder, &binary(), "lab", "exec", machine, "--"]).args(args);
+        command
+    };
+    let run = |machine: &str, args: &[&str]| process::run(inside(machine, args), LAB_LIMIT);
+    wait_for("the lab is up", LAB_LIMIT, || lab.log().contains("Ctrl-C").then_some(()));
+    run("bob", &["overlay", "down"]).success("overlay down");
+    wait_for("the end is told", LAB_LIMIT, || lab.log().contains("bob has ended").then_some(()));
+    let again = Daemon::start(inside("bob", &["overlay", "up"]), &net.log_file("bob"));
+    wait_for("bob is back", LAB_LIMIT, || {
+        (run("alice", &["overlay", "ping", "bob", "-c", "1"]).code == Some(0)).then_some(())
+    });
+    drop((again, lab));
 }
 
 fn forbidden() {

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use crate::case::Case;
+use crate::clock::wait_for;
 use crate::lab::{Host, Net};
 use crate::nat::Nat;
 use crate::overlay::{self, Node, PORT, Server, assert_error, binary, text};
@@ -28,6 +29,8 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("local::a_start_after_sigkill_cleans_up_and_works", restart_after_kill),
         Case::new("local::garbage_on_the_local_sockets_does_no_harm", garbage_on_sockets),
         Case::new("local::interface_name_port_and_mtu_are_as_asked", asked_interface),
+        Case::new("local::a_machine_without_ipv6_is_a_member", without_ipv6),
+        Case::new("local::an_interface_that_others_took_apart_is_mended", interface_mended),
     ]
 }
 
@@ -228,6 +231,51 @@ fn asked_interface() {
         assert!(link.contains(&address), "{address} is not in {link}");
     }
     assert!(host.ns.ip("-o link show dev lan7").contains("mtu 1320"));
+}
+
+fn without_ipv6() {
+    let Place { net, server, host } = place();
+    for which in ["all", "default"] {
+        host.ns.sysctl(&format!("net/ipv6/conf/{which}/disable_ipv6"), "1");
+    }
+    let other = net.machine("bob", Nat::PortRestricted);
+    let peer = Node::start(&net, &other, &server);
+    let mut node = Node::start(&net, &host, &server);
+    node.wait_path("bob", "direct", Duration::from_secs(10));
+    ping::assert_answers(&host, &peer.ipv4());
+    assert!(node.log().contains("IPv6 is disabled"), "{}", node.log());
+}
+
+fn interface_mended() {
+    let Place { net, server, host } = place();
+    let other = net.machine("bob", Nat::PortRestricted);
+    let mut node = Node::start(&net, &host, &server);
+    let mut peer = Node::start(&net, &other, &server);
+    peer.wait_connected();
+    node.wait_path("bob", "direct", Duration::from_secs(10));
+    let address = peer.ipv4();
+    ping::assert_answers(&host, &address);
+    let harm = [
+        "route flush dev overlay0",
+        "addr flush dev overlay0",
+        "link set dev overlay0 down",
+        "link del dev overlay0",
+    ];
+    for words in harm {
+        host.ns.ip(words);
+        if words.ends_with("down") {
+            // That is a person's decision, and what goes with it comes back with it.
+            host.ns.ip("link set dev overlay0 up");
+        }
+        wait_for(&format!("bob answers again after `ip {words}`"), Duration::from_secs(5), || {
+            ping::answers_once(&host, &address, "1").then_some(())
+        });
+        let addresses = host.ns.ip("-o addr show dev overlay0");
+        assert!(addresses.contains(&node.ipv6()), "{} is not in {addresses}", node.ipv6());
+        let routes = host.ns.ip("-6 route show dev overlay0");
+        assert!(routes.contains("/48"), "no IPv6 route in {routes}");
+    }
+    assert!(node.log().contains("the interface was removed"), "{}", node.log());
 }
 
 fn garbage_on_sockets() {

@@ -11,12 +11,15 @@ use crate::lab::{Host, Net};
 use crate::nat::Nat;
 use crate::overlay::{Node, PORT, Server, find_peer};
 use crate::ping::{self, Stream};
+use crate::process;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::new("relay::udp_blocked_on_one_side_runs_over_tcp", || blocked(false)),
         Case::new("relay::udp_blocked_on_both_sides_runs_over_tcp", || blocked(true)),
         Case::new("relay::udp_that_is_blocked_later_moves_to_tcp", blocked_later),
+        Case::new("relay::full_packets_pass_a_narrow_relayed_path", || narrow(Nat::Symmetric)),
+        Case::new("relay::full_packets_pass_a_narrow_direct_path", || narrow(Nat::PortRestricted)),
         Case::new("relay::hostile_datagrams_do_no_harm_to_the_server", datagrams_to_server),
         Case::new("relay::hostile_datagrams_do_no_harm_to_a_node", datagrams_to_node),
         Case::new("relay::hostile_connections_do_no_harm_to_the_server", connections_to_server),
@@ -58,6 +61,26 @@ fn pair(nats: [Nat; 2], block_udp: [bool; 2], kind: &str) -> Pair {
         }
     }
     Pair { net, server, alice, bob }
+}
+
+/// Home links that take less than a full packet with all headers.
+fn narrow(nat: Nat) {
+    let kind = if nat == Nat::Symmetric { "relay-udp" } else { "direct" };
+    let pair = pair([nat, nat], [false, false], kind);
+    for (host, mtu) in [(&pair.alice.host, 1300), (&pair.bob.host, 1280)] {
+        let router = host.router.as_ref().expect("both are at home");
+        router.ns.ip(&format!("link set dev l{} mtu {mtu}", host.address.octets()[3]));
+        router.ns.ip(&format!("link set dev lan mtu {mtu}"));
+        host.ns.ip(&format!("link set dev eth0 mtu {mtu}"));
+    }
+    for (host, address) in
+        [(&pair.alice.host, pair.bob.ipv4()), (&pair.bob.host, pair.alice.ipv4())]
+    {
+        let mut command = host.ns.command("ping");
+        command.args(["-n", "-q", "-M", "do", "-s", "1252", "-i", "0.1", "-c", "3", "-w", "5"]);
+        command.arg(address);
+        process::run(command, Duration::from_secs(20)).success("a ping of 1280 bytes");
+    }
 }
 
 fn is_relayed(status: &Value, peer: &str) -> bool {
