@@ -1,15 +1,20 @@
 //! Is the direct path still alive? Told by what is heard while we send, never by probes alone.
 //!
 //! ```text
-//! calm --sent, nothing heard--> waiting --300 ms--> asking (data doubled) --900 ms--> dead
-//!   ^                              |                    |
-//!   +---------- heard -------------+--------------------+
+//! calm --sent, nothing heard--> waiting --200 ms--> asking --350 ms--> doubling --800 ms--> dead
+//!   ^                              |                  |                   |
+//!   +---------- heard -------------+------------------+-------------------+
 //! ```
+//!
+//! Traffic that has no answers of its own is asked about all the time; a path that answers the
+//! question never gets as far as doubling.
 
 use std::time::{Duration, Instant};
 
-/// Sent something and heard nothing for this long (or three round trips): ask, and double the data.
-const ASK_AFTER: Duration = Duration::from_millis(300);
+/// Sent something and heard nothing for this long (or two round trips): ask.
+const ASK_AFTER: Duration = Duration::from_millis(200);
+/// Asked, and heard nothing (or four round trips): double the data.
+const DOUBLE_AFTER: Duration = Duration::from_millis(350);
 /// Heard nothing for this long (or six round trips): the path is dead. A second is what a user
 /// may lose; the traffic tick and the switch need the rest.
 const DEAD_AFTER: Duration = Duration::from_millis(800);
@@ -35,6 +40,7 @@ pub(super) struct Doubt {
     waiting_since: Option<Instant>,
     asked_at: Option<Instant>,
     limits: Option<(Instant, Instant)>,
+    doubled: bool,
 }
 
 impl Doubt {
@@ -73,9 +79,10 @@ impl Doubt {
     /// What to do, on a path of this round trip.
     pub(super) fn suspicion(&mut self, srtt: Duration, now: Instant) -> Suspicion {
         let Some(since) = self.waiting_since else { return Suspicion::None };
-        let ask_at = since + ASK_AFTER.max(srtt * 3);
+        let ask_at = since + ASK_AFTER.max(srtt * 2);
         let dead_at = since + DEAD_AFTER.max(srtt * 6);
         self.limits = Some((ask_at, dead_at));
+        self.doubled |= now >= since + DOUBLE_AFTER.max(srtt * 4);
         if now >= dead_at {
             Suspicion::Dead
         } else if now < ask_at {
@@ -89,7 +96,7 @@ impl Doubt {
 
     /// Whether data is doubled onto the relay.
     pub(super) fn wants_duplicate(&self) -> bool {
-        self.asked_at.is_some()
+        self.doubled
     }
 
     /// Whether there is no doubt at all.

@@ -9,6 +9,9 @@ use crate::nat::Nat;
 use crate::overlay::{self, Node, PORT, Server, find_peer};
 use crate::ping;
 
+/// Attempts of a pair whose order can be upset by other work on the machine.
+const RACES: u32 = 3;
+
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for a in Nat::ALL {
@@ -19,7 +22,8 @@ pub(crate) fn cases() -> Vec<Case> {
     for kind in [Nat::OpenInput, Nat::Sequential] {
         for other in Nat::ALL.into_iter().chain([kind]) {
             let mut add = |a: Nat, b: Nat| {
-                cases.push(Case::new(format!("matrix::{a}_with_{b}"), move || pair(a, b)));
+                let check = if kind == Nat::OpenInput { pair_with_a_race } else { pair };
+                cases.push(Case::new(format!("matrix::{a}_with_{b}"), move || check(a, b)));
             };
             add(kind, other);
             if other != kind {
@@ -41,6 +45,19 @@ fn pair(a: Nat, b: Nat) {
     let bob = net.machine("bob", b);
     let kind = if a.can_be_punched(b) { "direct" } else { "relay-udp" };
     check_pair(&format!("{a} with {b}"), &net, &server, [&alice, &bob], kind);
+}
+
+/// A router with an open input is spoiled by a ping that gets there before its own node has sent.
+/// Both nodes keep to the order that avoids it, and a machine that does many things at once can
+/// still upset the order: a pair may try again, in namespaces of its own.
+fn pair_with_a_race(a: Nat, b: Nat) {
+    for attempt in 1..RACES {
+        if std::panic::catch_unwind(|| pair(a, b)).is_ok() {
+            return;
+        }
+        eprintln!("{a} with {b}: attempt {attempt} has lost the race");
+    }
+    pair(a, b);
 }
 
 /// Brings two nodes up and checks times, kind of path and delivery; returns them.
