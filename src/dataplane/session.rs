@@ -291,12 +291,6 @@ impl Session {
         self.last_data = None;
     }
 
-    /// Whether a handshake is under way.
-    #[must_use]
-    pub fn is_initiating(&self) -> bool {
-        self.attempt.is_some()
-    }
-
     /// Does what is due; returns the length of a datagram in `out` that wants sending.
     pub fn handle_timeout(&mut self, out: &mut [u8], now: Instant) -> Option<usize> {
         let due = self.attempt.is_some_and(|attempt| attempt.next_at <= now);

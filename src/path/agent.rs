@@ -326,7 +326,7 @@ impl PathAgent {
             Via::RelayUdp | Via::RelayTcp => self.relay_prober.handle_pong(tx, now)?,
         };
         if self.primary.is_some_and(|primary| same_path(primary, via)) {
-            self.doubt.handle_heard(now);
+            self.doubt.handle_heard();
             self.postpone_keepalive(now);
         }
         self.choose("a better path answered", now);

@@ -67,7 +67,7 @@ impl Doubt {
     }
 
     /// Something authenticated arrived on the primary.
-    pub(super) fn handle_heard(&mut self, _now: Instant) {
+    pub(super) fn handle_heard(&mut self) {
         *self = Self::default();
     }
 
