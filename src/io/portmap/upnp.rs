@@ -196,7 +196,7 @@ async fn pass_on(
 }
 
 /// Runs `work` on a thread of its own, and gives up on both after `limit`.
-async fn on_thread<T, F>(
+pub(super) async fn on_thread<T, F>(
     limit: Duration,
     work: impl FnOnce() -> F + Send + 'static,
 ) -> Result<T, Failure>
