@@ -87,6 +87,12 @@ impl Upnpd {
         self.daemon = Some(daemon);
     }
 
+    /// Leaves what goes out to the router's own NAT: only what comes in is mapped from now on.
+    pub(crate) fn forward_only(&self) {
+        let chain = ["delete", "chain", "inet", "upnp", "post"];
+        self.router.run("nft", &chain).success("nft delete chain");
+    }
+
     /// Ends it, and takes every mapping out of the router.
     pub(crate) fn stop(&mut self) {
         let mut daemon = self.daemon.take().expect("miniupnpd runs");

@@ -226,6 +226,7 @@ impl Keeper {
                 held.proof = Some(at);
                 held.knocks = 0;
                 held.repairs = 0;
+                held.repair_at = now;
                 held.check_at = now + CHECK;
             }
             KnockAnswer::Arrived(_) => {}

@@ -132,9 +132,16 @@ fn a_mapping_that_stops_to_work_is_repaired_and_retracted_when_that_fails() {
     let repair = job(keeper.poll(missed));
     assert_eq!(repair.goal, Goal::Repair(it));
     assert!(!keeper.verified());
-    failed(&mut keeper, repair.id, missed);
+    let given = Outcome { id: repair.id, answered: None, result: Ok(it) };
+    keeper.handle_outcome(given, missed);
+    keeper.handle_knock(KnockAnswer::Arrived(it.external.into()), missed);
+
+    let lost = miss(&mut keeper, missed + secs(30), true);
+    let repair = job(keeper.poll(lost));
+    assert_eq!(repair.goal, Goal::Repair(it), "what worked since is repaired at once again");
+    failed(&mut keeper, repair.id, lost);
     assert_eq!(keeper.endpoints(), [], "the router does not give it back");
-    assert!(matches!(job(keeper.poll(missed + secs(1))).goal, Goal::Find));
+    assert!(matches!(job(keeper.poll(lost + secs(1))).goal, Goal::Find));
 }
 
 #[test]
@@ -299,9 +306,10 @@ async fn a_redirect_and_a_control_address_elsewhere_are_not_followed() {
     );
     for (last, answer) in [(2, redirect), (3, description)] {
         let gateway = loopback(last);
-        let (own, _) = web(gateway.router, "", answer.into_bytes(), 1).await;
+        let (own, own_visits) = web(gateway.router, "", answer.into_bytes(), 1).await;
         ssdp(gateway, format!("http://{}:{own}/root.xml", gateway.router)).await;
         assert!(find_in_time(gateway).await.is_err());
+        assert!(own_visits.load(Ordering::Relaxed) > 0, "the gateway itself was asked");
     }
     assert_eq!(visits.load(Ordering::Relaxed), 0, "nobody else was asked");
 }

@@ -24,7 +24,9 @@ pub(crate) fn cases() -> Vec<Case> {
     }
     for other in [Nat::PortRestricted, Nat::Symmetric] {
         let name = format!("portmap::a_mapping_joins_symmetric_with_{other}");
-        cases.push(Case::new(name, move || joins(other)));
+        cases.push(Case::new(name, move || joins(other, false)));
+        let name = format!("portmap::a_mapping_that_only_lets_in_joins_symmetric_with_{other}");
+        cases.push(Case::new(name, move || joins(other, true)));
     }
     cases.push(Case::new("portmap::the_switch_turns_it_off", switched_off));
     cases
@@ -109,11 +111,14 @@ fn loss(speaks: Speaks) {
     });
 }
 
-fn joins(other: Nat) {
+fn joins(other: Nat, forward_only: bool) {
     let net = Net::new();
     let server = Server::start(&net, &net.machine("server", Nat::None));
     let mapped = at_home(&net, "alice", Nat::Symmetric);
-    let _upnpd = Upnpd::start(&net, &mapped, Speaks::All);
+    let upnpd = Upnpd::start(&net, &mapped, Speaks::All);
+    if forward_only {
+        upnpd.forward_only();
+    }
     let mut alice = Node::start(&net, &mapped, &server);
     wait_verified(&mut alice, SOON);
     let mut bob = Node::start(&net, &at_home(&net, "bob", other), &server);
