@@ -128,7 +128,7 @@ impl Hub {
             Verdict::Drop(reason) => self.drops.count(reason),
             // Only UDP sockets are asked questions.
             Verdict::Reply { .. } | Verdict::Knock { .. } => {
-                self.drops.count(DropReason::Malformed)
+                self.drops.count(DropReason::Malformed);
             }
         }
     }
@@ -197,7 +197,7 @@ impl Hub {
         let fits = |it: &&std::net::UdpSocket| {
             it.local_addr().is_ok_and(|own| own.is_ipv4() == to.is_ipv4())
         };
-        if !sockets.find(fits).is_some_and(|socket| socket.send_to(bytes, to).is_ok()) {
+        if sockets.find(fits).is_none_or(|socket| socket.send_to(bytes, to).is_err()) {
             self.drops.count(DropReason::SendFailed);
         }
     }

@@ -14,12 +14,12 @@ use super::lease::{Goal, Job, Mapping, Outcome, Protocol};
 /// How long each protocol is tried in the first search after a change, in the next, and in all
 /// others: a device that keeps to the standard may take a second or more to answer a search.
 const BUDGETS: [Duration; 3] =
-    [Duration::from_millis(250), Duration::from_millis(1_000), Duration::from_millis(4_000)];
+    [Duration::from_millis(250), Duration::from_millis(1_500), Duration::from_millis(4_000)];
 /// Waits between searches without a result; the last one repeats.
 const SEARCH_AGAIN: [Duration; 5] = [
     Duration::from_secs(1),
-    Duration::from_secs(10),
-    Duration::from_secs(60),
+    Duration::from_secs(3),
+    Duration::from_secs(30),
     Duration::from_secs(300),
     Duration::from_secs(1_200),
 ];
