@@ -30,6 +30,10 @@ const DEFAULT_INTERFACE: &str = "overlay0";
 const DEFAULT_MTU: u16 = 1280;
 const MTU_RANGE: &str = "it has to be 1280 to 9000: IPv6 needs 1280, and no link carries over 9000";
 const REKEY_RANGE: &str = "it has to be 5 to 120: a new key each so many seconds";
+/// What RFC 6886 section 3.3 recommends.
+const DEFAULT_LEASE: Duration = Duration::from_secs(7200);
+const LEASE_RANGE: &str =
+    "it has to be 20 to 86400: a shorter lease could end before it is renewed";
 /// More than any join line has, in bytes.
 const LONGEST_INPUT: u64 = 64 * 1024;
 /// How a machine gets in.
@@ -144,6 +148,14 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             return Err(unusable(&path, format!("rekey-after-s = {seconds}"), REKEY_RANGE));
         }
     };
+    let port_mapping = match file.port_mapping_lease_s {
+        None => DEFAULT_LEASE,
+        Some(seconds @ 20..=86_400) => Duration::from_secs(u64::from(seconds)),
+        Some(seconds) => {
+            let setting = format!("port-mapping-lease-s = {seconds}");
+            return Err(unusable(&path, setting, LEASE_RANGE));
+        }
+    };
     let mtu = args.mtu.or(file.mtu).unwrap_or(DEFAULT_MTU);
     if !(1280..=9000).contains(&mtu) {
         return Err(unusable(&path, format!("mtu = {mtu}"), MTU_RANGE));
@@ -169,6 +181,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             udp_gso: file.udp_gso.unwrap_or(true),
             udp_gro: file.udp_gro.unwrap_or(true),
         },
+        port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
         enrol_only: args.enrol_only,
     })
 }

@@ -8,6 +8,7 @@
 //! - `control`: what the server says, and what it is told
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
 //! - `disco`: probes in and out
+//! - `mapped`: endpoints that the router forwards to us, and the proof that it does
 //! - `predict`: which ports our NAT will give us next
 //! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
@@ -20,6 +21,7 @@
 mod control;
 mod disco;
 mod handshake;
+mod mapped;
 mod netmap;
 mod peer;
 mod predict;
@@ -29,6 +31,7 @@ mod sockets;
 mod status;
 mod timers;
 
+pub use mapped::Knocked;
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
@@ -46,6 +49,7 @@ use crate::path::{Answer, Via};
 use crate::types::{Candidate, NodeId, PublicKey, SecretKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
+use mapped::Mapped;
 use peer::PeerControl;
 use predict::Prediction;
 use relay::RelayClient;
@@ -91,6 +95,8 @@ pub enum Event {
         /// The round trip and the path.
         answer: Answer,
     },
+    /// What came of [`Node::knock`].
+    Knocked(Knocked),
     /// The server ended this membership, or does not know it.
     Refused(RefusedCode, String),
 }
@@ -123,6 +129,9 @@ pub struct Node {
     relay: RelayClient,
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
+    /// Where the server sees us, if that is no address of ours.
+    reflexive: Option<SocketAddr>,
+    mapped: Mapped,
     announced: Vec<Candidate>,
     /// Since when the server knows the endpoint that our NAT gives us.
     announced_at: Option<Instant>,
@@ -166,6 +175,8 @@ impl Node {
             relay: RelayClient::default(),
             link_up: false,
             host_endpoints: Vec::new(),
+            reflexive: None,
+            mapped: Mapped::default(),
             announced: Vec::new(),
             announced_at: None,
             call_epoch,

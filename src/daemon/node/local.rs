@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
+use super::portmap::PortMapping;
 use super::report::{OwnStatus, PathReport, PeerReport, SCHEMA, ServerStatus, Status, millis};
 use super::{Daemon, Ended, netcheck};
 use crate::daemon::exit;
@@ -309,6 +310,7 @@ impl Daemon {
                 drops: own.drops.iter().map(|(why, count)| ((*why).into(), *count)).collect(),
                 version: env!("CARGO_PKG_VERSION").into(),
                 offloads: self.ports.offloads(),
+                port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
             },
             server: ServerStatus {
                 state: state.into(),

@@ -8,7 +8,8 @@ use tokio::net::UdpSocket;
 use tokio::time::{sleep_until, timeout};
 
 use super::Daemon;
-use super::report::{NatReport, Netcheck, SCHEMA, ServerProbe, millis};
+use super::portmap::PortMapping;
+use super::report::{NatReport, Netcheck, PortMappingReport, SCHEMA, ServerProbe, millis};
 use crate::io::clock;
 use crate::path::{NatFacts, NatKind};
 use crate::types::TxId;
@@ -29,6 +30,8 @@ pub(super) struct Inputs {
     reflectors: Vec<[SocketAddr; 2]>,
     /// Addresses of this machine.
     local: Vec<IpAddr>,
+    /// What the daemon has got from the router.
+    mapped: Option<PortMappingReport>,
 }
 
 impl Daemon {
@@ -55,7 +58,8 @@ impl Daemon {
         }
         reflectors.truncate(8);
         let local = self.node.host_endpoints().iter().map(SocketAddr::ip).collect();
-        Inputs { reflectors, local }
+        let mapped = self.port_mapping.as_ref().map(PortMapping::report);
+        Inputs { reflectors, local, mapped }
     }
 }
 
@@ -104,7 +108,8 @@ pub(super) async fn run(inputs: Inputs) -> Netcheck {
             }
             .into(),
             hairpin: nat.as_ref().and_then(|nat| nat.hairpin),
-            port_mapping: None,
+            port_mapping: inputs.mapped.as_ref().and_then(|mapped| mapped.protocols.clone()),
+            mapped: inputs.mapped,
         },
         servers,
         verdict: verdict(kind, udp, ipv6.is_some()).into(),

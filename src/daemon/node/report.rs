@@ -51,6 +51,30 @@ pub struct OwnStatus {
     /// Offloads in use.
     #[serde(default)]
     pub offloads: OffloadReport,
+    /// The port that the router forwards to us; none when it is not to be asked.
+    #[serde(default)]
+    pub port_mapping: Option<PortMappingReport>,
+}
+
+/// What the router in front of us does for us.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMappingReport {
+    /// `no-gateway`, `searching`, `unmapped` or `mapped`.
+    pub state: String,
+    /// `pcp`, `nat-pmp`, `upnp`: what the router answered in the last search; none before it.
+    pub protocols: Option<Vec<String>>,
+    /// The one that the mapping was made by.
+    pub protocol: Option<String>,
+    /// The mapped endpoint as the router told it.
+    pub external: Option<String>,
+    /// Whether that address can be one of the internet's: if not, there is another NAT behind.
+    pub public: Option<bool>,
+    /// Whether something that a stranger sent there has arrived.
+    pub verified: Option<bool>,
+    /// Seconds that the router promised; none for ever.
+    pub lease_s: Option<u64>,
+    /// What the router refused last.
+    pub error: Option<String>,
 }
 
 /// Offloads in use: many packets per system call.
@@ -145,8 +169,12 @@ pub struct NatReport {
     pub kind: String,
     /// Whether it turns packets for our own external endpoint around.
     pub hairpin: Option<bool>,
-    /// Port mapping protocols that the router answers; not probed by this version.
+    /// Port mapping protocols that the router answers: `pcp`, `nat-pmp`, `upnp`; none when it was
+    /// not asked.
     pub port_mapping: Option<Vec<String>>,
+    /// The port that the router forwards to us; none when it is not to be asked.
+    #[serde(default)]
+    pub mapped: Option<PortMappingReport>,
 }
 
 /// A reflector that was asked.

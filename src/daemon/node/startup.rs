@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::extra::bind_socket;
 use super::interface::InterfaceError;
 use super::local::serve_local;
+use super::portmap::PortMapping;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
@@ -55,6 +56,8 @@ pub struct NodeOptions {
     pub settings: NodeSettings,
     /// What the data plane may ask the kernel for.
     pub offloads: Offloads,
+    /// The lease to ask the router for when it maps a port; none to leave it alone.
+    pub port_mapping: Option<Duration>,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
 }
@@ -190,6 +193,11 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
     let ports = Arc::new(ports);
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
+    let port_mapping = options
+        .port_mapping
+        .filter(|_| !options.enrol_only)
+        .zip(ports.udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()))
+        .map(|(lease, addr)| PortMapping::new(addr.port(), lease, &keys.machine));
     let uplink = Uplink::new(Destination {
         servers: enrolment.servers.clone(),
         server_keys: enrolment.server_keys.clone(),
@@ -212,6 +220,7 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         requests,
         scratch: mpsc::channel(SCRATCH_QUEUE),
         changes,
+        port_mapping,
         pings: std::collections::BTreeMap::new(),
         next_token: 0,
         rescan_at: None,
@@ -244,6 +253,7 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
     let ended = daemon.serve(&mut stop).await;
     drop(local);
     drop(threads);
+    daemon.end_portmap().await;
     daemon.save();
     ended
 }

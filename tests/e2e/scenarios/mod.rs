@@ -10,6 +10,7 @@ mod matrix;
 mod members;
 mod netcheck;
 mod offload;
+mod portmap;
 mod recipes;
 mod relay;
 mod server;
@@ -30,6 +31,7 @@ pub(crate) fn all() -> Vec<Case> {
         spoof::cases(),
         offload::cases(),
         netcheck::cases(),
+        portmap::cases(),
         commands::cases(),
         local::cases(),
         lab::cases(),
