@@ -65,6 +65,7 @@ impl Node {
     }
 
     fn handle_update(&mut self, update: &NetmapUpdate, now: Instant) {
+        let leaving = self.leaving(update, now);
         let diff = match self.netmap.apply(update) {
             Ok(diff) => diff,
             Err(error) => {
@@ -74,6 +75,7 @@ impl Node {
                 return;
             }
         };
+        self.note_removed(leaving);
         for id in &diff.removed {
             self.drop_peer(*id);
         }
@@ -132,6 +134,7 @@ impl Node {
         if !first {
             self.announced_at = None;
             self.prediction.forget();
+            self.filter_test = super::nat::FilterTest::default();
             self.update_signalling();
             self.relay.hurry(now);
             self.handle_relay_timeout(now);

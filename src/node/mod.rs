@@ -15,19 +15,27 @@
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
 //! - `status`: read-only views
+//! - `nat`: what the network in front of us does
+//! - `report`: both sides' views of a path, asked for and told
+//! - `history`: what became of the paths to a peer
 
 mod control;
 mod disco;
 mod handshake;
+mod history;
+mod nat;
 mod netmap;
 mod peer;
 mod predict;
 mod relay;
+mod report;
 mod signalling;
 mod status;
 mod timers;
 
+pub use history::{History, PathChange, PathRecord, PathTimes};
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
+pub use report::{Explanation, RemovedPeer};
 pub use status::{PathKind, PeerStatus, SelfStatus};
 
 use std::collections::{BTreeMap, VecDeque};
@@ -43,9 +51,11 @@ use crate::path::{Answer, Via};
 use crate::types::{Candidate, NodeId, PublicKey, SecretKey};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
+use nat::FilterTest;
 use peer::PeerControl;
 use predict::Prediction;
 use relay::RelayClient;
+use report::Removed;
 
 /// What can be set about a node.
 #[derive(Debug, Clone, Copy)]
@@ -87,6 +97,8 @@ pub enum Event {
         /// The round trip and the path.
         answer: Answer,
     },
+    /// A peer told how it sees the ways between us.
+    Reported(NodeId),
     /// The server ended this membership, or does not know it.
     Refused(RefusedCode, String),
 }
@@ -126,6 +138,8 @@ pub struct Node {
     engine_tick_at: Option<Instant>,
     datagrams: UdpBatch,
     prediction: Prediction,
+    filter_test: FilterTest,
+    removed: Removed,
     openers: VecDeque<Opener>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     messages: VecDeque<ClientMessage>,
@@ -167,6 +181,8 @@ impl Node {
             engine_tick_at: None,
             datagrams: UdpBatch::default(),
             prediction: Prediction::default(),
+            filter_test: FilterTest::default(),
+            removed: Removed::default(),
             openers: VecDeque::new(),
             scratch: VecDeque::new(),
             messages: VecDeque::new(),

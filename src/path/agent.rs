@@ -6,6 +6,7 @@
 mod choose;
 mod opener;
 mod rounds;
+mod view;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Control, always 50 bytes, so an answer is never larger than its question and the server cannot
-//! be used to amplify traffic to a forged source.
+//! be used to amplify traffic to a forged source. Only a reflect may have any padding behind it: its
+//! answer tells that a datagram of that size arrives.
 //!
 //! ```text
 //!  0      1      2      3       4        8          16                    34        50
@@ -191,7 +192,8 @@ impl Control {
     /// # Errors
     /// When the length, version or type is not one of ours.
     pub fn parse(datagram: &[u8]) -> Result<Self, RelayError> {
-        if datagram.len() != CONTROL_LEN {
+        let padded = datagram.len() > CONTROL_LEN && datagram.get(2) == Some(&REFLECT);
+        if datagram.len() != CONTROL_LEN && !padded {
             return Err(RelayError::WrongLength);
         }
         let mut reader = Reader(datagram);

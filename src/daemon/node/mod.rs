@@ -2,12 +2,14 @@
 //!
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`)
 //! move packets. `startup` makes all of it, `state` is what is on disk, `uplink` keeps the control
-//! connection, `interface` the TUN interface, `local` answers the command line, `netcheck`
-//! measures the network in front of us.
+//! connection, `interface` the TUN interface, `local` answers the command line, `explain` has its
+//! answers about paths, `netcheck` measures the network in front of us.
 
+pub mod explain;
 mod interface;
 mod local;
 mod netcheck;
+mod path_mtu;
 pub mod report;
 mod scratch;
 mod startup;
@@ -77,6 +79,10 @@ struct Daemon {
     changes: Option<Changes>,
     pings: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_token: u64,
+    /// Who waits for a peer's half of the view.
+    halves: BTreeMap<NodeId, Vec<oneshot::Sender<()>>>,
+    /// The overlay address can be used.
+    ready: bool,
     rescan_at: Option<Instant>,
     save_at: Option<Instant>,
     out: UdpBatch,
@@ -277,6 +283,12 @@ impl Daemon {
                 if let Some(reply) = self.pings.remove(&token) {
                     // The command may have gone away meanwhile.
                     let _ = reply.send(answer);
+                }
+            }
+            Event::Reported(peer) => {
+                for waiting in self.halves.remove(&peer).unwrap_or_default() {
+                    // The command may have gone away meanwhile.
+                    let _ = waiting.send(());
                 }
             }
             Event::Refused(code, message) => self.handle_refused(code, message),
