@@ -86,8 +86,7 @@ fn side_lines(side: &SideReport, other: &str) -> Vec<String> {
         lines.push(format!("  knows no candidate of {other}"));
         return lines;
     }
-    let header = format!("  {} OF", "CANDIDATE");
-    let header = format!("{header} {}", other.to_uppercase());
+    let header = format!("  CANDIDATE OF {}", other.to_uppercase());
     let mut table = print::table(&[&header, "KIND", "OUTCOME", "PINGS", "RTT", "HEARD"]);
     for candidate in &side.candidates {
         table.add_row(vec![

@@ -176,7 +176,8 @@ impl Node {
         let own_name = self.netmap.identity.as_ref()?.name.as_str();
         let own = self.own_side(id, now)?;
         let fresh = |at: Instant| now.saturating_duration_since(at) < FRESH;
-        let heard = peer.insight.heard.as_ref().filter(|(at, _)| fresh(*at));
+        // Without a path it cannot have told anything of this moment.
+        let heard = peer.insight.heard.as_ref().filter(|(at, _)| fresh(*at) && own.path.is_some());
         let other = heard.map(|(_, side)| side.clone());
         let presence = match (info.online, self.link_up) {
             (_, false) => Presence::Unknown,

@@ -281,6 +281,19 @@ mod tests {
     }
 
     #[test]
+    fn only_a_reflect_question_may_be_padded() {
+        let question = Control::Reflect { tx: TxId([1; 12]), from_other_port: false };
+        let answer =
+            Control::Reflected { tx: TxId([1; 12]), observed: "203.0.113.9:1".parse().unwrap() };
+        let bind = Control::Bind { node: node(), counter: 7 };
+        let padded = |message: Control| [&message.encode(None)[..], &[0; 1400]].concat();
+        assert_eq!(Control::parse(&padded(question)), Ok(question));
+        for message in [answer, bind] {
+            assert_eq!(Control::parse(&padded(message)), Err(RelayError::WrongLength));
+        }
+    }
+
+    #[test]
     fn a_bind_under_another_key_or_with_another_counter_is_forged() {
         let key = RelayKey([5; 32]);
         let mut bytes = Control::Bind { node: node(), counter: 7 }.encode(Some(&key));

@@ -16,6 +16,7 @@ mod server;
 mod server_loss;
 mod service;
 mod spoof;
+mod why;
 
 /// All tests; those that check the lab itself come first.
 pub(crate) fn all() -> Vec<Case> {
@@ -30,6 +31,7 @@ pub(crate) fn all() -> Vec<Case> {
         spoof::cases(),
         offload::cases(),
         netcheck::cases(),
+        why::cases(),
         commands::cases(),
         local::cases(),
         lab::cases(),
