@@ -29,7 +29,7 @@ pub struct PathChange {
 /// The round trips that were measured on one path.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PathRecord {
-    /// Which one; our own address on it does not count.
+    /// Which one; our own address and socket do not count.
     pub via: Via,
     /// How many round trips.
     pub samples: u64,
@@ -88,7 +88,7 @@ impl History {
     }
 
     pub(super) fn note_rtt(&mut self, via: Via, rtt: Duration, now: Instant) {
-        let via = without_local(via);
+        let via = by_remote(via);
         if let Some(record) = self.paths.iter_mut().find(|record| record.via == via) {
             record.samples += 1;
             record.rtt_min = record.rtt_min.min(rtt);
@@ -137,9 +137,9 @@ impl History {
     }
 }
 
-fn without_local(via: Via) -> Via {
+fn by_remote(via: Via) -> Via {
     match via {
-        Via::Direct { remote, .. } => Via::Direct { remote, local: None },
+        Via::Direct { remote, .. } => Via::direct(remote),
         relay => relay,
     }
 }
@@ -151,7 +151,8 @@ mod tests {
 
     fn direct(port: u16) -> Via {
         let remote = std::net::SocketAddr::new("198.51.100.7".parse().unwrap(), port);
-        Via::Direct { remote, local: "192.168.1.2".parse().ok() }
+        let socket = crate::types::SocketId::MAIN;
+        Via::Direct { remote, local: "192.168.1.2".parse().ok(), socket }
     }
 
     fn change(seconds: u64, from: Option<Via>, to: Option<Via>) -> PathChange {

@@ -9,6 +9,7 @@
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
 //! - `disco`: probes in and out
 //! - `predict`: which ports our NAT will give us next
+//! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
 //! - `netmap`: the network as the server described it, also on disk
@@ -30,12 +31,14 @@ mod predict;
 mod relay;
 mod report;
 mod signalling;
+mod sockets;
 mod status;
 mod timers;
 
 pub use history::{History, PathChange, PathRecord, PathTimes};
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
 pub use report::{Explanation, RemovedPeer};
+pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
 
 use std::collections::{BTreeMap, VecDeque};
@@ -48,7 +51,7 @@ use rand::rngs::StdRng;
 
 use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
 use crate::path::{Answer, Via};
-use crate::types::{Candidate, NodeId, PublicKey, SecretKey};
+use crate::types::{Candidate, NodeId, PublicKey, SecretKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use nat::FilterTest;
@@ -56,6 +59,7 @@ use peer::PeerControl;
 use predict::Prediction;
 use relay::RelayClient;
 use report::Removed;
+use sockets::Sockets;
 
 /// What can be set about a node.
 #[derive(Debug, Clone, Copy)]
@@ -108,6 +112,8 @@ pub enum Event {
 pub struct Opener {
     /// Towards this endpoint.
     pub remote: SocketAddr,
+    /// By this socket.
+    pub socket: SocketId,
     /// With this time to live (IPv4) or hop limit (IPv6).
     pub ttl: u8,
     /// The bytes.
@@ -140,6 +146,7 @@ pub struct Node {
     prediction: Prediction,
     filter_test: FilterTest,
     removed: Removed,
+    sockets: Sockets,
     openers: VecDeque<Opener>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     messages: VecDeque<ClientMessage>,
@@ -183,6 +190,7 @@ impl Node {
             prediction: Prediction::default(),
             filter_test: FilterTest::default(),
             removed: Removed::default(),
+            sockets: Sockets::default(),
             openers: VecDeque::new(),
             scratch: VecDeque::new(),
             messages: VecDeque::new(),

@@ -91,11 +91,7 @@ impl Insight {
         cause: &'static str,
         at: Instant,
     ) {
-        let remote = match to {
-            Some(Via::Direct { remote, .. }) => Some(remote),
-            _ => None,
-        };
-        let rtt = to.and_then(|_| agent.rtt_of(remote));
+        let rtt = to.and_then(|via| agent.rtt_on(via));
         self.history.note_change(PathChange { at, from, to, cause, rtt });
     }
 
@@ -303,7 +299,7 @@ fn to_wire(side: &Side) -> Report {
 fn from_wire(report: Report) -> Side {
     let facts = report.facts;
     let path = match (report.path, report.remote) {
-        (1, Some(remote)) => Some(Via::Direct { remote, local: None }),
+        (1, Some(remote)) => Some(Via::direct(remote)),
         (2, _) => Some(Via::RelayUdp),
         (3, _) => Some(Via::RelayTcp),
         _ => None,
@@ -362,7 +358,7 @@ mod tests {
             heard: Some(Duration::from_millis(99)),
         };
         let remote = at("192.0.2.7:4");
-        for path in [None, Some(Via::Direct { remote, local: None }), Some(Via::RelayTcp)] {
+        for path in [None, Some(Via::direct(remote)), Some(Via::RelayTcp)] {
             let side = Side {
                 facts: Facts {
                     udp: Some(true),

@@ -188,6 +188,17 @@ impl Facts {
 }
 
 impl Tried {
+    /// What is known of one endpoint by two of our sockets.
+    pub(super) fn or_better(self, other: Self) -> Self {
+        let pings = self.pings.saturating_add(other.pings);
+        let heard = match (self.heard, other.heard) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        let best = if self.rank() <= other.rank() { self } else { other };
+        Self { pings, heard, ..best }
+    }
+
     /// For sorting: what tells most first.
     pub(super) fn rank(&self) -> (u8, bool, SocketAddr) {
         let outcome = match self.outcome {

@@ -210,10 +210,9 @@ async fn ask_half(requests: &Requests, id: NodeId) {
         if requests.send(request).await.is_err() {
             return;
         }
-        match timeout(PATIENCE, receiver).await {
+        if timeout(PATIENCE, receiver).await.is_ok() {
             // It came, or there is no way to ask.
-            Ok(_) => return,
-            Err(_) => {}
+            return;
         }
     }
 }

@@ -49,7 +49,7 @@ fn relayed(name: &str, reflexive: &str) -> Side {
 }
 
 fn direct_side(name: &str, reflexive: &str) -> Side {
-    let via = Via::Direct { remote: at("198.51.100.7:7000"), local: None };
+    let via = Via::direct(at("198.51.100.7:7000"));
     side(network(name), reflexive, Some(via), ProbeOutcome::Answered)
 }
 
@@ -141,7 +141,7 @@ fn a_hard_pair_is_told_whose_router_can_help() {
 fn direct_paths_are_told_by_where_they_lead() {
     let of = |remote: &str, kind| {
         let mut own = direct_side("symmetric", HERE);
-        own.path = Some(Via::Direct { remote: at(remote), local: None });
+        own.path = Some(Via::direct(at(remote)));
         own.tried[0] =
             Tried { kind, endpoint: at(remote), ..tried(remote, ProbeOutcome::Answered) };
         judged(&own, None, Presence::Online).word
