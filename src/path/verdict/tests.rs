@@ -1,3 +1,5 @@
+//! The verdict of every cell of the matrix of NATs, and of all that lies beside it.
+
 use super::*;
 use crate::path::side::{Facts, Tried};
 
