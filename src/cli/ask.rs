@@ -14,9 +14,14 @@ use crate::config::paths::{Paths, Role};
 use crate::daemon::node::Question;
 use crate::io::local::{LocalClient, LocalError, Reply};
 
-/// A daemon that says nothing for so long hangs: the slowest answer, that to `netcheck`, takes half
-/// of it.
-const ANSWER_LIMIT: Duration = Duration::from_secs(8);
+/// A daemon that says nothing for so long hangs. Of a node the slowest answer, that to `netcheck`,
+/// takes half of it; a server says after 15 s that its store does not take a change.
+fn answer_limit(role: Role) -> Duration {
+    match role {
+        Role::Node => Duration::from_secs(8),
+        Role::Server => Duration::from_secs(20),
+    }
+}
 
 /// Where the running node is asked.
 #[derive(Debug, Clone, Args)]
@@ -91,8 +96,9 @@ impl Answers {
     /// # Errors
     /// When the daemon says no.
     pub fn next_answer<A: DeserializeOwned>(&mut self) -> Result<Option<A>, Failure> {
+        let limit = answer_limit(self.role);
         let reply: Result<Option<Reply<A>>, _> = self.runtime.block_on(async {
-            let next = tokio::time::timeout(ANSWER_LIMIT, self.client.next()).await;
+            let next = tokio::time::timeout(limit, self.client.next()).await;
             next.unwrap_or(Err(LocalError::TimedOut))
         });
         match reply.map_err(|error| unanswered(self.role, &error))? {
@@ -158,7 +164,7 @@ fn unanswered(role: Role, error: &LocalError) -> Failure {
         ),
         LocalError::TimedOut => Failure::new(
             format!("{} does not answer", running(role)),
-            format!("it took the question and was silent for {} s", ANSWER_LIMIT.as_secs()),
+            format!("it took the question and was silent for {} s", answer_limit(role).as_secs()),
             format!("look at what it says: {}; then start it anew: {}", log(role), restart(role)),
         )
         .code(NO_REPLY),
