@@ -45,7 +45,12 @@ pub fn run(args: &NetcheckArgs) -> Done {
     ];
     for server in &report.servers {
         let rtt = server.rtt_ms.map_or_else(|| "no answer".into(), |rtt| format!("{rtt:.1} ms"));
-        lines.push(format!("server      {}  {rtt}", server.address));
+        let mtu = server.path_mtu.map(|mtu| format!(", path MTU {mtu}")).unwrap_or_default();
+        let blocked = if server.udp_blocked { ", UDP blocked or server away" } else { "" };
+        lines.push(format!("server      {}  {rtt}{mtu}{blocked}", server.address));
+    }
+    for peer in &report.forecast {
+        lines.push(format!("peer        {}  {}: {}", peer.name, peer.forecast, peer.reason));
     }
     lines.push(String::new());
     lines.push(report.verdict);

@@ -18,7 +18,7 @@ use crate::daemon::node::{
 use crate::io::files::FileError;
 use crate::io::link::ConnectError;
 use crate::io::local::LocalError;
-use crate::io::tun::TunError;
+use crate::io::tun::{TunError, check_name};
 use crate::node::{Node, NodeSettings};
 use crate::telemetry;
 use crate::types::NodeName;
@@ -160,6 +160,11 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
     if !(1280..=9000).contains(&mtu) {
         return Err(unusable(&path, format!("mtu = {mtu}"), MTU_RANGE));
     }
+    let interface = args.interface.or(file.interface).unwrap_or_else(|| DEFAULT_INTERFACE.into());
+    check_name(&interface).map_err(|error| {
+        let cause = "the name comes from --interface, OVERLAY_INTERFACE or the configuration";
+        Failure::new(&error, cause, error.help()).code(USAGE)
+    })?;
     let listen_port = args.listen_port.or(file.listen_port);
     Ok(NodeOptions {
         join: args.join.as_deref().map(join_line).transpose()?,
@@ -169,7 +174,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         })),
         state_dir: args.state_dir.or(file.state_dir).unwrap_or(paths.state_dir),
         socket: args.socket.or(file.socket).unwrap_or(paths.socket),
-        interface: args.interface.or(file.interface).unwrap_or_else(|| DEFAULT_INTERFACE.into()),
+        interface,
         listen_port,
         mtu,
         settings: NodeSettings {

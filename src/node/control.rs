@@ -66,6 +66,7 @@ impl Node {
     }
 
     fn handle_update(&mut self, update: &NetmapUpdate, now: Instant) {
+        let leaving = self.leaving(update, now);
         let diff = match self.netmap.apply(update) {
             Ok(diff) => diff,
             Err(error) => {
@@ -75,6 +76,7 @@ impl Node {
                 return;
             }
         };
+        self.note_removed(leaving);
         for id in &diff.removed {
             self.drop_peer(*id);
         }
@@ -133,6 +135,7 @@ impl Node {
         if !first {
             self.announced_at = None;
             self.prediction.forget();
+            self.filter_test = super::nat::FilterTest::default();
             self.update_signalling();
             self.relay.hurry(now);
             self.handle_relay_timeout(now);

@@ -17,22 +17,30 @@
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
 //! - `status`: read-only views
+//! - `nat`: what the network in front of us does
+//! - `report`: both sides' views of a path, asked for and told
+//! - `history`: what became of the paths to a peer
 
 mod control;
 mod disco;
 mod handshake;
+mod history;
 mod mapped;
+mod nat;
 mod netmap;
 mod peer;
 mod predict;
 mod relay;
+mod report;
 mod signalling;
 mod sockets;
 mod status;
 mod timers;
 
+pub use history::{History, PathChange, PathRecord, PathTimes};
 pub use mapped::Knocked;
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
+pub use report::{Explanation, RemovedPeer};
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
 
@@ -50,9 +58,11 @@ use crate::types::{Candidate, NodeId, PublicKey, SecretKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use mapped::Mapped;
+use nat::FilterTest;
 use peer::PeerControl;
 use predict::Prediction;
 use relay::RelayClient;
+use report::Removed;
 use sockets::Sockets;
 
 /// What can be set about a node.
@@ -97,6 +107,8 @@ pub enum Event {
     },
     /// What came of [`Node::knock`].
     Knocked(Knocked),
+    /// A peer told how it sees the ways between us.
+    Reported(NodeId),
     /// The server ended this membership, or does not know it.
     Refused(RefusedCode, String),
 }
@@ -141,6 +153,8 @@ pub struct Node {
     engine_tick_at: Option<Instant>,
     datagrams: UdpBatch,
     prediction: Prediction,
+    filter_test: FilterTest,
+    removed: Removed,
     sockets: Sockets,
     openers: VecDeque<Opener>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
@@ -185,6 +199,8 @@ impl Node {
             engine_tick_at: None,
             datagrams: UdpBatch::default(),
             prediction: Prediction::default(),
+            filter_test: FilterTest::default(),
+            removed: Removed::default(),
             sockets: Sockets::default(),
             openers: VecDeque::new(),
             scratch: VecDeque::new(),

@@ -65,6 +65,12 @@ impl RelayClient {
         self.session.as_ref().is_some_and(|session| session.bound)
     }
 
+    /// Whether UDP reaches the server and comes back; none when that is not known yet.
+    pub(super) fn udp_works(&self) -> Option<bool> {
+        let session = self.session.as_ref()?;
+        (session.bound || session.unanswered >= SILENT_BINDS).then_some(session.bound)
+    }
+
     pub(super) fn rtt(&self) -> Option<Duration> {
         self.session.as_ref().and_then(|session| session.rtt)
     }

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Control, always 50 bytes, so an answer is never larger than its question and the server cannot
-//! be used to amplify traffic to a forged source.
+//! be used to amplify traffic to a forged source. Only a reflect may have any padding behind it: its
+//! answer tells that a datagram of that size arrives.
 //!
 //! ```text
 //!  0      1      2      3       4        8          16                    34        50
@@ -214,7 +215,8 @@ impl Control {
     /// # Errors
     /// When the length, version or type is not one of ours.
     pub fn parse(datagram: &[u8]) -> Result<Self, RelayError> {
-        if datagram.len() != CONTROL_LEN {
+        let padded = datagram.len() > CONTROL_LEN && datagram.get(2) == Some(&REFLECT);
+        if datagram.len() != CONTROL_LEN && !padded {
             return Err(RelayError::WrongLength);
         }
         let mut reader = Reader(datagram);
@@ -302,6 +304,19 @@ mod tests {
             Control::Knocked { tx: TxId([1; 12]), at: observed },
         ] {
             assert_eq!(Control::parse(&message.encode(Some(&key))), Ok(message));
+        }
+    }
+
+    #[test]
+    fn only_a_reflect_question_may_be_padded() {
+        let question = Control::Reflect { tx: TxId([1; 12]), from_other_port: false };
+        let answer =
+            Control::Reflected { tx: TxId([1; 12]), observed: "203.0.113.9:1".parse().unwrap() };
+        let bind = Control::Bind { node: node(), counter: 7 };
+        let padded = |message: Control| [&message.encode(None)[..], &[0; 1400]].concat();
+        assert_eq!(Control::parse(&padded(question)), Ok(question));
+        for message in [answer, bind] {
+            assert_eq!(Control::parse(&padded(message)), Err(RelayError::WrongLength));
         }
     }
 

@@ -3,13 +3,15 @@
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`)
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
 //! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `portmap`
-//! a port of the router, `local` answers the command line, `netcheck`
-//! measures the network in front of us.
+//! a port of the router, `local` answers the command line, `explain` has its answers about paths,
+//! `netcheck` measures the network in front of us.
 
+pub mod explain;
 mod extra;
 mod interface;
 mod local;
 mod netcheck;
+mod path_mtu;
 mod portmap;
 pub mod report;
 mod scratch;
@@ -82,6 +84,10 @@ struct Daemon {
     port_mapping: Option<PortMapping>,
     pings: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_token: u64,
+    /// Who waits for a peer's half of the view.
+    halves: BTreeMap<NodeId, Vec<oneshot::Sender<()>>>,
+    /// The overlay address can be used.
+    ready: bool,
     rescan_at: Option<Instant>,
     save_at: Option<Instant>,
     out: UdpBatch,
@@ -293,6 +299,12 @@ impl Daemon {
                 }
             }
             Event::Knocked(knocked) => self.handle_knocked(knocked, now),
+            Event::Reported(peer) => {
+                for waiting in self.halves.remove(&peer).unwrap_or_default() {
+                    // The command may have gone away meanwhile.
+                    let _ = waiting.send(());
+                }
+            }
             Event::Refused(code, message) => self.handle_refused(code, message),
         }
         Ok(())

@@ -156,6 +156,25 @@ pub struct Netcheck {
     pub servers: Vec<ServerProbe>,
     /// What it means, in a sentence.
     pub verdict: String,
+    /// What is to be expected of the path to each peer.
+    #[serde(default)]
+    pub forecast: Vec<Forecast>,
+}
+
+/// What is to be expected of the path to a peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Forecast {
+    /// Eight hex digits.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// `direct`, `direct-after-prediction`, `relay-unless-guessed`, `relay`, `relay-tcp`, `offline`
+    /// or `unknown`.
+    pub forecast: String,
+    /// Why, in a sentence.
+    pub reason: String,
+    /// The path of this moment.
+    pub path: PathReport,
 }
 
 /// The NAT in front of us.
@@ -184,6 +203,13 @@ pub struct ServerProbe {
     pub address: String,
     /// Round trip in milliseconds, when it answered.
     pub rtt_ms: Option<f64>,
+    /// Whether UDP to it is blocked, as far as silence tells.
+    #[serde(default)]
+    pub udp_blocked: bool,
+    /// The largest of some usual sizes of IP packets that arrives there uncut, in bytes; none when
+    /// that could not be measured.
+    #[serde(default)]
+    pub path_mtu: Option<u16>,
 }
 
 /// `overlay ip --json`.

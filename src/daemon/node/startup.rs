@@ -223,6 +223,8 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         port_mapping,
         pings: std::collections::BTreeMap::new(),
         next_token: 0,
+        halves: std::collections::BTreeMap::new(),
+        ready: false,
         rescan_at: None,
         save_at: None,
         out: UdpBatch::default(),
@@ -232,6 +234,8 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         ended: None,
     };
     daemon.scan_interfaces().await;
+    // From here on commands are answered, though most of them with "not enrolled yet".
+    let local = serve_local(listener, request_sender);
     if let Some(identity) = daemon.node.netmap().identity.clone()
         && !daemon.options.enrol_only
     {
@@ -248,7 +252,7 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
     }
     let threads = Threads::start(&ports, &note_sender)
         .map_err(|source| StartError::Io { action: "starting the packet threads", source })?;
-    let local = serve_local(listener, request_sender);
+    daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;
     drop(local);

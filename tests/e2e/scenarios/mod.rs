@@ -17,6 +17,7 @@ mod server;
 mod server_loss;
 mod service;
 mod spoof;
+mod why;
 
 /// All tests; those that check the lab itself come first.
 pub(crate) fn all() -> Vec<Case> {
@@ -32,6 +33,7 @@ pub(crate) fn all() -> Vec<Case> {
         offload::cases(),
         netcheck::cases(),
         portmap::cases(),
+        why::cases(),
         commands::cases(),
         local::cases(),
         lab::cases(),
