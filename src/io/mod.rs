@@ -10,3 +10,4 @@ pub mod os;
 mod sys;
 pub mod tun;
 pub mod udp;
+pub mod wake;

@@ -11,6 +11,7 @@
 //! - `predict`: which ports our NAT will give us next
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
+//! - `roam`: other addresses, other routes, and waking up
 //! - `netmap`: the network as the server described it, also on disk
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
@@ -23,6 +24,7 @@ mod netmap;
 mod peer;
 mod predict;
 mod relay;
+mod roam;
 mod signalling;
 mod status;
 mod timers;
@@ -121,6 +123,7 @@ pub struct Node {
     /// Since when the server knows the endpoint that our NAT gives us.
     announced_at: Option<Instant>,
     call_epoch: u64,
+    asked_server_at: Option<Instant>,
     open_pings: BTreeMap<crate::types::TxId, (u64, Instant)>,
     traffic_tick_at: Option<Instant>,
     engine_tick_at: Option<Instant>,
@@ -162,6 +165,7 @@ impl Node {
             announced: Vec::new(),
             announced_at: None,
             call_epoch,
+            asked_server_at: None,
             open_pings: BTreeMap::new(),
             traffic_tick_at: None,
             engine_tick_at: None,

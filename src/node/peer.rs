@@ -191,6 +191,9 @@ impl Node {
         if moved {
             self.handle_path_change(id, now);
         }
+        if self.peers.get(&id).is_some_and(|peer| peer.agent.is_asking()) {
+            self.handle_silent_path(now);
+        }
     }
 
     /// There is another path: what waited for one goes. A handshake under way on a path that was

@@ -102,6 +102,16 @@ impl RelayClient {
         }
     }
 
+    /// Checks now whether the server still answers, and opens our NAT for it; an answer that is
+    /// waited for already is waited for as before.
+    pub(super) fn ask(&mut self, now: Instant) {
+        if let Some(session) = &mut self.session
+            && session.unanswered == 0
+        {
+            session.next_at = now;
+        }
+    }
+
     /// Checks soon whether the server still answers.
     pub(super) fn hurry(&mut self, now: Instant) {
         if let Some(session) = &mut self.session {

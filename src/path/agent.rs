@@ -225,7 +225,11 @@ impl PathAgent {
             fresh |= !self.endpoints.contains_key(&remote);
             self.endpoints.entry(remote).or_insert_with(|| Endpoint::new(kind));
         }
-        if fresh && self.wanted && !self.is_direct() {
+        if !fresh {
+        } else if self.is_direct() {
+            // The peer's NAT has given it another endpoint, perhaps in place of ours.
+            self.verify(now);
+        } else if self.wanted {
             self.start_round(Cause::ToldBoth, now);
         }
     }
@@ -235,6 +239,7 @@ impl PathAgent {
         if epoch < self.call_epoch {
             return;
         }
+        let moved = self.call_epoch != 0 && epoch > self.call_epoch;
         self.call_epoch = epoch;
         // Guesses age fast: the newest ones replace all others.
         let called = |remote: &SocketAddr| candidates.iter().any(|it| it.endpoint == *remote);
@@ -251,6 +256,9 @@ impl PathAgent {
         if self.is_direct() {
             // The peer is not direct, or it has moved: does our path still lead to it?
             self.verify(now);
+            if moved {
+                self.handle_peer_moved(now);
+            }
         } else {
             self.start_round(Cause::Called, now);
         }
@@ -276,6 +284,7 @@ impl PathAgent {
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
         for endpoint in self.endpoints.values_mut() {
             endpoint.forget();
+            endpoint.local = None;
             endpoint.penalty_until = None;
         }
         self.relay_prober.forget();

@@ -2,13 +2,14 @@
 //!
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`)
 //! move packets. `startup` makes all of it, `state` is what is on disk, `uplink` keeps the control
-//! connection, `interface` the TUN interface, `local` answers the command line, `netcheck`
+//! connection, `interface` the TUN interface, `roam` follows the network around us, `local` answers the command line, `netcheck`
 //! measures the network in front of us.
 
 mod interface;
 mod local;
 mod netcheck;
 pub mod report;
+mod roam;
 mod scratch;
 mod startup;
 mod state;
@@ -30,20 +31,18 @@ use tokio::sync::{mpsc, oneshot};
 use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound};
 use crate::io::clock;
 use crate::io::link::{ConnectError, Inbound};
-use crate::io::os::Changes;
 use crate::node::{Event, Node};
 use crate::path::Answer;
 use crate::types::NodeId;
 use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
 use interface::Interface;
 use local::Request;
+use roam::Surroundings;
 use scratch::ScratchAnswer;
 use state::StateDir;
 use threads::{Ports, send_all, send_opener, write_tun};
 use uplink::{Uplink, UplinkEvent};
 
-/// Changes of addresses come in groups; the last one counts.
-const NETWORK_SETTLE: Duration = Duration::from_millis(100);
 /// The netmap changes in groups too, and a lost one only costs a re-fetch.
 const SAVE_DELAY: Duration = Duration::from_millis(500);
 /// Notes taken in one turn, so that no flood starves the other sources.
@@ -74,10 +73,9 @@ struct Daemon {
     requests: mpsc::Receiver<Request>,
     /// Both ends: the daemon hands the one to every scratch socket.
     scratch: (mpsc::Sender<ScratchAnswer>, mpsc::Receiver<ScratchAnswer>),
-    changes: Option<Changes>,
+    surroundings: Surroundings,
     pings: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_token: u64,
-    rescan_at: Option<Instant>,
     save_at: Option<Instant>,
     out: UdpBatch,
     options: NodeOptions,
@@ -106,6 +104,7 @@ impl Daemon {
             biased;
             () = stop.wait() => self.ended = Some(Ended::Stopped),
             Some(request) = self.requests.recv() => self.handle_request(request),
+            surprise = self.surroundings.next() => self.handle_surprise(surprise, clock::now()),
             event = self.uplink.next() => self.handle_uplink(event),
             Some(note) = self.notes.recv() => {
                 let now = clock::now();
@@ -118,9 +117,6 @@ impl Daemon {
             Some((from, answer)) = self.scratch.1.recv() => {
                 self.node.handle_scratch(from, &answer, clock::now());
             }
-            () = network_change(self.changes.as_mut()) => {
-                self.rescan_at.get_or_insert(clock::now() + NETWORK_SETTLE);
-            }
             () = sleep => {}
         }
         let now = clock::now();
@@ -130,6 +126,7 @@ impl Daemon {
             self.uplink.reconnect();
             self.handle_link_down();
         }
+        self.check_proof(now);
         self.node.handle_timeout(now);
     }
 
@@ -137,7 +134,9 @@ impl Daemon {
         let silence = self.server.map(|_| {
             self.heard_server + Duration::from_secs(SILENCE_LIMIT_S) + Duration::from_millis(10)
         });
-        [self.node.poll_timeout().map(|(at, _)| at), self.rescan_at, self.save_at, silence]
+        let node = self.node.poll_timeout().map(|(at, _)| at);
+        let Surroundings { rescan_at, .. } = self.surroundings;
+        [node, rescan_at, self.surroundings.proof_due(), self.save_at, silence]
             .into_iter()
             .flatten()
             .min()
@@ -235,13 +234,16 @@ impl Daemon {
         send_all(&self.ports, &out);
         self.out = out;
         while let Some(message) = self.node.poll_message() {
+            if message.ping.is_some() {
+                self.note_asked(now);
+            }
             if let Some(link) = self.ports.link() {
                 // When the link is full or gone, the next hello says the same.
                 let _ = link.try_send_control(control::encode(&message));
             }
         }
-        if self.rescan_at.is_some_and(|at| at <= now) {
-            self.rescan_at = None;
+        if self.surroundings.rescan_at.is_some_and(|at| at <= now) {
+            self.surroundings.rescan_at = None;
             if !self.options.enrol_only {
                 self.mend_interface(now).await;
             }
@@ -317,34 +319,5 @@ impl Daemon {
         if let Err(error) = self.state.save_netmap(self.node.netmap()) {
             tracing::warn!(%error, "the netmap could not be saved");
         }
-    }
-
-    /// Tells the core at which addresses our sockets can be reached.
-    async fn scan_interfaces(&mut self) {
-        let own = self.interface.as_ref().map(Interface::index);
-        match interface::host_endpoints(&self.ports, own).await {
-            Ok(endpoints) => {
-                let gone = self.link_local.filter(|local| {
-                    !local.is_loopback() && !endpoints.iter().any(|it| it.ip() == *local)
-                });
-                if gone.is_some() && self.server.is_some() {
-                    // The connection cannot answer any more, and TCP would take its time to say so.
-                    tracing::info!("the address of the control connection is gone");
-                    self.uplink.reconnect();
-                    self.handle_link_down();
-                }
-                self.node.handle_host_endpoints(endpoints, clock::now());
-            }
-            Err(error) => tracing::warn!(%error, "the local addresses could not be read"),
-        }
-    }
-}
-
-async fn network_change(changes: Option<&mut Changes>) {
-    match changes {
-        Some(changes) => {
-            changes.changed().await;
-        }
-        None => std::future::pending().await,
     }
 }

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::interface::InterfaceError;
 use super::local::serve_local;
+use super::roam::Surroundings;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
@@ -19,7 +20,6 @@ use crate::dataplane::UdpBatch;
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
-use crate::io::os::Netlink;
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::types::{NetworkId, NodeName};
@@ -194,9 +194,6 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         server_keys: enrolment.server_keys.clone(),
         machine_key: keys.machine,
     });
-    let changes = Netlink::changes()
-        .inspect_err(|error| tracing::warn!(%error, "changes of the network are not noticed"))
-        .ok();
     let mut daemon = Daemon {
         node,
         ports: Arc::clone(&ports),
@@ -210,10 +207,9 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         notes,
         requests,
         scratch: mpsc::channel(SCRATCH_QUEUE),
-        changes,
+        surroundings: Surroundings::watch(),
         pings: std::collections::BTreeMap::new(),
         next_token: 0,
-        rescan_at: None,
         save_at: None,
         out: UdpBatch::default(),
         options,

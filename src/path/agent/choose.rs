@@ -49,7 +49,11 @@ impl PathAgent {
                 let settled = self
                     .last_switch
                     .is_none_or(|at| now.saturating_duration_since(at) >= SWITCH_SPACING);
-                if better.clearly_beats(score) && settled { Some(via) } else { Some(same) }
+                if better.clearly_beats(score) && settled {
+                    Some(via)
+                } else {
+                    self.instead_of_a_doubted(now).or(Some(same))
+                }
             }
             (Some((_, via)), None) => Some(via),
             (None, _) => self.relay,
@@ -65,6 +69,13 @@ impl PathAgent {
         if !moved {
             return;
         }
+        if let (Some(Via::Direct { remote, .. }), Some(_)) = (from, self.doubt.doubled_since())
+            && let Some(endpoint) = self.endpoints.get_mut(&remote)
+        {
+            // It still owes an answer, and counts for nothing until it comes.
+            endpoint.heard = None;
+            endpoint.prober.prove_again(now);
+        }
         self.primary_since = now;
         self.why = why;
         self.doubt = Doubt::default();
@@ -78,6 +89,22 @@ impl PathAgent {
             self.keepalive_at = None;
         }
         self.events.push_back(PathEvent::Primary { from, to: next, why });
+    }
+
+    /// While the primary owes an answer for so long that data is doubled: the best path that did
+    /// answer in this time.
+    fn instead_of_a_doubted(&self, now: Instant) -> Option<Via> {
+        let since = self.doubt.doubled_since()?;
+        self.endpoints
+            .iter()
+            .filter(|(_, endpoint)| endpoint.penalty_until.is_none_or(|until| until <= now))
+            .filter(|(_, endpoint)| endpoint.prober.last_pong().is_some_and(|at| at >= since))
+            .filter_map(|(remote, endpoint)| {
+                let score = Score::of(*remote, endpoint.prober.srtt()?);
+                Some((score, Via::Direct { remote: *remote, local: endpoint.local }))
+            })
+            .min()
+            .map(|(_, via)| via)
     }
 
     pub(super) fn act_on(&mut self, suspicion: Suspicion, now: Instant) {

@@ -112,9 +112,33 @@ impl PathAgent {
         self.retry_at = Some(now + wait);
     }
 
+    /// The peer says that it has moved while our path leads to where it was: until something is
+    /// heard there, data goes by the relay too, and the new endpoints are tried.
+    pub(super) fn handle_peer_moved(&mut self, now: Instant) {
+        self.doubt.handle_moved(now);
+        self.round_at = None;
+        self.start_round(Cause::Called, now);
+    }
+
+    /// We can be reached at more addresses than before: there may be a better path, and what was
+    /// proved still holds.
+    pub fn handle_more_addresses(&mut self, now: Instant) {
+        if self.wanted {
+            self.round_at = None;
+            self.start_round(Cause::Wanted, now);
+        }
+    }
+
+    /// Whether the path in use was asked for a sign of life, and has not answered yet.
+    #[must_use]
+    pub fn is_asking(&self) -> bool {
+        self.is_direct() && self.doubt.is_asking()
+    }
+
     /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
     pub fn handle_own_candidates(&mut self, now: Instant) {
-        if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
+        let settled = self.is_direct() && !self.doubt.is_asking();
+        if let (Some(via), false, true) = (self.relay, settled, self.wanted) {
             self.called_at = Some(now);
             self.transmits.push_back(PathTransmit::CallMeMaybe { via });
             // The peer probes when the call arrives, and wants our NAT open then: a fresh ladder,
