@@ -15,12 +15,12 @@ use crate::io::wake::{WakeWatch, Woke};
 
 /// Changes come in groups: a moment after the first one all of it is read.
 const SETTLE: Duration = Duration::from_millis(5);
-/// The shortest time between two looks. It doubles from look to look,
+/// The shortest time between two looks,
 const SPACING: Duration = Duration::from_millis(20);
-/// up to this, while changes go on,
-const MAX_SPACING: Duration = Duration::from_secs(2);
-/// and is short again after so long without any.
-const QUIET: Duration = Duration::from_secs(5);
+/// as long as these are not used up: in a storm of changes, one look comes back with each
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// up to so many at once.
+const LOOKS: u32 = 8;
 /// A sign of life that was asked for on the control connection comes within this, or within
 /// several round trips: the segment that asks may be lost and sent again.
 const PROOF_LIMIT: Duration = Duration::from_millis(1_500);
@@ -31,8 +31,9 @@ pub(super) struct Surroundings {
     wake: Option<WakeWatch>,
     underlay: Option<Underlay>,
     pub(super) rescan_at: Option<Instant>,
-    scanned_at: Option<Instant>,
-    spacing: Duration,
+    looked_at: Option<Instant>,
+    /// As if this time had been without changes: what is older than the looks that are left.
+    quiet_since: Option<Instant>,
     /// When the server was asked for a sign of life, and until when it is waited for.
     asked: Option<(Instant, Instant)>,
 }
@@ -57,8 +58,8 @@ impl Surroundings {
             wake: wake.ok(),
             underlay: None,
             rescan_at: None,
-            scanned_at: None,
-            spacing: SPACING,
+            looked_at: None,
+            quiet_since: None,
             asked: None,
         }
     }
@@ -86,15 +87,16 @@ impl Surroundings {
 
     /// Plans a look; one that is planned already takes in this change, too.
     fn plan_look(&mut self, now: Instant) {
-        let soonest = self.scanned_at.map_or(now, |at| at + self.spacing);
-        self.rescan_at.get_or_insert(soonest.max(now + SETTLE));
+        let spaced = self.looked_at.map_or(now, |at| at + SPACING);
+        let earned = self.quiet_since.map_or(now, |since| since + LOOK_EVERY);
+        self.rescan_at.get_or_insert(earned.max(spaced).max(now + SETTLE));
     }
 
+    /// A look costs one of those that are left.
     fn note_look(&mut self, now: Instant) {
-        let recent = |at: Instant| now.saturating_duration_since(at) < QUIET;
-        let again = self.scanned_at.is_some_and(recent);
-        self.spacing = if again { (self.spacing * 2).min(MAX_SPACING) } else { SPACING };
-        self.scanned_at = Some(now);
+        let full = now.checked_sub(LOOK_EVERY * LOOKS);
+        self.quiet_since = self.quiet_since.max(full).map(|since| since + LOOK_EVERY);
+        self.looked_at = Some(now);
     }
 
     /// When a sign of life of the server is overdue.
@@ -212,8 +214,8 @@ mod tests {
             wake: None,
             underlay: None,
             rescan_at: None,
-            scanned_at: None,
-            spacing: SPACING,
+            looked_at: None,
+            quiet_since: None,
             asked: None,
         }
     }
@@ -233,7 +235,8 @@ mod tests {
             }
         }
         assert_eq!(looks[0], 5, "the first change is looked at at once");
-        assert!(looks.len() < 20, "{looks:?}");
+        assert!(looks[5] < 150, "and some more: {looks:?}");
+        assert!(looks.len() < 20 + 10, "{looks:?}");
         let later = start + Duration::from_secs(40);
         surroundings.rescan_at = None;
         surroundings.plan_look(later);

@@ -49,7 +49,8 @@ impl PathAgent {
                 let settled = self
                     .last_switch
                     .is_none_or(|at| now.saturating_duration_since(at) >= SWITCH_SPACING);
-                if better.clearly_beats(score) && settled {
+                let nearer = better.is_nearer_than(score);
+                if better.clearly_beats(score) && (settled || nearer) {
                     Some(via)
                 } else {
                     self.instead_of_a_doubted(now).or(Some(same))

@@ -2,7 +2,9 @@
 
 use crate::case::Case;
 
+mod candidates;
 mod commands;
+
 mod enrol;
 mod lab;
 mod local;
@@ -10,8 +12,10 @@ mod matrix;
 mod members;
 mod netcheck;
 mod offload;
+mod places;
 mod recipes;
 mod relay;
+mod roam;
 mod server;
 mod server_loss;
 mod service;
@@ -21,7 +25,10 @@ mod spoof;
 pub(crate) fn all() -> Vec<Case> {
     let subjects = [
         recipes::cases(),
+        candidates::cases(),
         matrix::cases(),
+        places::cases(),
+        roam::cases(),
         relay::cases(),
         server_loss::cases(),
         server::cases(),
