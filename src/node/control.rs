@@ -83,8 +83,8 @@ impl Node {
         if !(diff.removed.is_empty() && diff.replaced.is_empty()) {
             self.publish();
         }
-        for id in diff.replaced.iter().chain(&diff.changed) {
-            self.update_peer(*id, now);
+        for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
+            self.update_peer(id, now);
         }
         self.events.push_back(Event::Save);
     }

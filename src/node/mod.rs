@@ -13,6 +13,7 @@
 //! - `handshake`: WireGuard handshakes in and out
 //! - `roam`: other addresses, other routes, and waking up
 //! - `netmap`: the network as the server described it, also on disk
+//! - `pace`: paths that nobody has asked for are made one after the other
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
 //! - `status`: read-only views
@@ -21,6 +22,7 @@ mod control;
 mod disco;
 mod handshake;
 mod netmap;
+mod pace;
 mod peer;
 mod predict;
 mod relay;
@@ -45,6 +47,7 @@ use crate::path::{Answer, Via};
 use crate::types::{Candidate, NodeId, PublicKey, SecretKey};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
+use pace::Pace;
 use peer::PeerControl;
 use predict::Prediction;
 use relay::RelayClient;
@@ -117,6 +120,7 @@ pub struct Node {
     peers_by_tag: BTreeMap<Tag, NodeId>,
     peers_by_key: BTreeMap<PublicKey, NodeId>,
     relay: RelayClient,
+    pace: Pace,
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
     announced: Vec<Candidate>,
@@ -160,6 +164,7 @@ impl Node {
             peers_by_tag: BTreeMap::new(),
             peers_by_key: BTreeMap::new(),
             relay: RelayClient::default(),
+            pace: Pace::default(),
             link_up: false,
             host_endpoints: Vec::new(),
             announced: Vec::new(),

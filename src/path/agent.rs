@@ -147,6 +147,7 @@ pub struct PathAgent {
     call_epoch: u64,
     retry_at: Option<Instant>,
     retries: usize,
+    used_at: Option<Instant>,
     guesses: usize,
     keepalive_at: Option<Instant>,
     transmits: VecDeque<PathTransmit>,
@@ -174,6 +175,7 @@ impl PathAgent {
             call_epoch: 0,
             retry_at: None,
             retries: 0,
+            used_at: None,
             guesses: 0,
             keepalive_at: None,
             transmits: VecDeque::new(),
@@ -358,6 +360,9 @@ impl PathAgent {
     pub fn handle_traffic(&mut self, traffic: Traffic, now: Instant) {
         let Some(Via::Direct { remote, .. }) = self.primary else {
             self.doubt = Doubt::default();
+            if let Some(sent) = traffic.sent {
+                self.note_relayed(sent, now);
+            }
             return;
         };
         let Some(endpoint) = self.endpoints.get_mut(&remote) else { return };
