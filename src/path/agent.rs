@@ -266,15 +266,6 @@ impl PathAgent {
         }
     }
 
-    /// Asks the direct path, if it carries data, whether it still leads to the peer; silence moves
-    /// data away within a second.
-    pub fn verify(&mut self, now: Instant) {
-        if let Some(via @ Via::Direct { .. }) = self.primary {
-            self.ping(via, now);
-            self.doubt.handle_keepalive(now);
-        }
-    }
-
     /// Whether this endpoint is one of the peer's.
     #[must_use]
     pub fn knows(&self, remote: SocketAddr) -> bool {

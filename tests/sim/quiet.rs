@@ -65,7 +65,6 @@ fn an_hour(world: &mut World) -> Vec<(usize, usize)> {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "the figures of a run are worth reading")]
 fn an_idle_pair_sends_one_small_packet_per_keepalive() {
     for (kinds, direct) in
         [([PortRestricted; 2], true), ([None, PortRestricted], true), ([Symmetric; 2], false)]
@@ -84,7 +83,6 @@ fn an_idle_pair_sends_one_small_packet_per_keepalive() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "the figures of a run are worth reading")]
 fn a_network_that_starts_at_once_is_no_flood() {
     for (nodes, bound) in [(7, 150), (32, 400)] {
         let mut world = network(std::iter::repeat_n(PortRestricted, nodes));

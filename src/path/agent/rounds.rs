@@ -123,6 +123,15 @@ impl PathAgent {
         self.retry_at = Some(now + wait);
     }
 
+    /// Asks the direct path, if it carries data, whether it still leads to the peer; silence moves
+    /// data away within a second.
+    pub fn verify(&mut self, now: Instant) {
+        if let Some(via @ Via::Direct { .. }) = self.primary {
+            self.ping(via, now);
+            self.doubt.handle_keepalive(now);
+        }
+    }
+
     /// The peer says that it has moved while our path leads to where it was: until something is
     /// heard there, data goes by the relay too, and the new endpoints are tried.
     pub(super) fn handle_peer_moved(&mut self, now: Instant) {
