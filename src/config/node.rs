@@ -26,6 +26,8 @@ pub struct NodeConfig {
     pub rekey_after_s: Option<u16>,
     /// Make paths before they are used in networks of up to so many peers. Default: 64.
     pub eager_peers: Option<u16>,
+    /// Look for a path between hard NATs by chance when nothing else has led to one. Default: true.
+    pub birthday_probing: Option<bool>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
     pub tun_offload: Option<bool>,
     /// Send many datagrams in one call. Default: true.
@@ -61,6 +63,7 @@ mod tests {
             mtu,
             rekey_after_s,
             eager_peers,
+            birthday_probing,
             tun_offload,
             udp_gso,
             udp_gro,
@@ -68,6 +71,7 @@ mod tests {
         assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
+        assert!(birthday_probing.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
     }
 }

@@ -132,6 +132,7 @@ impl Node {
         if !first {
             self.announced_at = None;
             self.prediction.forget();
+            self.forget_punching(now);
             self.update_signalling();
             self.relay.hurry(now);
             self.handle_relay_timeout(now);

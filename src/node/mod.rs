@@ -9,6 +9,7 @@
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
 //! - `disco`: probes in and out
 //! - `predict`: which ports our NAT will give us next
+//! - `punch`: costly ways, agreed on with the peer; `birthday`: our part in them
 //! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
@@ -17,12 +18,14 @@
 //! - `timers`: everything that happens because time passes
 //! - `status`: read-only views
 
+mod birthday;
 mod control;
 mod disco;
 mod handshake;
 mod netmap;
 mod peer;
 mod predict;
+mod punch;
 mod relay;
 mod signalling;
 mod sockets;
@@ -30,6 +33,7 @@ mod status;
 mod timers;
 
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
+pub use punch::PunchCounters;
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
 
@@ -48,6 +52,7 @@ use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use peer::PeerControl;
 use predict::Prediction;
+use punch::Punching;
 use relay::RelayClient;
 use sockets::Sockets;
 
@@ -58,11 +63,17 @@ pub struct NodeSettings {
     pub rekey_after: Duration,
     /// In a network of up to so many peers, paths are made before anybody asks for them.
     pub eager_peers: usize,
+    /// Look for a path between hard NATs by chance when nothing else has led to one.
+    pub birthday_probing: bool,
 }
 
 impl Default for NodeSettings {
     fn default() -> Self {
-        Self { rekey_after: SessionSettings::default().rekey_after, eager_peers: 64 }
+        Self {
+            rekey_after: SessionSettings::default().rekey_after,
+            eager_peers: 64,
+            birthday_probing: true,
+        }
     }
 }
 
@@ -133,6 +144,7 @@ pub struct Node {
     datagrams: UdpBatch,
     prediction: Prediction,
     sockets: Sockets,
+    punching: Punching,
     openers: VecDeque<Opener>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     messages: VecDeque<ClientMessage>,
@@ -175,6 +187,7 @@ impl Node {
             datagrams: UdpBatch::default(),
             prediction: Prediction::default(),
             sockets: Sockets::default(),
+            punching: Punching::default(),
             openers: VecDeque::new(),
             scratch: VecDeque::new(),
             messages: VecDeque::new(),

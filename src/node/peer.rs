@@ -80,6 +80,7 @@ impl Node {
             self.peers_by_tag.retain(|_, peer| *peer != id);
             self.peers_by_key.retain(|_, peer| *peer != id);
             self.close_sockets_of(id);
+            self.punching.forget_peer(id);
         }
     }
 
@@ -193,6 +194,9 @@ impl Node {
             }
         }
         if moved {
+            if self.is_direct(id) {
+                self.note_direct(id, now);
+            }
             self.handle_path_change(id, now);
         }
     }

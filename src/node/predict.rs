@@ -51,6 +51,16 @@ impl Prediction {
         self.looking.map(|(_, at)| at + LOOK_LIMIT)
     }
 
+    /// Where the first reflector port sees the main socket.
+    pub(super) fn first_mapping(&self) -> Option<SocketAddr> {
+        self.first
+    }
+
+    /// Where the two reflector ports see the main socket.
+    pub(super) fn mappings(&self) -> Option<(SocketAddr, SocketAddr)> {
+        Some((self.first?, self.second?))
+    }
+
     fn is_stale(&self, now: Instant) -> bool {
         self.newest.is_some_and(|(_, at)| now.saturating_duration_since(at) >= FRESH)
     }

@@ -146,7 +146,11 @@ impl Node {
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
         if let Control::Reflected { tx, observed } = message {
             let ours = self.handle_reflected(from, tx, observed, now);
-            return if ours { Ok(()) } else { Err(DropReason::BadRelayFrame) };
+            return if ours || self.handle_fresh_port(tx, observed, now) {
+                Ok(())
+            } else {
+                Err(DropReason::BadRelayFrame)
+            };
         }
         let Some(session) = &mut self.relay.session else { return Err(DropReason::BadRelayFrame) };
         let Control::Bound { node, counter, observed } = message else {

@@ -157,6 +157,8 @@ pub struct PathAgent {
     retries: usize,
     guesses: usize,
     keepalive_at: Option<Instant>,
+    /// Since when the cheap ways are tried in vain.
+    stuck_since: Option<Instant>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -184,6 +186,7 @@ impl PathAgent {
             retries: 0,
             guesses: 0,
             keepalive_at: None,
+            stuck_since: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -199,6 +202,7 @@ impl PathAgent {
         }
         if self.wanted && !wanted {
             self.forget_extra_sockets(now);
+            self.stuck_since = None;
         }
         self.wanted = wanted;
     }
@@ -211,6 +215,9 @@ impl PathAgent {
         let appeared = self.relay.is_none() && relay.is_some();
         self.relay = relay;
         self.relay_prober.forget();
+        if relay.is_none() {
+            self.stuck_since = None;
+        }
         self.choose("the relay changed", now);
         if appeared && self.wanted {
             self.start_round(Cause::Wanted, now);
@@ -287,6 +294,7 @@ impl PathAgent {
     /// The local network changed: nothing that was proved holds.
     pub fn handle_network_change(&mut self, now: Instant) {
         self.forget_extra_sockets(now);
+        self.stuck_since = None;
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
         for endpoint in self.endpoints.values_mut() {
             endpoint.forget();

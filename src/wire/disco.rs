@@ -23,6 +23,7 @@ use chacha20poly1305::aead::{Aead, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 
 use super::cursor::{ENDPOINT_LEN, Reader, UnexpectedEnd, endpoint_bytes};
+use super::punch::Punch;
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, PublicKey, SecretKey, TxId};
 
 /// First byte of a disco packet.
@@ -41,6 +42,7 @@ pub const MAX_PACKET: usize = 9000;
 const PING: u8 = 1;
 const PONG: u8 = 2;
 const CALL_ME_MAYBE: u8 = 3;
+const PUNCH: u8 = 4;
 
 /// Which peer a disco packet is from, as that pair of nodes writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,6 +115,8 @@ pub enum Message {
         /// Where the sender may be reached.
         candidates: Vec<Candidate>,
     },
+    /// Agreement on a costly way to punch. Sent by relay. Layout: type 4, then that of [`Punch`].
+    Punch(Punch),
 }
 
 impl Message {
@@ -141,6 +145,11 @@ impl Message {
                 }
                 bytes
             }
+            Self::Punch(punch) => {
+                let mut bytes = vec![PUNCH];
+                punch.encode_into(&mut bytes);
+                bytes
+            }
         }
     }
 
@@ -166,6 +175,10 @@ impl Message {
                     candidates.push(Candidate::new(reader.endpoint()?, kind));
                 }
                 Ok(Self::CallMeMaybe { epoch, candidates })
+            }
+            PUNCH => {
+                let punch = Punch::decode(&mut reader)?;
+                punch.map(Self::Punch).ok_or(DiscoError::UnknownType { kind: PUNCH })
             }
             kind => Err(DiscoError::UnknownType { kind }),
         }

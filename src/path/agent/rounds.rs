@@ -83,6 +83,9 @@ impl PathAgent {
             }
         }
         if let Some(via) = self.relay {
+            if !self.is_direct() {
+                self.stuck_since.get_or_insert(now);
+            }
             let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
             let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
             if !self.called_at.is_some_and(recent) {
