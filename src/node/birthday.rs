@@ -48,8 +48,6 @@ pub(super) enum Part {
     Probing { address: IpAddr, left: usize, sent: usize },
     /// Take a fresh port; `asked` is the question where it is seen.
     Moving { socket: Option<SocketId>, asked: Option<TxId> },
-    /// The peer takes a fresh port, and calls.
-    Waiting,
 }
 
 impl Part {
@@ -69,7 +67,6 @@ impl Part {
     pub(super) fn delay(&self) -> Duration {
         match self {
             Self::Probing { .. } => HEAD_START,
-            Self::Waiting => MOVE_LIMIT * 2,
             _ => Duration::ZERO,
         }
     }
@@ -84,7 +81,6 @@ impl Part {
             Self::Opening { .. } => probing(all(PROBES)) + LAST_ANSWER,
             Self::Probing { left, .. } => probing(all(*left)),
             Self::Moving { .. } => MOVE_LIMIT,
-            Self::Waiting => MOVE_LIMIT + LAST_ANSWER,
         }
     }
 
@@ -141,7 +137,6 @@ impl Node {
                 run.next_at = now + ASK_AGAIN;
                 self.ask_about(id, socket);
             }
-            Part::Waiting => run.next_at = run.end_at,
         }
     }
 

@@ -180,6 +180,7 @@ impl Node {
             Step::Stop { found: false } if open.is_some() => self.end_run(true, now),
             // Its path is about to be proved on our side, too.
             Step::Stop { found: true } if open.is_some() => {
+                self.punching.counters.found += 1;
                 self.clear_run(now);
                 self.punching.history(id).postpone(STOPPED_WAIT, now);
             }
@@ -205,7 +206,7 @@ impl Node {
         }
         let tries = tries.max(self.punching.history(id).tries());
         let on = birthday && self.settings.birthday_probing;
-        match way(offer.nat, self.prediction.nat_hint(), on, tries) {
+        match way(offer.nat, self.prediction.nat_hint(), on, tries, own > Some(id)) {
             Some(way) if way.is_birthday() && !self.can_probe(now) => {
                 self.say(id, offer.run, Step::Busy);
             }
@@ -243,18 +244,15 @@ impl Node {
             self.punching.history(id).postpone(HOPELESS_WAIT, now);
             return self.say(id, said.run, Step::Stop { found: false });
         };
-        let ours = match way {
-            Way::OffererOpens | Way::OffererMoves => we_offered,
-            Way::AccepterOpens | Way::AccepterMoves => !we_offered,
-        };
-        let part = match (way.is_birthday(), ours) {
-            (true, true) => Part::opening(target),
-            (true, false) => match self.punching.budget.probes(now) {
-                Some(probes) => Part::probing(target.ip(), probes),
-                None => return self.say(id, said.run, Step::Stop { found: false }),
-            },
-            (false, true) => Part::moving(),
-            (false, false) => Part::Waiting,
+        let part = match (way, we_offered) {
+            (Way::BothMove, _) => Part::moving(),
+            (Way::OffererOpens, true) | (Way::AccepterOpens, false) => Part::opening(target),
+            (Way::OffererOpens, false) | (Way::AccepterOpens, true) => {
+                match self.punching.budget.probes(now) {
+                    Some(probes) => Part::probing(target.ip(), probes),
+                    None => return self.say(id, said.run, Step::Stop { found: false }),
+                }
+            }
         };
         let counters = &mut self.punching.counters;
         if way.is_birthday() {

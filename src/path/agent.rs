@@ -159,6 +159,8 @@ pub struct PathAgent {
     keepalive_at: Option<Instant>,
     /// Since when the cheap ways are tried in vain.
     stuck_since: Option<Instant>,
+    /// An extra socket by which the peer is tried, too.
+    fresh: Option<SocketId>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -187,6 +189,7 @@ impl PathAgent {
             guesses: 0,
             keepalive_at: None,
             stuck_since: None,
+            fresh: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -273,6 +276,7 @@ impl PathAgent {
             self.verify(now);
         } else {
             self.start_round(Cause::Called, now);
+            self.open_fresh(now);
         }
     }
 

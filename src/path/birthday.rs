@@ -10,7 +10,9 @@
 //! have a few thousand: so there is one run at a time, and [`Budget`] bounds what is alive.
 //!
 //! The other way is a fresh local port, for a pair that should be easy and was spoiled: a router
-//! whose own input is open holds on to a stranger's early datagram (see `agent::opener`).
+//! whose own input is open holds on to a stranger's early datagram (see `agent::opener`), moves the
+//! inside port to another one, and Linux goes on to use that for new destinations of the old port.
+//! Nobody can see which side it was, so both sides take a fresh one.
 
 use std::time::{Duration, Instant};
 
@@ -40,20 +42,26 @@ const NEXT_WAY: Duration = Duration::from_secs(1);
 /// Two sides do not end a try at the same instant.
 const SLACK: Duration = Duration::from_secs(1);
 
-/// Which way fits what the two sides know, and were it wrong. A hint decides who does what first;
-/// only two sides that both give every destination another port are left to the relay, for which
-/// 2^32 pairs of ports stand.
+/// Which way fits what the two sides know, and may be wrong about. A hint decides who does what
+/// first; only two sides that both give every destination another port are left to the relay: there
+/// are 2^32 pairs of ports. `low` tells whether the lower of the two ids offers, which is the same
+/// whoever offers next.
 #[must_use]
-pub fn way(offerer: NatHint, accepter: NatHint, birthday: bool, tries: u8) -> Option<Way> {
+pub fn way(
+    offerer: NatHint,
+    accepter: NatHint,
+    birthday: bool,
+    tries: u8,
+    low: bool,
+) -> Option<Way> {
     use NatHint::Varies;
     let way = match (offerer, accepter) {
         (Varies, Varies) => return None,
         (Varies, _) => Way::OffererOpens,
         (_, Varies) => Way::AccepterOpens,
         // Both look easy, or nobody knows: spoiled perhaps, or the hint is wrong.
-        _ if tries == 0 => Way::AccepterMoves,
-        _ if tries == 1 => Way::OffererMoves,
-        _ if tries.is_multiple_of(2) => Way::OffererOpens,
+        _ if tries == 0 => Way::BothMove,
+        _ if tries.is_multiple_of(2) == low => Way::OffererOpens,
         _ => Way::AccepterOpens,
     };
     (birthday || !way.is_birthday()).then_some(way)
@@ -179,25 +187,25 @@ mod tests {
         use NatHint::{Steady, Unknown, Varies};
         for other in [Steady, Unknown] {
             for tries in 0..5 {
-                assert_eq!(way(Varies, other, true, tries), Some(Way::OffererOpens));
-                assert_eq!(way(other, Varies, true, tries), Some(Way::AccepterOpens));
-                assert_eq!(way(Varies, other, false, tries), None, "switched off");
+                assert_eq!(way(Varies, other, true, tries, true), Some(Way::OffererOpens));
+                assert_eq!(way(other, Varies, true, tries, true), Some(Way::AccepterOpens));
+                assert_eq!(way(Varies, other, false, tries, true), None, "switched off");
             }
         }
-        assert_eq!(way(Varies, Varies, true, 0), None);
+        assert_eq!(way(Varies, Varies, true, 0, true), None);
     }
 
     #[test]
     fn a_hint_never_forbids_a_way() {
         use NatHint::{Steady, Unknown};
         for (a, b) in [(Steady, Steady), (Unknown, Steady), (Unknown, Unknown)] {
-            let ways: Vec<_> = (0..4).filter_map(|tries| way(a, b, true, tries)).collect();
-            assert_eq!(
-                ways,
-                [Way::AccepterMoves, Way::OffererMoves, Way::OffererOpens, Way::AccepterOpens]
-            );
-            assert_eq!(way(a, b, false, 1), Some(Way::OffererMoves), "costs nothing");
-            assert_eq!(way(a, b, false, 2), None);
+            let ways = |low| (0..3).filter_map(|tries| way(a, b, true, tries, low)).collect();
+            let by_low: Vec<Way> = ways(true);
+            assert_eq!(by_low, [Way::BothMove, Way::AccepterOpens, Way::OffererOpens]);
+            let by_high: Vec<Way> = ways(false);
+            assert_eq!(by_high, [Way::BothMove, Way::OffererOpens, Way::AccepterOpens]);
+            assert_eq!(way(a, b, false, 0, true), Some(Way::BothMove), "costs nothing");
+            assert_eq!(way(a, b, false, 1, true), None);
         }
     }
 

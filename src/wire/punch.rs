@@ -37,10 +37,8 @@ pub enum Way {
     OffererOpens,
     /// The other way round.
     AccepterOpens,
-    /// The one who offered takes a fresh local port.
-    OffererMoves,
-    /// The other one does.
-    AccepterMoves,
+    /// Both take a fresh local port.
+    BothMove,
 }
 
 impl Way {
@@ -54,13 +52,12 @@ impl Way {
         match self {
             Self::OffererOpens => 1,
             Self::AccepterOpens => 2,
-            Self::OffererMoves => 3,
-            Self::AccepterMoves => 4,
+            Self::BothMove => 3,
         }
     }
 
     fn from_code(code: u8) -> Option<Self> {
-        [Self::OffererOpens, Self::AccepterOpens, Self::OffererMoves, Self::AccepterMoves]
+        [Self::OffererOpens, Self::AccepterOpens, Self::BothMove]
             .into_iter()
             .find(|way| way.code() == code)
     }
@@ -157,7 +154,7 @@ mod tests {
 
     #[test]
     fn every_step_survives() {
-        let ways = [Way::OffererOpens, Way::AccepterOpens, Way::OffererMoves, Way::AccepterMoves];
+        let ways = [Way::OffererOpens, Way::AccepterOpens, Way::BothMove];
         let mut steps = vec![
             Step::Offer { birthday: true, tries: 3 },
             Step::Offer { birthday: false, tries: 255 },

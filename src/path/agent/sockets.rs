@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::opener::{Cause, is_private};
 use super::{Endpoint, PathAgent};
-use crate::path::Place;
+use crate::path::{Place, ProbeOutcome};
 use crate::types::{CandidateKind, SocketId};
 
 /// A path that was heard this long ago, and is not proved yet, is waited for.
@@ -35,7 +35,14 @@ impl PathAgent {
 
     /// Reaches out to the peer's public IPv4 endpoints by a fresh socket too: opens our NAT towards them,
     /// and pings when a call has had the time to reach the peer.
+    /// What the peer announces meanwhile is taken in, too.
     pub fn move_to(&mut self, socket: SocketId, now: Instant) {
+        self.fresh = Some(socket);
+        self.open_fresh(now);
+    }
+
+    pub(super) fn open_fresh(&mut self, now: Instant) {
+        let Some(socket) = self.fresh else { return };
         let hold = self.hold(Cause::Wanted, now);
         let public: Vec<(Place, CandidateKind)> = self
             .endpoints
@@ -47,7 +54,9 @@ impl PathAgent {
             .collect();
         for (place, kind) in public {
             let endpoint = self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind));
-            endpoint.prober.start_held_round(hold, now);
+            if endpoint.prober.outcome() == ProbeOutcome::Untried {
+                endpoint.prober.start_held_round(hold, now);
+            }
         }
         self.ping_due(now);
     }
@@ -66,6 +75,7 @@ impl PathAgent {
     }
 
     fn forget_sockets(&mut self, gone: impl Fn(SocketId) -> bool, now: Instant) {
+        self.fresh = self.fresh.filter(|socket| !gone(*socket));
         let before = self.endpoints.len();
         self.endpoints.retain(|place, _| !gone(place.socket));
         if self.endpoints.len() != before {

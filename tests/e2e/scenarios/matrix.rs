@@ -90,10 +90,12 @@ fn check_pair(
         }
         assert_eq!(peer["online"], true, "{peer}");
     }
-    // A path that is found stays: traffic in both directions, and no flapping.
+    // A path that is found stays: traffic in both directions, and no flapping. A pair that is left
+    // to chance may become direct at any time from its third second (scenario `hard`).
     let stream = ping::Stream::start(net, &bob.host, &alice_ipv4);
+    let stays = |seen: String| seen == kind || kind == "relay-udp" && seen == "direct";
     holds_for("the kind of path", Duration::from_millis(500), || {
-        bob.path_kind("alice") == kind && alice.path_kind("bob") == kind
+        stays(bob.path_kind("alice")) && stays(alice.path_kind("bob"))
     });
     stream.wait_for_more(10);
     stream.stop_without_loss();

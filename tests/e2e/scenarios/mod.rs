@@ -4,6 +4,7 @@ use crate::case::Case;
 
 mod commands;
 mod enrol;
+mod hard;
 mod lab;
 mod local;
 mod matrix;
@@ -22,6 +23,7 @@ pub(crate) fn all() -> Vec<Case> {
     let subjects = [
         recipes::cases(),
         matrix::cases(),
+        hard::cases(),
         relay::cases(),
         server_loss::cases(),
         server::cases(),
