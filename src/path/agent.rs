@@ -101,6 +101,8 @@ pub struct Traffic {
 #[derive(Debug)]
 struct Endpoint {
     kind: CandidateKind,
+    /// Its place in the last call that told it.
+    rank: usize,
     local: Option<IpAddr>,
     prober: Prober,
     heard: Option<Instant>,
@@ -111,7 +113,12 @@ impl Endpoint {
     fn new(kind: CandidateKind) -> Self {
         let guess = kind == CandidateKind::Predicted;
         let prober = if guess { Prober::for_guess() } else { Prober::default() };
-        Self { kind, local: None, prober, heard: None, penalty_until: None }
+        Self { kind, rank: 0, local: None, prober, heard: None, penalty_until: None }
+    }
+
+    /// Told in calls only, and the newest call counts.
+    fn is_told_in_calls(&self) -> bool {
+        matches!(self.kind, CandidateKind::Predicted | CandidateKind::Static)
     }
 
     fn via(&self, Place { remote, socket }: Place) -> Via {
@@ -238,7 +245,8 @@ impl PathAgent {
             .collect();
         self.endpoints.retain(|place, endpoint| {
             announced.contains_key(place)
-                || matches!(endpoint.kind, CandidateKind::PeerReflexive | CandidateKind::Predicted)
+                || endpoint.kind == CandidateKind::PeerReflexive
+                || endpoint.is_told_in_calls()
                 || endpoint.proved(now)
         });
         let mut fresh = false;
@@ -260,15 +268,12 @@ impl PathAgent {
         // Guesses age fast: the newest ones replace all others.
         let called = |remote: SocketAddr| candidates.iter().any(|it| it.endpoint == remote);
         self.endpoints.retain(|place, endpoint| {
-            endpoint.kind != CandidateKind::Predicted
-                || endpoint.proved(now)
-                || called(place.remote)
+            !endpoint.is_told_in_calls() || endpoint.proved(now) || called(place.remote)
         });
-        for candidate in candidates.iter().take(MAX_CANDIDATES) {
+        for (rank, candidate) in candidates.iter().take(MAX_CANDIDATES).enumerate() {
             if usable_underlay(candidate.endpoint) && self.endpoints.len() < 2 * MAX_CANDIDATES {
-                self.endpoints
-                    .entry(Place::main(candidate.endpoint))
-                    .or_insert_with(|| Endpoint::new(candidate.kind));
+                let endpoint = self.endpoints.entry(Place::main(candidate.endpoint));
+                endpoint.or_insert_with(|| Endpoint::new(candidate.kind)).rank = rank;
             }
         }
         if self.is_direct() {

@@ -147,7 +147,8 @@ impl PathAgent {
         let guess = |(place, ..): &(Place, _, _)| {
             self.endpoints.get(place).is_some_and(|e| e.kind == CandidateKind::Predicted)
         };
-        let (guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
+        let (mut guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
+        guesses.sort_by_key(|(place, ..)| self.endpoints.get(place).map(|it| it.rank));
         let guesses = predict::order(guesses, self.signalling.doubles);
         for (place, local, due) in sure.into_iter().chain(guesses) {
             let Place { remote, socket } = place;

@@ -31,6 +31,13 @@ pub(crate) fn cases() -> Vec<Case> {
             }
         }
     }
+    for kind in [Nat::Decrementing, Nat::ByTwo] {
+        for (a, b) in
+            [(kind, Nat::PortRestricted), (Nat::PortRestricted, kind), (kind, Nat::Sequential)]
+        {
+            cases.push(Case::new(format!("matrix::{a}_with_{b}"), move || pair(a, b)));
+        }
+    }
     cases.push(Case::new("matrix::one_private_address_in_both_homes", same_private_address));
     cases.push(Case::new("matrix::two_nodes_in_one_home_talk_inside_it", one_home));
     cases.push(Case::new("matrix::ipv6_makes_a_symmetric_pair_direct", symmetric_pair_with_ipv6));
@@ -44,7 +51,8 @@ fn pair(a: Nat, b: Nat) {
     let alice = net.machine("alice", a);
     let bob = net.machine("bob", b);
     let kind = if a.can_be_punched(b) { "direct" } else { "relay-udp" };
-    let guessed = a == Nat::Sequential && b == Nat::Sequential;
+    let counts = |nat| matches!(nat, Nat::Sequential | Nat::Decrementing | Nat::ByTwo);
+    let guessed = counts(a) && counts(b);
     let limit = if guessed { GUESSED_PATH_LIMIT } else { PATH_LIMIT };
     check_pair(&format!("{a} with {b}"), &net, &server, [&alice, &bob], (kind, limit));
 }
