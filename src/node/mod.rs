@@ -39,8 +39,8 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
-use crate::path::{Answer, Via};
-use crate::types::{Candidate, NodeId, PublicKey, SecretKey};
+use crate::path::{Answer, BASE_MTU, Via};
+use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SecretKey};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use peer::PeerControl;
@@ -54,11 +54,17 @@ pub struct NodeSettings {
     pub rekey_after: Duration,
     /// In a network of up to so many peers, paths are made before anybody asks for them.
     pub eager_peers: usize,
+    /// The largest inner MTU that is looked for on direct paths, in bytes.
+    pub max_mtu: u16,
 }
 
 impl Default for NodeSettings {
     fn default() -> Self {
-        Self { rekey_after: SessionSettings::default().rekey_after, eager_peers: 64 }
+        Self {
+            rekey_after: SessionSettings::default().rekey_after,
+            eager_peers: 64,
+            max_mtu: BASE_MTU,
+        }
     }
 }
 
@@ -80,6 +86,13 @@ pub enum Event {
         /// The cause.
         why: &'static str,
     },
+    /// The path to a peer carries longer or only shorter packets uncut than before.
+    Mtu {
+        /// The peer's addresses.
+        addrs: OverlayAddrs,
+        /// The longest inner packet, in bytes.
+        mtu: u16,
+    },
     /// An answer to [`Node::ping`].
     Pinged {
         /// The number that the ping was given.
@@ -98,6 +111,15 @@ pub struct Opener {
     pub remote: SocketAddr,
     /// With this time to live (IPv4) or hop limit (IPv6).
     pub ttl: u8,
+    /// The bytes.
+    pub datagram: Vec<u8>,
+}
+
+/// A datagram that nobody on the way may cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WholeProbe {
+    /// To this endpoint.
+    pub remote: SocketAddr,
     /// The bytes.
     pub datagram: Vec<u8>,
 }
@@ -127,6 +149,8 @@ pub struct Node {
     datagrams: UdpBatch,
     prediction: Prediction,
     openers: VecDeque<Opener>,
+    whole_probes: VecDeque<WholeProbe>,
+    answers: VecDeque<Vec<u8>>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
@@ -168,6 +192,8 @@ impl Node {
             datagrams: UdpBatch::default(),
             prediction: Prediction::default(),
             openers: VecDeque::new(),
+            whole_probes: VecDeque::new(),
+            answers: VecDeque::new(),
             scratch: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
@@ -197,6 +223,7 @@ impl Node {
             Note::SessionWanted(peer) => self.handle_session_wanted(peer, now),
             Note::Active(peer) => self.handle_active(peer, now),
             Note::SessionConfirmed(peer) => self.handle_session_up(peer, now),
+            Note::Answer(packet) => self.answers.push_back(packet),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
             Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
         }
@@ -212,6 +239,16 @@ impl Node {
     /// A datagram with a short life; call until none, before [`Self::take_datagrams`].
     pub fn poll_opener(&mut self) -> Option<Opener> {
         self.openers.pop_front()
+    }
+
+    /// A datagram that must not be cut on its way; call until none.
+    pub fn poll_whole_probe(&mut self) -> Option<WholeProbe> {
+        self.whole_probes.pop_front()
+    }
+
+    /// A packet for the TUN interface: an answer to what a program here has sent; call until none.
+    pub fn poll_answer(&mut self) -> Option<Vec<u8>> {
+        self.answers.pop_front()
     }
 
     /// A message for the server; call until none. Dropped by the caller when there is no link.

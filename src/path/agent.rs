@@ -5,7 +5,9 @@
 
 mod choose;
 mod opener;
+mod proof;
 mod rounds;
+mod view;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -15,12 +17,15 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::liveness::Doubt;
-use super::probe::{ProbeOutcome, Prober};
+use super::mtu::{BASE_MTU, MtuSearch};
+use super::probe::Prober;
+use super::quality::Delivery;
 use super::{Choice, Via};
-use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, TxId, usable_underlay};
+use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, TxId, usable_underlay};
 use choose::KEEPALIVE;
 use opener::Cause;
 pub use opener::{OPENER_TTL, Signalling};
+use proof::{Trial, Trust};
 
 /// An endpoint that answered this long ago, and was not heard since, has to prove itself again.
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
@@ -40,6 +45,22 @@ pub enum PathTransmit {
         via: Via,
         /// Its transaction.
         tx: TxId,
+    },
+    /// A ping as long as the data that holds an inner packet of `inner` bytes.
+    Sized {
+        /// On this path.
+        via: Via,
+        /// Its transaction.
+        tx: TxId,
+        /// The inner packet.
+        inner: u16,
+        /// Nobody on the way may cut it.
+        whole: bool,
+    },
+    /// An empty packet of the session, which a filter cannot tell from data.
+    Keepalive {
+        /// On this path.
+        via: Via,
     },
     /// A ping that dies after [`OPENER_TTL`] hops.
     Opener {
@@ -101,13 +122,28 @@ struct Endpoint {
     prober: Prober,
     heard: Option<Instant>,
     penalty_until: Option<Instant>,
+    delivery: Delivery,
+    mtu: MtuSearch,
+    trust: Trust,
+    /// How often it was left for good reason since it last worked for long.
+    failures: u32,
 }
 
 impl Endpoint {
     fn new(kind: CandidateKind) -> Self {
         let guess = kind == CandidateKind::Predicted;
         let prober = if guess { Prober::for_guess() } else { Prober::default() };
-        Self { kind, local: None, prober, heard: None, penalty_until: None }
+        Self {
+            kind,
+            local: None,
+            prober,
+            heard: None,
+            penalty_until: None,
+            delivery: Delivery::default(),
+            mtu: MtuSearch::default(),
+            trust: Trust::default(),
+            failures: 0,
+        }
     }
 
     fn proved(&self, now: Instant) -> bool {
@@ -125,6 +161,8 @@ impl Endpoint {
     fn forget(&mut self) {
         self.prober.forget();
         self.heard = None;
+        self.delivery = Delivery::default();
+        self.mtu = MtuSearch::default();
     }
 }
 
@@ -137,6 +175,11 @@ pub struct PathAgent {
     endpoints: BTreeMap<SocketAddr, Endpoint>,
     relay: Option<Via>,
     relay_prober: Prober,
+    relay_delivery: Delivery,
+    mtu_limit: u16,
+    /// Data is doubled onto the relay, for a reason that `proof` knows.
+    doubled: bool,
+    trial: Option<Trial>,
     primary: Option<Via>,
     primary_since: Instant,
     why: &'static str,
@@ -164,6 +207,10 @@ impl PathAgent {
             endpoints: BTreeMap::new(),
             relay: None,
             relay_prober: Prober::default(),
+            relay_delivery: Delivery::default(),
+            mtu_limit: BASE_MTU,
+            doubled: false,
+            trial: None,
             primary: None,
             primary_since: now,
             why: "nothing was tried yet",
@@ -200,6 +247,7 @@ impl PathAgent {
         let appeared = self.relay.is_none() && relay.is_some();
         self.relay = relay;
         self.relay_prober.forget();
+        self.relay_delivery = Delivery::default();
         self.choose("the relay changed", now);
         if appeared && self.wanted {
             self.start_round(Cause::Wanted, now);
@@ -277,8 +325,11 @@ impl PathAgent {
         for endpoint in self.endpoints.values_mut() {
             endpoint.forget();
             endpoint.penalty_until = None;
+            (endpoint.trust, endpoint.failures) = (Trust::default(), 0);
         }
         self.relay_prober.forget();
+        self.relay_delivery = Delivery::default();
+        self.trial = None;
         self.doubt = Doubt::default();
         self.choose("the local network changed", now);
         self.round_at = None;
@@ -316,20 +367,34 @@ impl PathAgent {
         }
     }
 
-    /// A pong arrived. Returns its round trip when it answers a ping of ours on that very path.
-    pub fn handle_pong(&mut self, tx: TxId, via: Via, now: Instant) -> Option<Answer> {
+    /// A pong arrived, with the count of our data that the peer has got on this path if it keeps
+    /// one. Returns its round trip when it answers a ping of ours on that very path.
+    pub fn handle_pong(
+        &mut self,
+        tx: TxId,
+        via: Via,
+        arrived: Option<SizeCounts>,
+        now: Instant,
+    ) -> Option<Answer> {
         let rtt = match via {
             Via::Direct { remote, local } => {
                 let endpoint = self.learn(remote, local, now)?;
-                endpoint.prober.handle_pong(tx, now)?
+                let rtt = endpoint.prober.handle_pong(tx, now)?;
+                endpoint.delivery.handle_pong(tx, arrived, now);
+                endpoint.mtu.handle_pong(tx, now);
+                rtt
             }
-            Via::RelayUdp | Via::RelayTcp => self.relay_prober.handle_pong(tx, now)?,
+            Via::RelayUdp | Via::RelayTcp => {
+                self.relay_delivery.handle_pong(tx, arrived, now);
+                self.relay_prober.handle_pong(tx, now)?
+            }
         };
         if self.primary.is_some_and(|primary| same_path(primary, via)) {
             self.doubt.handle_heard();
             self.postpone_keepalive(now);
         }
         self.choose("a better path answered", now);
+        self.watch(now);
         Some(Answer { rtt, via })
     }
 
@@ -347,6 +412,7 @@ impl PathAgent {
     /// What the data plane counted since the last call; call it every [`super::TRAFFIC_TICK`]
     /// while data flows.
     pub fn handle_traffic(&mut self, traffic: Traffic, now: Instant) {
+        self.sample(traffic.sent, now);
         let Some(Via::Direct { remote, .. }) = self.primary else {
             self.doubt = Doubt::default();
             return;
@@ -386,6 +452,7 @@ impl PathAgent {
             }
         }
         self.choose("the path stopped answering", now);
+        self.watch(now);
     }
 
     /// Pings the peer on the path that data takes; the pong is handed out by
@@ -422,13 +489,18 @@ impl PathAgent {
             .chain(named(self.doubt.next_at(), "path in doubt"))
             .chain(named(self.keepalive_at, "path keepalive"))
             .chain(named(self.retry_at, "next round of probes"))
+            .chain(named(self.next_proof(), "path to be proved"))
             .min()
     }
 
     /// The path that a packet sent now takes, and whether it is doubled.
     #[must_use]
     pub fn choice(&self) -> Choice {
-        let duplicate = self.relay.filter(|_| self.is_direct() && self.doubt.wants_duplicate());
+        let duplicate = if self.is_direct() {
+            self.relay.filter(|_| self.doubled || self.doubt.wants_duplicate())
+        } else {
+            self.trial.and_then(|trial| self.direct(trial.remote))
+        };
         Choice { primary: self.primary, duplicate }
     }
 
@@ -436,47 +508,6 @@ impl PathAgent {
     #[must_use]
     pub fn primary_since(&self) -> Instant {
         self.primary_since
-    }
-
-    /// The smoothed round trip on the primary.
-    #[must_use]
-    pub fn rtt(&self) -> Option<Duration> {
-        match self.primary? {
-            Via::Direct { remote, .. } => self.endpoints.get(&remote)?.prober.srtt(),
-            Via::RelayUdp | Via::RelayTcp => self.relay_prober.srtt(),
-        }
-    }
-
-    /// Why the primary is what it is, in a sentence.
-    #[must_use]
-    pub fn why(&self) -> String {
-        let tried: Vec<_> = self.outcomes().filter(|(.., o)| *o != ProbeOutcome::Untried).collect();
-        let probing = tried.iter().any(|(.., outcome)| *outcome == ProbeOutcome::Probing);
-        match self.primary {
-            Some(Via::Direct { remote, .. }) => {
-                let kind = self.endpoints.get(&remote).map_or("unknown", |e| e.kind.as_str());
-                format!("the peer's {kind} candidate answers")
-            }
-            Some(_) if probing => format!("probing {} candidates", tried.len()),
-            Some(_) if tried.is_empty() => "the peer has announced no candidate yet".into(),
-            Some(_) => format!("none of {} candidates answered", tried.len()),
-            None if probing => format!("probing {} candidates, no relay", tried.len()),
-            None => format!("no relay, and {}", self.why),
-        }
-    }
-
-    /// Whether probes are under way or planned.
-    #[must_use]
-    pub fn is_trying(&self) -> bool {
-        self.endpoints.values().any(|endpoint| endpoint.prober.in_round())
-    }
-
-    /// Each endpoint with its kind, the pings sent to it and how it answered.
-    pub fn outcomes(&self) -> impl Iterator<Item = (SocketAddr, CandidateKind, u32, ProbeOutcome)> {
-        self.endpoints.iter().map(|(remote, endpoint)| {
-            let prober = &endpoint.prober;
-            (*remote, endpoint.kind, prober.sent_pings(), prober.outcome())
-        })
     }
 }
 

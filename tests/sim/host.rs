@@ -283,6 +283,12 @@ impl Host {
         }
         take(&self.out, going);
         self.out.clear();
+        while let Some(probe) = node.poll_whole_probe() {
+            let target = Target::Udp { remote: probe.remote, local: None };
+            going.datagrams.push((target, probe.datagram));
+        }
+        // Programs here send what may be cut, so nobody is told anything.
+        assert_eq!(node.poll_answer(), None);
         node.take_datagrams(&mut self.out);
         take(&self.out, going);
         self.out.clear();
@@ -303,7 +309,7 @@ impl Host {
                     going.news.push(format!("refused: {why}"));
                     going.refused = true;
                 }
-                Event::Identity(_) | Event::Save | Event::Pinged { .. } => {}
+                Event::Identity(_) | Event::Save | Event::Mtu { .. } | Event::Pinged { .. } => {}
             }
         }
         assert!(going.datagrams.len() <= MAX_DATAGRAMS, "a flood: {}", going.datagrams.len());

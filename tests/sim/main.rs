@@ -4,6 +4,7 @@
 //! main      random scenarios from seeds, and the seeds that once failed
 //!   scenario    bytes -> who is there and what happens; what must be true at the end
 //!   named       scenarios with a name and a time bound
+//!   filtered    the same for paths that let questions through and no data
 //!     world       clock, flights, turns        oracle   which path must be found
 //!       routing     lines, NATs, LANs            ledger   every inner packet, once
 //!       host, uplink    node core and data plane, as the daemon drives them
@@ -15,6 +16,7 @@
 //! tried. Nothing here reads a clock but this file, which takes the start of time once.
 
 mod edge;
+mod filtered;
 mod host;
 mod ledger;
 mod link;

@@ -174,9 +174,13 @@ impl PathAgent {
             Via::Direct { remote, .. } => {
                 if let Some(endpoint) = self.endpoints.get_mut(&remote) {
                     endpoint.prober.sent(tx, now);
+                    endpoint.delivery.handle_ping(tx, now);
                 }
             }
-            Via::RelayUdp | Via::RelayTcp => self.relay_prober.sent(tx, now),
+            Via::RelayUdp | Via::RelayTcp => {
+                self.relay_prober.sent(tx, now);
+                self.relay_delivery.handle_ping(tx, now);
+            }
         }
         self.transmits.push_back(PathTransmit::Ping { via, tx });
         tx

@@ -4,10 +4,12 @@ use crate::case::Case;
 
 mod commands;
 mod enrol;
+mod failover;
 mod lab;
 mod local;
 mod matrix;
 mod members;
+mod mtu;
 mod netcheck;
 mod offload;
 mod recipes;
@@ -29,6 +31,8 @@ pub(crate) fn all() -> Vec<Case> {
         members::cases(),
         spoof::cases(),
         offload::cases(),
+        mtu::cases(),
+        failover::cases(),
         netcheck::cases(),
         commands::cases(),
         local::cases(),
