@@ -129,6 +129,9 @@ impl MtuSearch {
         if self.lowered_until.is_some_and(|until| until <= now) {
             self.lowered_until = None;
         }
+        if self.base == Base::Unknown && self.base_asked >= ALL_TRIES {
+            self.base = Base::Fails;
+        }
         match self.phase {
             Phase::Idle => self.restart(now),
             Phase::Top(tries) if tries >= TOP_TRIES => self.phase = Phase::All(0),
@@ -181,9 +184,6 @@ impl MtuSearch {
     }
 
     fn finish(&mut self, now: Instant) {
-        if self.base_asked >= ALL_TRIES && self.base == Base::Unknown {
-            self.base = Base::Fails;
-        }
         self.found = self.best;
         self.phase = Phase::Idle;
         self.open.clear();
@@ -195,6 +195,8 @@ impl MtuSearch {
         let wait = LOWERED * 2u32.pow(self.lowerings.min(6));
         self.lowerings += 1;
         self.lowered_until = Some(now + wait);
+        // Perhaps nothing long gets through any more.
+        self.base = Base::Unknown;
         self.phase = Phase::Idle;
         self.restart(now);
     }

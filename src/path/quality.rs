@@ -64,6 +64,8 @@ pub(super) struct Delivery {
 struct Class {
     /// What had been sent when the last one is known to have arrived.
     base: u32,
+    /// Most of what had been sent by then had not arrived: so many.
+    unsure: u32,
     /// Sent since, and known not to have arrived.
     missing: u32,
     missing_since: Option<Instant>,
@@ -198,10 +200,9 @@ impl Delivery {
         missing.chain(unanswered).chain(self.lossy_since).min()
     }
 
-    /// Whether data is doubled onto another path. What is too long for the path is doubled, too,
-    /// until the path's MTU is known better.
+    /// Whether data is doubled onto another path.
     pub(super) fn wants_duplicate(&self, srtt: Duration, now: Instant) -> bool {
-        self.doubted_since(srtt, now).is_some() || self.large_missing()
+        self.doubted_since(srtt, now).is_some()
     }
 
     /// Whether datagrams above the size that every path has do not arrive.
@@ -245,7 +246,9 @@ impl Delivery {
 
     /// When the path is to be asked again; none while nothing is in doubt.
     pub(super) fn next_at(&self, srtt: Duration) -> Option<Instant> {
-        let missing = self.classes[..SizeCounts::LARGE].iter().any(|it| it.missing_since.is_some());
+        let short = &self.classes[..SizeCounts::LARGE];
+        let missing = short.iter().any(|it| it.missing_since.is_some())
+            || self.classes.iter().any(|it| it.unsure > 0 && it.missing == 0);
         let again = self.asked_at.map(|at| at + ASK_SPACING);
         if missing || self.lossy_since.is_some() {
             return again;
@@ -258,14 +261,17 @@ impl Delivery {
 
 impl Class {
     fn handle_report(&mut self, more: u32, at_ping: u32, surely: u32, now: Instant) {
+        // What is known to have left may be less than what the base counted.
+        let open = Some(surely.wrapping_sub(self.base)).filter(|open| *open < u32::MAX / 2);
+        let open = open.unwrap_or_default();
         if more > 0 {
-            let arrived = self.arrived + 1;
-            *self = Self { base: at_ping, arrived, ..Self::default() };
+            // Some arrived; were they the first ones, and none after them?
+            let short = open.saturating_sub(more);
+            let unsure = if short * 2 > open { short } else { 0 };
+            *self = Self { base: at_ping, unsure, arrived: self.arrived + 1, ..Self::default() };
             return;
         }
-        let open = surely.wrapping_sub(self.base);
-        // What is known to have left may be less than what the base counted.
-        let missing = if open > u32::MAX / 2 { 0 } else { open };
+        let missing = self.unsure.saturating_add(open);
         if missing > self.missing {
             self.missing = missing;
             self.missing_since.get_or_insert(now);
@@ -273,6 +279,148 @@ impl Class {
         } else if self.grew_at.is_some_and(|at| now.saturating_duration_since(at) >= DEAD_AFTER) {
             // Nothing more of this size is sent: a loss of one moment proves nothing about this one.
             *self = Self { base: at_ping, arrived: self.arrived, ..Self::default() };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::epoch;
+
+    const MS: Duration = Duration::from_millis(1);
+    const RTT: Duration = Duration::from_millis(20);
+
+    /// A sender on a path, its clock, and what has arrived at the other end.
+    struct Flow {
+        delivery: Delivery,
+        now: Instant,
+        sent: SizeCounts,
+        arrived: SizeCounts,
+        pings: u8,
+    }
+
+    impl Flow {
+        fn new() -> Self {
+            let (sent, arrived) = (SizeCounts::default(), SizeCounts::default());
+            Self { delivery: Delivery::default(), now: epoch(), sent, arrived, pings: 0 }
+        }
+
+        /// Two hundred milliseconds of traffic, of which `kept` datagrams of each class arrive, and
+        /// a ping at the end, that is answered or not.
+        fn step(&mut self, sent: [u32; 3], kept: [u32; 3], answered: bool) -> Suspicion {
+            self.now += 100 * MS;
+            self.sent.add(SizeCounts(sent));
+            self.delivery.handle_sent(self.sent, self.now);
+            self.now += 100 * MS;
+            let tx = TxId([self.pings; 12]);
+            self.pings = self.pings.wrapping_add(1);
+            self.delivery.handle_ping(tx, self.now);
+            self.delivery.handle_sent(self.sent, self.now);
+            self.arrived.add(SizeCounts(kept));
+            if answered {
+                self.delivery.handle_pong(tx, Some(self.arrived), self.now + RTT);
+            }
+            self.delivery.suspicion(RTT, self.now + RTT)
+        }
+
+        fn doubles(&self) -> bool {
+            self.delivery.wants_duplicate(RTT, self.now + RTT)
+        }
+    }
+
+    #[test]
+    fn what_arrives_is_no_cause_for_doubt_though_some_is_lost() {
+        let mut flow = Flow::new();
+        for round in 0..200 {
+            let kept = if round % 2 == 0 { [9, 10, 0] } else { [10, 9, 0] };
+            assert_eq!(flow.step([10, 10, 0], kept, true), Suspicion::None);
+            assert!(!flow.doubles());
+        }
+        assert_eq!(flow.delivery.loss_permille(), Some(50));
+    }
+
+    #[test]
+    fn data_of_one_size_that_does_not_arrive_is_doubled_at_once_and_then_given_up() {
+        for kept in [[0, 0, 0], [10, 0, 0], [0, 10, 0]] {
+            let mut flow = Flow::new();
+            flow.step([10, 10, 0], [10, 10, 0], true);
+            assert_ne!(flow.step([10, 10, 0], kept, true), Suspicion::Dead);
+            assert!(flow.doubles(), "{kept:?}");
+            let dead = (0..8).any(|_| flow.step([10, 10, 0], kept, true) == Suspicion::Dead);
+            assert!(dead, "{kept:?}");
+        }
+    }
+
+    #[test]
+    fn large_datagrams_alone_are_a_matter_of_the_mtu() {
+        let mut flow = Flow::new();
+        flow.step([5, 0, 5], [5, 0, 5], true);
+        for _ in 0..10 {
+            assert_ne!(flow.step([5, 0, 5], [5, 0, 0], true), Suspicion::Dead);
+        }
+        assert!(flow.delivery.large_missing());
+        flow.delivery.forgive_large();
+        assert!(!flow.delivery.large_missing());
+    }
+
+    #[test]
+    fn a_death_in_the_middle_of_a_burst_is_noticed_without_another_burst() {
+        let mut flow = Flow::new();
+        flow.step([50, 50, 50], [50, 50, 50], true);
+        flow.step([50, 50, 50], [5, 5, 5], true);
+        assert!(!flow.doubles() && !flow.delivery.large_missing());
+        flow.step([0, 0, 0], [0, 0, 0], true);
+        assert!(flow.doubles() && flow.delivery.large_missing());
+    }
+
+    #[test]
+    fn one_lost_datagram_of_a_quiet_pair_is_forgotten() {
+        let mut flow = Flow::new();
+        flow.step([5, 5, 0], [5, 5, 0], true);
+        flow.step([0, 1, 0], [0, 0, 0], true);
+        assert!(flow.doubles());
+        for _ in 0..8 {
+            assert_ne!(flow.step([1, 0, 0], [1, 0, 0], true), Suspicion::Dead);
+        }
+        assert!(!flow.doubles(), "it has been forgotten");
+    }
+
+    #[test]
+    fn questions_without_answers_are_doubt_whatever_arrives() {
+        let mut flow = Flow::new();
+        flow.step([10, 0, 0], [10, 0, 0], true);
+        let mut seen = Vec::new();
+        for _ in 0..8 {
+            seen.push((flow.step([10, 0, 0], [10, 0, 0], false), flow.doubles()));
+        }
+        assert!(!seen[0].1 && seen[2].1, "{seen:?}");
+        assert_eq!(seen[7].0, Suspicion::Dead);
+        assert_eq!(flow.step([10, 0, 0], [10, 0, 0], true), Suspicion::None);
+    }
+
+    #[test]
+    fn a_third_of_all_data_lost_is_too_much() {
+        let mut flow = Flow::new();
+        let dead = (0..25).any(|_| flow.step([10, 0, 0], [6, 0, 0], true) == Suspicion::Dead);
+        assert!(dead, "{:?}", flow.delivery.loss_permille());
+        assert_eq!(flow.delivery.loss_permille(), Some(400));
+        let mut flow = Flow::new();
+        for _ in 0..25 {
+            assert_eq!(flow.step([10, 0, 0], [8, 0, 0], true), Suspicion::None);
+        }
+    }
+
+    #[test]
+    fn a_peer_that_counts_anew_has_lost_nothing() {
+        let mut flow = Flow::new();
+        for _ in 0..5 {
+            flow.step([10, 10, 0], [10, 10, 0], true);
+        }
+        flow.arrived = SizeCounts::default();
+        for _ in 0..5 {
+            assert_eq!(flow.step([10, 10, 0], [10, 10, 0], true), Suspicion::None);
+            assert!(!flow.doubles());
         }
     }
 }

@@ -88,7 +88,7 @@ impl PathAgent {
 
     /// Data flows: asks what has arrived.
     pub(super) fn sample(&mut self, sent: Option<Instant>, now: Instant) {
-        let recent = |at: Instant| now.saturating_duration_since(at) <= 2 * TRAFFIC_TICK;
+        let recent = |at: Instant| now.saturating_duration_since(at) <= 4 * TRAFFIC_TICK;
         let Some(via) = self.primary.filter(|_| sent.is_some_and(recent)) else { return };
         let (asked_at, spacing) = match via {
             Via::Direct { remote, .. } => {
@@ -118,8 +118,11 @@ impl PathAgent {
         let Some(endpoint) = self.endpoints.get_mut(&remote) else { return };
         let srtt = endpoint.prober.srtt().unwrap_or_default();
         if endpoint.delivery.large_missing() {
+            // Too long for the path, or does it carry no full packet any more either?
             endpoint.mtu.lower(now);
             endpoint.delivery.forgive_large();
+            endpoint.delivery.begin_proof();
+            endpoint.trust = Trust::New;
         }
         let mut ask = false;
         match endpoint.delivery.suspicion(srtt, now) {

@@ -126,7 +126,7 @@ impl Connection {
 
 /// Kills the path in the middle of traffic: at alice by `at_alice`, at bob by `at_bob`.
 fn failover(at_alice: &str, at_bob: &str) {
-    let Pair { net, mut alice, mut bob, .. } = direct_pair();
+    let Pair { net, _server, mut alice, mut bob } = direct_pair();
     let there = Connection::start(&alice.host, &bob.host, &bob.ipv4());
     let back = Connection::start(&bob.host, &alice.host, &alice.ipv6());
     let stream = Stream::start(&net, &bob.host, &alice.ipv4());
@@ -165,7 +165,7 @@ fn failover(at_alice: &str, at_bob: &str) {
 }
 
 fn random_loss() {
-    let Pair { net, alice, bob, .. } = direct_pair();
+    let Pair { net, _server, alice, bob } = direct_pair();
     let stream = Stream::start(&net, &bob.host, &alice.ipv4());
     stream.wait_for_more(20);
     let changes = |node: &Node| node.log().matches("path changed").count();

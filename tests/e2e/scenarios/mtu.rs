@@ -76,7 +76,7 @@ fn wait_mtu(node: &mut Node, peer: &str, mtu: u16) {
 
 /// Bulk both ways in both families starts at once, when little is known, and again when all is.
 fn bulk(link: u16) {
-    let Pair { mut alice, mut bob, .. } = pair(link, &[]);
+    let Pair { _net, _server, mut alice, mut bob } = pair(link, &[]);
     let [there, back] = [bob.ipv4(), alice.ipv6()].map(|address| address.parse().unwrap());
     streams_are_equal(&alice.host, &bob.host, there);
     streams_are_equal(&bob.host, &alice.host, back);
@@ -106,7 +106,7 @@ fn ping_whole(host: &Host, address: &str, len: u16) -> (Option<i32>, String) {
 }
 
 fn sender_is_told() {
-    let Pair { mut alice, bob, .. } = pair(1_420, &[]);
+    let Pair { _net, _server, mut alice, bob } = pair(1_420, &[]);
     wait_mtu(&mut alice, "bob", 1_360);
     for (address, length, mark) in
         [(bob.ipv4(), "32", "mtu = 1360"), (bob.ipv6(), "128", "mtu=1360")]
@@ -123,7 +123,7 @@ fn sender_is_told() {
 }
 
 fn fixed() {
-    let Pair { mut alice, bob, .. } = pair(1_500, &["--mtu", "1380"]);
+    let Pair { _net, _server, mut alice, bob } = pair(1_500, &["--mtu", "1380"]);
     wait_mtu(&mut alice, "bob", 1_380);
     assert_eq!(alice.status().unwrap()["self"]["mtu"], 1_380);
     assert_eq!(ping_whole(&alice.host, &bob.ipv4(), 1_380).0, Some(0));
