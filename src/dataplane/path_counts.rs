@@ -1,8 +1,6 @@
 //! How much data went to or came from one peer, by path.
 
-use std::net::SocketAddr;
-
-use crate::path::Via;
+use crate::path::{Place, Via};
 use crate::types::SizeCounts;
 
 /// Paths that are counted apart; the one that was used least lately makes room.
@@ -11,15 +9,12 @@ const MAX_PATHS: usize = 8;
 /// Counts by path, the path in use first.
 #[derive(Debug, Default)]
 pub struct PathCounts {
-    counts: Vec<(Option<SocketAddr>, SizeCounts)>,
+    counts: Vec<(Option<Place>, SizeCounts)>,
 }
 
 /// All relay paths are one: what leaves by UDP may arrive by TCP.
-fn key_of(via: Via) -> Option<SocketAddr> {
-    match via {
-        Via::Direct { remote, .. } => Some(remote),
-        Via::RelayUdp | Via::RelayTcp => None,
-    }
+fn key_of(via: Via) -> Option<Place> {
+    via.place()
 }
 
 impl PathCounts {
@@ -52,7 +47,7 @@ mod tests {
 
     #[test]
     fn paths_are_counted_apart_and_only_so_many() {
-        let via = |port| Via::Direct { remote: ([192, 0, 2, 1], port).into(), local: None };
+        let via = |port| Via::direct(([192, 0, 2, 1], port).into());
         let one = SizeCounts([1, 0, 0]);
         let mut counts = PathCounts::default();
         for port in [1, 2, 1, 1] {

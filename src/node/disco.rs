@@ -22,7 +22,7 @@ impl Node {
         now: Instant,
     ) {
         let via = match (source, relayed) {
-            (Source::Udp { remote, local }, None) => Via::Direct { remote, local },
+            (Source::Udp { remote, local, socket }, None) => Via::Direct { remote, local, socket },
             (Source::Udp { .. }, Some(_)) => Via::RelayUdp,
             (Source::Link, _) => Via::RelayTcp,
         };
@@ -100,14 +100,14 @@ impl Node {
     /// Seals a ping that is as long as the data that holds an inner packet of `inner` bytes.
     pub(super) fn send_sized(&mut self, id: NodeId, via: Via, tx: TxId, inner: u16, whole: bool) {
         let ping = Message::ping_of_len(tx, inner + SEAL_OVERHEAD);
-        let Via::Direct { remote, .. } = via else { return };
+        let Via::Direct { remote, socket, .. } = via else { return };
         if !whole {
             return self.send_disco(id, via, &ping);
         }
         let nonce = self.rng.random();
         let Some(peer) = self.peers.get(&id) else { return };
         let datagram = peer.disco.seal(&ping, nonce);
-        self.whole_probes.push_back(WholeProbe { remote, datagram });
+        self.whole_probes.push_back(WholeProbe { remote, socket, datagram });
     }
 
     /// Pings a peer on the path that data takes; the answer comes as [`Event::Pinged`] with

@@ -42,6 +42,8 @@ pub use probe::ProbeOutcome;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use crate::types::SocketId;
+
 /// While data flows the node tells each agent this often what the data plane counted: short
 /// against the second that the death of a path may cost.
 pub const TRAFFIC_TICK: Duration = Duration::from_millis(100);
@@ -55,6 +57,8 @@ pub enum Via {
         remote: SocketAddr,
         /// Our address on that path, so that an answer leaves by where the question came in.
         local: Option<IpAddr>,
+        /// The socket of ours that it goes by.
+        socket: SocketId,
     },
     /// By the server, in UDP datagrams.
     RelayUdp,
@@ -63,6 +67,20 @@ pub enum Via {
 }
 
 impl Via {
+    /// The direct path to an endpoint by the main socket.
+    #[must_use]
+    pub fn direct(remote: SocketAddr) -> Self {
+        Self::Direct { remote, local: None, socket: SocketId::MAIN }
+    }
+
+    /// The endpoint and the socket of a direct path: what tells it from all others.
+    pub(crate) fn place(self) -> Option<Place> {
+        match self {
+            Self::Direct { remote, socket, .. } => Some(Place { remote, socket }),
+            Self::RelayUdp | Self::RelayTcp => None,
+        }
+    }
+
     /// The word in `path.kind` of the JSON contract.
     #[must_use]
     pub fn kind(self) -> &'static str {
@@ -104,6 +122,21 @@ pub struct Quality {
     pub mtu: Option<u16>,
     /// Whether it may carry data: it has not failed, or has proved itself since.
     pub trusted: bool,
+}
+
+/// An endpoint of the peer, as one socket of ours reaches it. Behind a NAT two sockets that send to
+/// one endpoint are on two paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    pub(crate) remote: SocketAddr,
+    pub(crate) socket: SocketId,
+}
+
+impl Place {
+    /// The endpoint, reached by the main socket.
+    pub(crate) fn main(remote: SocketAddr) -> Self {
+        Self { remote, socket: SocketId::MAIN }
+    }
 }
 
 /// What a packet to a peer should do now: published to the data plane.

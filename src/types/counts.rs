@@ -5,7 +5,7 @@
 /// A path may carry one class and not another: what has room for a question need not have room for
 /// a full packet.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct SizeCounts(pub [u32; SizeCounts::CLASSES]);
+pub struct SizeCounts(pub [u32; Self::CLASSES]);
 
 impl SizeCounts {
     /// Short ones; full ones at the inner MTU that every path has; and those that only a path of a

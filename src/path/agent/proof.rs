@@ -11,7 +11,6 @@
 //! packets of the session go beside the pings, pings are padded to the size of data, and real data
 //! is doubled; the peer's count says what of it has arrived.
 
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -20,7 +19,7 @@ use super::opener::Cause;
 use super::{PathAgent, PathTransmit};
 use crate::path::liveness::{Doubt, Suspicion};
 use crate::path::mtu::Base;
-use crate::path::{TRAFFIC_TICK, Via};
+use crate::path::{Place, TRAFFIC_TICK, Via};
 use crate::types::{SizeCounts, TxId};
 
 /// While data flows, the peer is asked this often what has arrived.
@@ -63,7 +62,7 @@ pub(super) enum Trust {
 /// A distrusted path gets a copy of everything.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Trial {
-    pub(super) remote: SocketAddr,
+    pub(super) place: Place,
     since: Instant,
 }
 
@@ -76,13 +75,13 @@ impl PathAgent {
     /// What the data plane has sent on a path so far; call it with every ping that leaves, and with
     /// [`Self::handle_traffic`].
     pub fn handle_counts(&mut self, via: Via, sent: SizeCounts, now: Instant) {
-        match via {
-            Via::Direct { remote, .. } => {
-                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+        match via.place() {
+            Some(place) => {
+                if let Some(endpoint) = self.endpoints.get_mut(&place) {
                     endpoint.delivery.handle_sent(sent, now);
                 }
             }
-            Via::RelayUdp | Via::RelayTcp => self.relay_delivery.handle_sent(sent, now),
+            None => self.relay_delivery.handle_sent(sent, now),
         }
     }
 
@@ -90,12 +89,12 @@ impl PathAgent {
     pub(super) fn sample(&mut self, sent: Option<Instant>, now: Instant) {
         let recent = |at: Instant| now.saturating_duration_since(at) <= 4 * TRAFFIC_TICK;
         let Some(via) = self.primary.filter(|_| sent.is_some_and(recent)) else { return };
-        let (asked_at, spacing) = match via {
-            Via::Direct { remote, .. } => {
-                let endpoint = self.endpoints.get(&remote);
+        let (asked_at, spacing) = match via.place() {
+            Some(place) => {
+                let endpoint = self.endpoints.get(&place);
                 (endpoint.and_then(|endpoint| endpoint.delivery.asked_at()), SAMPLE)
             }
-            Via::RelayUdp | Via::RelayTcp => (self.relay_delivery.asked_at(), RELAY_SAMPLE),
+            None => (self.relay_delivery.asked_at(), RELAY_SAMPLE),
         };
         if asked_at.is_none_or(|at| now.saturating_duration_since(at) >= spacing) {
             self.ping(via, now);
@@ -110,12 +109,12 @@ impl PathAgent {
     }
 
     fn watch_primary(&mut self, now: Instant) {
-        let Some(via @ Via::Direct { remote, .. }) = self.primary else {
+        let Some((via, place)) = self.primary.and_then(|via| Some((via, via.place()?))) else {
             self.doubled = false;
             return;
         };
         let since = self.primary_since;
-        let Some(endpoint) = self.endpoints.get_mut(&remote) else { return };
+        let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         let srtt = endpoint.prober.srtt().unwrap_or_default();
         if endpoint.delivery.large_missing() {
             // Too long for the path, or does it carry no full packet any more either?
@@ -131,7 +130,7 @@ impl PathAgent {
                 let relay_loss = self.relay_delivery.loss_permille().unwrap_or_default();
                 // A relay that loses as much is no help, and none at all is less.
                 if self.relay.is_some() && lossy.is_none_or(|loss| loss > relay_loss) {
-                    return self.leave(remote, "data is lost on the direct path", now);
+                    return self.leave(place, "data is lost on the direct path", now);
                 }
                 ask = endpoint.delivery.next_at(srtt).is_some_and(|at| at <= now);
             }
@@ -145,7 +144,7 @@ impl PathAgent {
                 || now >= since + NEW_FOR.max(srtt * 4) && nothing_sent;
             match endpoint.mtu.base() {
                 Base::Fails if self.relay.is_some() => {
-                    return self.leave(remote, "full packets are lost on the direct path", now);
+                    return self.leave(place, "full packets are lost on the direct path", now);
                 }
                 Base::Unknown => {}
                 Base::Fits | Base::Fails if carries => endpoint.trust = Trust::Trusted,
@@ -178,15 +177,17 @@ impl PathAgent {
 
     /// A path has become the primary: it proves itself while all is doubled.
     pub(super) fn begin_trust(&mut self, now: Instant) {
-        let Some(via @ Via::Direct { remote, .. }) = self.primary else { return };
+        let Some((via, place)) = self.primary.and_then(|via| Some((via, via.place()?))) else {
+            return;
+        };
         self.trial = None;
         let limit = self.mtu_limit;
         for (other, endpoint) in &mut self.endpoints {
-            if *other != remote {
+            if *other != place {
                 endpoint.mtu.stop();
             }
         }
-        let Some(endpoint) = self.endpoints.get_mut(&remote) else { return };
+        let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         endpoint.trust = Trust::New;
         endpoint.delivery.begin_proof();
         if endpoint.mtu.found(now).is_none() || endpoint.mtu.next_at().is_none() {
@@ -198,8 +199,8 @@ impl PathAgent {
     }
 
     /// Leaves a direct path that has failed, until it has proved itself again.
-    pub(super) fn leave(&mut self, remote: SocketAddr, why: &'static str, now: Instant) {
-        self.distrust(remote, now);
+    pub(super) fn leave(&mut self, place: Place, why: &'static str, now: Instant) {
+        self.distrust(place, now);
         self.doubt = Doubt::default();
         self.choose(why, now);
         self.round_at = None;
@@ -208,8 +209,8 @@ impl PathAgent {
     }
 
     /// The path has to wait, and to prove itself before it carries data again.
-    pub(super) fn distrust(&mut self, remote: SocketAddr, now: Instant) {
-        let Some(endpoint) = self.endpoints.get_mut(&remote) else { return };
+    pub(super) fn distrust(&mut self, place: Place, now: Instant) {
+        let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         let penalty = PENALTY * 2u32.pow(endpoint.failures.min(6));
         endpoint.failures += 1;
         endpoint.trust = Trust::Distrusted;
@@ -224,10 +225,10 @@ impl PathAgent {
             self.trial = None;
             return;
         }
-        let Some(Trial { remote, since }) = self.trial else { return self.start_trial(now) };
+        let Some(Trial { place, since }) = self.trial else { return self.start_trial(now) };
         let relay_loss = self.relay_delivery.loss_permille().unwrap_or_default();
-        let via = self.direct(remote);
-        let Some((endpoint, via)) = self.endpoints.get_mut(&remote).zip(via) else {
+        let via = self.direct(place);
+        let Some((endpoint, via)) = self.endpoints.get_mut(&place).zip(via) else {
             self.trial = None;
             return;
         };
@@ -253,7 +254,7 @@ impl PathAgent {
             self.choose("the direct path carries data again", now);
         } else if time >= LONGEST_TRIAL.max(srtt * 6) {
             self.trial = None;
-            self.distrust(remote, now);
+            self.distrust(place, now);
         } else if delivery.asked_at().is_none_or(|at| now >= at + PROOF_SPACING) {
             self.ask(via, now);
         }
@@ -271,30 +272,27 @@ impl PathAgent {
             .iter()
             .filter(|(_, endpoint)| waits(endpoint) && endpoint.proved(now))
             .min_by_key(|(_, endpoint)| endpoint.prober.srtt())
-            .map(|(remote, _)| *remote);
-        let Some(remote) = candidate else { return };
+            .map(|(place, _)| *place);
+        let Some(place) = candidate else { return };
         let limit = self.mtu_limit;
-        self.trial = Some(Trial { remote, since: now });
-        if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+        self.trial = Some(Trial { place, since: now });
+        if let Some(endpoint) = self.endpoints.get_mut(&place) {
             endpoint.delivery.begin_proof();
             endpoint.mtu.start(limit, now);
         }
-        if let Some(via) = self.direct(remote) {
+        if let Some(via) = self.direct(place) {
             self.ask(via, now);
         }
     }
 
     /// Sends the questions of the MTU search that are due.
     fn ask_for_mtu(&mut self, now: Instant) {
-        let primary = match self.primary {
-            Some(Via::Direct { remote, .. }) => Some(remote),
-            _ => None,
-        };
-        let Some(remote) = primary.or(self.trial.map(|trial| trial.remote)) else { return };
-        let Some(via) = self.direct(remote) else { return };
-        let Some(endpoint) = self.endpoints.get_mut(&remote) else { return };
+        let primary = self.primary.and_then(Via::place);
+        let Some(place) = primary.or(self.trial.map(|trial| trial.place)) else { return };
+        let Some(via) = self.direct(place) else { return };
+        let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         let srtt = endpoint.prober.srtt().unwrap_or_default();
-        for question in endpoint.mtu.take_due(remote, srtt, now) {
+        for question in endpoint.mtu.take_due(place.remote, srtt, now) {
             let tx = TxId(self.rng.random());
             endpoint.mtu.asked(tx, question);
             endpoint.prober.opened(tx, now);
@@ -304,26 +302,25 @@ impl PathAgent {
     }
 
     /// The direct path to an endpoint.
-    pub(super) fn direct(&self, remote: SocketAddr) -> Option<Via> {
-        let endpoint = self.endpoints.get(&remote)?;
-        Some(Via::Direct { remote, local: endpoint.local })
+    pub(super) fn direct(&self, place: Place) -> Option<Via> {
+        Some(self.endpoints.get(&place)?.via(place))
     }
 
     /// When [`Self::watch`] has something to do.
     pub(super) fn next_proof(&self) -> Option<Instant> {
-        let of = |remote: SocketAddr| self.endpoints.get(&remote);
+        let of = |place: Place| self.endpoints.get(&place);
         let spaced = |at: Option<Instant>| at.map(|at| at + PROOF_SPACING);
+        if let Some(place) = self.primary.and_then(Via::place) {
+            let endpoint = of(place)?;
+            let srtt = endpoint.prober.srtt().unwrap_or_default();
+            let new = endpoint.trust == Trust::New;
+            let ask = spaced(endpoint.delivery.asked_at().filter(|_| new));
+            let doubt = endpoint.delivery.next_at(srtt);
+            return [ask, doubt, endpoint.mtu.next_at()].into_iter().flatten().min();
+        }
         match (self.primary, self.trial) {
-            (Some(Via::Direct { remote, .. }), _) => {
-                let endpoint = of(remote)?;
-                let srtt = endpoint.prober.srtt().unwrap_or_default();
-                let new = endpoint.trust == Trust::New;
-                let ask = spaced(endpoint.delivery.asked_at().filter(|_| new));
-                let doubt = endpoint.delivery.next_at(srtt);
-                [ask, doubt, endpoint.mtu.next_at()].into_iter().flatten().min()
-            }
             (_, Some(trial)) => {
-                let endpoint = of(trial.remote)?;
+                let endpoint = of(trial.place)?;
                 let ask = spaced(endpoint.delivery.asked_at());
                 ask.into_iter().chain(endpoint.mtu.next_at()).min()
             }
