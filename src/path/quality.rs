@@ -64,7 +64,7 @@ pub(super) struct Delivery {
 struct Class {
     /// What had been sent when the last one is known to have arrived.
     base: u32,
-    /// Most of what had been sent by then had not arrived: so many.
+    /// When the last one arrived, so many were missing: by chance, or because the path has died.
     unsure: u32,
     /// Sent since, and known not to have arrived.
     missing: u32,
@@ -248,7 +248,7 @@ impl Delivery {
     pub(super) fn next_at(&self, srtt: Duration) -> Option<Instant> {
         let short = &self.classes[..SizeCounts::LARGE];
         let missing = short.iter().any(|it| it.missing_since.is_some())
-            || self.classes.iter().any(|it| it.unsure > 0 && it.missing == 0);
+            || self.classes.iter().any(|it| it.unsure >= 2 && it.missing == 0);
         let again = self.asked_at.map(|at| at + ASK_SPACING);
         if missing || self.lossy_since.is_some() {
             return again;
@@ -265,13 +265,13 @@ impl Class {
         let open = Some(surely.wrapping_sub(self.base)).filter(|open| *open < u32::MAX / 2);
         let open = open.unwrap_or_default();
         if more > 0 {
-            // Some arrived; were they the first ones, and none after them?
-            let short = open.saturating_sub(more);
-            let unsure = if short * 2 > open { short } else { 0 };
+            // Some arrived; were they the first ones, and none after them? The next report tells.
+            let unsure = open.saturating_sub(more);
             *self = Self { base: at_ping, unsure, arrived: self.arrived + 1, ..Self::default() };
             return;
         }
-        let missing = self.unsure.saturating_add(open);
+        // Without anything new, what was lost before says nothing about this moment.
+        let missing = if open == 0 { 0 } else { self.unsure.saturating_add(open) };
         if missing > self.missing {
             self.missing = missing;
             self.missing_since.get_or_insert(now);
@@ -365,13 +365,15 @@ mod tests {
     }
 
     #[test]
-    fn a_death_in_the_middle_of_a_burst_is_noticed_without_another_burst() {
+    fn a_death_in_the_middle_of_a_burst_is_noticed_by_the_first_retransmission() {
         let mut flow = Flow::new();
         flow.step([50, 50, 50], [50, 50, 50], true);
-        flow.step([50, 50, 50], [5, 5, 5], true);
+        flow.step([50, 50, 50], [45, 45, 45], true);
         assert!(!flow.doubles() && !flow.delivery.large_missing());
         flow.step([0, 0, 0], [0, 0, 0], true);
-        assert!(flow.doubles() && flow.delivery.large_missing());
+        assert!(!flow.doubles() && !flow.delivery.large_missing(), "only a pause");
+        flow.step([1, 1, 1], [0, 0, 0], true);
+        assert!(flow.doubles() && flow.delivery.large_missing(), "a retransmission is lost, too");
     }
 
     #[test]
