@@ -5,6 +5,7 @@
 
 mod choose;
 mod measured;
+mod messages;
 mod opener;
 mod proof;
 mod rounds;
@@ -23,10 +24,9 @@ use super::mtu::{BASE_MTU, MtuSearch};
 use super::probe::Prober;
 use super::quality::Delivery;
 use super::{Choice, Place, Via};
-use crate::types::{
-    Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
-};
+use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, TxId, usable_underlay};
 use choose::KEEPALIVE;
+pub use messages::{Answer, PathEvent, PathTransmit, Traffic};
 use opener::Cause;
 pub use opener::{OPENER_TTL, Signalling};
 use proof::{Trial, Trust};
@@ -39,87 +39,6 @@ const RECENT_PROOF: Duration = Duration::from_secs(5);
 const JUST_NOW: Duration = Duration::from_secs(1);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
-
-/// What the agent wants sent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PathTransmit {
-    /// A ping.
-    Ping {
-        /// On this path.
-        via: Via,
-        /// Its transaction.
-        tx: TxId,
-    },
-    /// A ping as long as the data that holds an inner packet of `inner` bytes.
-    Sized {
-        /// On this path.
-        via: Via,
-        /// Its transaction.
-        tx: TxId,
-        /// The inner packet.
-        inner: u16,
-        /// Nobody on the way may cut it.
-        whole: bool,
-    },
-    /// An empty packet of the session, which a filter cannot tell from data.
-    Keepalive {
-        /// On this path.
-        via: Via,
-    },
-    /// A ping that dies after [`OPENER_TTL`] hops.
-    Opener {
-        /// Towards this endpoint.
-        remote: SocketAddr,
-        /// By this socket.
-        socket: SocketId,
-        /// Its transaction.
-        tx: TxId,
-    },
-    /// The answer to a ping.
-    Pong {
-        /// On the path that the ping came by.
-        via: Via,
-        /// Of the ping.
-        tx: TxId,
-    },
-    /// Our candidates, by relay: "please probe now".
-    CallMeMaybe {
-        /// The relay path.
-        via: Via,
-    },
-}
-
-/// What the agent has to tell.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PathEvent {
-    /// Data goes another way from here on.
-    Primary {
-        /// Before.
-        from: Option<Via>,
-        /// After.
-        to: Option<Via>,
-        /// The cause, for logs and `status`.
-        why: &'static str,
-    },
-}
-
-/// A pong that answered one of our pings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Answer {
-    /// Its round trip.
-    pub rtt: Duration,
-    /// The path.
-    pub via: Via,
-}
-
-/// When data last moved on the primary path, as the data plane counted it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Something was sent to the peer.
-    pub sent: Option<Instant>,
-    /// Something authenticated arrived from it on the primary path.
-    pub heard: Option<Instant>,
-}
 
 #[derive(Debug)]
 struct Endpoint {
