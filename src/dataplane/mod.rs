@@ -9,9 +9,11 @@
 //! are held per peer only. No socket, no file, no clock.
 
 mod batch;
+pub mod icmp;
 mod inbound;
 pub mod offload;
 mod outbound;
+mod path_counts;
 mod peer;
 mod session;
 mod table;
@@ -20,7 +22,8 @@ mod tun_batch;
 pub use batch::{Run, Target, UdpBatch};
 pub use inbound::{inbound, inbound_train};
 pub(crate) use outbound::send_datagram;
-pub use outbound::{flush_pending, outbound, outbound_frame};
+pub use outbound::{flush_pending, outbound, outbound_frame, send_keepalive};
+pub use path_counts::PathCounts;
 pub use peer::{LockedPeer, Peer, PeerCounters};
 pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
@@ -88,6 +91,8 @@ pub enum Note {
         /// Through the relay, from whom.
         relayed: Option<NodeId>,
     },
+    /// An answer to the sender of a packet that cannot go on as it is, for the TUN interface.
+    Answer(Vec<u8>),
     /// Authenticated data arrived by another way than the primary.
     HeardOn {
         /// The peer.

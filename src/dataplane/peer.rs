@@ -1,14 +1,16 @@
 //! The state of one peer that packets touch: session, path, counters.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use super::icmp::AnswerLimit;
+use super::path_counts::PathCounts;
 use super::session::Session;
-use crate::path::Choice;
+use crate::path::{BASE_MTU, Choice};
 use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
 
 /// Packets that wait for a session, per peer: one TCP window's worth of a handshake's time.
@@ -29,6 +31,8 @@ pub struct PeerCounters {
     pub last_heard_primary: AtomicU64,
     /// Stamp of the last authenticated data on any path.
     pub last_heard: AtomicU64,
+    /// Inner packets that were longer than the path carries uncut, and told so to their sender.
+    pub too_big: AtomicU64,
 }
 
 /// What stands behind the peer's lock.
@@ -36,6 +40,11 @@ pub struct PeerCounters {
 pub struct PeerState {
     /// The WireGuard session.
     pub session: Session,
+    /// Data sent, by path.
+    pub sent: PathCounts,
+    /// Data that arrived, by path.
+    pub arrived: PathCounts,
+    pub(super) answers: AnswerLimit,
     pending: VecDeque<(Instant, Vec<u8>)>,
 }
 
@@ -54,6 +63,8 @@ pub struct Peer {
     /// Counters and stamps.
     pub counters: PeerCounters,
     choice: ArcSwap<Choice>,
+    /// Longest inner packet that the path carries uncut.
+    mtu: AtomicU16,
     session_wanted: AtomicBool,
     state: Mutex<PeerState>,
 }
@@ -68,8 +79,15 @@ impl Peer {
             index,
             counters: PeerCounters::default(),
             choice: ArcSwap::from_pointee(Choice::default()),
+            mtu: AtomicU16::new(BASE_MTU),
             session_wanted: AtomicBool::new(false),
-            state: Mutex::new(PeerState { session, pending: VecDeque::new() }),
+            state: Mutex::new(PeerState {
+                session,
+                sent: PathCounts::default(),
+                arrived: PathCounts::default(),
+                answers: AnswerLimit::default(),
+                pending: VecDeque::new(),
+            }),
         })
     }
 
@@ -91,6 +109,17 @@ impl Peer {
         if self.choice() != choice {
             self.choice.store(Arc::new(choice));
         }
+    }
+
+    /// The longest inner packet that the path of this moment carries uncut, in bytes.
+    #[must_use]
+    pub fn mtu(&self) -> u16 {
+        self.mtu.load(Ordering::Relaxed)
+    }
+
+    /// Sets it; returns whether it was another.
+    pub fn set_mtu(&self, mtu: u16) -> bool {
+        self.mtu.swap(mtu, Ordering::Relaxed) != mtu
     }
 
     /// Whether the control plane has still to be told that a session is wanted.

@@ -315,3 +315,54 @@ proptest::proptest! {
         send(&a, &bytes, now);
     }
 }
+
+#[test]
+fn a_packet_too_big_for_the_path_goes_on_and_its_sender_is_told_but_not_too_often() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    a.peer.set_mtu(1_360);
+    let mut whole = packet(a.addrs.v4, b.addrs.v4, &[7; 1_341]);
+    whole[6] = 0x40;
+    let mut told = 0;
+    for _ in 0..100 {
+        let (out, notes) = send(&a, &whole, now);
+        assert_eq!(deliver(&b, &a, &only_datagram(&out), now).0, [whole.clone()]);
+        for note in notes {
+            let Note::Answer(answer) = note else { continue };
+            assert_eq!(&answer[12..16], b.addrs.v4.octets());
+            assert_eq!(
+                (answer[20], answer[21], &answer[26..28]),
+                (3, 4, &1_360u16.to_be_bytes()[..])
+            );
+            told += 1;
+        }
+    }
+    assert!((1..50).contains(&told), "told {told} times");
+    assert_eq!(a.peer.counters.too_big.load(std::sync::atomic::Ordering::Relaxed), 100);
+    let fits = packet(a.addrs.v4, b.addrs.v4, &[7; 1_340]);
+    let (_, notes) = send(&a, &fits, now + Duration::from_secs(5));
+    assert!(!notes.iter().any(|note| matches!(note, Note::Answer(_))), "{notes:?}");
+}
+
+#[test]
+fn what_is_sent_and_what_arrives_is_counted_by_path_and_size_a_second_copy_too() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let via = Via::direct;
+    let before = b.peer.lock().arrived.of(via(a.endpoint));
+    let mut sent = Vec::new();
+    for len in [10, 1_200, 1_380] {
+        let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &vec![1; len]), now);
+        sent.push(only_datagram(&out));
+    }
+    assert_eq!(a.peer.lock().sent.of(via(b.endpoint)).0, [1, 1, 1]);
+    for datagram in sent.iter().chain(&sent[..1]) {
+        deliver(&b, &a, datagram, now);
+    }
+    let mut forged = sent[0].clone();
+    forged[40] ^= 1;
+    forged[8] ^= 0x40;
+    deliver(&b, &a, &forged, now);
+    let arrived = b.peer.lock().arrived.of(via(a.endpoint)).since(before);
+    assert_eq!(arrived.0, [2, 1, 1], "the copy counts, the forgery does not");
+}

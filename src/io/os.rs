@@ -94,12 +94,25 @@ pub struct Route {
     pub pref_src: Option<IpAddr>,
     /// The kernel's order among routes to the same place, lowest first.
     pub metric: Option<u32>,
+    /// The longest packet that goes this way, in bytes, where that is not the interface's.
+    pub mtu_bytes: Option<u32>,
+    /// The largest TCP segment that is asked for in return, in bytes: what comes back may be longer
+    /// than what goes this way now.
+    pub advmss_bytes: Option<u32>,
 }
 
 impl Route {
     /// A route straight out of interface `index`, without router, hint or metric.
     pub fn direct(dst: IpNet, index: u32) -> Self {
-        Self { dst, index, gateway: None, pref_src: None, metric: None }
+        Self {
+            dst,
+            index,
+            gateway: None,
+            pref_src: None,
+            metric: None,
+            mtu_bytes: None,
+            advmss_bytes: None,
+        }
     }
 
     /// Whether this is a default route.

@@ -13,6 +13,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::sys::{Fragments, set_fragments};
+
 /// Datagrams of at most this size are received, alone or many in one buffer.
 const SLOT_BYTES: usize = 65_536;
 /// Buffers per receive call.
@@ -114,13 +116,30 @@ impl UdpSocket {
             }
         }
         for datagram in bytes.chunks(segment.max(1)) {
-            self.state.try_send((&self.socket).into(), &transmit(datagram, None))?;
+            let send = || self.state.try_send((&self.socket).into(), &transmit(datagram, None));
+            match send() {
+                // Fragments are forbidden for the instant in which a probe is sent.
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => send()?,
+                result => result?,
+            }
         }
         if no_offload {
             self.gso.store(false, Ordering::Relaxed);
             tracing::warn!("the kernel takes no UDP trains, going on without");
         }
         Ok(())
+    }
+
+    /// Sends one datagram that nobody may cut: it arrives whole or not at all.
+    ///
+    /// # Errors
+    /// What the kernel says; `EMSGSIZE` when the first link is too narrow for it.
+    pub fn send_whole(&self, remote: SocketAddr, datagram: &[u8]) -> io::Result<()> {
+        let ipv6 = remote.is_ipv6();
+        set_fragments(&self.socket, ipv6, Fragments::Forbidden)?;
+        let sent = self.socket.send_to(datagram, remote);
+        set_fragments(&self.socket, ipv6, Fragments::Allowed)?;
+        sent.map(drop)
     }
 
     /// Receives what is there, up to the size of `buffers`.
@@ -171,7 +190,7 @@ impl AsFd for UdpSocket {
 /// # Errors
 /// What the kernel says.
 pub fn forbid_fragments(socket: &impl std::os::fd::AsRawFd, ipv6: bool) -> io::Result<()> {
-    Ok(super::sys::forbid_fragments(socket, ipv6)?)
+    Ok(set_fragments(socket, ipv6, Fragments::Forbidden)?)
 }
 
 /// To call after `quinn-udp` has set up `socket`, which forbids fragments: it is made for QUIC, and
@@ -183,7 +202,7 @@ pub fn forbid_fragments(socket: &impl std::os::fd::AsRawFd, ipv6: bool) -> io::R
 /// What the kernel says.
 pub fn allow_fragments(socket: &std::net::UdpSocket) -> io::Result<()> {
     let ipv6 = socket.local_addr()?.is_ipv6();
-    Ok(super::sys::allow_fragments(socket, ipv6)?)
+    Ok(set_fragments(socket, ipv6, Fragments::Allowed)?)
 }
 
 /// Datagrams of one sender that were received together.

@@ -61,8 +61,8 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
-use crate::path::{Answer, Via};
-use crate::types::{Candidate, NodeId, PublicKey, SecretKey, SocketId};
+use crate::path::{Answer, BASE_MTU, Via};
+use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SecretKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use mapped::Mapped;
@@ -84,6 +84,8 @@ pub struct NodeSettings {
     pub eager_peers: usize,
     /// Look for a path between hard NATs by chance when nothing else has led to one.
     pub birthday_probing: bool,
+    /// The largest inner MTU that is looked for on direct paths, in bytes.
+    pub max_mtu: u16,
 }
 
 impl Default for NodeSettings {
@@ -92,6 +94,7 @@ impl Default for NodeSettings {
             rekey_after: SessionSettings::default().rekey_after,
             eager_peers: 64,
             birthday_probing: true,
+            max_mtu: BASE_MTU,
         }
     }
 }
@@ -113,6 +116,13 @@ pub enum Event {
         to: Option<Via>,
         /// The cause.
         why: &'static str,
+    },
+    /// The path to a peer carries longer or only shorter packets uncut than before.
+    Mtu {
+        /// The peer's addresses.
+        addrs: OverlayAddrs,
+        /// The longest inner packet, in bytes.
+        mtu: u16,
     },
     /// An answer to [`Node::ping`].
     Pinged {
@@ -138,6 +148,17 @@ pub struct Opener {
     pub socket: SocketId,
     /// With this time to live (IPv4) or hop limit (IPv6).
     pub ttl: u8,
+    /// The bytes.
+    pub datagram: Vec<u8>,
+}
+
+/// A datagram that nobody on the way may cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WholeProbe {
+    /// To this endpoint.
+    pub remote: SocketAddr,
+    /// By this socket.
+    pub socket: SocketId,
     /// The bytes.
     pub datagram: Vec<u8>,
 }
@@ -176,6 +197,8 @@ pub struct Node {
     sockets: Sockets,
     punching: Punching,
     openers: VecDeque<Opener>,
+    whole_probes: VecDeque<WholeProbe>,
+    answers: VecDeque<Vec<u8>>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
@@ -225,6 +248,8 @@ impl Node {
             sockets: Sockets::default(),
             punching: Punching::default(),
             openers: VecDeque::new(),
+            whole_probes: VecDeque::new(),
+            answers: VecDeque::new(),
             scratch: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
@@ -254,6 +279,7 @@ impl Node {
             Note::SessionWanted(peer) => self.handle_session_wanted(peer, now),
             Note::Active(peer) => self.handle_active(peer, now),
             Note::SessionConfirmed(peer) => self.handle_session_up(peer, now),
+            Note::Answer(packet) => self.answers.push_back(packet),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
             Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
         }
@@ -269,6 +295,16 @@ impl Node {
     /// A datagram with a short life; call until none, before [`Self::take_datagrams`].
     pub fn poll_opener(&mut self) -> Option<Opener> {
         self.openers.pop_front()
+    }
+
+    /// A datagram that must not be cut on its way; call until none.
+    pub fn poll_whole_probe(&mut self) -> Option<WholeProbe> {
+        self.whole_probes.pop_front()
+    }
+
+    /// A packet for the TUN interface: an answer to what a program here has sent; call until none.
+    pub fn poll_answer(&mut self) -> Option<Vec<u8>> {
+        self.answers.pop_front()
     }
 
     /// A message for the server; call until none. Dropped by the caller when there is no link.

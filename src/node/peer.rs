@@ -7,8 +7,10 @@ use rand::Rng;
 
 use super::report::Insight;
 use super::{Event, Netmap, Node};
-use crate::dataplane::{ForwardingTable, Peer, Session, SessionSettings, flush_pending};
-use crate::path::{PathAgent, PathEvent, PathTransmit, Via};
+use crate::dataplane::{
+    ForwardingTable, Peer, Session, SessionSettings, flush_pending, send_keepalive,
+};
+use crate::path::{BASE_MTU, PathAgent, PathEvent, PathTransmit, Via};
 use crate::types::{Candidate, CandidateKind, NodeId};
 use crate::wire::disco::{DiscoKeys, Message};
 
@@ -66,9 +68,11 @@ impl Node {
         let session = Session::new(&self.engine, &info.node_key, index, settings);
         self.peers_by_tag.insert(disco.tag_from_peer(), id);
         self.peers_by_key.insert(info.node_key, id);
+        let mut agent = PathAgent::new(self.rng.random(), now);
+        agent.set_mtu_limit(self.settings.max_mtu);
         let peer = PeerControl {
             fast: Peer::new(id, info.addrs, index, session),
-            agent: PathAgent::new(self.rng.random(), now),
+            agent,
             disco,
             session_wanted: false,
             used_at: None,
@@ -80,7 +84,10 @@ impl Node {
 
     /// Forgets a peer, its session included.
     pub(super) fn drop_peer(&mut self, id: NodeId) {
-        if self.peers.remove(&id).is_some() {
+        if let Some(peer) = self.peers.remove(&id) {
+            if peer.fast.set_mtu(BASE_MTU) {
+                self.events.push_back(Event::Mtu { addrs: peer.fast.addrs, mtu: BASE_MTU });
+            }
             self.peers_by_tag.retain(|_, peer| *peer != id);
             self.peers_by_key.retain(|_, peer| *peer != id);
             self.close_sockets_of(id);
@@ -193,20 +200,38 @@ impl Node {
             self.events.push_back(Event::Path { peer: id, from, to, why });
         }
         peer.fast.set_choice(peer.agent.choice());
+        let mtu = peer.agent.mtu(now);
+        if peer.fast.set_mtu(mtu) {
+            self.events.push_back(Event::Mtu { addrs: peer.fast.addrs, mtu });
+        }
         while let Some(transmit) = self.peers.get_mut(&id).and_then(|p| p.agent.poll_transmit()) {
             match transmit {
                 PathTransmit::Opener { remote, socket, tx } => {
                     self.send_opener(id, remote, socket, tx);
                 }
                 PathTransmit::Ping { via, tx } => {
+                    if let Some(peer) = self.peers.get_mut(&id) {
+                        let sent = peer.fast.lock().sent.of(via);
+                        peer.agent.handle_counts(via, sent, now);
+                    }
                     self.send_disco(id, via, &Message::Ping { tx, padding: 0 });
                 }
+                PathTransmit::Sized { via, tx, inner, whole } => {
+                    self.send_sized(id, via, tx, inner, whole);
+                }
+                PathTransmit::Keepalive { via } => {
+                    if let Some(peer) = self.peers.get(&id) {
+                        let table = self.shared.table();
+                        send_keepalive(&table, &peer.fast, via, now, &mut self.datagrams);
+                    }
+                }
                 PathTransmit::Pong { via, tx } => {
+                    let arrived = self.peers.get(&id).map(|it| it.fast.lock().arrived.of(via));
                     let observed = match via {
                         Via::Direct { remote, .. } => Some(remote),
                         Via::RelayUdp | Via::RelayTcp => None,
                     };
-                    self.send_disco(id, via, &Message::Pong { tx, observed });
+                    self.send_disco(id, via, &Message::Pong { tx, observed, arrived });
                 }
                 PathTransmit::CallMeMaybe { via } => {
                     let candidates = self.call_candidates(now);

@@ -97,6 +97,10 @@ impl Node {
             }
             busy = true;
             peer.used_at = peer.used_at.max(sent);
+            if let Some(via) = peer.agent.choice().primary {
+                let counts = peer.fast.lock().sent.of(via);
+                peer.agent.handle_counts(via, counts, now);
+            }
             peer.agent.handle_traffic(Traffic { sent, heard }, now);
             let relayed = peer.agent.choice().primary == Some(Via::RelayUdp);
             relay_silent |= relayed

@@ -85,7 +85,10 @@ impl World {
                         }
                         continue;
                     }
-                    PathTransmit::Ping { via, tx } => (via, Message::Ping(tx)),
+                    PathTransmit::Ping { via, tx } | PathTransmit::Sized { via, tx, .. } => {
+                        (via, Message::Ping(tx))
+                    }
+                    PathTransmit::Keepalive { .. } => continue,
                     PathTransmit::Pong { via, tx } => (via, Message::Pong(tx)),
                     PathTransmit::CallMeMaybe { via } => (via, Message::CallMeMaybe),
                 };
@@ -149,7 +152,7 @@ impl World {
         match message {
             Message::Ping(tx) => side.agent.handle_ping(tx, via, self.now),
             Message::Pong(tx) => {
-                side.agent.handle_pong(tx, via, self.now);
+                side.agent.handle_pong(tx, via, None, self.now);
             }
             Message::CallMeMaybe => {
                 let candidate = Candidate::new(announced, CandidateKind::Reflexive);

@@ -3,6 +3,7 @@
 //! A value of one of these types was checked when it was made and is valid for ever.
 
 mod candidate;
+mod counts;
 mod drops;
 mod id;
 mod key;
@@ -10,6 +11,7 @@ mod name;
 mod net;
 
 pub use candidate::{Candidate, CandidateKind, MAX_CANDIDATES, usable_underlay};
+pub use counts::SizeCounts;
 pub use drops::{DropCounters, DropReason};
 pub use id::{InviteId, NetworkId, NodeId, ParseIdError, SocketId, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};

@@ -73,6 +73,15 @@ impl Net {
         net
     }
 
+    /// Makes every link of the internet as wide as this.
+    pub(crate) fn set_internet_mtu(&self, mtu: u16) {
+        for name in self.internet.interfaces() {
+            if let Some(name) = name.split('@').next().filter(|name| *name != "lo") {
+                self.internet.ip(&format!("link set dev {name} mtu {mtu}"));
+            }
+        }
+    }
+
     /// A folder for files of the test.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir

@@ -316,6 +316,12 @@ impl Host {
         }
         take(&self.out, going);
         self.out.clear();
+        while let Some(probe) = node.poll_whole_probe() {
+            let target = Target::Udp { remote: probe.remote, local: None, socket: probe.socket };
+            going.datagrams.push((target, probe.datagram));
+        }
+        // Programs here send what may be cut, so nobody is told anything.
+        assert_eq!(node.poll_answer(), None);
         node.take_datagrams(&mut self.out);
         take(&self.out, going);
         self.out.clear();
@@ -338,6 +344,7 @@ impl Host {
                 }
                 Event::Identity(_)
                 | Event::Save
+                | Event::Mtu { .. }
                 | Event::Pinged { .. }
                 | Event::Knocked(_)
                 | Event::Reported(_) => {}

@@ -5,6 +5,7 @@
 //!   scenario    bytes -> who is there and what happens; what must be true at the end
 //!   named       scenarios with a name and a time bound; hard: those of hard NATs
 //!   bounds      how soon, in round trips      quiet    how much is sent when nothing happens
+//!   filtered    paths that let questions through and no data
 //!     world       clock, flights, turns        oracle   which path must be found
 //!       routing     lines, NATs, LANs            ledger   every inner packet, once
 //!       host, uplink    node core and data plane, as the daemon drives them
@@ -17,6 +18,7 @@
 
 mod bounds;
 mod edge;
+mod filtered;
 mod hard;
 mod host;
 mod ledger;

@@ -271,12 +271,12 @@ impl World {
                     .iter()
                     .position(|host| host.edge == edge && host.socket_at(flow.dst).is_some());
                 let Some(to) = to.filter(|to| !self.hosts[*to].udp_blocked) else { return };
-                if from.is_none_or(|from| !self.is_partitioned(from, to)) {
+                if from.is_none_or(|from| self.passes(from, to, &bytes)) {
                     self.hand_in(to, src, flow.dst, &bytes);
                 }
             }
             Parcel::Lan { from, to, src, dst, bytes } => {
-                if !self.is_partitioned(from, to) {
+                if self.passes(from, to, &bytes) {
                     self.hand_in(to, src, dst, &bytes);
                 }
             }

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use overlay::lab::nat::NatKind;
 use overlay::node::NodeSettings;
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 use crate::edge::Edge;
 use crate::host::{Host, spread};
@@ -28,6 +28,25 @@ use crate::uplink::Due;
 
 /// The last things that happened, for whoever has to understand a failure.
 pub(crate) type EventLog = Rc<RefCell<VecDeque<String>>>;
+
+/// Datagrams between hosts that disappear.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Filter {
+    /// Only those of this host.
+    pub(crate) from: Option<usize>,
+    /// Only those of so many bytes or more.
+    pub(crate) min_len: usize,
+    /// Only those that look like data of WireGuard.
+    pub(crate) data: bool,
+}
+
+impl Filter {
+    fn takes(self, from: usize, datagram: &[u8]) -> bool {
+        self.from.is_none_or(|it| it == from)
+            && datagram.len() >= self.min_len
+            && (!self.data || datagram.first() == Some(&4))
+    }
+}
 
 /// All of it.
 #[derive(Debug)]
@@ -43,6 +62,10 @@ pub(crate) struct World {
     pub(super) next_seq: u64,
     pub(super) rng: StdRng,
     partitions: BTreeSet<(usize, usize)>,
+    /// What does not get through between hosts.
+    pub(crate) filters: Vec<Filter>,
+    /// Of a thousand datagrams straight between hosts, so many vanish.
+    pub(crate) loss_between_hosts: u32,
     start: Instant,
     seed: u64,
     steps_now: u32,
@@ -63,6 +86,8 @@ impl World {
             next_seq: 0,
             rng: StdRng::from_seed(spread(seed, 5)),
             partitions: BTreeSet::new(),
+            filters: Vec::new(),
+            loss_between_hosts: 0,
             start: now,
             seed,
             steps_now: 0,
@@ -164,6 +189,15 @@ impl World {
 
     pub(crate) fn is_partitioned(&self, a: usize, b: usize) -> bool {
         self.partitions.contains(&(a.min(b), a.max(b)))
+    }
+
+    /// Whether a datagram from one host to another gets through.
+    pub(super) fn passes(&mut self, from: usize, to: usize, datagram: &[u8]) -> bool {
+        if self.loss_between_hosts > 0 && self.rng.random_range(0..1_000) < self.loss_between_hosts
+        {
+            return false;
+        }
+        !self.is_partitioned(from, to) && !self.filters.iter().any(|it| it.takes(from, datagram))
     }
 
     /// Sends an inner packet; none when one of the two has no address yet or does not run.

@@ -370,7 +370,7 @@ impl Daemon {
                 ipv4: identity.addrs.v4,
                 ipv6: identity.addrs.v6,
                 interface: self.options.interface.clone(),
-                mtu: self.options.mtu,
+                mtu: self.options.interface_mtu(),
                 listen_port: self.ports.listen_port(),
                 public_key: own.public_key.to_string(),
                 network: identity.network.to_string(),
@@ -402,10 +402,13 @@ pub(super) fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
             remote: peer.remote.map(|remote| remote.to_string()),
             since_s: peer.since.as_secs(),
             why: peer.why,
+            mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
+            loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
         },
         rtt_ms: peer.rtt.map(millis),
         tx_bytes: peer.tx_bytes,
         rx_bytes: peer.rx_bytes,
+        too_big: peer.too_big,
         last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
     }
 }

@@ -27,7 +27,7 @@ pub use startup::{NodeOptions, Offloads, StartError, run};
 pub use state::{ENROLMENT_FILE, StateError};
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,7 @@ use crate::io::clock;
 use crate::io::link::{ConnectError, Inbound};
 use crate::node::{Event, Node};
 use crate::path::Answer;
-use crate::types::NodeId;
+use crate::types::{NodeId, OverlayAddrs};
 use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
 use interface::Interface;
 use local::Request;
@@ -46,7 +46,7 @@ use portmap::PortMapping;
 use roam::Surroundings;
 use scratch::ScratchAnswer;
 use state::StateDir;
-use threads::{Ports, send_all, send_opener, write_tun};
+use threads::{Ports, send_all, send_opener, send_whole_probe, write_packet, write_tun};
 use uplink::{Uplink, UplinkEvent};
 
 /// The netmap changes in groups too, and a lost one only costs a re-fetch.
@@ -68,6 +68,8 @@ struct Daemon {
     node: Node,
     ports: Arc<Ports>,
     interface: Option<Interface>,
+    /// What each direct path carries, where that is not what every path does.
+    peer_mtus: BTreeMap<Ipv4Addr, (OverlayAddrs, u16)>,
     state: StateDir,
     uplink: Uplink,
     server: Option<SocketAddr>,
@@ -245,6 +247,12 @@ impl Daemon {
         while let Some(opener) = self.node.poll_opener() {
             send_opener(&self.ports, &opener);
         }
+        while let Some(probe) = self.node.poll_whole_probe() {
+            send_whole_probe(&self.ports, &probe);
+        }
+        while let Some(answer) = self.node.poll_answer() {
+            write_packet(&self.ports, &answer);
+        }
         while let Some((remote, question)) = self.node.poll_scratch() {
             scratch::ask(remote, question, self.scratch.0.clone());
         }
@@ -286,6 +294,7 @@ impl Daemon {
                     let interface = Interface::create(&self.options, identity).await?;
                     self.ports.set_tun(Some(interface.tun()));
                     self.interface = Some(interface);
+                    self.route_peers().await;
                     self.save();
                     self.scan_interfaces().await;
                 }
@@ -293,6 +302,7 @@ impl Daemon {
             Event::Save => {
                 self.save_at.get_or_insert(now + SAVE_DELAY);
             }
+            Event::Mtu { addrs, mtu } => self.set_peer_mtu(addrs, mtu).await,
             Event::Path { peer, from, to, why } => self.log_path(peer, from, to, why),
             Event::Pinged { token, answer } => {
                 if let Some(reply) = self.pings.remove(&token) {

@@ -144,6 +144,9 @@ pub struct PeerReport {
     pub tx_bytes: u64,
     /// Inner bytes received.
     pub rx_bytes: u64,
+    /// Packets that were too long for the path, and told so to their sender.
+    #[serde(default)]
+    pub too_big: u64,
     /// Seconds since the last WireGuard handshake.
     pub last_handshake_s: Option<u64>,
 }
@@ -159,6 +162,12 @@ pub struct PathReport {
     pub since_s: u64,
     /// Why, in a sentence.
     pub why: String,
+    /// The longest packet that it carries uncut, in bytes.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+    /// Percent of the data of the last seconds that did not arrive; none when little was sent.
+    #[serde(default)]
+    pub loss_percent: Option<f64>,
 }
 
 /// `overlay netcheck --json`.

@@ -10,7 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::extra::bind_socket;
-use super::interface::InterfaceError;
+use super::interface::{InterfaceError, widest_mtu};
 use super::local::serve_local;
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
@@ -24,6 +24,7 @@ use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
+use crate::path::BASE_MTU;
 use crate::types::{NetworkId, NodeName};
 use crate::wire::control::RefusedCode;
 use crate::wire::join::JoinLine;
@@ -50,8 +51,8 @@ pub struct NodeOptions {
     pub interface: String,
     /// UDP port; none for the last one or a random one.
     pub listen_port: Option<u16>,
-    /// MTU of the TUN interface in bytes.
-    pub mtu: u16,
+    /// MTU of the TUN interface in bytes; none for what the widest link allows.
+    pub mtu: Option<u16>,
     /// What the core can be told.
     pub settings: NodeSettings,
     /// What the data plane may ask the kernel for.
@@ -60,6 +61,13 @@ pub struct NodeOptions {
     pub port_mapping: Option<Duration>,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
+}
+
+impl NodeOptions {
+    /// MTU of the TUN interface in bytes.
+    pub(super) fn interface_mtu(&self) -> u16 {
+        self.mtu.unwrap_or(BASE_MTU)
+    }
 }
 
 /// Offloads that may be used where the kernel has them.
@@ -163,7 +171,14 @@ impl StopSignals {
 ///
 /// # Errors
 /// When it cannot start; after that only when the interface cannot be remade.
-pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ended, StartError> {
+pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ended, StartError> {
+    if options.mtu.is_none() {
+        options.mtu = widest_mtu(&options.interface)
+            .await
+            .inspect_err(|error| tracing::warn!(%error, "the MTU of the links is not known"))
+            .ok();
+    }
+    options.settings.max_mtu = options.interface_mtu();
     let mut stop = StopSignals::new()?;
     let listener = match LocalListener::bind(&options.socket).await {
         Err(LocalError::AlreadyRunning { path }) => {
@@ -207,6 +222,7 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         node,
         ports: Arc::clone(&ports),
         interface: None,
+        peer_mtus: std::collections::BTreeMap::new(),
         state,
         uplink,
         server: None,

@@ -25,7 +25,7 @@ use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
-use crate::node::Opener;
+use crate::node::{Opener, WholeProbe};
 use crate::types::{DropReason, SocketId};
 
 /// What the TUN thread reads before it looks at the other descriptors.
@@ -166,6 +166,29 @@ pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
     if let Some(Err(error)) = sent {
         ports.shared.drops().count(DropReason::SendFailed);
         tracing::trace!(remote = %opener.remote, %error, "opener not sent");
+    }
+}
+
+/// Sends a datagram that must not be cut. One that does not fit is an answer, too: it stays out.
+pub(super) fn send_whole_probe(ports: &Ports, probe: &WholeProbe) {
+    let sent = ports.with_socket(probe.socket, probe.remote, |socket| {
+        socket.send_whole(probe.remote, &probe.datagram)
+    });
+    if let Some(Err(error)) = sent {
+        tracing::trace!(remote = %probe.remote, %error, "probe not sent");
+    }
+}
+
+/// Writes one packet to the TUN interface.
+pub(super) fn write_packet(ports: &Ports, packet: &[u8]) {
+    let mut batch = TunBatch::default();
+    let copied: Result<(), std::convert::Infallible> = batch.push(packet.len(), |room| {
+        room.copy_from_slice(packet);
+        Ok(packet.len())
+    });
+    match copied {
+        Ok(()) => write_tun(ports, &mut batch),
+        Err(never) => match never {},
     }
 }
 

@@ -12,7 +12,8 @@ use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteScope, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteScope, RouteType,
+    RouteVia,
 };
 
 use super::{InterfaceAddress, Link, LinkKind, NetlinkError, Route};
@@ -133,7 +134,16 @@ pub(super) fn route_message(route: &Route) -> Result<RouteMessage, NetlinkError>
     if let Some(metric) = route.metric {
         builder = builder.priority(metric);
     }
-    Ok(builder.build())
+    let metrics: Vec<RouteMetric> =
+        [route.mtu_bytes.map(RouteMetric::Mtu), route.advmss_bytes.map(RouteMetric::Advmss)]
+            .into_iter()
+            .flatten()
+            .collect();
+    let mut message = builder.build();
+    if !metrics.is_empty() {
+        message.attributes.push(RouteAttribute::Metrics(metrics));
+    }
+    Ok(message)
 }
 
 pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
@@ -158,6 +168,8 @@ pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
         gateway,
         pref_src: facts.pref_src,
         metric: facts.metric,
+        mtu_bytes: facts.mtu_bytes,
+        advmss_bytes: facts.advmss_bytes,
     };
     let mut routes: Vec<Route> =
         facts.next_hops.iter().map(|(index, gateway)| route(*index, *gateway)).collect();
@@ -174,6 +186,8 @@ struct Facts {
     gateway: Option<IpAddr>,
     pref_src: Option<IpAddr>,
     metric: Option<u32>,
+    mtu_bytes: Option<u32>,
+    advmss_bytes: Option<u32>,
     table: Option<u32>,
     next_hops: Vec<(u32, Option<IpAddr>)>,
 }
@@ -188,6 +202,15 @@ impl Facts {
                 RouteAttribute::Via(RouteVia::Inet6(addr)) => self.gateway = Some((*addr).into()),
                 RouteAttribute::PrefSource(addr) => self.pref_src = ip(addr),
                 RouteAttribute::Priority(metric) => self.metric = Some(*metric),
+                RouteAttribute::Metrics(metrics) => {
+                    for metric in metrics {
+                        match metric {
+                            RouteMetric::Mtu(bytes) => self.mtu_bytes = Some(*bytes),
+                            RouteMetric::Advmss(bytes) => self.advmss_bytes = Some(*bytes),
+                            _ => {}
+                        }
+                    }
+                }
                 RouteAttribute::Table(table) => self.table = Some(*table),
                 RouteAttribute::MultiPath(hops) => {
                     for hop in hops {

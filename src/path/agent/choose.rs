@@ -4,14 +4,12 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::opener::Cause;
+use super::proof::Trust;
 use super::{Endpoint, PathAgent, PathEvent, same_path};
 use crate::path::Via;
 use crate::path::liveness::{Doubt, Suspicion};
 use crate::path::score::Score;
 
-/// A path that went silent under traffic may carry data again after this and a new proof.
-const PENALTY: Duration = Duration::from_secs(3);
 /// One switch between paths of the same tier in this time (no flapping).
 const SWITCH_SPACING: Duration = Duration::from_secs(10);
 /// NAT bindings live 30 s on the worst common routers: this and its jitter of two seconds leave
@@ -21,8 +19,12 @@ pub(super) const KEEPALIVE: Duration = Duration::from_secs(25);
 impl PathAgent {
     /// Makes the best path the primary, if it is better by enough.
     pub(super) fn choose(&mut self, why: &'static str, now: Instant) {
+        let has_relay = self.relay.is_some();
         let usable = |endpoint: &Endpoint| {
-            endpoint.proved(now) && endpoint.penalty_until.is_none_or(|until| until <= now)
+            endpoint.proved(now)
+                && endpoint.penalty_until.is_none_or(|until| until <= now)
+                // Where there is nothing else, a bad path is better than none.
+                && !(has_relay && endpoint.trust == Trust::Distrusted)
         };
         let best = self
             .endpoints
@@ -81,8 +83,10 @@ impl PathAgent {
             self.retry_at = None;
             self.stuck_since = None;
             self.postpone_keepalive(now);
+            self.begin_trust(now);
         } else {
             self.keepalive_at = None;
+            self.doubled = false;
         }
         self.events.push_back(PathEvent::Primary { from, to: next, why });
     }
@@ -121,13 +125,8 @@ impl PathAgent {
                 }
                 if let Some(endpoint) = self.endpoints.get_mut(&place) {
                     endpoint.forget();
-                    endpoint.penalty_until = Some(now + PENALTY);
                 }
-                self.doubt = Doubt::default();
-                self.choose("the direct path went silent", now);
-                self.round_at = None;
-                self.retries = 0;
-                self.start_round(Cause::Wanted, now);
+                self.leave(place, "the direct path went silent", now);
             }
         }
     }

@@ -236,11 +236,17 @@ impl PathAgent {
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {
         let tx = TxId(self.rng.random());
-        let endpoint = via.place().map(|place| self.endpoints.get_mut(&place));
-        match endpoint {
-            Some(Some(endpoint)) => endpoint.prober.sent(tx, now),
-            Some(None) => {}
-            None => self.relay_prober.sent(tx, now),
+        match via.place() {
+            Some(place) => {
+                if let Some(endpoint) = self.endpoints.get_mut(&place) {
+                    endpoint.prober.sent(tx, now);
+                    endpoint.delivery.handle_ping(tx, now);
+                }
+            }
+            None => {
+                self.relay_prober.sent(tx, now);
+                self.relay_delivery.handle_ping(tx, now);
+            }
         }
         self.transmits.push_back(PathTransmit::Ping { via, tx });
         tx

@@ -113,8 +113,8 @@ mod tests {
         assert!(sent.contains(&PathTransmit::Pong { via, tx: TxId([0; 12]) }), "{sent:?}");
         assert!(agent.needs_socket(EXTRA, now), "about to be proved");
         let tx = check.expect("a triggered check by the same socket");
-        assert!(agent.handle_pong(tx, Via::direct(remote), now).is_none(), "another path");
-        assert!(agent.handle_pong(tx, via, now).is_some());
+        assert!(agent.handle_pong(tx, Via::direct(remote), None, now).is_none(), "another path");
+        assert!(agent.handle_pong(tx, via, None, now).is_some());
         (agent, via)
     }
 

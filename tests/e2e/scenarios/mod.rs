@@ -6,11 +6,13 @@ mod candidates;
 mod commands;
 
 mod enrol;
+mod failover;
 mod hard;
 mod lab;
 mod local;
 mod matrix;
 mod members;
+mod mtu;
 mod netcheck;
 mod offload;
 mod places;
@@ -40,6 +42,8 @@ pub(crate) fn all() -> Vec<Case> {
         members::cases(),
         spoof::cases(),
         offload::cases(),
+        mtu::cases(),
+        failover::cases(),
         netcheck::cases(),
         portmap::cases(),
         why::cases(),
