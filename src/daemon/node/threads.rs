@@ -1,11 +1,15 @@
 //! The two threads that move packets, and the ports they share with the control task.
 //!
 //! Each runs to completion: read a batch, call the packet function, write the batch. Nothing is
-//! handed from thread to thread but notes for the control plane. The thread that has just written
-//! to the interface looks for an answer there, which would else wait for the other one to wake.
+//! handed from thread to thread but notes for the control plane.
+//!
+//! The receiving thread watches the interface as well while little comes from there: answers and
+//! acknowledgements leave without a second thread that wakes for each. When more comes than that,
+//! the sending thread is woken and watches the interface until it has become quiet again.
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -26,10 +30,17 @@ use crate::io::udp::{RecvBuffers, UdpSocket};
 use crate::node::Opener;
 use crate::types::DropReason;
 
-/// What the TUN thread reads before it looks at the other descriptors.
-const TUN_BUDGET: Budget = Budget { packets: 64, bytes: 64 * MAX_PACKET };
-/// What the receiving thread looks for: a handful of acknowledgements, no upload.
+/// What the sending thread reads before it looks at the other descriptors.
+const TUN_BUDGET: Budget = Budget { packets: 256, bytes: 64 * MAX_PACKET };
+/// What the receiving thread sends itself: a handful of acknowledgements, no upload.
 const ANSWER_BUDGET: Budget = Budget { packets: 16, bytes: 16_000 };
+/// The sending thread gives the interface back after so many drains that were no more than that.
+const QUIET_DRAINS: u32 = 16;
+/// After more than this the receiving thread looks for the next batch before it sleeps: there is
+/// one, mostly.
+const BUSY_BYTES: usize = 32 << 10;
+/// And so many times at most, before it looks at the other descriptors.
+const BUSY_ROUNDS: usize = 16;
 /// The largest packet that a TUN interface can hand over, with its header.
 const MAX_PACKET: usize = 65_536 + 64;
 /// Sealed bytes that are sent before more packets are read: one full run.
@@ -48,8 +59,11 @@ pub(super) struct Ports {
     link: ArcSwapOption<LinkSender>,
     shared: Arc<Shared>,
     stop: EventFd,
-    /// Wakes the TUN thread when there is another interface.
-    tun_changed: EventFd,
+    /// Whether the sending thread watches the interface, and not the receiving one.
+    sender_watches: AtomicBool,
+    /// Tell the threads that there is another interface, or that it is theirs to watch.
+    wake_sender: EventFd,
+    wake_receiver: EventFd,
 }
 
 impl Ports {
@@ -66,7 +80,9 @@ impl Ports {
             link: ArcSwapOption::empty(),
             shared,
             stop: EventFd::from_value_and_flags(0, flags)?,
-            tun_changed: EventFd::from_value_and_flags(0, flags)?,
+            sender_watches: AtomicBool::new(false),
+            wake_sender: EventFd::from_value_and_flags(0, flags)?,
+            wake_receiver: EventFd::from_value_and_flags(0, flags)?,
         })
     }
 
@@ -80,8 +96,28 @@ impl Ports {
 
     pub(super) fn set_tun(&self, tun: Option<Arc<Tun>>) {
         self.tun.store(tun);
-        // Fails only when the counter is full, and then the thread is awake anyway.
-        let _ = self.tun_changed.write(1);
+        // These fail only when the counter is full, and then the thread is awake anyway.
+        let _ = self.wake_sender.write(1);
+        let _ = self.wake_receiver.write(1);
+    }
+
+    /// Lets one thread watch the interface, and the other one not.
+    fn let_watch(&self, sender: bool) {
+        self.sender_watches.store(sender, Ordering::Release);
+        let thread = if sender { &self.wake_sender } else { &self.wake_receiver };
+        let _ = thread.write(1);
+    }
+
+    /// The interface, if it is this thread's to watch.
+    fn watched_tun(&self, sender: bool) -> Option<Arc<Tun>> {
+        let is_mine = self.sender_watches.load(Ordering::Acquire) == sender;
+        if is_mine { self.tun.load_full() } else { None }
+    }
+
+    /// The interface was removed. Until the control task has made another one there is nothing to
+    /// wait for.
+    fn forget_tun(&self, broken: &Option<Arc<Tun>>) {
+        self.tun.compare_and_swap(broken, None);
     }
 
     pub(super) fn listen_port(&self) -> u16 {
@@ -256,17 +292,21 @@ impl Outlet {
         Self { buffer: vec![0; MAX_PACKET], batch: UdpBatch::default(), asked: Vec::new() }
     }
 
-    /// Sends what is there, up to `budget`.
-    fn drain(&mut self, ports: &Ports, tun: &Tun, notes: &NoteSender, budget: Budget) {
+    /// Sends what is there, up to `budget`; tells whether that was all.
+    fn drain(&mut self, ports: &Ports, tun: &Tun, notes: &NoteSender, budget: Budget) -> Drained {
         let Self { buffer, batch, asked } = self;
         let shared = &ports.shared;
         let table = shared.table();
         let now = clock::now();
         batch.clear();
-        let mut bytes = 0;
-        for _ in 0..budget.packets {
-            let Ok(len) = tun.read(buffer) else { break };
-            bytes += len;
+        let mut drained = Drained::default();
+        while drained.packets < budget.packets && drained.bytes <= budget.bytes {
+            let Ok(len) = tun.read(buffer) else {
+                drained.all = true;
+                break;
+            };
+            drained.bytes += len;
+            drained.packets += 1;
             if tun.has_headers() {
                 outbound_frame(shared, &table, &mut buffer[..len], now, batch, asked);
             } else {
@@ -276,89 +316,164 @@ impl Outlet {
                 send_runs(ports, batch.closed_runs());
                 batch.keep_open_run();
             }
-            if bytes > budget.bytes {
-                break;
-            }
         }
         send_all(ports, batch);
         batch.clear();
         notes.send(asked);
+        drained
+    }
+}
+
+/// What was read from the interface in one go.
+#[derive(Default)]
+struct Drained {
+    packets: usize,
+    bytes: usize,
+    all: bool,
+}
+
+impl Drained {
+    fn is_within(&self, budget: Budget) -> bool {
+        self.all && self.packets <= budget.packets && self.bytes <= budget.bytes
     }
 }
 
 fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
+    let mut quiet = 0;
     loop {
-        let tun = ports.tun.load_full();
+        let tun = ports.watched_tun(true);
         let mut fds = vec![
             PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ports.tun_changed.as_fd(), PollFlags::POLLIN),
+            PollFd::new(ports.wake_sender.as_fd(), PollFlags::POLLIN),
         ];
-        if let Some(tun) = &tun {
-            fds.push(PollFd::new(tun.as_fd(), PollFlags::POLLIN));
-        }
+        fds.extend(tun.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
         if !wait(&mut fds) {
             return;
         }
-        if fds[1].any() == Some(true) {
-            let _ = ports.tun_changed.read();
+        if is_ready(fds.get(1)) {
+            let _ = ports.wake_sender.read();
+            quiet = 0;
             continue;
         }
-        let broken = fds.get(2).and_then(PollFd::revents);
-        if broken.is_some_and(|events| events.contains(PollFlags::POLLERR)) {
-            // The interface was removed. Until the control task has made another one there is
-            // nothing to wait for.
-            ports.tun.compare_and_swap(&tun, None);
+        if is_broken(fds.get(2)) {
+            ports.forget_tun(&tun);
             continue;
         }
         let Some(tun) = tun else { continue };
         // A batch that a panic left behind is cleared before it is used.
         let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
-        outlet.drain(ports, &tun, notes, TUN_BUDGET);
+        let drained = outlet.drain(ports, &tun, notes, TUN_BUDGET);
+        drop(outlet);
+        quiet = if drained.is_within(ANSWER_BUDGET) { quiet + 1 } else { 0 };
+        if quiet >= QUIET_DRAINS {
+            ports.let_watch(false);
+        }
     }
 }
 
 fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
-    let mut buffers = RecvBuffers::default();
-    let mut batch = TunBatch::default();
-    let mut asked = Vec::new();
+    let mut inlet =
+        Inlet { buffers: RecvBuffers::default(), batch: TunBatch::default(), asked: Vec::new() };
     loop {
-        let mut fds = vec![PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN)];
+        let watched = ports.watched_tun(false);
+        let mut fds = vec![
+            PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
+            PollFd::new(ports.wake_receiver.as_fd(), PollFlags::POLLIN),
+        ];
+        let sockets_at = fds.len();
         fds.extend(ports.sockets().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
+        let tun_at = fds.len();
+        fds.extend(watched.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
         if !wait(&mut fds) {
             return;
         }
-        for socket in ports.sockets() {
-            if socket.receive(&mut buffers).is_err() {
-                continue;
+        if is_ready(fds.get(1)) {
+            let _ = ports.wake_receiver.read();
+        }
+        if is_broken(fds.get(tun_at)) {
+            ports.forget_tun(&watched);
+            continue;
+        }
+        let mut answer = |tun: Option<&Tun>| {
+            let Some(tun) = tun else { return };
+            if ports.sender_watches.load(Ordering::Relaxed) {
+                return;
             }
-            let shared = &ports.shared;
-            let table = shared.table();
-            let now = clock::now();
-            let tun = ports.tun.load_full();
-            let kinds = tun.as_ref().map(|tun| tun.trains()).unwrap_or_default();
-            batch.clear(kinds);
-            let mut wrote = false;
-            for train in buffers.trains() {
-                let source = Source::Udp { remote: train.remote, local: train.local };
-                let (bytes, stride) = (train.bytes, train.stride);
-                inbound_train(shared, &table, source, bytes, stride, now, &mut batch, &mut asked);
-                if batch.len() > WRITE_BYTES {
-                    write_tun(ports, &mut batch);
-                    batch.clear(kinds);
-                    wrote = true;
+            let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
+            let drained = outlet.drain(ports, tun, notes, ANSWER_BUDGET);
+            drop(outlet);
+            if !drained.is_within(ANSWER_BUDGET) {
+                ports.let_watch(true);
+            }
+        };
+        if is_ready(fds.get(tun_at)) {
+            answer(watched.as_deref());
+        }
+        for (number, socket) in ports.sockets().enumerate() {
+            if is_ready(fds.get(sockets_at + number)) {
+                for _ in 0..BUSY_ROUNDS {
+                    if inlet.receive(ports, socket, notes, &mut answer) < BUSY_BYTES {
+                        break;
+                    }
                 }
-            }
-            wrote |= !batch.is_empty();
-            write_tun(ports, &mut batch);
-            notes.send(&mut asked);
-            if wrote
-                && let Some(tun) = &tun
-                && let Ok(mut outlet) = outlet.try_lock()
-            {
-                outlet.drain(ports, tun, notes, ANSWER_BUDGET);
             }
         }
     }
+}
+
+/// The way from the sockets to the interface.
+struct Inlet {
+    buffers: RecvBuffers,
+    batch: TunBatch,
+    asked: Vec<Note>,
+}
+
+impl Inlet {
+    /// Writes what one call receives; `answer` looks for what comes back.
+    fn receive(
+        &mut self,
+        ports: &Ports,
+        socket: &UdpSocket,
+        notes: &NoteSender,
+        mut answer: impl FnMut(Option<&Tun>),
+    ) -> usize {
+        let Self { buffers, batch, asked } = self;
+        if socket.receive(buffers).is_err() {
+            return 0;
+        }
+        let shared = &ports.shared;
+        let table = shared.table();
+        let now = clock::now();
+        let tun = ports.tun.load_full();
+        let kinds = tun.as_ref().map(|tun| tun.trains()).unwrap_or_default();
+        let mut received = 0;
+        batch.clear(kinds);
+        for train in buffers.trains() {
+            let source = Source::Udp { remote: train.remote, local: train.local };
+            let (bytes, stride) = (train.bytes, train.stride);
+            received += bytes.len();
+            inbound_train(shared, &table, source, bytes, stride, now, batch, asked);
+            if batch.len() > WRITE_BYTES {
+                write_tun(ports, batch);
+                batch.clear(kinds);
+                answer(tun.as_deref());
+            }
+        }
+        if !batch.is_empty() {
+            write_tun(ports, batch);
+            answer(tun.as_deref());
+        }
+        notes.send(asked);
+        received
+    }
+}
+
+fn is_ready(fd: Option<&PollFd<'_>>) -> bool {
+    fd.is_some_and(|fd| fd.any() == Some(true))
+}
+
+fn is_broken(fd: Option<&PollFd<'_>>) -> bool {
+    fd.and_then(PollFd::revents).is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
 /// Waits for any of `fds`; `false` when the first one, the stop signal, is set.
