@@ -2,51 +2,34 @@
 //!
 //! Each runs to completion: read a batch, call the packet function, write the batch. Nothing is
 //! handed from thread to thread but notes for the control plane.
-//!
-//! The receiving thread watches the interface as well while little comes from there: answers and
-//! acknowledgements leave without a second thread that wakes for each. When more comes than that,
-//! the sending thread is woken and watches the interface until it has become quiet again.
+//! What they do is in [`pump`].
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwapOption;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc;
 
+use super::extra::ExtraSockets;
 use super::report::OffloadReport;
-use crate::dataplane::{
-    Note, Run, Shared, Source, Target, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
-};
-use crate::io::clock;
+use crate::dataplane::{Note, Run, Shared, Target, TunBatch, UdpBatch};
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
 use crate::io::tun::Tun;
-use crate::io::udp::{RecvBuffers, UdpSocket};
+use crate::io::udp::UdpSocket;
 use crate::node::Opener;
-use crate::types::DropReason;
+use crate::types::{DropReason, SocketId};
 
-/// What the sending thread reads before it looks at the other descriptors.
-const TUN_BUDGET: Budget = Budget { packets: 256, bytes: 64 * MAX_PACKET };
-/// What the receiving thread sends itself: a handful of acknowledgements, no upload.
-const ANSWER_BUDGET: Budget = Budget { packets: 16, bytes: 16_000 };
-/// The sending thread gives the interface back after so many drains that were no more than that.
-const QUIET_DRAINS: u32 = 16;
-/// After more than this the receiving thread looks for the next batch before it sleeps: there is
-/// one, mostly.
-const BUSY_BYTES: usize = 32 << 10;
-/// And so many times at most, before it looks at the other descriptors.
-const BUSY_ROUNDS: usize = 16;
-/// The largest packet that a TUN interface can hand over, with its header.
-const MAX_PACKET: usize = 65_536 + 64;
-/// Sealed bytes that are sent before more packets are read: one full run.
-const SEND_BYTES: usize = 65_000;
-/// Opened bytes that are written before more datagrams are looked at.
-const WRITE_BYTES: usize = 128 << 10;
+mod pump;
+
+use pump::{NoteSender, Outlet, run_inbound, run_outbound};
+
 /// How long a full socket is waited for before its datagrams are dropped.
 const FULL_SOCKET_WAIT_MS: u8 = 5;
 
@@ -55,6 +38,7 @@ const FULL_SOCKET_WAIT_MS: u8 = 5;
 pub(super) struct Ports {
     pub(super) udp_v4: Option<UdpSocket>,
     pub(super) udp_v6: Option<UdpSocket>,
+    pub(super) extra: ExtraSockets,
     tun: ArcSwapOption<Tun>,
     link: ArcSwapOption<LinkSender>,
     shared: Arc<Shared>,
@@ -76,6 +60,7 @@ impl Ports {
         Ok(Self {
             udp_v4,
             udp_v6,
+            extra: ExtraSockets::new()?,
             tun: ArcSwapOption::empty(),
             link: ArcSwapOption::empty(),
             shared,
@@ -137,6 +122,20 @@ impl Ports {
         }
     }
 
+    /// Does something with a socket; nothing when it is not there (any more).
+    fn with_socket<T>(
+        &self,
+        socket: SocketId,
+        remote: SocketAddr,
+        work: impl FnOnce(&UdpSocket) -> T,
+    ) -> Option<T> {
+        if socket != SocketId::MAIN {
+            return self.extra.get(socket).map(|socket| work(&socket));
+        }
+        let main = if remote.is_ipv4() { &self.udp_v4 } else { &self.udp_v6 };
+        main.as_ref().map(work)
+    }
+
     fn sockets(&self) -> impl Iterator<Item = &UdpSocket> {
         self.udp_v4.iter().chain(&self.udp_v6)
     }
@@ -151,10 +150,10 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
     let drops = ports.shared.drops();
     for (run, bytes) in runs {
         match run.target {
-            Target::Udp { remote, local } => {
-                let socket = if remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
-                let sent =
-                    socket.as_ref().map(|s| send_or_wait(s, remote, local, bytes, run.segment));
+            Target::Udp { remote, local, socket } => {
+                let sent = ports.with_socket(socket, remote, |socket| {
+                    send_or_wait(socket, remote, local, bytes, run.segment)
+                });
                 if !matches!(sent, Some(Ok(()))) {
                     let datagrams = bytes.len().div_ceil(run.segment.max(1));
                     drops.count_many(DropReason::SendFailed, datagrams as u64);
@@ -178,9 +177,10 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
 
 /// Sends a datagram with a short life. What cannot be sent now is not worth waiting for.
 pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
-    let socket = if opener.remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
-    let Some(socket) = socket else { return };
-    if let Err(error) = send_with_ttl(socket, opener.remote, opener.ttl, &opener.datagram) {
+    let sent = ports.with_socket(opener.socket, opener.remote, |socket| {
+        send_with_ttl(socket, opener.remote, opener.ttl, &opener.datagram)
+    });
+    if let Some(Err(error)) = sent {
         ports.shared.drops().count(DropReason::SendFailed);
         tracing::trace!(remote = %opener.remote, %error, "opener not sent");
     }
@@ -188,7 +188,7 @@ pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
 
 fn send_or_wait(
     socket: &UdpSocket,
-    remote: std::net::SocketAddr,
+    remote: SocketAddr,
     local: Option<std::net::IpAddr>,
     bytes: &[u8],
     segment: usize,
@@ -238,7 +238,7 @@ impl Threads {
             ("udp-to-tun", run_inbound),
         ] {
             let (ports, outlet) = (Arc::clone(ports), Arc::clone(&outlet));
-            let notes = NoteSender { notes: notes.clone(), shared: Arc::clone(&ports.shared) };
+            let notes = NoteSender::new(notes.clone(), Arc::clone(&ports.shared));
             let thread = std::thread::Builder::new().name(name.into());
             handles.push(thread.spawn(move || run(&ports, &outlet, &notes))?);
         }
@@ -254,235 +254,6 @@ impl Drop for Threads {
             if handle.join().is_err() {
                 tracing::error!("a packet thread panicked");
             }
-        }
-    }
-}
-
-struct NoteSender {
-    notes: mpsc::Sender<Note>,
-    shared: Arc<Shared>,
-}
-
-impl NoteSender {
-    fn send(&self, notes: &mut Vec<Note>) {
-        for note in notes.drain(..) {
-            if self.notes.try_send(note).is_err() {
-                self.shared.drops().count(DropReason::QueueFull);
-            }
-        }
-    }
-}
-
-/// How much is read in one go.
-#[derive(Clone, Copy)]
-struct Budget {
-    packets: usize,
-    bytes: usize,
-}
-
-/// The way from the interface to the sockets; one thread at a time goes it.
-struct Outlet {
-    buffer: Vec<u8>,
-    batch: UdpBatch,
-    asked: Vec<Note>,
-}
-
-impl Outlet {
-    fn new() -> Self {
-        Self { buffer: vec![0; MAX_PACKET], batch: UdpBatch::default(), asked: Vec::new() }
-    }
-
-    /// Sends what is there, up to `budget`; tells whether that was all.
-    fn drain(&mut self, ports: &Ports, tun: &Tun, notes: &NoteSender, budget: Budget) -> Drained {
-        let Self { buffer, batch, asked } = self;
-        let shared = &ports.shared;
-        let table = shared.table();
-        let now = clock::now();
-        batch.clear();
-        let mut drained = Drained::default();
-        while drained.packets < budget.packets && drained.bytes <= budget.bytes {
-            let Ok(len) = tun.read(buffer) else {
-                drained.all = true;
-                break;
-            };
-            drained.bytes += len;
-            drained.packets += 1;
-            if tun.has_headers() {
-                outbound_frame(shared, &table, &mut buffer[..len], now, batch, asked);
-            } else {
-                outbound(shared, &table, [&buffer[..len]], now, batch, asked);
-            }
-            if batch.len() > SEND_BYTES {
-                send_runs(ports, batch.closed_runs());
-                batch.keep_open_run();
-            }
-        }
-        send_all(ports, batch);
-        batch.clear();
-        notes.send(asked);
-        drained
-    }
-}
-
-/// What was read from the interface in one go.
-#[derive(Default)]
-struct Drained {
-    packets: usize,
-    bytes: usize,
-    all: bool,
-}
-
-impl Drained {
-    fn is_within(&self, budget: Budget) -> bool {
-        self.all && self.packets <= budget.packets && self.bytes <= budget.bytes
-    }
-}
-
-fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
-    let mut quiet = 0;
-    loop {
-        let tun = ports.watched_tun(true);
-        let mut fds = vec![
-            PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ports.wake_sender.as_fd(), PollFlags::POLLIN),
-        ];
-        fds.extend(tun.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds) {
-            return;
-        }
-        if is_ready(fds.get(1)) {
-            let _ = ports.wake_sender.read();
-            quiet = 0;
-            continue;
-        }
-        if is_broken(fds.get(2)) {
-            ports.forget_tun(&tun);
-            continue;
-        }
-        let Some(tun) = tun else { continue };
-        // A batch that a panic left behind is cleared before it is used.
-        let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
-        let drained = outlet.drain(ports, &tun, notes, TUN_BUDGET);
-        drop(outlet);
-        quiet = if drained.is_within(ANSWER_BUDGET) { quiet + 1 } else { 0 };
-        if quiet >= QUIET_DRAINS {
-            ports.let_watch(false);
-        }
-    }
-}
-
-fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
-    let mut inlet =
-        Inlet { buffers: RecvBuffers::default(), batch: TunBatch::default(), asked: Vec::new() };
-    loop {
-        let watched = ports.watched_tun(false);
-        let mut fds = vec![
-            PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ports.wake_receiver.as_fd(), PollFlags::POLLIN),
-        ];
-        let sockets_at = fds.len();
-        fds.extend(ports.sockets().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
-        let tun_at = fds.len();
-        fds.extend(watched.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds) {
-            return;
-        }
-        if is_ready(fds.get(1)) {
-            let _ = ports.wake_receiver.read();
-        }
-        if is_broken(fds.get(tun_at)) {
-            ports.forget_tun(&watched);
-            continue;
-        }
-        let mut answer = |tun: Option<&Tun>| {
-            let Some(tun) = tun else { return };
-            if ports.sender_watches.load(Ordering::Relaxed) {
-                return;
-            }
-            let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
-            let drained = outlet.drain(ports, tun, notes, ANSWER_BUDGET);
-            drop(outlet);
-            if !drained.is_within(ANSWER_BUDGET) {
-                ports.let_watch(true);
-            }
-        };
-        if is_ready(fds.get(tun_at)) {
-            answer(watched.as_deref());
-        }
-        for (number, socket) in ports.sockets().enumerate() {
-            if is_ready(fds.get(sockets_at + number)) {
-                for _ in 0..BUSY_ROUNDS {
-                    if inlet.receive(ports, socket, notes, &mut answer) < BUSY_BYTES {
-                        break;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// The way from the sockets to the interface.
-struct Inlet {
-    buffers: RecvBuffers,
-    batch: TunBatch,
-    asked: Vec<Note>,
-}
-
-impl Inlet {
-    /// Writes what one call receives; `answer` looks for what comes back.
-    fn receive(
-        &mut self,
-        ports: &Ports,
-        socket: &UdpSocket,
-        notes: &NoteSender,
-        mut answer: impl FnMut(Option<&Tun>),
-    ) -> usize {
-        let Self { buffers, batch, asked } = self;
-        if socket.receive(buffers).is_err() {
-            return 0;
-        }
-        let shared = &ports.shared;
-        let table = shared.table();
-        let now = clock::now();
-        let tun = ports.tun.load_full();
-        let kinds = tun.as_ref().map(|tun| tun.trains()).unwrap_or_default();
-        let mut received = 0;
-        batch.clear(kinds);
-        for train in buffers.trains() {
-            let source = Source::Udp { remote: train.remote, local: train.local };
-            let (bytes, stride) = (train.bytes, train.stride);
-            received += bytes.len();
-            inbound_train(shared, &table, source, bytes, stride, now, batch, asked);
-            if batch.len() > WRITE_BYTES {
-                write_tun(ports, batch);
-                batch.clear(kinds);
-                answer(tun.as_deref());
-            }
-        }
-        if !batch.is_empty() {
-            write_tun(ports, batch);
-            answer(tun.as_deref());
-        }
-        notes.send(asked);
-        received
-    }
-}
-
-fn is_ready(fd: Option<&PollFd<'_>>) -> bool {
-    fd.is_some_and(|fd| fd.any() == Some(true))
-}
-
-fn is_broken(fd: Option<&PollFd<'_>>) -> bool {
-    fd.and_then(PollFd::revents).is_some_and(|events| events.contains(PollFlags::POLLERR))
-}
-
-/// Waits for any of `fds`; `false` when the first one, the stop signal, is set.
-fn wait(fds: &mut [PollFd<'_>]) -> bool {
-    match poll(fds, PollTimeout::NONE) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) => fds[0].any() != Some(true),
-        Err(error) => {
-            tracing::error!(%error, "poll failed, packets stop");
-            false
         }
     }
 }
