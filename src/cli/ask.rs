@@ -1,17 +1,27 @@
 //! Asking the running daemons, node or server.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 
-use super::fail::{Failure, NOT_RUNNING, PERMISSION};
+use super::fail::{Failure, NO_REPLY, NOT_RUNNING, PERMISSION};
 use super::runtime;
 use crate::config::paths::{Paths, Role};
 use crate::daemon::node::Question;
 use crate::io::local::{LocalClient, LocalError, Reply};
+
+/// A daemon that says nothing for so long hangs. Of a node the slowest answer, that to `netcheck`,
+/// takes half of it; a server says after 15 s that its store does not take a change.
+fn answer_limit(role: Role) -> Duration {
+    match role {
+        Role::Node => Duration::from_secs(8),
+        Role::Server => Duration::from_secs(20),
+    }
+}
 
 /// Where the running node is asked.
 #[derive(Debug, Clone, Args)]
@@ -86,7 +96,11 @@ impl Answers {
     /// # Errors
     /// When the daemon says no.
     pub fn next_answer<A: DeserializeOwned>(&mut self) -> Result<Option<A>, Failure> {
-        let reply: Result<Option<Reply<A>>, _> = self.runtime.block_on(self.client.next());
+        let limit = answer_limit(self.role);
+        let reply: Result<Option<Reply<A>>, _> = self.runtime.block_on(async {
+            let next = tokio::time::timeout(limit, self.client.next()).await;
+            next.unwrap_or(Err(LocalError::TimedOut))
+        });
         match reply.map_err(|error| unanswered(self.role, &error))? {
             None => Ok(None),
             Some(Reply::Ok(answer)) => Ok(Some(answer)),
@@ -143,12 +157,24 @@ fn unanswered(role: Role, error: &LocalError) -> Failure {
         ),
         LocalError::AlreadyRunning { .. }
         | LocalError::NotASocket { .. }
-        | LocalError::Io { .. }
-        | LocalError::TimedOut => Failure::caused_by(
+        | LocalError::Io { .. } => Failure::caused_by(
             format!("{} does not answer", running(role)),
             error,
             format!("look at what it says: {}", log(role)),
         ),
+        LocalError::TimedOut => Failure::new(
+            format!("{} does not answer", running(role)),
+            format!("it took the question and was silent for {} s", answer_limit(role).as_secs()),
+            format!("look at what it says: {}; then start it anew: {}", log(role), restart(role)),
+        )
+        .code(NO_REPLY),
+    }
+}
+
+fn restart(role: Role) -> &'static str {
+    match role {
+        Role::Node => "sudo systemctl restart overlay",
+        Role::Server => "sudo systemctl restart overlay-server",
     }
 }
 

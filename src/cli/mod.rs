@@ -5,6 +5,7 @@ pub mod completions;
 pub mod config;
 pub mod down;
 pub mod fail;
+pub mod history;
 pub mod ip;
 pub mod lab;
 pub mod man;
@@ -18,6 +19,7 @@ pub mod status;
 pub mod up;
 mod usage;
 pub mod version;
+pub mod why;
 
 use std::process::ExitCode;
 
@@ -49,6 +51,8 @@ enum Command {
     Down(down::DownArgs),
     Status(status::StatusArgs),
     Ping(ping::PingArgs),
+    Why(why::WhyArgs),
+    History(history::HistoryArgs),
     Netcheck(netcheck::NetcheckArgs),
     Ip(ip::IpArgs),
     Service(service::ServiceArgs),
@@ -73,6 +77,8 @@ pub fn run() -> ExitCode {
         Command::Down(args) => down::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Ping(args) => ping::run(&args),
+        Command::Why(args) => why::run(&args),
+        Command::History(args) => history::run(&args),
         Command::Netcheck(args) => netcheck::run(&args),
         Command::Ip(args) => ip::run(&args),
         Command::Service(args) => service::run(args),

@@ -5,7 +5,7 @@ use clap::Args;
 use super::ask::SocketArg;
 use super::{Done, print};
 use crate::daemon::node::Question;
-use crate::daemon::node::report::Netcheck;
+use crate::daemon::node::report::{Netcheck, PortMappingReport};
 
 /// Arguments of `overlay netcheck`.
 #[derive(Debug, Clone, Args)]
@@ -41,12 +41,39 @@ pub fn run(args: &NetcheckArgs) -> Done {
         format!("  mapping   {}", report.nat.mapping),
         format!("  filtering {}", report.nat.filtering),
         format!("  hairpin   {}", yes_no(report.nat.hairpin)),
+        format!("port        {}", port_line(report.nat.mapped.as_ref())),
     ];
     for server in &report.servers {
         let rtt = server.rtt_ms.map_or_else(|| "no answer".into(), |rtt| format!("{rtt:.1} ms"));
-        lines.push(format!("server      {}  {rtt}", server.address));
+        let mtu = server.path_mtu.map(|mtu| format!(", path MTU {mtu}")).unwrap_or_default();
+        let blocked = if server.udp_blocked { ", UDP blocked or server away" } else { "" };
+        lines.push(format!("server      {}  {rtt}{mtu}{blocked}", server.address));
+    }
+    for peer in &report.forecast {
+        lines.push(format!("peer        {}  {}: {}", peer.name, peer.forecast, peer.reason));
     }
     lines.push(String::new());
     lines.push(report.verdict);
     print::line(lines.join("\n"))
+}
+
+/// What the router does for us, in a line.
+fn port_line(mapped: Option<&PortMappingReport>) -> String {
+    let Some(report) = mapped else {
+        return "not asked for: port-mapping is off in the configuration".into();
+    };
+    let (Some(external), Some(protocol)) = (&report.external, &report.protocol) else {
+        let why = match report.state.as_str() {
+            "no-gateway" => "not needed: no router on the way out, or our own address is public",
+            "searching" => "the router is being asked",
+            _ => report.error.as_deref().unwrap_or("the router gives none"),
+        };
+        return why.into();
+    };
+    let proof = match (report.verified, report.public) {
+        (Some(true), _) => "verified",
+        (_, Some(false)) => "not public: there is another NAT behind the router",
+        _ => "not verified: nothing sent there has arrived",
+    };
+    format!("{external} by {protocol}, {proof}")
 }

@@ -18,7 +18,7 @@ use crate::daemon::node::{
 use crate::io::files::FileError;
 use crate::io::link::ConnectError;
 use crate::io::local::LocalError;
-use crate::io::tun::TunError;
+use crate::io::tun::{TunError, check_name};
 use crate::node::{Node, NodeSettings};
 use crate::telemetry;
 use crate::types::NodeName;
@@ -30,6 +30,10 @@ const DEFAULT_INTERFACE: &str = "overlay0";
 const DEFAULT_MTU: u16 = 1280;
 const MTU_RANGE: &str = "it has to be 1280 to 9000: IPv6 needs 1280, and no link carries over 9000";
 const REKEY_RANGE: &str = "it has to be 5 to 120: a new key each so many seconds";
+/// What RFC 6886 section 3.3 recommends.
+const DEFAULT_LEASE: Duration = Duration::from_secs(7200);
+const LEASE_RANGE: &str =
+    "it has to be 20 to 86400: a shorter lease could end before it is renewed";
 /// More than any join line has, in bytes.
 const LONGEST_INPUT: u64 = 64 * 1024;
 /// How a machine gets in.
@@ -144,10 +148,23 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             return Err(unusable(&path, format!("rekey-after-s = {seconds}"), REKEY_RANGE));
         }
     };
+    let port_mapping = match file.port_mapping_lease_s {
+        None => DEFAULT_LEASE,
+        Some(seconds @ 20..=86_400) => Duration::from_secs(u64::from(seconds)),
+        Some(seconds) => {
+            let setting = format!("port-mapping-lease-s = {seconds}");
+            return Err(unusable(&path, setting, LEASE_RANGE));
+        }
+    };
     let mtu = args.mtu.or(file.mtu).unwrap_or(DEFAULT_MTU);
     if !(1280..=9000).contains(&mtu) {
         return Err(unusable(&path, format!("mtu = {mtu}"), MTU_RANGE));
     }
+    let interface = args.interface.or(file.interface).unwrap_or_else(|| DEFAULT_INTERFACE.into());
+    check_name(&interface).map_err(|error| {
+        let cause = "the name comes from --interface, OVERLAY_INTERFACE or the configuration";
+        Failure::new(&error, cause, error.help()).code(USAGE)
+    })?;
     let listen_port = args.listen_port.or(file.listen_port);
     Ok(NodeOptions {
         join: args.join.as_deref().map(join_line).transpose()?,
@@ -157,7 +174,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         })),
         state_dir: args.state_dir.or(file.state_dir).unwrap_or(paths.state_dir),
         socket: args.socket.or(file.socket).unwrap_or(paths.socket),
-        interface: args.interface.or(file.interface).unwrap_or_else(|| DEFAULT_INTERFACE.into()),
+        interface,
         listen_port,
         mtu,
         settings: NodeSettings {
@@ -169,6 +186,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             udp_gso: file.udp_gso.unwrap_or(true),
             udp_gro: file.udp_gro.unwrap_or(true),
         },
+        port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
         enrol_only: args.enrol_only,
     })
 }

@@ -26,6 +26,10 @@ pub struct NodeConfig {
     pub rekey_after_s: Option<u16>,
     /// Make paths before they are used in networks of up to so many peers. Default: 64.
     pub eager_peers: Option<u16>,
+    /// Ask the router to forward a port, by UPnP, NAT-PMP or PCP. Default: true.
+    pub port_mapping: Option<bool>,
+    /// The lease to ask for, in seconds, 20 to 86400. Default: 7200.
+    pub port_mapping_lease_s: Option<u32>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
     pub tun_offload: Option<bool>,
     /// Send many datagrams in one call. Default: true.
@@ -61,6 +65,8 @@ mod tests {
             mtu,
             rekey_after_s,
             eager_peers,
+            port_mapping,
+            port_mapping_lease_s,
             tun_offload,
             udp_gso,
             udp_gro,
@@ -68,6 +74,7 @@ mod tests {
         assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
+        assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
     }
 }

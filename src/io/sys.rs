@@ -26,11 +26,22 @@ pub(crate) fn tun_set_offload(device: &tun::Device, mask: libc::c_uint) -> nix::
 
 /// Lets the kernel and the routers on the way cut a datagram of `socket` that is longer than a
 /// link of the path takes.
-pub(crate) fn allow_fragments(socket: &std::net::UdpSocket, ipv6: bool) -> nix::Result<()> {
-    let (level, name, value) = if ipv6 {
-        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+pub(crate) fn allow_fragments(socket: &impl AsRawFd, ipv6: bool) -> nix::Result<()> {
+    let value = if ipv6 { libc::IPV6_PMTUDISC_DONT } else { libc::IP_PMTUDISC_DONT };
+    set_mtu_discovery(socket, ipv6, value)
+}
+
+/// Lets nobody cut a datagram of `socket`, whatever the kernel believes of the path.
+pub(crate) fn forbid_fragments(socket: &impl AsRawFd, ipv6: bool) -> nix::Result<()> {
+    let value = if ipv6 { libc::IPV6_PMTUDISC_PROBE } else { libc::IP_PMTUDISC_PROBE };
+    set_mtu_discovery(socket, ipv6, value)
+}
+
+fn set_mtu_discovery(socket: &impl AsRawFd, ipv6: bool, value: libc::c_int) -> nix::Result<()> {
+    let (level, name) = if ipv6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
     } else {
-        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
     };
     let length = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the descriptor is open for as long as the borrow of the socket; the kernel reads

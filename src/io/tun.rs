@@ -258,7 +258,11 @@ fn open_with_offloads(name: &str) -> Option<(tun::Device, Option<MergeKinds>)> {
     Some((device, Some(kinds)))
 }
 
-fn check_name(name: &str) -> Result<(), TunError> {
+/// Whether Linux takes this as the name of an interface.
+///
+/// # Errors
+/// [`TunError::InvalidName`].
+pub fn check_name(name: &str) -> Result<(), TunError> {
     let fits = (1..libc::IFNAMSIZ).contains(&name.len());
     let plain = name.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:%".contains(&byte));
     if fits && plain && name != "." && name != ".." {

@@ -153,6 +153,15 @@ impl AsFd for UdpSocket {
     }
 }
 
+/// Lets nobody cut a datagram of `socket`: one that is too long for the path does not arrive, and
+/// one that is too long for our own link is not sent.
+///
+/// # Errors
+/// What the kernel says.
+pub fn forbid_fragments(socket: &impl std::os::fd::AsRawFd, ipv6: bool) -> io::Result<()> {
+    Ok(super::sys::forbid_fragments(socket, ipv6)?)
+}
+
 /// To call after `quinn-udp` has set up `socket`, which forbids fragments: it is made for QUIC, and
 /// QUIC finds out how much a path takes. A full packet of the overlay has 1348 bytes and more with
 /// all headers; a path that takes less is slower with fragments, and without them it swallows every

@@ -1,5 +1,6 @@
 //! What the server says, and what it is told.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Instant;
 
@@ -65,6 +66,7 @@ impl Node {
     }
 
     fn handle_update(&mut self, update: &NetmapUpdate, now: Instant) {
+        let leaving = self.leaving(update, now);
         let diff = match self.netmap.apply(update) {
             Ok(diff) => diff,
             Err(error) => {
@@ -74,6 +76,7 @@ impl Node {
                 return;
             }
         };
+        self.note_removed(leaving);
         for id in &diff.removed {
             self.drop_peer(*id);
         }
@@ -132,6 +135,7 @@ impl Node {
         if !first {
             self.announced_at = None;
             self.prediction.forget();
+            self.filter_test = super::nat::FilterTest::default();
             self.update_signalling();
             self.relay.hurry(now);
             self.handle_relay_timeout(now);
@@ -150,24 +154,23 @@ impl Node {
         self.announce(Some(observed), now);
     }
 
-    /// Where the server sees us, if that is no address of ours.
-    pub(super) fn reflexive(&self) -> Option<SocketAddr> {
-        let reflexive = |candidate: &&Candidate| candidate.kind == CandidateKind::Reflexive;
-        self.announced.iter().find(reflexive).map(|candidate| candidate.endpoint)
-    }
-
     /// Tells the server and, with the next call-me-maybe, the peers where we may be reached.
-    fn announce(&mut self, reflexive: Option<SocketAddr>, now: Instant) {
-        let reflexive = reflexive.or_else(|| self.reflexive());
-        let mut candidates: Vec<Candidate> = reflexive
-            .filter(|endpoint| {
-                usable_underlay(*endpoint) && !self.host_endpoints.contains(endpoint)
-            })
-            .map(|endpoint| Candidate::new(endpoint, CandidateKind::Reflexive))
-            .into_iter()
-            .collect();
+    pub(super) fn announce(&mut self, reflexive: Option<SocketAddr>, now: Instant) {
+        let reflexive = reflexive.or(self.reflexive);
+        self.reflexive = reflexive.filter(|endpoint| {
+            usable_underlay(*endpoint) && !self.host_endpoints.contains(endpoint)
+        });
+        let reflexive = self.reflexive.map(|at| Candidate::new(at, CandidateKind::Reflexive));
         let host = |endpoint: &SocketAddr| Candidate::new(*endpoint, CandidateKind::Host);
+        // An endpoint that has two kinds is told with the first: a mapping that lets anybody in
+        // needs no opener, one that may not be there does.
+        let mut candidates: Vec<Candidate> = self.mapped.candidates(true).collect();
+        candidates.extend(reflexive);
+        candidates.extend(self.mapped.candidates(false));
+        candidates.retain(|candidate| usable_underlay(candidate.endpoint));
         candidates.extend(self.host_endpoints.iter().map(host));
+        let mut seen = BTreeSet::new();
+        candidates.retain(|candidate| seen.insert(candidate.endpoint));
         candidates.truncate(MAX_CANDIDATES);
         if candidates == self.announced {
             return;

@@ -67,6 +67,9 @@ impl Node {
             Message::Ping { tx, padding: _ } => peer.agent.handle_ping(tx, via, now),
             Message::Pong { tx, observed: _ } => {
                 let answer = peer.agent.handle_pong(tx, via, now);
+                if let Some(answer) = answer {
+                    peer.insight.history.note_rtt(answer.via, answer.rtt, now);
+                }
                 if let (Some(answer), Some((token, _))) = (answer, self.open_pings.remove(&tx)) {
                     self.events.push_back(Event::Pinged { token, answer });
                 }
@@ -82,6 +85,8 @@ impl Node {
                     peer.agent.handle_call_me_maybe(epoch, &candidates, now);
                 }
             }
+            Message::ReportRequest { tx } => self.handle_report_request(id, tx, now)?,
+            Message::Report { tx, body } => self.handle_report(id, tx, &body, now)?,
         }
         self.drain_agent(id, now);
         Ok(())

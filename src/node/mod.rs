@@ -8,6 +8,7 @@
 //! - `control`: what the server says, and what it is told
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
 //! - `disco`: probes in and out
+//! - `mapped`: endpoints that the router forwards to us, and the proof that it does
 //! - `predict`: which ports our NAT will give us next
 //! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
@@ -16,20 +17,30 @@
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
 //! - `status`: read-only views
+//! - `nat`: what the network in front of us does
+//! - `report`: both sides' views of a path, asked for and told
+//! - `history`: what became of the paths to a peer
 
 mod control;
 mod disco;
 mod handshake;
+mod history;
+mod mapped;
+mod nat;
 mod netmap;
 mod peer;
 mod predict;
 mod relay;
+mod report;
 mod signalling;
 mod sockets;
 mod status;
 mod timers;
 
+pub use history::{History, PathChange, PathRecord, PathTimes};
+pub use mapped::Knocked;
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
+pub use report::{Explanation, RemovedPeer};
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
 
@@ -46,9 +57,12 @@ use crate::path::{Answer, Via};
 use crate::types::{Candidate, NodeId, PublicKey, SecretKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
+use mapped::Mapped;
+use nat::FilterTest;
 use peer::PeerControl;
 use predict::Prediction;
 use relay::RelayClient;
+use report::Removed;
 use sockets::Sockets;
 
 /// What can be set about a node.
@@ -91,6 +105,10 @@ pub enum Event {
         /// The round trip and the path.
         answer: Answer,
     },
+    /// What came of [`Node::knock`].
+    Knocked(Knocked),
+    /// A peer told how it sees the ways between us.
+    Reported(NodeId),
     /// The server ended this membership, or does not know it.
     Refused(RefusedCode, String),
 }
@@ -123,6 +141,9 @@ pub struct Node {
     relay: RelayClient,
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
+    /// Where the server sees us, if that is no address of ours.
+    reflexive: Option<SocketAddr>,
+    mapped: Mapped,
     announced: Vec<Candidate>,
     /// Since when the server knows the endpoint that our NAT gives us.
     announced_at: Option<Instant>,
@@ -132,6 +153,8 @@ pub struct Node {
     engine_tick_at: Option<Instant>,
     datagrams: UdpBatch,
     prediction: Prediction,
+    filter_test: FilterTest,
+    removed: Removed,
     sockets: Sockets,
     openers: VecDeque<Opener>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
@@ -166,6 +189,8 @@ impl Node {
             relay: RelayClient::default(),
             link_up: false,
             host_endpoints: Vec::new(),
+            reflexive: None,
+            mapped: Mapped::default(),
             announced: Vec::new(),
             announced_at: None,
             call_epoch,
@@ -174,6 +199,8 @@ impl Node {
             engine_tick_at: None,
             datagrams: UdpBatch::default(),
             prediction: Prediction::default(),
+            filter_test: FilterTest::default(),
+            removed: Removed::default(),
             sockets: Sockets::default(),
             openers: VecDeque::new(),
             scratch: VecDeque::new(),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
+use super::report::Insight;
 use super::{Event, Netmap, Node};
 use crate::dataplane::{ForwardingTable, Peer, Session, SessionSettings, flush_pending};
 use crate::path::{PathAgent, PathEvent, PathTransmit, Via};
@@ -25,6 +26,8 @@ pub(super) struct PeerControl {
     pub(super) used_at: Option<Instant>,
     /// When an unknown session of this peer was last answered with a handshake.
     pub(super) stale_at: Option<Instant>,
+    /// What is kept to explain its paths.
+    pub(super) insight: Insight,
 }
 
 impl Node {
@@ -70,6 +73,7 @@ impl Node {
             session_wanted: false,
             used_at: None,
             stale_at: None,
+            insight: Insight::new(now),
         };
         self.peers.insert(id, peer);
     }
@@ -119,6 +123,7 @@ impl Node {
         let in_use = peer.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
         let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
         let wanted = in_use || eager && (info.online || !link_up || direct);
+        peer.insight.note_presence(info.online, now);
         peer.agent.set_signalling(signalling);
         peer.agent.set_candidates(&candidates, now);
         if !info.online && link_up {
@@ -152,6 +157,7 @@ impl Node {
         while let Some(event) = peer.agent.poll_event() {
             let PathEvent::Primary { from, to, why } = event;
             moved = true;
+            peer.insight.note_path(&peer.agent, from, to, why, now);
             if !is_upgrade(from, to) {
                 // What is under way on the old path is lost.
                 peer.fast.lock().session.hurry(now);

@@ -51,6 +51,16 @@ impl Prediction {
         self.looking.map(|(_, at)| at + LOOK_LIMIT)
     }
 
+    /// Where the server's two ports saw us.
+    pub(super) fn mappings(&self) -> (Option<SocketAddr>, Option<SocketAddr>) {
+        (self.first, self.second)
+    }
+
+    /// Whether the NAT was seen to count.
+    pub(super) fn counts(&self) -> bool {
+        self.newest.is_some()
+    }
+
     fn is_stale(&self, now: Instant) -> bool {
         self.newest.is_some_and(|(_, at)| now.saturating_duration_since(at) >= FRESH)
     }
@@ -109,7 +119,7 @@ impl Node {
     /// Takes the answer that came to a scratch socket.
     pub fn handle_scratch(&mut self, from: SocketAddr, datagram: &[u8], now: Instant) {
         if let Ok(Control::Reflected { tx, observed }) = Control::parse(datagram) {
-            self.handle_reflected(from, tx, observed, now);
+            let _ = self.handle_let_in(tx) || self.handle_reflected(from, tx, observed, now);
         }
     }
 
@@ -122,6 +132,7 @@ impl Node {
         let (Some(first), Some(second)) = (self.prediction.first, self.prediction.second) else {
             return;
         };
+        self.test_filter(first, second, now);
         let known = self.prediction.newest.is_some();
         if is_sequential(first, second) && !known {
             self.prediction.newest = Some((second, now));

@@ -65,6 +65,12 @@ impl RelayClient {
         self.session.as_ref().is_some_and(|session| session.bound)
     }
 
+    /// Whether UDP reaches the server and comes back; none when that is not known yet.
+    pub(super) fn udp_works(&self) -> Option<bool> {
+        let session = self.session.as_ref()?;
+        (session.bound || session.unanswered >= SILENT_BINDS).then_some(session.bound)
+    }
+
     pub(super) fn rtt(&self) -> Option<Duration> {
         self.session.as_ref().and_then(|session| session.rtt)
     }
@@ -145,7 +151,12 @@ impl Node {
         let relaying = self.is_relaying(now);
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
         if let Control::Reflected { tx, observed } = message {
-            let ours = self.handle_reflected(from, tx, observed, now);
+            let ours = self.handle_reflected(from, tx, observed, now)
+                || self.handle_server_heard(from, tx);
+            return if ours { Ok(()) } else { Err(DropReason::BadRelayFrame) };
+        }
+        if let Control::Knocked { tx, at } = message {
+            let ours = self.handle_knocked(tx, at);
             return if ours { Ok(()) } else { Err(DropReason::BadRelayFrame) };
         }
         let Some(session) = &mut self.relay.session else { return Err(DropReason::BadRelayFrame) };
@@ -164,7 +175,7 @@ impl Node {
         session.bound_at = Some(now);
         session.next_at = now + if relaying { REFRESH_IN_USE } else { REFRESH };
         let appeared = !std::mem::replace(&mut session.bound, true);
-        let moved = self.reflexive() != Some(observed) && !self.host_endpoints.contains(&observed);
+        let moved = self.reflexive != Some(observed) && !self.host_endpoints.contains(&observed);
         self.note_announced(moved, now);
         self.handle_reflexive(observed, now);
         self.note_first_port(observed, now);

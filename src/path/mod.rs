@@ -27,8 +27,10 @@ mod nat;
 pub mod predict;
 mod probe;
 mod score;
+pub mod side;
 #[cfg(test)]
 mod tests;
+pub mod verdict;
 
 pub use agent::{Answer, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic};
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};

@@ -10,6 +10,19 @@ pub(super) fn answer(tx: TxId, source: SocketAddr) -> [u8; CONTROL_LEN] {
     Control::Reflected { tx, observed: source }.encode(None)
 }
 
+/// What goes to `port` of the address that a knock question came from, and where that is.
+///
+/// Never to another address than the one that asked: a forged question sends one datagram of its
+/// own length to where its answer would have gone anyway.
+pub(super) fn knock(
+    tx: TxId,
+    source: SocketAddr,
+    port: u16,
+) -> Option<([u8; CONTROL_LEN], SocketAddr)> {
+    let at = SocketAddr::new(source.ip(), port);
+    (port != 0).then(|| (Control::Knocked { tx, at }.encode(None), at))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -22,5 +35,15 @@ mod tests {
         let answer = answer(tx, source);
         assert_eq!(answer.len(), question.len());
         assert_eq!(Control::parse(&answer), Ok(Control::Reflected { tx, observed: source }));
+    }
+
+    #[test]
+    fn a_knock_goes_to_a_port_of_who_asked_and_nowhere_else() {
+        let source = "203.0.113.9:1234".parse().unwrap();
+        let tx = TxId([3; 12]);
+        let (bytes, at) = knock(tx, source, 80).unwrap();
+        assert_eq!(at, "203.0.113.9:80".parse().unwrap());
+        assert_eq!(Control::parse(&bytes), Ok(Control::Knocked { tx, at }));
+        assert_eq!(knock(tx, source, 0), None);
     }
 }

@@ -61,6 +61,13 @@ pub enum Verdict {
         /// From which socket.
         from: SocketId,
     },
+    /// Send these bytes there, from a socket that nobody sends to.
+    Knock {
+        /// The bytes.
+        bytes: [u8; CONTROL_LEN],
+        /// Another port of who asked for it.
+        to: SocketAddr,
+    },
     /// Send the datagram, whose header has been rewritten, this way.
     Forward(Way),
     /// Count it and forget it.
@@ -229,9 +236,12 @@ impl RelayTable {
                     if from_other_port { arrival.socket.other_port() } else { arrival.socket };
                 Verdict::Reply { bytes: reflect::answer(tx, arrival.source), from }
             }
-            Ok(Control::Bound { .. } | Control::Reflected { .. }) | Err(_) => {
-                Verdict::Drop(DropReason::Malformed)
-            }
+            Ok(Control::Knock { tx, port }) => match reflect::knock(tx, arrival.source, port) {
+                Some((bytes, to)) => Verdict::Knock { bytes, to },
+                None => Verdict::Drop(DropReason::Malformed),
+            },
+            Ok(Control::Bound { .. } | Control::Reflected { .. } | Control::Knocked { .. })
+            | Err(_) => Verdict::Drop(DropReason::Malformed),
         }
     }
 

@@ -41,6 +41,8 @@ pub const MAX_PACKET: usize = 9000;
 const PING: u8 = 1;
 const PONG: u8 = 2;
 const CALL_ME_MAYBE: u8 = 3;
+const REPORT_REQUEST: u8 = 8;
+const REPORT: u8 = 9;
 
 /// Which peer a disco packet is from, as that pair of nodes writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,6 +115,22 @@ pub enum Message {
         /// Where the sender may be reached.
         candidates: Vec<Candidate>,
     },
+    /// "How do you see the ways between us?"
+    ///
+    /// Layout: type 8, 12 bytes transaction id.
+    ReportRequest {
+        /// Comes back in the report.
+        tx: TxId,
+    },
+    /// The answer to a report request, on the path that the answering node's data takes.
+    ///
+    /// Layout: type 9, 12 bytes transaction id, then the CBOR of [`super::report::Report`].
+    Report {
+        /// Of the request.
+        tx: TxId,
+        /// To be read by [`super::report::Report::decode`].
+        body: Vec<u8>,
+    },
 }
 
 impl Message {
@@ -141,6 +159,17 @@ impl Message {
                 }
                 bytes
             }
+            Self::ReportRequest { tx } => {
+                let mut bytes = vec![REPORT_REQUEST];
+                bytes.extend_from_slice(&tx.0);
+                bytes
+            }
+            Self::Report { tx, body } => {
+                let mut bytes = vec![REPORT];
+                bytes.extend_from_slice(&tx.0);
+                bytes.extend_from_slice(body);
+                bytes
+            }
         }
     }
 
@@ -166,6 +195,11 @@ impl Message {
                     candidates.push(Candidate::new(reader.endpoint()?, kind));
                 }
                 Ok(Self::CallMeMaybe { epoch, candidates })
+            }
+            REPORT_REQUEST => Ok(Self::ReportRequest { tx: TxId(reader.array()?) }),
+            REPORT => {
+                let tx = TxId(reader.array()?);
+                Ok(Self::Report { tx, body: reader.0.to_vec() })
             }
             kind => Err(DiscoError::UnknownType { kind }),
         }
@@ -295,6 +329,8 @@ mod tests {
                     Candidate::new(v6, CandidateKind::Host),
                 ],
             },
+            Message::ReportRequest { tx: TxId([5; 12]) },
+            Message::Report { tx: TxId([5; 12]), body: vec![0xa0, 1, 2] },
         ]
     }
 

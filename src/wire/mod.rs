@@ -11,6 +11,7 @@ pub mod frame;
 pub mod ip;
 pub mod join;
 pub mod relay;
+pub mod report;
 
 pub use cursor::UnexpectedEnd;
 

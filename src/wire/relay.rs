@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Control, always 50 bytes, so an answer is never larger than its question and the server cannot
-//! be used to amplify traffic to a forged source.
+//! be used to amplify traffic to a forged source. Only a reflect may have any padding behind it: its
+//! answer tells that a datagram of that size arrives.
 //!
 //! ```text
 //!  0      1      2      3       4        8          16                    34        50
@@ -27,10 +28,13 @@
 //! address seen. *Reflect* (3) and *Reflected* (4) do the same for anybody, unauthenticated: node
 //! and counter together are the 12-byte transaction id, the MAC bytes are zero, and flag 1 asks
 //! for the answer from the server's other port (RFC 5780 section 4.4: which filter has my NAT?).
+//! *Knock* (5) asks the server to send *knocked* (6) to another port of the address that the
+//! question came from, written as an endpoint without address, and from a socket that the asker
+//! never sent to: does the router let strangers in at that port?
 //! Reflected addresses are written inverted, since some routers rewrite addresses that they find
 //! in payloads (RFC 8489 section 14.2 has the same reason).
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use blake2::digest::consts::U16;
 use blake2::digest::{KeyInit, Mac};
@@ -52,6 +56,8 @@ const BIND: u8 = 1;
 const BOUND: u8 = 2;
 const REFLECT: u8 = 3;
 const REFLECTED: u8 = 4;
+const KNOCK: u8 = 5;
+const KNOCKED: u8 = 6;
 const FLAG_OTHER_PORT: u8 = 1;
 const MAC_LEN: usize = 16;
 
@@ -158,6 +164,20 @@ pub enum Control {
         /// Where the question came from.
         observed: SocketAddr,
     },
+    /// Anybody to server: send to this port of my address.
+    Knock {
+        /// Comes back in the answer.
+        tx: TxId,
+        /// Of the address that the question comes from.
+        port: u16,
+    },
+    /// Server to the port that it was asked to try.
+    Knocked {
+        /// Of the question.
+        tx: TxId,
+        /// Where this is sent to.
+        at: SocketAddr,
+    },
 }
 
 impl Control {
@@ -174,6 +194,10 @@ impl Control {
                 (REFLECT, if from_other_port { FLAG_OTHER_PORT } else { 0 }, tx.0, zero)
             }
             Self::Reflected { tx, observed } => (REFLECTED, 0, tx.0, inverted(observed)),
+            Self::Knock { tx, port } => {
+                (KNOCK, 0, tx.0, inverted((Ipv4Addr::UNSPECIFIED, port).into()))
+            }
+            Self::Knocked { tx, at } => (KNOCKED, 0, tx.0, inverted(at)),
         };
         let mut bytes = [0; CONTROL_LEN];
         bytes[..4].copy_from_slice(&[CONTROL_MAGIC, VERSION, kind, flags]);
@@ -191,7 +215,8 @@ impl Control {
     /// # Errors
     /// When the length, version or type is not one of ours.
     pub fn parse(datagram: &[u8]) -> Result<Self, RelayError> {
-        if datagram.len() != CONTROL_LEN {
+        let padded = datagram.len() > CONTROL_LEN && datagram.get(2) == Some(&REFLECT);
+        if datagram.len() != CONTROL_LEN && !padded {
             return Err(RelayError::WrongLength);
         }
         let mut reader = Reader(datagram);
@@ -215,6 +240,8 @@ impl Control {
                 Ok(Self::Reflect { tx: TxId(id), from_other_port: flags & FLAG_OTHER_PORT != 0 })
             }
             (REFLECTED, _) => Ok(Self::Reflected { tx: TxId(id), observed }),
+            (KNOCK, _) => Ok(Self::Knock { tx: TxId(id), port: observed.port() }),
+            (KNOCKED, _) => Ok(Self::Knocked { tx: TxId(id), at: observed }),
             _ => Err(RelayError::UnknownType { kind }),
         }
     }
@@ -273,8 +300,23 @@ mod tests {
             Control::Bound { node: node(), counter: 7, observed },
             Control::Reflect { tx: TxId([1; 12]), from_other_port: true },
             Control::Reflected { tx: TxId([1; 12]), observed },
+            Control::Knock { tx: TxId([1; 12]), port: 7 },
+            Control::Knocked { tx: TxId([1; 12]), at: observed },
         ] {
             assert_eq!(Control::parse(&message.encode(Some(&key))), Ok(message));
+        }
+    }
+
+    #[test]
+    fn only_a_reflect_question_may_be_padded() {
+        let question = Control::Reflect { tx: TxId([1; 12]), from_other_port: false };
+        let answer =
+            Control::Reflected { tx: TxId([1; 12]), observed: "203.0.113.9:1".parse().unwrap() };
+        let bind = Control::Bind { node: node(), counter: 7 };
+        let padded = |message: Control| [&message.encode(None)[..], &[0; 1400]].concat();
+        assert_eq!(Control::parse(&padded(question)), Ok(question));
+        for message in [answer, bind] {
+            assert_eq!(Control::parse(&padded(message)), Err(RelayError::WrongLength));
         }
     }
 

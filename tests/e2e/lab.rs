@@ -112,6 +112,20 @@ impl Net {
         Host { name: name.to_owned(), ns, address, router: Some(router.clone()) }
     }
 
+    /// Moves the router of `host` to an address that is not reserved for documentation: programs
+    /// for routers may not take those for the internet's.
+    pub(crate) fn move_router(&self, host: &mut Host) {
+        let router = host.router.as_mut().expect("the host is behind a router");
+        let wan = Ipv4Addr::new(11, 0, 0, router.wan.octets()[3]);
+        self.internet.sysctl("net/ipv4/ip_forward", "1");
+        self.internet.ip("addr replace 11.0.0.1/24 dev br0");
+        router.ns.ip("addr flush dev wan");
+        router.ns.ip(&format!("addr add {wan}/24 dev wan"));
+        router.ns.ip("route add default via 11.0.0.1");
+        router.wan = wan;
+        self.draw(format!(" |    (the router of {} moved to {wan})", host.name));
+    }
+
     /// Gives `host` and its router IPv6 with a firewall as homes have it: no NAT, answers only.
     pub(crate) fn add_ipv6(&self, host: &Host) -> Ipv6Addr {
         self.internet.sysctl("net/ipv6/conf/all/forwarding", "1");

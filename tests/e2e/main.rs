@@ -26,6 +26,7 @@ mod probe;
 mod process;
 mod sandbox;
 mod scenarios;
+mod upnp;
 
 use std::process::ExitCode;
 

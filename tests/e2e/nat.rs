@@ -56,6 +56,22 @@ impl Nat {
         !hard(self, other) && !hard(other, self)
     }
 
+    /// The words of `overlay why` that fit a settled pair with this kind of path.
+    pub(crate) fn verdict(self, other: Self, path: &str) -> &'static str {
+        use Nat::{None, OpenInput, PortRestricted, Sequential, Symmetric};
+        let hard = |nat| matches!(nat, Symmetric | Sequential);
+        let strict = |nat| matches!(nat, PortRestricted | OpenInput);
+        let guess = hard(self) && (hard(other) || strict(other)) || strict(self) && hard(other);
+        match (path, guess) {
+            ("direct", _) if self == None || other == None => "direct-public",
+            ("direct", true) => "direct-predicted",
+            ("direct", false) => "direct-punched",
+            _ if hard(self) && hard(other) => "symmetric-both",
+            _ if guess => "symmetric-port-restricted",
+            _ => panic!("{self} with {other} is never {path}"),
+        }
+    }
+
     /// The rules of a router with interfaces `wan` and `lan`.
     pub(crate) fn rules(self, wan: Ipv4Addr) -> String {
         let kind = match self {

@@ -318,6 +318,21 @@ impl Node {
         find_peer(&status, peer).clone()
     }
 
+    /// What `overlay why PEER --json` says.
+    pub(crate) fn why(&self, peer: &str) -> Value {
+        parse(&self.cli(&["why", peer, "--json"]).success("why"))
+    }
+
+    /// Waits until `overlay why` gives one of these verdicts; returns all that it says.
+    pub(crate) fn wait_verdict(&self, peer: &str, words: &[&str], limit: Duration) -> Value {
+        let what = format!("{}: why {peer} says {words:?}", self.name);
+        wait_for(&what, limit, || {
+            let why = self.why(peer);
+            words.contains(&why["verdict"]["word"].as_str().unwrap_or_default()).then_some(why)
+        })
+        .0
+    }
+
     pub(crate) fn path_kind(&self, peer: &str) -> String {
         self.status().map_or_else(String::new, |status| path_kind(&status, peer).to_owned())
     }

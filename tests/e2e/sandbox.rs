@@ -147,4 +147,5 @@ fn search_path() -> OsString {
 /// Set inside the namespaces; the value says who the run is outside of them.
 const INSIDE: &str = "OVERLAY_TEST_INSIDE";
 
-const TOOLS: [&str; 8] = ["ip", "nft", "ping", "conntrack", "unshare", "nsenter", "setpriv", "sh"];
+const TOOLS: [&str; 9] =
+    ["ip", "nft", "ping", "conntrack", "miniupnpd", "unshare", "nsenter", "setpriv", "sh"];

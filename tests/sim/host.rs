@@ -331,7 +331,11 @@ impl Host {
                     going.news.push(format!("refused: {why}"));
                     going.refused = true;
                 }
-                Event::Identity(_) | Event::Save | Event::Pinged { .. } => {}
+                Event::Identity(_)
+                | Event::Save
+                | Event::Pinged { .. }
+                | Event::Knocked(_)
+                | Event::Reported(_) => {}
             }
         }
         assert!(going.datagrams.len() <= MAX_DATAGRAMS, "a flood: {}", going.datagrams.len());

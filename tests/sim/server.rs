@@ -47,6 +47,7 @@ pub(crate) enum Sent {
 pub(crate) const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1));
 const MAIN_PORT: u16 = 41820;
 const SECOND_PORT: u16 = 41821;
+const KNOCK_PORT: u16 = 50_000;
 const MAIN: SocketId = SocketId(0);
 
 #[derive(Debug)]
@@ -254,6 +255,10 @@ impl ServerHost {
                 let to = source.expect("only datagrams are answered");
                 let bytes = bytes.to_vec();
                 self.sent.push(Sent::Udp { from: endpoint_of(from), to, bytes });
+            }
+            Verdict::Knock { bytes, to } => {
+                let from = SocketAddr::new(SERVER, KNOCK_PORT);
+                self.sent.push(Sent::Udp { from, to, bytes: bytes.to_vec() });
             }
             Verdict::Forward(Way::Udp(arrival)) => {
                 let from = endpoint_of(arrival.socket);

@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
+use super::portmap::PortMapping;
 use super::report::{OwnStatus, PathReport, PeerReport, SCHEMA, ServerStatus, Status, millis};
-use super::{Daemon, Ended, netcheck};
+use super::{Daemon, Ended, explain, netcheck};
 use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
@@ -39,6 +40,16 @@ pub enum Question {
         /// Stop after this.
         timeout_ms: Option<u64>,
     },
+    /// Why the path to a peer is what it is.
+    Why {
+        /// Name, address or id.
+        peer: String,
+    },
+    /// What became of the paths to a peer.
+    History {
+        /// Name, address or id.
+        peer: String,
+    },
     /// Measure the network in front of us.
     Netcheck,
     /// Stop the daemon.
@@ -68,6 +79,9 @@ pub(super) enum Request {
     Find(String, oneshot::Sender<Option<(NodeId, PingLine)>>),
     Ping(NodeId, oneshot::Sender<Option<oneshot::Receiver<Answer>>>),
     Netcheck(oneshot::Sender<netcheck::Inputs>),
+    /// Why nothing but that can be answered yet, if so.
+    Unready(oneshot::Sender<Option<Refusal>>),
+    Explain(explain::Request),
     Down,
 }
 
@@ -111,6 +125,11 @@ async fn serve(
     requests: &mpsc::Sender<Request>,
 ) -> Result<(), LocalError> {
     while let Some(question) = connection.question().await? {
+        let always = matches!(question, Question::Netcheck | Question::Down);
+        if !always && let Some(Some(refusal)) = ask(requests, Request::Unready).await {
+            connection.answer(&Reply::<()>::Error(refusal)).await?;
+            continue;
+        }
         match question {
             Question::Status => {
                 let status = ask(requests, Request::Status).await;
@@ -121,9 +140,19 @@ async fn serve(
                 let plan = PingPlan { count, until_direct, limit };
                 ping(&mut connection, requests, peer, plan).await?;
             }
+            Question::Why { peer } => {
+                let why = explain::why(requests, peer).await;
+                connection.answer(&why.unwrap_or_else(|| or_stopping(None))).await?;
+            }
+            Question::History { peer } => {
+                let history = explain::history(requests, peer).await;
+                connection.answer(&history.unwrap_or_else(|| or_stopping(None))).await?;
+            }
             Question::Netcheck => match ask(requests, Request::Netcheck).await {
                 Some(inputs) => {
-                    let report = netcheck::run(inputs).await;
+                    let halves = explain::ask_all(requests);
+                    let (mut report, ()) = tokio::join!(netcheck::run(inputs), halves);
+                    report.forecast = explain::forecast(requests, &report).await;
                     connection.answer(&Reply::Ok(report)).await?;
                 }
                 None => connection.answer(&or_stopping::<()>(None)).await?,
@@ -162,7 +191,16 @@ fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     )
 }
 
-async fn ask<T>(
+pub(super) fn unknown_peer(text: &str) -> Refusal {
+    Refusal {
+        code: exit::UNKNOWN_PEER,
+        error: format!("no peer is called \"{text}\""),
+        cause: "it is no name, overlay address or id of a node in this network".into(),
+        help: "overlay status (it lists all peers)".into(),
+    }
+}
+
+pub(super) async fn ask<T>(
     requests: &mpsc::Sender<Request>,
     request: impl FnOnce(oneshot::Sender<T>) -> Request,
 ) -> Option<T> {
@@ -185,13 +223,7 @@ async fn ping(
 ) -> Result<(), LocalError> {
     let find = |sender| Request::Find(text.clone(), sender);
     let Some(Some((id, _))) = ask(requests, find).await else {
-        let refusal = Refusal {
-            code: exit::UNKNOWN_PEER,
-            error: format!("no peer is called \"{text}\""),
-            cause: "it is no name, overlay address or id of a node in this network".into(),
-            help: "overlay status (it lists all peers)".into(),
-        };
-        return connection.answer(&Reply::<PingLine>::Error(refusal)).await;
+        return connection.answer(&Reply::<PingLine>::Error(unknown_peer(&text))).await;
     };
     let started = clock::now();
     let end = plan.limit.map(|limit| started + limit);
@@ -274,10 +306,31 @@ impl Daemon {
             Request::Netcheck(reply) => {
                 let _ = reply.send(self.netcheck_inputs());
             }
+            Request::Unready(reply) => {
+                let _ = reply.send((!self.ready).then(|| self.not_enrolled_yet()));
+            }
+            Request::Explain(request) => self.handle_explain(request, now),
             Request::Down => {
                 tracing::info!("stopped by a command");
                 self.ended = Some(Ended::Stopped);
             }
+        }
+    }
+
+    /// What is answered while the server has not let us in yet.
+    fn not_enrolled_yet(&self) -> Refusal {
+        let servers = self.state.enrolment().map(|enrolment| &enrolment.servers);
+        let servers: Vec<String> = servers.into_iter().flatten().map(ToString::to_string).collect();
+        let cause = match &self.connect_error {
+            Some(error) => format!("the last attempt: {error}"),
+            None => "the server has not let this machine in so far".into(),
+        };
+        Refusal {
+            code: exit::NOT_ENROLLED,
+            error: format!("not enrolled yet, connecting to {}", servers.join(", ")),
+            cause,
+            help: "wait a moment, then: overlay status; is the server reachable: overlay netcheck"
+                .into(),
         }
     }
 
@@ -309,6 +362,7 @@ impl Daemon {
                 drops: own.drops.iter().map(|(why, count)| ((*why).into(), *count)).collect(),
                 version: env!("CARGO_PKG_VERSION").into(),
                 offloads: self.ports.offloads(),
+                port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
             },
             server: ServerStatus {
                 state: state.into(),
@@ -320,7 +374,7 @@ impl Daemon {
     }
 }
 
-fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
+pub(super) fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
     PeerReport {
         id: peer.id.to_string(),
         name: peer.name.to_string(),

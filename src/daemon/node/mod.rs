@@ -1,14 +1,18 @@
 //! The node daemon: joins the node core to sockets, TUN, netlink and the local socket.
 //!
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`)
-//! move packets; `extra` are sockets that come and go. `startup` makes all of it, `state` is what is on disk, `uplink` keeps the control
-//! connection, `interface` the TUN interface, `local` answers the command line, `netcheck`
-//! measures the network in front of us.
+//! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
+//! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `portmap`
+//! a port of the router, `local` answers the command line, `explain` has its answers about paths,
+//! `netcheck` measures the network in front of us.
 
+pub mod explain;
 mod extra;
 mod interface;
 mod local;
 mod netcheck;
+mod path_mtu;
+mod portmap;
 pub mod report;
 mod scratch;
 mod startup;
@@ -38,6 +42,7 @@ use crate::types::NodeId;
 use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
 use interface::Interface;
 use local::Request;
+use portmap::PortMapping;
 use scratch::ScratchAnswer;
 use state::StateDir;
 use threads::{Ports, send_all, send_opener, write_tun};
@@ -76,8 +81,13 @@ struct Daemon {
     /// Both ends: the daemon hands the one to every scratch socket.
     scratch: (mpsc::Sender<ScratchAnswer>, mpsc::Receiver<ScratchAnswer>),
     changes: Option<Changes>,
+    port_mapping: Option<PortMapping>,
     pings: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_token: u64,
+    /// Who waits for a peer's half of the view.
+    halves: BTreeMap<NodeId, Vec<oneshot::Sender<()>>>,
+    /// The overlay address can be used.
+    ready: bool,
     rescan_at: Option<Instant>,
     save_at: Option<Instant>,
     out: UdpBatch,
@@ -119,6 +129,7 @@ impl Daemon {
             Some((from, answer)) = self.scratch.1.recv() => {
                 self.node.handle_scratch(from, &answer, clock::now());
             }
+            news = portmap::next(self.port_mapping.as_mut()) => self.handle_portmap_news(news),
             () = network_change(self.changes.as_mut()) => {
                 self.rescan_at.get_or_insert(clock::now() + NETWORK_SETTLE);
             }
@@ -138,7 +149,8 @@ impl Daemon {
         let silence = self.server.map(|_| {
             self.heard_server + Duration::from_secs(SILENCE_LIMIT_S) + Duration::from_millis(10)
         });
-        [self.node.poll_timeout().map(|(at, _)| at), self.rescan_at, self.save_at, silence]
+        let node = self.node.poll_timeout().map(|(at, _)| at);
+        [node, self.rescan_at, self.save_at, silence, self.portmap_deadline()]
             .into_iter()
             .flatten()
             .min()
@@ -222,6 +234,7 @@ impl Daemon {
     /// Carries out all that the core wants.
     async fn drain(&mut self) -> Result<(), StartError> {
         let now = clock::now();
+        self.drive_portmap(now);
         while let Some(event) = self.node.poll_event() {
             self.handle_event(event, now).await?;
         }
@@ -285,6 +298,13 @@ impl Daemon {
                     let _ = reply.send(answer);
                 }
             }
+            Event::Knocked(knocked) => self.handle_knocked(knocked, now),
+            Event::Reported(peer) => {
+                for waiting in self.halves.remove(&peer).unwrap_or_default() {
+                    // The command may have gone away meanwhile.
+                    let _ = waiting.send(());
+                }
+            }
             Event::Refused(code, message) => self.handle_refused(code, message),
         }
         Ok(())
@@ -327,6 +347,7 @@ impl Daemon {
 
     /// Tells the core at which addresses our sockets can be reached.
     async fn scan_interfaces(&mut self) {
+        self.look_for_gateway();
         let own = self.interface.as_ref().map(Interface::index);
         match interface::host_endpoints(&self.ports, own).await {
             Ok(endpoints) => {

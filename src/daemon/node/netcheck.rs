@@ -7,8 +7,9 @@ use std::time::Duration;
 use tokio::net::UdpSocket;
 use tokio::time::{sleep_until, timeout};
 
-use super::Daemon;
-use super::report::{NatReport, Netcheck, SCHEMA, ServerProbe, millis};
+use super::portmap::PortMapping;
+use super::report::{NatReport, Netcheck, PortMappingReport, SCHEMA, ServerProbe, millis};
+use super::{Daemon, path_mtu};
 use crate::io::clock;
 use crate::path::{NatFacts, NatKind};
 use crate::types::TxId;
@@ -29,6 +30,8 @@ pub(super) struct Inputs {
     reflectors: Vec<[SocketAddr; 2]>,
     /// Addresses of this machine.
     local: Vec<IpAddr>,
+    /// What the daemon has got from the router.
+    mapped: Option<PortMappingReport>,
 }
 
 impl Daemon {
@@ -55,11 +58,12 @@ impl Daemon {
         }
         reflectors.truncate(8);
         let local = self.node.host_endpoints().iter().map(SocketAddr::ip).collect();
-        Inputs { reflectors, local }
+        let mapped = self.port_mapping.as_ref().map(PortMapping::report);
+        Inputs { reflectors, local, mapped }
     }
 }
 
-/// Measures; takes two seconds at the most.
+/// Measures; takes three seconds at the most.
 pub(super) async fn run(inputs: Inputs) -> Netcheck {
     let v4 = inputs.reflectors.iter().find(|pair| pair[0].is_ipv4()).copied();
     let v6 = inputs.reflectors.iter().find(|pair| pair[0].is_ipv6()).copied();
@@ -104,10 +108,12 @@ pub(super) async fn run(inputs: Inputs) -> Netcheck {
             }
             .into(),
             hairpin: nat.as_ref().and_then(|nat| nat.hairpin),
-            port_mapping: None,
+            port_mapping: inputs.mapped.as_ref().and_then(|mapped| mapped.protocols.clone()),
+            mapped: inputs.mapped,
         },
         servers,
         verdict: verdict(kind, udp, ipv6.is_some()).into(),
+        forecast: Vec::new(),
     }
 }
 
@@ -160,21 +166,36 @@ async fn hairpins(inside: &UdpSocket, external: SocketAddr) -> bool {
 }
 
 async fn probe_servers(reflectors: &[[SocketAddr; 2]]) -> Vec<ServerProbe> {
-    let mut probes = Vec::new();
-    for pair in reflectors {
-        let server = pair[0];
-        let bind: SocketAddr = if server.is_ipv4() {
-            (Ipv4Addr::UNSPECIFIED, 0).into()
-        } else {
-            (Ipv6Addr::UNSPECIFIED, 0).into()
-        };
-        let rtt = match UdpSocket::bind(bind).await {
-            Ok(socket) => reflect(&socket, server, false).await.map(|(_, rtt)| rtt),
-            Err(_) => None,
-        };
-        probes.push(ServerProbe { address: server.to_string(), rtt_ms: rtt.map(millis) });
+    let probes = reflectors.iter().map(|pair| probe_server(pair[0]));
+    let mut probes: Vec<(usize, ServerProbe)> = tokio::task::JoinSet::from_iter(
+        probes.enumerate().map(|(place, probe)| async move { (place, probe.await) }),
+    )
+    .join_all()
+    .await;
+    probes.sort_by_key(|(place, _)| *place);
+    probes.into_iter().map(|(_, probe)| probe).collect()
+}
+
+async fn probe_server(server: SocketAddr) -> ServerProbe {
+    let bind: SocketAddr = if server.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let rtt = match UdpSocket::bind(bind).await {
+        Ok(socket) => reflect(&socket, server, false).await.map(|(_, rtt)| rtt),
+        Err(_) => None,
+    };
+    let path_mtu = match rtt {
+        Some(_) => path_mtu::measure(server).await,
+        None => None,
+    };
+    ServerProbe {
+        address: server.to_string(),
+        rtt_ms: rtt.map(millis),
+        udp_blocked: rtt.is_none(),
+        path_mtu,
     }
-    probes
 }
 
 /// Asks a reflector where it sees `socket`.

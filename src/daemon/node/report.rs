@@ -51,6 +51,30 @@ pub struct OwnStatus {
     /// Offloads in use.
     #[serde(default)]
     pub offloads: OffloadReport,
+    /// The port that the router forwards to us; none when it is not to be asked.
+    #[serde(default)]
+    pub port_mapping: Option<PortMappingReport>,
+}
+
+/// What the router in front of us does for us.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMappingReport {
+    /// `no-gateway`, `searching`, `unmapped` or `mapped`.
+    pub state: String,
+    /// `pcp`, `nat-pmp`, `upnp`: what the router answered in the last search; none before it.
+    pub protocols: Option<Vec<String>>,
+    /// The one that the mapping was made by.
+    pub protocol: Option<String>,
+    /// The mapped endpoint as the router told it.
+    pub external: Option<String>,
+    /// Whether that address can be one of the internet's: if not, there is another NAT behind.
+    pub public: Option<bool>,
+    /// Whether something that a stranger sent there has arrived.
+    pub verified: Option<bool>,
+    /// Seconds that the router promised; none for ever.
+    pub lease_s: Option<u64>,
+    /// What the router refused last.
+    pub error: Option<String>,
 }
 
 /// Offloads in use: many packets per system call.
@@ -132,6 +156,25 @@ pub struct Netcheck {
     pub servers: Vec<ServerProbe>,
     /// What it means, in a sentence.
     pub verdict: String,
+    /// What is to be expected of the path to each peer.
+    #[serde(default)]
+    pub forecast: Vec<Forecast>,
+}
+
+/// What is to be expected of the path to a peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Forecast {
+    /// Eight hex digits.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// `direct`, `direct-after-prediction`, `relay-unless-guessed`, `relay`, `relay-tcp`, `offline`
+    /// or `unknown`.
+    pub forecast: String,
+    /// Why, in a sentence.
+    pub reason: String,
+    /// The path of this moment.
+    pub path: PathReport,
 }
 
 /// The NAT in front of us.
@@ -145,8 +188,12 @@ pub struct NatReport {
     pub kind: String,
     /// Whether it turns packets for our own external endpoint around.
     pub hairpin: Option<bool>,
-    /// Port mapping protocols that the router answers; not probed by this version.
+    /// Port mapping protocols that the router answers: `pcp`, `nat-pmp`, `upnp`; none when it was
+    /// not asked.
     pub port_mapping: Option<Vec<String>>,
+    /// The port that the router forwards to us; none when it is not to be asked.
+    #[serde(default)]
+    pub mapped: Option<PortMappingReport>,
 }
 
 /// A reflector that was asked.
@@ -156,6 +203,13 @@ pub struct ServerProbe {
     pub address: String,
     /// Round trip in milliseconds, when it answered.
     pub rtt_ms: Option<f64>,
+    /// Whether UDP to it is blocked, as far as silence tells.
+    #[serde(default)]
+    pub udp_blocked: bool,
+    /// The largest of some usual sizes of IP packets that arrives there uncut, in bytes; none when
+    /// that could not be measured.
+    #[serde(default)]
+    pub path_mtu: Option<u16>,
 }
 
 /// `overlay ip --json`.

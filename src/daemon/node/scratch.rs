@@ -39,7 +39,8 @@ async fn exchange(remote: SocketAddr, question: &[u8]) -> Option<ScratchAnswer> 
     for _ in 0..ATTEMPTS {
         socket.send_to(question, remote).await.ok()?;
         if let Ok(Ok((len, from))) = timeout(PATIENCE, socket.recv_from(&mut buffer)).await
-            && from == remote
+            // A question may ask for the answer from another port.
+            && from.ip() == remote.ip()
         {
             return Some((from, buffer.get(..len)?.to_vec()));
         }

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::extra::bind_socket;
 use super::interface::InterfaceError;
 use super::local::serve_local;
+use super::portmap::PortMapping;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
@@ -55,6 +56,8 @@ pub struct NodeOptions {
     pub settings: NodeSettings,
     /// What the data plane may ask the kernel for.
     pub offloads: Offloads,
+    /// The lease to ask the router for when it maps a port; none to leave it alone.
+    pub port_mapping: Option<Duration>,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
 }
@@ -190,6 +193,11 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
     let ports = Arc::new(ports);
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
+    let port_mapping = options
+        .port_mapping
+        .filter(|_| !options.enrol_only)
+        .zip(ports.udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()))
+        .map(|(lease, addr)| PortMapping::new(addr.port(), lease, &keys.machine));
     let uplink = Uplink::new(Destination {
         servers: enrolment.servers.clone(),
         server_keys: enrolment.server_keys.clone(),
@@ -212,8 +220,11 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         requests,
         scratch: mpsc::channel(SCRATCH_QUEUE),
         changes,
+        port_mapping,
         pings: std::collections::BTreeMap::new(),
         next_token: 0,
+        halves: std::collections::BTreeMap::new(),
+        ready: false,
         rescan_at: None,
         save_at: None,
         out: UdpBatch::default(),
@@ -223,6 +234,8 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         ended: None,
     };
     daemon.scan_interfaces().await;
+    // From here on commands are answered, though most of them with "not enrolled yet".
+    let local = serve_local(listener, request_sender);
     if let Some(identity) = daemon.node.netmap().identity.clone()
         && !daemon.options.enrol_only
     {
@@ -239,11 +252,12 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
     }
     let threads = Threads::start(&ports, &note_sender)
         .map_err(|source| StartError::Io { action: "starting the packet threads", source })?;
-    let local = serve_local(listener, request_sender);
+    daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;
     drop(local);
     drop(threads);
+    daemon.end_portmap().await;
     daemon.save();
     ended
 }

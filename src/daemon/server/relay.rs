@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,6 +41,8 @@ pub(super) struct Hub {
     table: Mutex<RelayTable>,
     links: Mutex<BTreeMap<ConnectionId, Exit>>,
     ports: Vec<UdpPort>,
+    /// Nobody sends to these, so no NAT takes what they send for an answer.
+    knockers: Vec<std::net::UdpSocket>,
     drops: DropCounters,
     events: mpsc::Sender<Event>,
 }
@@ -71,6 +73,7 @@ impl Hub {
             table: Mutex::default(),
             links: Mutex::default(),
             ports,
+            knockers: knockers(),
             drops: DropCounters::default(),
             events,
         }
@@ -130,7 +133,9 @@ impl Hub {
             Verdict::Forward(way) => self.forward(way, &datagram, datagram.len(), None),
             Verdict::Drop(reason) => self.drops.count(reason),
             // Only UDP sockets are asked questions.
-            Verdict::Reply { .. } => self.drops.count(DropReason::Malformed),
+            Verdict::Reply { .. } | Verdict::Knock { .. } => {
+                self.drops.count(DropReason::Malformed);
+            }
         }
     }
 
@@ -172,6 +177,7 @@ impl Hub {
                     let exit = Arrival { socket: from, source: meta.addr, local: meta.dst_ip };
                     self.send_udp(exit, &bytes, bytes.len(), None);
                 }
+                Verdict::Knock { bytes, to } => self.knock(&bytes, to),
                 Verdict::Drop(reason) => self.drops.count(reason),
             }
         }
@@ -179,6 +185,18 @@ impl Hub {
         for (_, way, buffer, bytes, segment_bytes) in forward {
             let bytes = buffers.get(buffer).and_then(|buffer| buffer.get(bytes));
             self.forward(way, bytes.unwrap_or_default(), segment_bytes, Some(waiting));
+        }
+    }
+
+    fn knock(&self, bytes: &[u8], to: SocketAddr) {
+        // What came over IPv4 to a socket for both families is still an IPv4 address outside.
+        let to = SocketAddr::new(to.ip().to_canonical(), to.port());
+        let mut sockets = self.knockers.iter();
+        let fits = |it: &&std::net::UdpSocket| {
+            it.local_addr().is_ok_and(|own| own.is_ipv4() == to.is_ipv4())
+        };
+        if sockets.find(fits).is_none_or(|socket| socket.send_to(bytes, to).is_err()) {
+            self.drops.count(DropReason::SendFailed);
         }
     }
 
@@ -316,6 +334,18 @@ fn decide(
             }
         }
     }
+}
+
+/// One for each family that this machine has.
+fn knockers() -> Vec<std::net::UdpSocket> {
+    let any: [SocketAddr; 2] =
+        [(Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::UNSPECIFIED, 0).into()];
+    let open = |any: SocketAddr| {
+        let socket = std::net::UdpSocket::bind(any).ok()?;
+        socket.set_nonblocking(true).ok()?;
+        Some(socket)
+    };
+    any.into_iter().filter_map(open).collect()
 }
 
 fn send(port: &UdpPort, exit: Arrival, bytes: &[u8], segment_bytes: usize) -> io::Result<()> {

@@ -1,8 +1,11 @@
 //! What an agent tells people: why its primary is what it is, and what it has tried.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use super::PathAgent;
+use crate::path::side::Tried;
 use crate::path::{ProbeOutcome, Via};
 use crate::types::CandidateKind;
 
@@ -30,6 +33,40 @@ impl PathAgent {
     #[must_use]
     pub fn is_trying(&self) -> bool {
         self.endpoints.values().any(|endpoint| endpoint.prober.in_round())
+    }
+
+    /// Every endpoint of the peer with how it answered; those that answer come first, guesses
+    /// last. Where several sockets of ours sent to one, the best of them counts.
+    #[must_use]
+    pub fn view(&self, now: Instant) -> Vec<Tried> {
+        let mut merged: BTreeMap<SocketAddr, Tried> = BTreeMap::new();
+        for (place, state) in &self.endpoints {
+            let heard = state.heard.max(state.prober.last_pong());
+            let tried = Tried {
+                endpoint: place.remote,
+                kind: state.kind,
+                outcome: state.prober.outcome(),
+                pings: state.prober.sent_pings(),
+                rtt: state.prober.srtt(),
+                heard: heard.map(|at| now.saturating_duration_since(at)),
+            };
+            match merged.remove(&place.remote) {
+                Some(other) => merged.insert(place.remote, tried.or_better(other)),
+                None => merged.insert(place.remote, tried),
+            };
+        }
+        let mut tried: Vec<Tried> = merged.into_values().collect();
+        tried.sort_by_key(Tried::rank);
+        tried
+    }
+
+    /// The smoothed round trip on this path.
+    #[must_use]
+    pub fn rtt_on(&self, via: Via) -> Option<Duration> {
+        match via.place() {
+            Some(place) => self.endpoints.get(&place)?.prober.srtt(),
+            None => self.relay_prober.srtt(),
+        }
     }
 
     /// Each endpoint with its kind, the pings sent to it and how it answered.

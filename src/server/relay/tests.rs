@@ -154,6 +154,21 @@ fn anybody_is_told_where_they_are_seen_from_either_port() {
     }
 }
 
+#[test]
+fn a_knock_is_sent_to_the_port_that_was_asked_for() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let tx = crate::types::TxId([1; 12]);
+    let to = SocketAddr::new(arrival(7).source.ip(), 4711);
+    let mut question = Control::Knock { tx, port: 4711 }.encode(None);
+    let bytes = Control::Knocked { tx, at: to }.encode(None);
+    let verdict = table.handle_datagram(&mut question, arrival(7), now);
+    assert_eq!(verdict, Verdict::Knock { bytes, to });
+    let mut nowhere = Control::Knock { tx, port: 0 }.encode(None);
+    let verdict = table.handle_datagram(&mut nowhere, arrival(7), now);
+    assert_eq!(verdict, Verdict::Drop(DropReason::Malformed));
+}
+
 proptest::proptest! {
     #[test]
     fn garbage_is_dropped(mut bytes in proptest::collection::vec(0u8.., 0..80), first in 0xb0u8..0xb5) {

@@ -46,7 +46,26 @@ fn pair(a: Nat, b: Nat) {
     let kind = if a.can_be_punched(b) { "direct" } else { "relay-udp" };
     let guessed = a == Nat::Sequential && b == Nat::Sequential;
     let limit = if guessed { GUESSED_PATH_LIMIT } else { PATH_LIMIT };
-    check_pair(&format!("{a} with {b}"), &net, &server, [&alice, &bob], (kind, limit));
+    let what = format!("{a} with {b}");
+    let [alice, bob] = check_pair(&what, &net, &server, [&alice, &bob], (kind, limit));
+    check_verdict(&alice, &bob, a.verdict(b, kind));
+    check_verdict(&bob, &alice, b.verdict(a, kind));
+}
+
+/// Asks why the pair is as it is; both halves are there, and say which candidate it is.
+fn check_verdict(node: &Node, peer: &Node, word: &str) {
+    let why = node.wait_verdict(&peer.name, &[word], VERDICT_LIMIT);
+    for (half, name) in [("here", &node.name), ("there", &peer.name)] {
+        let half = &why[half];
+        assert_eq!(half["name"], **name, "{why}");
+        let candidates = half["candidates"].as_array().expect("candidates");
+        assert!(!candidates.is_empty(), "{why}");
+        if half["path"] == "direct" {
+            let of_path = candidates.iter().find(|it| it["endpoint"] == half["remote"]);
+            assert_eq!(of_path.expect("the path is a candidate")["outcome"], "answered", "{why}");
+        }
+    }
+    assert!(!overlay::text(&why, "/verdict/remedy").is_empty(), "{why}");
 }
 
 /// A router with an open input is spoiled by a ping that gets there before its own node has sent.
@@ -115,13 +134,15 @@ fn one_home() {
     let alice = net.machine("alice", Nat::Symmetric);
     let address = [192, 168, 1, 99].into();
     let bob = net.at_home("bob", alice.router.as_ref().unwrap(), address);
-    let [_alice, bob] =
+    let [alice, bob] =
         check_pair("one home", &net, &server, [&alice, &bob], ("direct", PATH_LIMIT));
 
     let status = bob.status().unwrap();
     let remote = overlay::text(find_peer(&status, "alice"), "/path/remote");
-    let inside = format!("{}:", alice.address);
+    let inside = format!("{}:", alice.host.address);
     assert!(remote.starts_with(&inside), "the path stays inside the home: {remote}");
+    check_verdict(&alice, &bob, "direct-lan");
+    check_verdict(&bob, &alice, "direct-lan");
 }
 
 fn symmetric_pair_with_ipv6() {
@@ -135,17 +156,22 @@ fn symmetric_pair_with_ipv6() {
     let bob = net.machine("bob", Nat::Symmetric);
     net.add_ipv6(&alice);
     net.add_ipv6(&bob);
-    check_pair(
+    let [alice, bob] = check_pair(
         "symmetric with symmetric and IPv6",
         &net,
         &server,
         [&alice, &bob],
         ("direct", PATH_LIMIT),
     );
+    check_verdict(&alice, &bob, "direct-ipv6");
+    check_verdict(&bob, &alice, "direct-ipv6");
 }
 
 /// From the start of the second node's `up`, which enrols first.
 const FIRST_ANSWER_LIMIT: Duration = Duration::from_secs(1);
+
+/// What is known of a NAT is known soon after the path; a lost question is repeated.
+const VERDICT_LIMIT: Duration = Duration::from_secs(5);
 
 /// From the start of the second node's `up`, to both nodes knowing the final kind of path.
 const PATH_LIMIT: Duration = Duration::from_secs(2);

@@ -10,12 +10,14 @@ mod matrix;
 mod members;
 mod netcheck;
 mod offload;
+mod portmap;
 mod recipes;
 mod relay;
 mod server;
 mod server_loss;
 mod service;
 mod spoof;
+mod why;
 
 /// All tests; those that check the lab itself come first.
 pub(crate) fn all() -> Vec<Case> {
@@ -30,6 +32,8 @@ pub(crate) fn all() -> Vec<Case> {
         spoof::cases(),
         offload::cases(),
         netcheck::cases(),
+        portmap::cases(),
+        why::cases(),
         commands::cases(),
         local::cases(),
         lab::cases(),

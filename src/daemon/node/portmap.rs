@@ -1,0 +1,190 @@
+//! Joins the keeper of our port mapping to the router, the core and the clock.
+
+use std::time::{Duration, Instant};
+
+use blake2::digest::consts::U16;
+use blake2::digest::{KeyInit, Mac};
+use tokio::sync::mpsc;
+
+use super::Daemon;
+use super::report::PortMappingReport;
+use crate::io::clock;
+use crate::io::portmap::{self, Gateway, Keeper, KnockAnswer, Nonce, Order, Outcome, Standing};
+use crate::node::Knocked;
+use crate::types::SecretKey;
+
+/// One job runs at a time, and one look for the gateway.
+const QUEUE: usize = 8;
+/// The end of the node waits for the router this long.
+const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
+
+/// What comes back from the tasks that ask the kernel and the router.
+pub(super) enum News {
+    /// The gateway, after something has changed.
+    Gateway(Option<Gateway>),
+    /// A job has ended.
+    Done(Outcome),
+}
+
+/// The port mapping of this node.
+pub(super) struct PortMapping {
+    keeper: Keeper,
+    nonce: Nonce,
+    port: u16,
+    sender: mpsc::Sender<News>,
+    news: mpsc::Receiver<News>,
+}
+
+impl PortMapping {
+    /// Keeps the IPv4 UDP `port` mapped with leases of this length.
+    pub(super) fn new(port: u16, lease: Duration, machine: &SecretKey) -> Self {
+        let (sender, news) = mpsc::channel(QUEUE);
+        Self { keeper: Keeper::new(port, lease), nonce: nonce(machine), port, sender, news }
+    }
+
+    /// What there is, for the command line.
+    pub(super) fn report(&self) -> PortMappingReport {
+        let keeper = &self.keeper;
+        let mapping = keeper.mapping().map(|(_, mapping)| mapping);
+        PortMappingReport {
+            state: match keeper.standing() {
+                Standing::NoGateway => "no-gateway",
+                Standing::Searching => "searching",
+                Standing::Unmapped => "unmapped",
+                Standing::Mapped => "mapped",
+            }
+            .into(),
+            protocols: keeper
+                .answered()
+                .map(|all| all.iter().map(|protocol| protocol.as_str().into()).collect()),
+            protocol: mapping.map(|mapping| mapping.protocol.as_str().into()),
+            external: mapping.map(|mapping| mapping.external.to_string()),
+            public: mapping.map(|mapping| mapping.is_public()),
+            verified: mapping.map(|_| keeper.verified()),
+            lease_s: mapping.and_then(|mapping| mapping.lease).map(|lease| lease.as_secs()),
+            error: keeper.error().map(ToString::to_string),
+        }
+    }
+}
+
+/// The same in every run of this node, so that a mapping of the last one can be taken over; and
+/// a secret, so that nobody else can remove it.
+fn nonce(machine: &SecretKey) -> Nonce {
+    let key = machine.expose();
+    let mut mac = <blake2::Blake2sMac<U16> as KeyInit>::new((&*key).into());
+    mac.update(b"overlay 1 PCP mapping nonce");
+    let bytes = mac.finalize().into_bytes();
+    let word = |at: usize| bytes.iter().skip(at).take(4).fold(0, |n, b| n << 8 | u32::from(*b));
+    [word(0), word(4), word(8)]
+}
+
+/// Waits for what the tasks bring. Cancel-safe.
+pub(super) async fn next(mapping: Option<&mut PortMapping>) -> News {
+    if let Some(mapping) = mapping
+        && let Some(news) = mapping.news.recv().await
+    {
+        return news;
+    }
+    std::future::pending().await
+}
+
+impl Daemon {
+    /// Something about the network has changed: looks for the gateway in the background.
+    pub(super) fn look_for_gateway(&self) {
+        let Some(mapping) = &self.port_mapping else { return };
+        let sender = mapping.sender.clone();
+        let own = self.interface.as_ref().map(super::interface::Interface::index);
+        tokio::spawn(async move {
+            let gateway = portmap::find_gateway(own).await;
+            // Nobody listens any more: the daemon ends.
+            let _ = sender.send(News::Gateway(gateway)).await;
+        });
+    }
+
+    pub(super) fn handle_portmap_news(&mut self, news: News) {
+        let Some(mapping) = &mut self.port_mapping else { return };
+        let now = clock::now();
+        match news {
+            News::Gateway(gateway) => mapping.keeper.handle_network(gateway, now),
+            News::Done(outcome) => {
+                let before = mapping.keeper.external();
+                if let Err(error) = &outcome.result {
+                    tracing::debug!(error, "the router gave no port mapping");
+                }
+                mapping.keeper.handle_outcome(outcome, now);
+                let after = mapping.keeper.mapping();
+                match (before, after) {
+                    (None, Some((_, mapping))) => tracing::info!(external = %mapping.external,
+                        protocol = %mapping.protocol, public = mapping.is_public(),
+                        "the router forwards a port to us"),
+                    (Some(external), None) => {
+                        tracing::info!(%external, "the router does not forward a port any more");
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    pub(super) fn handle_knocked(&mut self, knocked: Knocked, now: Instant) {
+        let answer = match knocked {
+            Knocked::ServerHeard => KnockAnswer::ServerHeard,
+            Knocked::Arrived(at) => KnockAnswer::Arrived(at),
+        };
+        if let Some(mapping) = &mut self.port_mapping {
+            mapping.keeper.handle_knock(answer, now);
+        }
+    }
+
+    /// Carries out what the keeper wants, and tells the core what there is.
+    pub(super) fn drive_portmap(&mut self, now: Instant) {
+        let Some(mapping) = &mut self.port_mapping else { return };
+        while let Some(order) = mapping.keeper.poll(now) {
+            match order {
+                Order::Start(job) => {
+                    let (sender, nonce) = (mapping.sender.clone(), mapping.nonce);
+                    tokio::spawn(async move {
+                        let outcome = portmap::run(job, nonce).await;
+                        let _ = sender.send(News::Done(outcome)).await;
+                    });
+                }
+                Order::Knock(port) => {
+                    if !self.node.knock(port) {
+                        mapping.keeper.handle_knock(KnockAnswer::Unasked, now);
+                    }
+                }
+                Order::Remove(gateway, old) => {
+                    tokio::spawn(portmap::remove(gateway, mapping.port, old, mapping.nonce));
+                }
+            }
+        }
+        self.node.handle_mapped(mapping.keeper.endpoints(), now);
+    }
+
+    pub(super) fn portmap_deadline(&self) -> Option<Instant> {
+        self.port_mapping.as_ref().and_then(|mapping| mapping.keeper.poll_timeout())
+    }
+
+    /// Removes the mapping: the daemon ends. Waits half a second at the most.
+    pub(super) async fn end_portmap(&mut self) {
+        let Some(mapping) = self.port_mapping.take() else { return };
+        if let Some((gateway, held)) = mapping.keeper.mapping() {
+            let removing = portmap::remove(gateway, mapping.port, held, mapping.nonce);
+            if tokio::time::timeout(FAREWELL_LIMIT, removing).await.is_err() {
+                tracing::debug!("the router did not answer; the mapping ends with its lease");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nonce_is_the_same_in_every_run_and_another_on_every_machine() {
+        let [a, b] = [1, 2].map(|byte| SecretKey::from_bytes([byte; 32]));
+        assert_eq!(nonce(&a), nonce(&a));
+        assert_ne!(nonce(&a), nonce(&b));
+    }
+}
