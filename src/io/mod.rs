@@ -11,3 +11,4 @@ pub mod portmap;
 mod sys;
 pub mod tun;
 pub mod udp;
+pub mod wake;

@@ -5,7 +5,7 @@
 //! block; whoever waits uses poll(2).
 
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -139,6 +139,21 @@ impl UdpSocket {
         buffers.filled = received;
         Ok(())
     }
+}
+
+/// The address of ours that packets to `remote` leave from, by the routes of this moment. Nothing is
+/// sent.
+///
+/// # Errors
+/// When there is no way to it.
+pub fn source_towards(remote: SocketAddr) -> io::Result<IpAddr> {
+    let any: IpAddr = match remote.ip() {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = std::net::UdpSocket::bind(SocketAddr::new(any, 0))?;
+    socket.connect(remote)?;
+    Ok(socket.local_addr()?.ip())
 }
 
 /// The device has no checksum offload, or something on the way takes no trains. An address of ours

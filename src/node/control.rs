@@ -86,8 +86,8 @@ impl Node {
         if !(diff.removed.is_empty() && diff.replaced.is_empty()) {
             self.publish();
         }
-        for id in diff.replaced.iter().chain(&diff.changed) {
-            self.update_peer(*id, now);
+        for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
+            self.update_peer(id, now);
         }
         self.events.push_back(Event::Save);
     }
@@ -114,7 +114,8 @@ impl Node {
         self.update_peers(now);
     }
 
-    /// The endpoints of our sockets on the local interfaces. A change means that the network did.
+    /// The endpoints of our sockets on the local interfaces. When one is gone, so may be every path;
+    /// one more may make a better one.
     pub fn handle_host_endpoints(&mut self, mut endpoints: Vec<SocketAddr>, now: Instant) {
         endpoints.retain(|endpoint| {
             let overlay = self
@@ -130,22 +131,14 @@ impl Node {
             return;
         }
         let first = self.host_endpoints.is_empty();
+        let gone = self.host_endpoints.iter().any(|endpoint| !endpoints.contains(endpoint));
         self.host_endpoints = endpoints;
         self.announce(None, now);
-        if !first {
-            self.announced_at = None;
-            self.prediction.forget();
-            self.filter_test = super::nat::FilterTest::default();
-            self.update_signalling();
-            self.relay.hurry(now);
-            self.handle_relay_timeout(now);
-            let ids: Vec<NodeId> = self.peers.keys().copied().collect();
-            for id in ids {
-                if let Some(peer) = self.peers.get_mut(&id) {
-                    peer.agent.handle_network_change(now);
-                }
-                self.drain_agent(id, now);
-            }
+        if gone {
+            self.handle_network_change(now);
+        } else if !first {
+            self.relay.verify(now);
+            self.tell_agents(now, |agent, now| agent.handle_more_addresses(now));
         }
     }
 

@@ -13,7 +13,9 @@
 //! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
+//! - `roam`: other addresses, other routes, and waking up
 //! - `netmap`: the network as the server described it, also on disk
+//! - `pace`: paths that nobody has asked for are made one after the other
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
 //! - `status`: read-only views
@@ -28,10 +30,12 @@ mod history;
 mod mapped;
 mod nat;
 mod netmap;
+mod pace;
 mod peer;
 mod predict;
 mod relay;
 mod report;
+mod roam;
 mod signalling;
 mod sockets;
 mod status;
@@ -59,6 +63,7 @@ use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use mapped::Mapped;
 use nat::FilterTest;
+use pace::Pace;
 use peer::PeerControl;
 use predict::Prediction;
 use relay::RelayClient;
@@ -139,6 +144,7 @@ pub struct Node {
     peers_by_tag: BTreeMap<Tag, NodeId>,
     peers_by_key: BTreeMap<PublicKey, NodeId>,
     relay: RelayClient,
+    pace: Pace,
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
     /// Where the server sees us, if that is no address of ours.
@@ -148,6 +154,7 @@ pub struct Node {
     /// Since when the server knows the endpoint that our NAT gives us.
     announced_at: Option<Instant>,
     call_epoch: u64,
+    asked_server_at: Option<Instant>,
     open_pings: BTreeMap<crate::types::TxId, (u64, Instant)>,
     traffic_tick_at: Option<Instant>,
     engine_tick_at: Option<Instant>,
@@ -187,6 +194,7 @@ impl Node {
             peers_by_tag: BTreeMap::new(),
             peers_by_key: BTreeMap::new(),
             relay: RelayClient::default(),
+            pace: Pace::default(),
             link_up: false,
             host_endpoints: Vec::new(),
             reflexive: None,
@@ -194,6 +202,7 @@ impl Node {
             announced: Vec::new(),
             announced_at: None,
             call_epoch,
+            asked_server_at: None,
             open_pings: BTreeMap::new(),
             traffic_tick_at: None,
             engine_tick_at: None,

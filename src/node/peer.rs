@@ -99,9 +99,24 @@ impl Node {
 
     /// Tells every agent what the netmap, the relay and use mean for it.
     pub(super) fn update_peers(&mut self, now: Instant) {
-        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
-        for id in ids {
+        for id in self.in_own_order(self.peers.keys().copied()) {
             self.update_peer(id, now);
+        }
+    }
+
+    /// Each node has an order of its own, or all would start with the same peers.
+    pub(super) fn in_own_order(&self, ids: impl Iterator<Item = NodeId>) -> Vec<NodeId> {
+        let own = self.netmap.identity.as_ref().map_or(0, |identity| identity.id.number());
+        let mut ids: Vec<NodeId> = ids.collect();
+        ids.sort_unstable_by_key(|id| scatter(own ^ id.number()));
+        ids
+    }
+
+    /// Those who waited for others to start first ask again.
+    pub(super) fn handle_pace_timeout(&mut self, now: Instant) {
+        if self.pace.next_at().is_some_and(|at| at <= now) {
+            self.pace.ask_again();
+            self.update_peers(now);
         }
     }
 
@@ -122,7 +137,8 @@ impl Node {
             last_direct.into_iter().chain(info.candidates.iter().copied()).collect();
         let in_use = peer.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
         let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
-        let wanted = in_use || eager && (info.online || !link_up || direct);
+        let eager = eager && (info.online || !link_up || direct);
+        let wanted = in_use || eager && (direct || peer.agent.is_wanted() || self.pace.take(now));
         peer.insight.note_presence(info.online, now);
         peer.agent.set_signalling(signalling);
         peer.agent.set_candidates(&candidates, now);
@@ -135,7 +151,7 @@ impl Node {
         self.drain_agent(id, now);
         // One side of a pair makes the session before anybody asks.
         let own = self.netmap.identity.as_ref().map(|identity| identity.id);
-        if eager && own < Some(id) {
+        if wanted && own < Some(id) {
             self.want_session(id, now);
         }
     }
@@ -201,6 +217,9 @@ impl Node {
         if moved {
             self.handle_path_change(id, now);
         }
+        if self.peers.get(&id).is_some_and(|peer| peer.agent.is_asking()) {
+            self.handle_silent_path(now);
+        }
     }
 
     /// There is another path: what waited for one goes. A handshake under way on a path that was
@@ -223,6 +242,11 @@ impl Node {
             flush_pending(&self.shared, &table, &peer.fast, now, &mut self.datagrams);
         }
     }
+}
+
+/// Multiplicative hashing: neighbours end up far apart.
+fn scatter(number: u32) -> u32 {
+    number.wrapping_mul(0x9e37_79b1)
 }
 
 /// Whether data left a path only because a better kind answered.

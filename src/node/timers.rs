@@ -28,6 +28,7 @@ impl Node {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.handle_relay_timeout(now);
         self.handle_look_timeout(now);
+        self.handle_pace_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -72,6 +73,7 @@ impl Node {
             .filter_map(|peer| peer.agent.poll_timeout())
             .chain(self.peers.values().filter_map(|peer| peer.fast.lock().session.poll_timeout()))
             .chain(named(self.relay.next_at(), "relay bind"))
+            .chain(named(self.pace.next_at(), "next peer that nobody asked for"))
             .chain(named(self.prediction.next_at(), "look at the NAT's counter"))
             .chain(named(self.traffic_tick_at, "traffic tick"))
             .chain(named(self.engine_tick_at, "session engine"))

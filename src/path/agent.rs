@@ -155,6 +155,7 @@ pub struct PathAgent {
     call_epoch: u64,
     retry_at: Option<Instant>,
     retries: usize,
+    used_at: Option<Instant>,
     guesses: usize,
     keepalive_at: Option<Instant>,
     transmits: VecDeque<PathTransmit>,
@@ -182,6 +183,7 @@ impl PathAgent {
             call_epoch: 0,
             retry_at: None,
             retries: 0,
+            used_at: None,
             guesses: 0,
             keepalive_at: None,
             transmits: VecDeque::new(),
@@ -236,7 +238,11 @@ impl PathAgent {
             fresh |= !self.endpoints.contains_key(&place);
             self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind));
         }
-        if fresh && self.wanted && !self.is_direct() {
+        if !fresh {
+        } else if self.is_direct() {
+            // The peer's NAT has given it another endpoint, perhaps in place of ours.
+            self.verify(now);
+        } else if self.wanted {
             self.start_round(Cause::ToldBoth, now);
         }
     }
@@ -246,6 +252,7 @@ impl PathAgent {
         if epoch < self.call_epoch {
             return;
         }
+        let moved = self.call_epoch != 0 && epoch > self.call_epoch;
         self.call_epoch = epoch;
         // Guesses age fast: the newest ones replace all others.
         let called = |remote: SocketAddr| candidates.iter().any(|it| it.endpoint == remote);
@@ -264,17 +271,11 @@ impl PathAgent {
         if self.is_direct() {
             // The peer is not direct, or it has moved: does our path still lead to it?
             self.verify(now);
+            if moved {
+                self.handle_peer_moved(now);
+            }
         } else {
             self.start_round(Cause::Called, now);
-        }
-    }
-
-    /// Asks the direct path, if it carries data, whether it still leads to the peer; silence moves
-    /// data away within a second.
-    pub fn verify(&mut self, now: Instant) {
-        if let Some(via @ Via::Direct { .. }) = self.primary {
-            self.ping(via, now);
-            self.doubt.handle_keepalive(now);
         }
     }
 
@@ -290,6 +291,7 @@ impl PathAgent {
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
         for endpoint in self.endpoints.values_mut() {
             endpoint.forget();
+            endpoint.local = None;
             endpoint.penalty_until = None;
         }
         self.relay_prober.forget();
@@ -363,6 +365,9 @@ impl PathAgent {
     pub fn handle_traffic(&mut self, traffic: Traffic, now: Instant) {
         let Some(place) = self.primary.and_then(Via::place) else {
             self.doubt = Doubt::default();
+            if let Some(sent) = traffic.sent {
+                self.note_relayed(sent, now);
+            }
             return;
         };
         let Some(endpoint) = self.endpoints.get_mut(&place) else { return };

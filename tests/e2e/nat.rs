@@ -1,5 +1,5 @@
-//! NAT recipes for the kernel's nftables: the four classical kinds, a router with an open input, and
-//! a firewall without UDP.
+//! NAT recipes for the kernel's nftables: the four classical kinds, a router with an open input,
+//! hairpin, a reboot, and a firewall without UDP.
 //!
 //! Every recipe but one drops unasked-for UDP to the router itself. A router that accepts it makes
 //! connection tracking remember the stranger's packet, and then moves the inside host to another
@@ -85,6 +85,44 @@ impl Nat {
         };
         let input = if self == Self::OpenInput { "" } else { ROUTER_INPUT };
         format!("{HOPS}{input}{kind}")
+    }
+}
+
+impl Nat {
+    /// The rules of a router that also joins two inside hosts by their outer endpoints.
+    ///
+    /// # Panics
+    /// For a kind that keeps no map of its own, which the kernel gives no hairpin.
+    pub(crate) fn hairpin_rules(self, wan: Ipv4Addr) -> String {
+        assert_eq!(self, Self::FullCone, "hairpin needs the map of a full cone");
+        let cone = full_cone(wan);
+        let anywhere = cone.replace(
+            "iifname \"wan\" meta l4proto udp dnat",
+            &format!("ip daddr {wan} meta l4proto udp dnat"),
+        );
+        let both = anywhere.replace(
+            "priority srcnat;\n",
+            &format!("priority srcnat;\n  oifname \"lan\" ct status dnat snat to {wan}\n"),
+        );
+        assert!(both.len() > cone.len() + 40, "both rules were found");
+        format!("{HOPS}{ROUTER_INPUT}{both}")
+    }
+
+    /// Port-restricted as before, with the thousand ports from `first`: the same inside endpoint
+    /// gets the same port to everywhere, and not its own. Replaces what is there.
+    pub(crate) fn rules_with_ports(first: u16) -> String {
+        let last = first + 999;
+        format!(
+            r#"
+flush table ip nat
+table ip nat {{
+ chain post {{ type nat hook postrouting priority srcnat;
+  oifname "wan" meta l4proto {{ tcp, udp }} masquerade to :{first}-{last}
+  oifname "wan" masquerade
+ }}
+}}
+"#
+        )
     }
 }
 

@@ -13,6 +13,7 @@ use overlay::server::ConnectionId;
 use overlay::types::{NodeId, PublicKey, SecretKey, SocketId};
 use overlay::wire::control::{ClientMessage, InviteUse, ServerMessage};
 
+use crate::quiet::Meter;
 use crate::uplink::Uplink;
 
 /// What leaves a host.
@@ -55,6 +56,8 @@ pub(crate) struct Host {
     pub(crate) endpoint: SocketAddr,
     /// Its edge lets no UDP of this host through.
     pub(crate) udp_blocked: bool,
+    /// What it has sent by UDP.
+    pub(crate) meter: Meter,
     /// Its control connection.
     pub(crate) uplink: Uplink,
     /// Its machine key, for the server.
@@ -88,6 +91,7 @@ impl Host {
             edge,
             endpoint,
             udp_blocked: false,
+            meter: Meter::default(),
             uplink: Uplink::new(seed),
             machine_key: SecretKey::from_bytes(spread(seed, 1)).public(),
             invite: None,

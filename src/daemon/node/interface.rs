@@ -1,9 +1,8 @@
-//! The TUN interface with its addresses and routes, and the addresses of the other interfaces.
+//! The TUN interface with its addresses and routes.
 //!
 //! Other programs have their hands on the same table: a network manager that is restarted may drop
 //! every route and address that it does not know. What is missing is put back.
 
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,6 @@ use crate::node::Identity;
 
 use super::Daemon;
 use super::startup::NodeOptions;
-use super::threads::Ports;
 
 /// When an interface that could not be made anew is tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -191,7 +189,7 @@ impl Daemon {
             Ok(Condition::Gone) => self.remake_interface(now).await,
             Err(error) => {
                 tracing::warn!(%error, interface = name, "the interface could not be mended");
-                self.rescan_at = Some(now + RETRY);
+                self.surroundings.rescan_at = Some(now + RETRY);
             }
         }
         if let Some(interface) = &mut self.interface {
@@ -213,30 +211,8 @@ impl Daemon {
             }
             Err(error) => {
                 tracing::warn!(%error, "the interface could not be made anew");
-                self.rescan_at = Some(now + RETRY);
+                self.surroundings.rescan_at = Some(now + RETRY);
             }
         }
     }
-}
-
-/// The endpoints of our sockets on every interface but the overlay's own.
-pub(super) async fn host_endpoints(
-    ports: &Ports,
-    own_index: Option<u32>,
-) -> Result<Vec<SocketAddr>, NetlinkError> {
-    let port = |ip: IpAddr| {
-        let socket = if ip.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
-        socket.as_ref().and_then(|socket| socket.local_addr().ok()).map(|addr| addr.port())
-    };
-    let netlink = Netlink::connect()?;
-    let addresses = netlink.addresses().await?;
-    Ok(addresses
-        .iter()
-        .filter(|address| Some(address.index) != own_index && address.up && !address.loopback)
-        .filter(|address| !address.deprecated && !address.tentative)
-        .filter_map(|address| {
-            let ip = address.addr.addr();
-            Some(SocketAddr::new(ip, port(ip)?))
-        })
-        .collect())
 }

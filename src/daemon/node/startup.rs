@@ -13,6 +13,7 @@ use super::extra::bind_socket;
 use super::interface::InterfaceError;
 use super::local::serve_local;
 use super::portmap::PortMapping;
+use super::roam::Surroundings;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
@@ -21,7 +22,6 @@ use crate::dataplane::UdpBatch;
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
-use crate::io::os::Netlink;
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::types::{NetworkId, NodeName};
@@ -203,9 +203,6 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         server_keys: enrolment.server_keys.clone(),
         machine_key: keys.machine,
     });
-    let changes = Netlink::changes()
-        .inspect_err(|error| tracing::warn!(%error, "changes of the network are not noticed"))
-        .ok();
     let mut daemon = Daemon {
         node,
         ports: Arc::clone(&ports),
@@ -219,13 +216,12 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         notes,
         requests,
         scratch: mpsc::channel(SCRATCH_QUEUE),
-        changes,
+        surroundings: Surroundings::watch(),
         port_mapping,
         pings: std::collections::BTreeMap::new(),
         next_token: 0,
         halves: std::collections::BTreeMap::new(),
         ready: false,
-        rescan_at: None,
         save_at: None,
         out: UdpBatch::default(),
         options,

@@ -14,9 +14,9 @@ use crate::path::score::Score;
 const PENALTY: Duration = Duration::from_secs(3);
 /// One switch between paths of the same tier in this time (no flapping).
 const SWITCH_SPACING: Duration = Duration::from_secs(10);
-/// NAT bindings of a two-way flow live 30 s on the worst common routers: 25 s less jitter keeps
-/// them.
-pub(super) const KEEPALIVE: Duration = Duration::from_secs(22);
+/// NAT bindings live 30 s on the worst common routers: this and its jitter of two seconds leave
+/// time for the answer to be asked for again.
+pub(super) const KEEPALIVE: Duration = Duration::from_secs(25);
 
 impl PathAgent {
     /// Makes the best path the primary, if it is better by enough.
@@ -42,7 +42,12 @@ impl PathAgent {
                 let settled = self
                     .last_switch
                     .is_none_or(|at| now.saturating_duration_since(at) >= SWITCH_SPACING);
-                if better.clearly_beats(score) && settled { Some(via) } else { Some(same) }
+                let nearer = better.is_nearer_than(score);
+                if better.clearly_beats(score) && (settled || nearer) {
+                    Some(via)
+                } else {
+                    self.instead_of_a_doubted(now).or(Some(same))
+                }
             }
             (Some((_, via)), None) => Some(via),
             (None, _) => self.relay,
@@ -58,6 +63,14 @@ impl PathAgent {
         if !moved {
             return;
         }
+        if self.doubt.doubled_since().is_some()
+            && let Some(place) = from.and_then(Via::place)
+            && let Some(endpoint) = self.endpoints.get_mut(&place)
+        {
+            // It still owes an answer, and counts for nothing until it comes.
+            endpoint.heard = None;
+            endpoint.prober.prove_again(now);
+        }
         self.primary_since = now;
         self.why = why;
         self.doubt = Doubt::default();
@@ -71,6 +84,22 @@ impl PathAgent {
             self.keepalive_at = None;
         }
         self.events.push_back(PathEvent::Primary { from, to: next, why });
+    }
+
+    /// While the primary owes an answer for so long that data is doubled: the best path that did
+    /// answer in this time.
+    fn instead_of_a_doubted(&self, now: Instant) -> Option<Via> {
+        let since = self.doubt.doubled_since()?;
+        self.endpoints
+            .iter()
+            .filter(|(_, endpoint)| endpoint.penalty_until.is_none_or(|until| until <= now))
+            .filter(|(_, endpoint)| endpoint.prober.last_pong().is_some_and(|at| at >= since))
+            .filter_map(|(place, endpoint)| {
+                let score = Score::of(place.remote, endpoint.prober.srtt()?);
+                Some((score, endpoint.via(*place)))
+            })
+            .min()
+            .map(|(_, via)| via)
     }
 
     pub(super) fn act_on(&mut self, suspicion: Suspicion, now: Instant) {

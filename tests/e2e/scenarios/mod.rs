@@ -2,7 +2,9 @@
 
 use crate::case::Case;
 
+mod candidates;
 mod commands;
+
 mod enrol;
 mod lab;
 mod local;
@@ -10,9 +12,11 @@ mod matrix;
 mod members;
 mod netcheck;
 mod offload;
+mod places;
 mod portmap;
 mod recipes;
 mod relay;
+mod roam;
 mod server;
 mod server_loss;
 mod service;
@@ -23,7 +27,10 @@ mod why;
 pub(crate) fn all() -> Vec<Case> {
     let subjects = [
         recipes::cases(),
+        candidates::cases(),
         matrix::cases(),
+        places::cases(),
+        roam::cases(),
         relay::cases(),
         server_loss::cases(),
         server::cases(),
