@@ -180,6 +180,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         settings: NodeSettings {
             rekey_after,
             eager_peers: file.eager_peers.map_or(defaults.eager_peers, usize::from),
+            birthday_probing: file.birthday_probing.unwrap_or(defaults.birthday_probing),
         },
         offloads: Offloads {
             tun: file.tun_offload.unwrap_or(true),

@@ -30,6 +30,8 @@ pub struct NodeConfig {
     pub port_mapping: Option<bool>,
     /// The lease to ask for, in seconds, 20 to 86400. Default: 7200.
     pub port_mapping_lease_s: Option<u32>,
+    /// Look for a path between hard NATs by chance when nothing else has led to one. Default: true.
+    pub birthday_probing: Option<bool>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
     pub tun_offload: Option<bool>,
     /// Send many datagrams in one call. Default: true.
@@ -67,6 +69,7 @@ mod tests {
             eager_peers,
             port_mapping,
             port_mapping_lease_s,
+            birthday_probing,
             tun_offload,
             udp_gso,
             udp_gro,
@@ -75,6 +78,7 @@ mod tests {
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
+        assert!(birthday_probing.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
     }
 }

@@ -74,6 +74,7 @@ impl Node {
                     self.events.push_back(Event::Pinged { token, answer });
                 }
             }
+            Message::Punch(punch) => self.handle_punch(id, via, &punch, now),
             Message::CallMeMaybe { epoch, mut candidates } => {
                 if let Some(identity) = &self.netmap.identity {
                     candidates.retain(|c| !identity.range.contains(c.endpoint.ip()));
@@ -92,10 +93,15 @@ impl Node {
         Ok(())
     }
 
+    /// Seals a message for a peer.
+    pub(super) fn seal_disco(&mut self, id: NodeId, message: &Message) -> Option<Vec<u8>> {
+        let peer = self.peers.get(&id)?;
+        Some(peer.disco.seal(message, self.rng.random()))
+    }
+
     /// Seals a message for a peer and sends it on a path.
     pub(super) fn send_disco(&mut self, id: NodeId, via: Via, message: &Message) {
-        let Some(peer) = self.peers.get(&id) else { return };
-        let packet = peer.disco.seal(message, self.rng.random());
+        let Some(packet) = self.seal_disco(id, message) else { return };
         let table = self.shared.table();
         if !send_datagram(&table, id, via, &packet, &mut self.datagrams) {
             self.shared.drops().count(DropReason::NoPath);

@@ -10,6 +10,7 @@
 //! - `disco`: probes in and out
 //! - `mapped`: endpoints that the router forwards to us, and the proof that it does
 //! - `predict`: which ports our NAT will give us next
+//! - `punch`: costly ways, agreed on with the peer; `birthday`: our part in them
 //! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
@@ -23,6 +24,7 @@
 //! - `report`: both sides' views of a path, asked for and told
 //! - `history`: what became of the paths to a peer
 
+mod birthday;
 mod control;
 mod disco;
 mod handshake;
@@ -33,6 +35,7 @@ mod netmap;
 mod pace;
 mod peer;
 mod predict;
+mod punch;
 mod relay;
 mod report;
 mod roam;
@@ -44,6 +47,7 @@ mod timers;
 pub use history::{History, PathChange, PathRecord, PathTimes};
 pub use mapped::Knocked;
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
+pub use punch::PunchCounters;
 pub use report::{Explanation, RemovedPeer};
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
@@ -66,6 +70,7 @@ use nat::FilterTest;
 use pace::Pace;
 use peer::PeerControl;
 use predict::Prediction;
+use punch::Punching;
 use relay::RelayClient;
 use report::Removed;
 use sockets::Sockets;
@@ -77,11 +82,17 @@ pub struct NodeSettings {
     pub rekey_after: Duration,
     /// In a network of up to so many peers, paths are made before anybody asks for them.
     pub eager_peers: usize,
+    /// Look for a path between hard NATs by chance when nothing else has led to one.
+    pub birthday_probing: bool,
 }
 
 impl Default for NodeSettings {
     fn default() -> Self {
-        Self { rekey_after: SessionSettings::default().rekey_after, eager_peers: 64 }
+        Self {
+            rekey_after: SessionSettings::default().rekey_after,
+            eager_peers: 64,
+            birthday_probing: true,
+        }
     }
 }
 
@@ -163,6 +174,7 @@ pub struct Node {
     filter_test: FilterTest,
     removed: Removed,
     sockets: Sockets,
+    punching: Punching,
     openers: VecDeque<Opener>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     messages: VecDeque<ClientMessage>,
@@ -211,6 +223,7 @@ impl Node {
             filter_test: FilterTest::default(),
             removed: Removed::default(),
             sockets: Sockets::default(),
+            punching: Punching::default(),
             openers: VecDeque::new(),
             scratch: VecDeque::new(),
             messages: VecDeque::new(),

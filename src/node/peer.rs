@@ -84,6 +84,7 @@ impl Node {
             self.peers_by_tag.retain(|_, peer| *peer != id);
             self.peers_by_key.retain(|_, peer| *peer != id);
             self.close_sockets_of(id);
+            self.punching.forget_peer(id);
         }
     }
 
@@ -215,6 +216,9 @@ impl Node {
             }
         }
         if moved {
+            if self.is_direct(id) {
+                self.note_direct(id, now);
+            }
             self.handle_path_change(id, now);
         }
         if self.peers.get(&id).is_some_and(|peer| peer.agent.is_asking()) {

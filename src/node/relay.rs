@@ -169,7 +169,8 @@ impl Node {
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
         if let Control::Reflected { tx, observed } = message {
             let ours = self.handle_reflected(from, tx, observed, now)
-                || self.handle_server_heard(from, tx);
+                || self.handle_server_heard(from, tx)
+                || self.handle_fresh_port(tx, observed, now);
             return if ours { Ok(()) } else { Err(DropReason::BadRelayFrame) };
         }
         if let Control::Knocked { tx, at } = message {

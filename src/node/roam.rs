@@ -16,6 +16,7 @@ impl Node {
     pub fn handle_network_change(&mut self, now: Instant) {
         self.announced_at = None;
         self.prediction.forget();
+        self.forget_punching(now);
         self.filter_test = super::nat::FilterTest::default();
         self.update_signalling();
         self.relay.hurry(now);

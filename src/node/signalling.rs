@@ -56,9 +56,7 @@ impl Node {
         socket: SocketId,
         tx: TxId,
     ) {
-        let nonce = rand::Rng::random(&mut self.rng);
-        let Some(peer) = self.peers.get(&id) else { return };
-        let datagram = peer.disco.seal(&Message::Ping { tx, padding: 0 }, nonce);
+        let Some(datagram) = self.seal_disco(id, &Message::Ping { tx, padding: 0 }) else { return };
         self.openers.push_back(Opener { remote, socket, ttl: OPENER_TTL, datagram });
     }
 }

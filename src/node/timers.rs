@@ -4,6 +4,7 @@
 //! - each session: a handshake to repeat, keys to renew, the engine's own timers
 //! - the relay: binds
 //! - the traffic tick: tells the agents of busy peers what the data plane counted
+//! - a costly way to a peer that is due, or under way
 //! - user pings that nobody answered
 
 use std::sync::atomic::Ordering;
@@ -29,6 +30,7 @@ impl Node {
         self.handle_relay_timeout(now);
         self.handle_look_timeout(now);
         self.handle_pace_timeout(now);
+        self.handle_punch_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -75,6 +77,7 @@ impl Node {
             .chain(named(self.relay.next_at(), "relay bind"))
             .chain(named(self.pace.next_at(), "next peer that nobody asked for"))
             .chain(named(self.prediction.next_at(), "look at the NAT's counter"))
+            .chain(named(self.punch_next_at(), "costly way to a peer"))
             .chain(named(self.traffic_tick_at, "traffic tick"))
             .chain(named(self.engine_tick_at, "session engine"))
             .min()

@@ -101,6 +101,8 @@ pub struct Traffic {
 #[derive(Debug)]
 struct Endpoint {
     kind: CandidateKind,
+    /// Its place in the last call that told it.
+    rank: usize,
     local: Option<IpAddr>,
     prober: Prober,
     heard: Option<Instant>,
@@ -111,7 +113,12 @@ impl Endpoint {
     fn new(kind: CandidateKind) -> Self {
         let guess = kind == CandidateKind::Predicted;
         let prober = if guess { Prober::for_guess() } else { Prober::default() };
-        Self { kind, local: None, prober, heard: None, penalty_until: None }
+        Self { kind, rank: 0, local: None, prober, heard: None, penalty_until: None }
+    }
+
+    /// Told in calls only, and the newest call counts.
+    fn is_told_in_calls(&self) -> bool {
+        matches!(self.kind, CandidateKind::Predicted | CandidateKind::Static)
     }
 
     fn via(&self, Place { remote, socket }: Place) -> Via {
@@ -158,6 +165,10 @@ pub struct PathAgent {
     used_at: Option<Instant>,
     guesses: usize,
     keepalive_at: Option<Instant>,
+    /// Since when the cheap ways are tried in vain.
+    stuck_since: Option<Instant>,
+    /// An extra socket by which the peer is tried, too.
+    fresh: Option<SocketId>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -186,6 +197,8 @@ impl PathAgent {
             used_at: None,
             guesses: 0,
             keepalive_at: None,
+            stuck_since: None,
+            fresh: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -201,6 +214,7 @@ impl PathAgent {
         }
         if self.wanted && !wanted {
             self.forget_extra_sockets(now);
+            self.stuck_since = None;
         }
         self.wanted = wanted;
     }
@@ -213,6 +227,9 @@ impl PathAgent {
         let appeared = self.relay.is_none() && relay.is_some();
         self.relay = relay;
         self.relay_prober.forget();
+        if relay.is_none() {
+            self.stuck_since = None;
+        }
         self.choose("the relay changed", now);
         if appeared && self.wanted {
             self.start_round(Cause::Wanted, now);
@@ -230,7 +247,8 @@ impl PathAgent {
             .collect();
         self.endpoints.retain(|place, endpoint| {
             announced.contains_key(place)
-                || matches!(endpoint.kind, CandidateKind::PeerReflexive | CandidateKind::Predicted)
+                || endpoint.kind == CandidateKind::PeerReflexive
+                || endpoint.is_told_in_calls()
                 || endpoint.proved(now)
         });
         let mut fresh = false;
@@ -257,15 +275,12 @@ impl PathAgent {
         // Guesses age fast: the newest ones replace all others.
         let called = |remote: SocketAddr| candidates.iter().any(|it| it.endpoint == remote);
         self.endpoints.retain(|place, endpoint| {
-            endpoint.kind != CandidateKind::Predicted
-                || endpoint.proved(now)
-                || called(place.remote)
+            !endpoint.is_told_in_calls() || endpoint.proved(now) || called(place.remote)
         });
-        for candidate in candidates.iter().take(MAX_CANDIDATES) {
+        for (rank, candidate) in candidates.iter().take(MAX_CANDIDATES).enumerate() {
             if usable_underlay(candidate.endpoint) && self.endpoints.len() < 2 * MAX_CANDIDATES {
-                self.endpoints
-                    .entry(Place::main(candidate.endpoint))
-                    .or_insert_with(|| Endpoint::new(candidate.kind));
+                let endpoint = self.endpoints.entry(Place::main(candidate.endpoint));
+                endpoint.or_insert_with(|| Endpoint::new(candidate.kind)).rank = rank;
             }
         }
         if self.is_direct() {
@@ -276,6 +291,7 @@ impl PathAgent {
             }
         } else {
             self.start_round(Cause::Called, now);
+            self.open_fresh(now);
         }
     }
 
@@ -288,6 +304,7 @@ impl PathAgent {
     /// The local network changed: nothing that was proved holds.
     pub fn handle_network_change(&mut self, now: Instant) {
         self.forget_extra_sockets(now);
+        self.stuck_since = None;
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
         for endpoint in self.endpoints.values_mut() {
             endpoint.forget();

@@ -20,8 +20,10 @@
 //!    onto the relay while in doubt, and moves there when the doubt is not answered.
 //! 6. A relayed peer in use is tried again, ever more rarely; a network change or news of the peer
 //!    starts over.
+//! 7. A pair that stays on the relay for seconds agrees on a costlier way (`birthday`).
 
 mod agent;
+pub mod birthday;
 mod liveness;
 mod nat;
 pub mod predict;

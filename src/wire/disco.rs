@@ -23,6 +23,7 @@ use chacha20poly1305::aead::{Aead, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 
 use super::cursor::{ENDPOINT_LEN, Reader, UnexpectedEnd, endpoint_bytes};
+use super::punch::Punch;
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, PublicKey, SecretKey, TxId};
 
 /// First byte of a disco packet.
@@ -41,6 +42,7 @@ pub const MAX_PACKET: usize = 9000;
 const PING: u8 = 1;
 const PONG: u8 = 2;
 const CALL_ME_MAYBE: u8 = 3;
+const PUNCH: u8 = 4;
 const REPORT_REQUEST: u8 = 8;
 const REPORT: u8 = 9;
 
@@ -131,6 +133,8 @@ pub enum Message {
         /// To be read by [`super::report::Report::decode`].
         body: Vec<u8>,
     },
+    /// Agreement on a costly way to punch. Sent by relay. Layout: type 4, then that of [`Punch`].
+    Punch(Punch),
 }
 
 impl Message {
@@ -170,6 +174,11 @@ impl Message {
                 bytes.extend_from_slice(body);
                 bytes
             }
+            Self::Punch(punch) => {
+                let mut bytes = vec![PUNCH];
+                punch.encode_into(&mut bytes);
+                bytes
+            }
         }
     }
 
@@ -200,6 +209,10 @@ impl Message {
             REPORT => {
                 let tx = TxId(reader.array()?);
                 Ok(Self::Report { tx, body: reader.0.to_vec() })
+            }
+            PUNCH => {
+                let punch = Punch::decode(&mut reader)?;
+                punch.map(Self::Punch).ok_or(DiscoError::UnknownType { kind: PUNCH })
             }
             kind => Err(DiscoError::UnknownType { kind }),
         }

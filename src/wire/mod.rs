@@ -10,6 +10,7 @@ pub mod disco;
 pub mod frame;
 pub mod ip;
 pub mod join;
+pub mod punch;
 pub mod relay;
 pub mod report;
 

@@ -21,6 +21,10 @@ pub(crate) enum Nat {
     Symmetric,
     /// The next port for every destination.
     Sequential,
+    /// The one before.
+    Decrementing,
+    /// The next but one.
+    ByTwo,
     /// Port-restricted, and the router takes what is sent to itself.
     OpenInput,
 }
@@ -42,6 +46,8 @@ impl Nat {
             Self::PortRestricted => "port-restricted",
             Self::Symmetric => "symmetric",
             Self::Sequential => "sequential",
+            Self::Decrementing => "decrementing",
+            Self::ByTwo => "by-two",
             Self::OpenInput => "open-input",
         }
     }
@@ -49,9 +55,10 @@ impl Nat {
     /// Whether plain punching, with answers to the observed source, joins the two kinds.
     pub(crate) fn can_be_punched(self, other: Self) -> bool {
         let hard = |a, b| {
-            use Nat::{OpenInput, PortRestricted, Sequential, Symmetric};
+            use Nat::{ByTwo, Decrementing, OpenInput, PortRestricted, Sequential, Symmetric};
             // What a sequential one does next can be guessed, and nothing of the other's.
-            a == Symmetric && matches!(b, Symmetric | Sequential | PortRestricted | OpenInput)
+            let counts = matches!(b, Sequential | Decrementing | ByTwo);
+            a == Symmetric && (counts || matches!(b, Symmetric | PortRestricted | OpenInput))
         };
         !hard(self, other) && !hard(other, self)
     }
@@ -80,7 +87,9 @@ impl Nat {
             Self::AddressRestricted => format!("{}{ADDRESS_FILTER}", full_cone(wan)),
             Self::PortRestricted => masquerade(""),
             Self::Symmetric => masquerade("fully-random"),
-            Self::Sequential => sequential(wan),
+            Self::Sequential => counting(wan, 40_000, 1),
+            Self::Decrementing => counting(wan, 60_000, -1),
+            Self::ByTwo => counting(wan, 40_000, 2),
             Self::OpenInput => masquerade(""),
         };
         let input = if self == Self::OpenInput { "" } else { ROUTER_INPUT };
@@ -164,11 +173,11 @@ table ip nat {{
     )
 }
 
-/// Every flow gets the next port. The map is written out: an offset to `numgen` counts in steps of
+/// Every flow gets the next port, `step` from the last one. The map is written out: an offset to `numgen` counts in steps of
 /// 256.
-fn sequential(wan: Ipv4Addr) -> String {
+fn counting(wan: Ipv4Addr, first: i32, step: i32) -> String {
     let ports: Vec<String> =
-        (0..2048).map(|number| format!("{number} : {}", 40_000 + number)).collect();
+        (0..2048).map(|number| format!("{number} : {}", first + number * step)).collect();
     let ports = ports.join(", ");
     format!(
         r#"

@@ -65,7 +65,8 @@ pub(crate) struct Host {
     /// With what it joins.
     pub(crate) invite: Option<InviteUse>,
     node_key: SecretKey,
-    settings: NodeSettings,
+    /// What its node is told.
+    pub(crate) settings: NodeSettings,
     node: Option<Node>,
     disk: Netmap,
     lives: u64,

@@ -3,7 +3,7 @@
 //! ```text
 //! main      random scenarios from seeds, and the seeds that once failed
 //!   scenario    bytes -> who is there and what happens; what must be true at the end
-//!   named       scenarios with a name and a time bound
+//!   named       scenarios with a name and a time bound; hard: those of hard NATs
 //!   bounds      how soon, in round trips      quiet    how much is sent when nothing happens
 //!     world       clock, flights, turns        oracle   which path must be found
 //!       routing     lines, NATs, LANs            ledger   every inner packet, once
@@ -17,6 +17,7 @@
 
 mod bounds;
 mod edge;
+mod hard;
 mod host;
 mod ledger;
 mod link;

@@ -194,8 +194,9 @@ fn udp_that_is_blocked_under_traffic_costs_three_seconds() {
 }
 
 #[test]
-fn a_symmetric_and_a_port_restricted_node_stay_on_the_relay() {
-    let mut world = running(&[Symmetric, PortRestricted]);
+fn without_birthday_probing_a_symmetric_and_a_port_restricted_node_stay_on_the_relay() {
+    let settings = NodeSettings { birthday_probing: false, ..NodeSettings::default() };
+    let mut world = running_with(&[Symmetric, PortRestricted], settings);
     let pings = talk(&mut world, Duration::from_secs(120), 500 * MS);
     world.run_for(Duration::from_secs(1));
     assert_eq!(path_kind(&world, 0, 1), "relay-udp");

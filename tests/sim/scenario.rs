@@ -101,6 +101,8 @@ impl Scenario {
         let rekey_after = [120, 20, 8, 120][bytes.below(4)];
         let settings = NodeSettings {
             rekey_after: Duration::from_secs(rekey_after),
+            // Hundreds of probes for one pair are worth their time in some of the scenarios.
+            birthday_probing: rekey_after == 8,
             ..NodeSettings::default()
         };
         let places = (0..hosts)
@@ -238,7 +240,8 @@ pub(crate) fn check_paths(world: &World) {
         let peer = world.hosts[to].id().expect("all have joined");
         let kind = world.hosts[from].path_kind(peer, world.now);
         let expected = oracle::expected_path(world, from, to);
-        if kind != expected {
+        let lucky = kind == "direct" && oracle::may_be_found_by_chance(world, from, to);
+        if kind != expected && !lucky {
             let why = world.hosts[from].why(peer, world.now);
             wrong.push(format!("host {from} to host {to} ({peer}): {kind}, not {expected}: {why}"));
         }

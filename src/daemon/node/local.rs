@@ -8,7 +8,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::portmap::PortMapping;
-use super::report::{OwnStatus, PathReport, PeerReport, SCHEMA, ServerStatus, Status, millis};
+use super::report::{
+    OwnStatus, PathReport, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis,
+};
 use super::{Daemon, Ended, explain, netcheck};
 use crate::daemon::exit;
 use crate::io::clock;
@@ -269,6 +271,19 @@ async fn ping(
 }
 
 impl Daemon {
+    fn punching(&self) -> PunchReport {
+        let counters = self.node.punch_counters();
+        PunchReport {
+            birthday_probing: self.options.settings.birthday_probing,
+            birthday_runs: counters.birthday_runs,
+            fresh_ports: counters.fresh_ports,
+            found: counters.found,
+            sockets: counters.sockets,
+            sockets_open: self.node.extra_sockets(),
+            probes: counters.probes,
+        }
+    }
+
     pub(super) fn handle_request(&mut self, request: Request) {
         let now = clock::now();
         // A command that went away meanwhile does not take its answer; that is no error.
@@ -363,6 +378,7 @@ impl Daemon {
                 version: env!("CARGO_PKG_VERSION").into(),
                 offloads: self.ports.offloads(),
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
+                punching: self.punching(),
             },
             server: ServerStatus {
                 state: state.into(),

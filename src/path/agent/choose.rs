@@ -79,6 +79,7 @@ impl PathAgent {
             self.retries = 0;
             self.guesses = 0;
             self.retry_at = None;
+            self.stuck_since = None;
             self.postpone_keepalive(now);
         } else {
             self.keepalive_at = None;

@@ -89,6 +89,9 @@ impl PathAgent {
             }
         }
         if let Some(via) = self.relay {
+            if !self.is_direct() {
+                self.stuck_since.get_or_insert(now);
+            }
             let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
             let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
             if !self.called_at.is_some_and(recent) {
@@ -204,7 +207,8 @@ impl PathAgent {
         let guess = |(place, ..): &(Place, _, _)| {
             self.endpoints.get(place).is_some_and(|e| e.kind == CandidateKind::Predicted)
         };
-        let (guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
+        let (mut guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
+        guesses.sort_by_key(|(place, ..)| self.endpoints.get(place).map(|it| it.rank));
         let guesses = predict::order(guesses, self.signalling.doubles);
         for (place, local, due) in sure.into_iter().chain(guesses) {
             let Place { remote, socket } = place;

@@ -6,6 +6,7 @@ mod candidates;
 mod commands;
 
 mod enrol;
+mod hard;
 mod lab;
 mod local;
 mod matrix;
@@ -31,6 +32,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        hard::cases(),
         relay::cases(),
         server_loss::cases(),
         server::cases(),
