@@ -17,9 +17,11 @@ pub struct ForwardingTable {
     pub own: Option<OverlayAddrs>,
     /// Where relay datagrams go to and come from.
     pub relay: Option<SocketAddr>,
+    /// Whole prefixes; single addresses are in `hosts`.
     routes_v4: PrefixMap<Ipv4Net, Arc<Peer>>,
     routes_v6: PrefixMap<Ipv6Net, Arc<Peer>>,
-    // Only for look-up, never iterated: its order is of no consequence.
+    // Only for look-up, never iterated: their order is of no consequence.
+    hosts: HashMap<IpAddr, Arc<Peer>>,
     by_index: HashMap<u32, Arc<Peer>>,
     by_id: HashMap<NodeId, Arc<Peer>>,
 }
@@ -35,6 +37,9 @@ impl ForwardingTable {
     pub fn insert(&mut self, peer: Arc<Peer>) {
         for prefix in peer.addrs.prefixes() {
             match prefix {
+                _ if prefix.prefix_len() == prefix.max_prefix_len() => {
+                    self.hosts.insert(prefix.addr(), Arc::clone(&peer));
+                }
                 IpNet::V4(prefix) => drop(self.routes_v4.insert(prefix, Arc::clone(&peer))),
                 IpNet::V6(prefix) => drop(self.routes_v6.insert(prefix, Arc::clone(&peer))),
             }
@@ -44,8 +49,14 @@ impl ForwardingTable {
     }
 
     /// The peer that packets to `dst` go to: the longest prefix wins.
+    ///
+    /// No prefix is longer than a whole address, and nearly all packets are for one: these cost
+    /// the same however many there are.
     #[must_use]
     pub fn route(&self, dst: IpAddr) -> Option<&Arc<Peer>> {
+        if let Some(peer) = self.hosts.get(&dst) {
+            return Some(peer);
+        }
         match dst {
             IpAddr::V4(dst) => self.routes_v4.get_lpm(&Ipv4Net::from(dst)).map(|(_, peer)| peer),
             IpAddr::V6(dst) => self.routes_v6.get_lpm(&Ipv6Net::from(dst)).map(|(_, peer)| peer),
