@@ -33,6 +33,7 @@ use tracing::{error, info, warn};
 
 use crate::io::files::FileError;
 use crate::io::local::{LocalError, LocalListener};
+use crate::io::service::handed_listeners;
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
@@ -179,7 +180,7 @@ pub struct RunningServer {
 /// When something is in the way; nothing of it runs then.
 pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     allow_many_connections();
-    let bound = sockets::bind(&options.listen)?;
+    let bound = sockets::bind(&options.listen, handed_listeners())?;
     let local = LocalListener::bind(&options.socket).await?;
     let state = state::open(&options).await?;
     let advertised =

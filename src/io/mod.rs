@@ -7,6 +7,7 @@ pub mod listen;
 pub mod local;
 pub mod opener;
 pub mod os;
+pub mod service;
 mod sys;
 pub mod tun;
 pub mod udp;

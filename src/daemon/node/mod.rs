@@ -31,6 +31,7 @@ use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound};
 use crate::io::clock;
 use crate::io::link::{ConnectError, Inbound};
 use crate::io::os::Changes;
+use crate::io::service::Watchdog;
 use crate::node::{Event, Node};
 use crate::path::Answer;
 use crate::types::NodeId;
@@ -79,6 +80,7 @@ struct Daemon {
     next_token: u64,
     rescan_at: Option<Instant>,
     save_at: Option<Instant>,
+    watchdog: Watchdog,
     out: UdpBatch,
     options: NodeOptions,
     refused: Option<(RefusedCode, String)>,
@@ -131,17 +133,24 @@ impl Daemon {
             self.handle_link_down();
         }
         self.node.handle_timeout(now);
+        self.watchdog.look(now);
     }
 
     fn deadline(&self) -> Instant {
         let silence = self.server.map(|_| {
             self.heard_server + Duration::from_secs(SILENCE_LIMIT_S) + Duration::from_millis(10)
         });
-        [self.node.poll_timeout().map(|(at, _)| at), self.rescan_at, self.save_at, silence]
-            .into_iter()
-            .flatten()
-            .min()
-            .unwrap_or_else(|| clock::now() + Duration::from_secs(3600))
+        [
+            self.node.poll_timeout().map(|(at, _)| at),
+            self.rescan_at,
+            self.save_at,
+            silence,
+            self.watchdog.next(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+        .unwrap_or_else(|| clock::now() + Duration::from_secs(3600))
     }
 
     fn handle_uplink(&mut self, event: UplinkEvent) {

@@ -20,6 +20,7 @@ use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::os::Netlink;
+use crate::io::service::Watchdog;
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::types::{NetworkId, NodeName};
@@ -215,6 +216,7 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         next_token: 0,
         rescan_at: None,
         save_at: None,
+        watchdog: Watchdog::new(ports.progress(), now),
         out: UdpBatch::default(),
         options,
         refused: None,

@@ -21,6 +21,7 @@ use crate::dataplane::{
 use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
+use crate::io::service::Progress;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
 use crate::node::Opener;
@@ -39,6 +40,9 @@ const WRITE_BYTES: usize = 128 << 10;
 /// How long a full socket is waited for before its datagrams are dropped.
 const FULL_SOCKET_WAIT_MS: u8 = 5;
 
+/// A thread without work shows this often that it lives.
+const IDLE_MS: u16 = 3000;
+
 /// Everything that datagrams and packets can leave by.
 #[derive(Debug)]
 pub(super) struct Ports {
@@ -50,6 +54,8 @@ pub(super) struct Ports {
     stop: EventFd,
     /// Wakes the TUN thread when there is another interface.
     tun_changed: EventFd,
+    /// How far the two threads have come: out, in.
+    progress: [Arc<Progress>; 2],
 }
 
 impl Ports {
@@ -67,7 +73,14 @@ impl Ports {
             shared,
             stop: EventFd::from_value_and_flags(0, flags)?,
             tun_changed: EventFd::from_value_and_flags(0, flags)?,
+            progress: Default::default(),
         })
+    }
+
+    /// How far the two threads have come.
+    pub(super) fn progress(&self) -> Vec<(String, Arc<Progress>)> {
+        let names = ["tun-to-udp", "udp-to-tun"].map(String::from);
+        names.into_iter().zip(self.progress.iter().cloned()).collect()
     }
 
     pub(super) fn link(&self) -> Option<Arc<LinkSender>> {
@@ -296,7 +309,7 @@ fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
         if let Some(tun) = &tun {
             fds.push(PollFd::new(tun.as_fd(), PollFlags::POLLIN));
         }
-        if !wait(&mut fds) {
+        if !wait(&mut fds, &ports.progress[0]) {
             return;
         }
         if fds[1].any() == Some(true) {
@@ -324,7 +337,7 @@ fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
     loop {
         let mut fds = vec![PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN)];
         fds.extend(ports.sockets().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds) {
+        if !wait(&mut fds, &ports.progress[1]) {
             return;
         }
         for socket in ports.sockets() {
@@ -362,8 +375,9 @@ fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
 }
 
 /// Waits for any of `fds`; `false` when the first one, the stop signal, is set.
-fn wait(fds: &mut [PollFd<'_>]) -> bool {
-    match poll(fds, PollTimeout::NONE) {
+fn wait(fds: &mut [PollFd<'_>], progress: &Progress) -> bool {
+    progress.step();
+    match poll(fds, PollTimeout::from(IDLE_MS)) {
         Ok(_) | Err(nix::errno::Errno::EINTR) => fds[0].any() != Some(true),
         Err(error) => {
             tracing::error!(%error, "poll failed, packets stop");

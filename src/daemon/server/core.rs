@@ -16,6 +16,7 @@ use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::files::DirLock;
 use crate::io::local::Refusal;
+use crate::io::service::Watchdog;
 use crate::server::admin::{Answer, Request, RequestError};
 use crate::server::{Connected, ConnectionId, Decision, Output, Server};
 use crate::store::{Committed, Store, StoreError};
@@ -44,6 +45,7 @@ pub(super) struct Core {
     server: Server,
     parts: Parts,
     next_seen: Instant,
+    watchdog: Watchdog,
     /// The number of the newest event, for those who follow the log.
     newest: watch::Sender<u64>,
 }
@@ -64,7 +66,8 @@ impl Core {
         let next_seen = Instant::from_std(clock::now()) + SEEN_INTERVAL;
         let last = parts.store.events(0, 1).await?;
         let newest = watch::Sender::new(last.last().map_or(0, |event| event.seq));
-        Ok(Self { server, parts, next_seen, newest })
+        let watchdog = Watchdog::new(parts.hub.progress(), clock::now());
+        Ok(Self { server, parts, next_seen, watchdog, newest })
     }
 
     /// The number of the newest event, as it rises.
@@ -89,7 +92,10 @@ impl Core {
     ) {
         self.drain();
         loop {
-            let wake = Instant::from_std(self.server.poll_timeout()).min(self.next_seen);
+            let mut wake = Instant::from_std(self.server.poll_timeout()).min(self.next_seen);
+            if let Some(look) = self.watchdog.next() {
+                wake = wake.min(Instant::from_std(look));
+            }
             tokio::select! {
                 biased;
                 () = stopped(&mut stopping) => break,
@@ -105,6 +111,11 @@ impl Core {
             }
             let now = clock::now();
             self.server.handle_timeout(now);
+            if self.watchdog.next().is_some_and(|look| look <= now) {
+                // Any answer will do: a full disk is no reason to be started again.
+                let _ = self.parts.store.events(0, 1).await;
+                self.watchdog.look(clock::now());
+            }
             if self.next_seen <= Instant::from_std(now) {
                 self.next_seen += SEEN_INTERVAL;
                 self.write_seen().await;

@@ -19,6 +19,7 @@ use super::core::Event;
 use super::sockets::UdpPort;
 use crate::io::clock;
 use crate::io::link::LinkSender;
+use crate::io::service::Progress;
 use crate::server::ConnectionId;
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
 use crate::types::{DropCounters, DropReason, NodeId};
@@ -35,6 +36,8 @@ pub(super) struct Hub {
     table: Mutex<RelayTable>,
     links: Mutex<BTreeMap<ConnectionId, Exit>>,
     ports: Vec<UdpPort>,
+    /// One for the thread of each port.
+    progress: Vec<Arc<Progress>>,
     drops: DropCounters,
     events: mpsc::Sender<Event>,
 }
@@ -63,6 +66,7 @@ impl Hub {
         Self {
             table: Mutex::default(),
             links: Mutex::default(),
+            progress: ports.iter().map(|_| Arc::default()).collect(),
             ports,
             drops: DropCounters::default(),
             events,
@@ -71,6 +75,12 @@ impl Hub {
 
     pub(super) fn drops(&self) -> &DropCounters {
         &self.drops
+    }
+
+    /// How far the threads have come.
+    pub(super) fn progress(&self) -> Vec<(String, Arc<Progress>)> {
+        let named = self.progress.iter().enumerate();
+        named.map(|(number, progress)| (format!("relay-{number}"), Arc::clone(progress))).collect()
     }
 
     /// A connection is there and can be sent to.
@@ -259,12 +269,14 @@ pub(super) fn spawn(
 }
 
 fn run(hub: &Hub, id: SocketId, stopping: &watch::Receiver<bool>) {
-    let Some(port) = hub.ports.get(usize::from(id.0)) else {
+    let number = usize::from(id.0);
+    let (Some(port), Some(progress)) = (hub.ports.get(number), hub.progress.get(number)) else {
         return;
     };
     let mut buffers = vec![vec![0; TRAIN_BYTES]; BATCH_SIZE];
     let mut metas = [RecvMeta::default(); BATCH_SIZE];
     while !*stopping.borrow() && stopping.has_changed().is_ok() {
+        progress.step();
         let mut wait = [PollFd::new(port.socket.as_fd(), PollFlags::POLLIN)];
         if poll(&mut wait, PollTimeout::from(POLL_MS)).is_ok_and(|ready| ready == 0) {
             continue;
