@@ -190,6 +190,13 @@ impl LocalConnection {
             .map_err(|_| LocalError::TimedOut)?
     }
 
+    /// Waits until the client has hung up; what it says on the way is not listened to.
+    pub async fn hung_up(&mut self) {
+        while let Ok(1..) = self.lines.stream.read_buf(&mut self.lines.buffer).await {
+            self.lines.buffer.clear();
+        }
+    }
+
     /// Sends one answer; a question may have any number of them.
     ///
     /// # Errors

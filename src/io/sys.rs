@@ -2,7 +2,8 @@
 
 #![expect(unsafe_code, reason = "a foreign descriptor is a bare number, and an ioctl has no type")]
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The descriptor of a TUN device, bound to the life of the device.
 pub(crate) fn tun_fd(device: &tun::Device) -> BorrowedFd<'_> {
@@ -60,4 +61,16 @@ pub(crate) fn set_fragments(
         libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length)
     };
     nix::errno::Errno::result(result).map(drop)
+}
+
+/// The descriptors that a service manager has opened for this process; the first caller gets them.
+pub(crate) fn inherited_descriptors() -> std::io::Result<Vec<OwnedFd>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    let descriptors = sd_notify::listen_fds()?;
+    if TAKEN.swap(true, Ordering::SeqCst) {
+        return Ok(Vec::new());
+    }
+    // SAFETY: the service manager opened these for this process alone (it checks LISTEN_PID), the
+    // call above has found each of them open, and the flag sees to it that they get one owner.
+    Ok(descriptors.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
 }

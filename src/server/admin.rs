@@ -201,7 +201,9 @@ pub struct NodeInfo {
     pub remote: Option<String>,
 }
 
-fn rfc3339(unix_seconds: u64) -> String {
+/// A time as all answers have it (RFC 3339, UTC).
+#[must_use]
+pub fn rfc3339(unix_seconds: u64) -> String {
     // The formatter knows no years beyond 9999.
     let seconds = unix_seconds.min(253_402_300_799);
     humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string()

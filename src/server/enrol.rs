@@ -23,6 +23,12 @@ pub(super) struct Arrival {
     candidates: Vec<Candidate>,
 }
 
+impl Arrival {
+    pub(super) fn node(&self) -> NodeId {
+        self.node
+    }
+}
+
 impl Decision {
     pub(super) fn refuse(connection: ConnectionId, code: RefusedCode) -> Self {
         Self { changes: Vec::new(), act: Act::Refuse { connection, code } }

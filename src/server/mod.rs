@@ -13,6 +13,7 @@ mod addresses;
 pub mod admin;
 mod distribute;
 mod enrol;
+pub mod events;
 mod invites;
 mod members;
 pub mod records;

@@ -9,7 +9,7 @@ use super::Command;
 use crate::cli::fail::Failure;
 use crate::cli::print::{hint, json, line, table, table_text};
 use crate::cli::{Done, ask};
-use crate::config::paths::Role;
+use crate::config::paths::{Paths, Role};
 use crate::server::admin::{Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Request};
 use crate::types::{InviteId, NodeName};
 
@@ -73,6 +73,12 @@ pub(super) fn run(command: Command, socket: &Path) -> Done {
         Command::Invite(InviteArgs {
             command: Some(InviteCommand::Revoke { id }), json, ..
         }) => (Request::InviteRevoke { id }, Show::of(json)),
+        Command::Events(args) => return super::events::run(args, socket),
+        Command::Backup { file } => return super::backup::write(&file, socket),
+        Command::Restore { file, force, place } => {
+            let place = place.unwrap_or_else(|| Paths::of(Role::Server).state_dir);
+            return super::backup::restore(&file, &place, force);
+        }
         Command::Invite(InviteArgs { uses, ttl, name, json, command: None }) => {
             (Request::Invite { uses, ttl_s: ttl.as_secs(), name }, Show::of(json))
         }

@@ -36,6 +36,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound};
 use crate::io::clock;
 use crate::io::link::{ConnectError, Inbound};
+use crate::io::service::Watchdog;
 use crate::node::{Event, Node};
 use crate::path::Answer;
 use crate::types::{NodeId, OverlayAddrs};
@@ -90,6 +91,7 @@ struct Daemon {
     /// The overlay address can be used.
     ready: bool,
     save_at: Option<Instant>,
+    watchdog: Watchdog,
     out: UdpBatch,
     options: NodeOptions,
     refused: Option<(RefusedCode, String)>,
@@ -142,20 +144,26 @@ impl Daemon {
         }
         self.check_proof(now);
         self.node.handle_timeout(now);
+        self.watchdog.look(now);
     }
 
     fn deadline(&self) -> Instant {
         let silence = self.server.map(|_| {
             self.heard_server + Duration::from_secs(SILENCE_LIMIT_S) + Duration::from_millis(10)
         });
-        let node = self.node.poll_timeout().map(|(at, _)| at);
-        let Surroundings { rescan_at, .. } = self.surroundings;
-        let proof = self.surroundings.proof_due();
-        [node, rescan_at, proof, self.save_at, silence, self.portmap_deadline()]
-            .into_iter()
-            .flatten()
-            .min()
-            .unwrap_or_else(|| clock::now() + Duration::from_secs(3600))
+        [
+            self.node.poll_timeout().map(|(at, _)| at),
+            self.surroundings.rescan_at,
+            self.surroundings.proof_due(),
+            self.save_at,
+            silence,
+            self.portmap_deadline(),
+            self.watchdog.next(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+        .unwrap_or_else(|| clock::now() + Duration::from_secs(3600))
     }
 
     fn handle_uplink(&mut self, event: UplinkEvent) {

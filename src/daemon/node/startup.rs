@@ -22,6 +22,7 @@ use crate::dataplane::UdpBatch;
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
+use crate::io::service::Watchdog;
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
@@ -239,6 +240,7 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
         halves: std::collections::BTreeMap::new(),
         ready: false,
         save_at: None,
+        watchdog: Watchdog::new(ports.progress(), now),
         out: UdpBatch::default(),
         options,
         refused: None,

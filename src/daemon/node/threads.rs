@@ -21,6 +21,7 @@ use super::report::OffloadReport;
 use crate::dataplane::{Note, Run, Shared, Target, TunBatch, UdpBatch};
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
+use crate::io::service::Progress;
 use crate::io::tun::Tun;
 use crate::io::udp::UdpSocket;
 use crate::node::{Opener, WholeProbe};
@@ -48,6 +49,8 @@ pub(super) struct Ports {
     /// Tell the threads that there is another interface, or that it is theirs to watch.
     wake_sender: EventFd,
     wake_receiver: EventFd,
+    /// How far the two threads have come: out, in.
+    progress: [Arc<Progress>; 2],
 }
 
 impl Ports {
@@ -68,7 +71,14 @@ impl Ports {
             sender_watches: AtomicBool::new(false),
             wake_sender: EventFd::from_value_and_flags(0, flags)?,
             wake_receiver: EventFd::from_value_and_flags(0, flags)?,
+            progress: Default::default(),
         })
+    }
+
+    /// How far the two threads have come.
+    pub(super) fn progress(&self) -> Vec<(String, Arc<Progress>)> {
+        let names = ["tun-to-udp", "udp-to-tun"].map(String::from);
+        names.into_iter().zip(self.progress.iter().cloned()).collect()
     }
 
     pub(super) fn link(&self) -> Option<Arc<LinkSender>> {

@@ -22,6 +22,7 @@ use super::core::Event;
 use super::sockets::UdpPort;
 use crate::io::clock;
 use crate::io::link::LinkSender;
+use crate::io::service::Progress;
 use crate::server::ConnectionId;
 use crate::server::relay::queue::{FairQueues, Train};
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
@@ -43,6 +44,8 @@ pub(super) struct Hub {
     ports: Vec<UdpPort>,
     /// Nobody sends to these, so no NAT takes what they send for an answer.
     knockers: Vec<std::net::UdpSocket>,
+    /// One for the thread of each port.
+    progress: Vec<Arc<Progress>>,
     drops: DropCounters,
     events: mpsc::Sender<Event>,
 }
@@ -72,6 +75,7 @@ impl Hub {
         Self {
             table: Mutex::default(),
             links: Mutex::default(),
+            progress: ports.iter().map(|_| Arc::default()).collect(),
             ports,
             knockers: knockers(),
             drops: DropCounters::default(),
@@ -81,6 +85,12 @@ impl Hub {
 
     pub(super) fn drops(&self) -> &DropCounters {
         &self.drops
+    }
+
+    /// How far the threads have come.
+    pub(super) fn progress(&self) -> Vec<(String, Arc<Progress>)> {
+        let named = self.progress.iter().enumerate();
+        named.map(|(number, progress)| (format!("relay-{number}"), Arc::clone(progress))).collect()
     }
 
     /// A connection is there and can be sent to.
@@ -375,13 +385,15 @@ pub(super) fn spawn(
 }
 
 fn run(hub: &Hub, id: SocketId, stopping: &watch::Receiver<bool>) {
-    let Some(port) = hub.ports.get(usize::from(id.0)) else {
+    let number = usize::from(id.0);
+    let (Some(port), Some(progress)) = (hub.ports.get(number), hub.progress.get(number)) else {
         return;
     };
     let mut buffers = vec![vec![0; TRAIN_BYTES]; TRAINS];
     let mut metas = [RecvMeta::default(); TRAINS];
     let mut waiting = FairQueues::default();
     while !*stopping.borrow() && stopping.has_changed().is_ok() {
+        progress.step();
         let mut wait = vec![PollFd::new(port.socket.as_fd(), PollFlags::POLLIN)];
         let full: BTreeSet<SocketId> = waiting.sockets().collect();
         let full = full.iter().filter_map(|id| hub.ports.get(usize::from(id.0)));

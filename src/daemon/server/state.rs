@@ -16,12 +16,15 @@ use zeroize::Zeroizing;
 use super::{Options, StartError, addresses};
 use crate::io::files::{self, DirLock, SECRET_MODE};
 use crate::server::choose_range;
+use crate::server::events::Event;
 use crate::server::records::{self, Key, NetworkRecord, Record, Records, Versioned};
-use crate::store::{Change, Store, StoredRecord};
+use crate::store::{self, Change, Store, StoreError, StoredRecord};
 use crate::types::{NetworkId, NodeId, OverlayRange, SecretKey};
 
-const KEY_FILE: &str = "server.key";
-const STORE_FILE: &str = "server.db";
+pub(super) const KEY_FILE: &str = "server.key";
+pub(super) const STORE_FILE: &str = "server.db";
+/// It is there while a backup is being put in place.
+pub(super) const RESTORING_FILE: &str = "restoring";
 const NETWORK: &str = "network";
 const MEMBER: &str = "member";
 const INVITE: &str = "invite";
@@ -44,12 +47,25 @@ pub(super) async fn open(options: &Options) -> Result<State, StartError> {
     files::private_dir(dir)?;
     let lock = DirLock::acquire(dir)?;
     let (key_path, store_path) = (dir.join(KEY_FILE), dir.join(STORE_FILE));
-    let key_text = files::read_secret(&key_path)?;
-    if key_text.is_some() && !store_path.exists() {
-        return Err(StartError::StoreLost { key: key_path, store: store_path });
+    if dir.join(RESTORING_FILE).exists() {
+        return Err(StartError::HalfRestored { state_dir: dir.clone() });
     }
-    let store = Store::open(&store_path).await?;
+    let key_text = files::read_secret(&key_path)?;
+    let lost = || StartError::StoreLost { key: key_path.clone(), store: store_path.clone() };
+    let opened = match key_text {
+        // The key is made last, so a store beside it was filled once.
+        Some(_) if !store_path.exists() => return Err(lost()),
+        Some(_) => Store::open_old(&store_path).await,
+        None => Store::open(&store_path).await,
+    };
+    let store = match opened {
+        Err(StoreError::Empty { .. }) => return Err(lost()),
+        opened => opened?,
+    };
     let rows = store.load().await?;
+    if key_text.is_some() && rows.is_empty() {
+        return Err(lost());
+    }
     let mut rng = StdRng::from_seed(*random()?);
     let mut records = match parse(&rows)? {
         Some(records) => records,
@@ -62,7 +78,11 @@ pub(super) async fn open(options: &Options) -> Result<State, StartError> {
             expected_rev: network.rev,
             record: Some(Record::Network(network.record)),
         };
-        records.network.rev = store.commit(&rows_of(&[change])?).await?;
+        let range = records.network.record.range;
+        let event = Event::new(crate::io::clock::unix_seconds(), "range-changed", "server")
+            .with("ipv4", range.v4())
+            .with("ipv6", range.v6());
+        records.network.rev = store.commit(&rows_of(&[change])?, &lines_of(&[event])?).await?.rev;
     }
     let lost = || StartError::KeyLost { key: key_path.clone() };
     let key = match key_text {
@@ -83,7 +103,7 @@ fn random() -> Result<Zeroizing<[u8; 32]>, StartError> {
     Ok(bytes)
 }
 
-fn parse_key(text: &[u8]) -> Option<SecretKey> {
+pub(super) fn parse_key(text: &[u8]) -> Option<SecretKey> {
     std::str::from_utf8(text).ok()?.trim().parse().ok()
 }
 
@@ -109,7 +129,8 @@ async fn create_network(
         expected_rev: 0,
         record: Some(Record::Network(record.clone())),
     };
-    let rev = store.commit(&rows_of(&[change])?).await?;
+    let event = Event::network_created(created, &record);
+    let rev = store.commit(&rows_of(&[change])?, &lines_of(&[event])?).await?.rev;
     let network = Versioned { rev, record };
     Ok(Records { network, members: Vec::new(), invites: Vec::new(), highest_node: 0 })
 }
@@ -136,7 +157,7 @@ fn fix_range(
 }
 
 /// The typed records, or none when the store is new.
-fn parse(rows: &[StoredRecord]) -> Result<Option<Records>, StartError> {
+pub(super) fn parse(rows: &[StoredRecord]) -> Result<Option<Records>, StartError> {
     let (mut network, mut members, mut invites) = (None, Vec::new(), Vec::new());
     let mut highest_node = 0;
     for row in rows {
@@ -196,6 +217,16 @@ pub(super) fn rows_of(changes: &[records::Change]) -> Result<Vec<Change>, StartE
             Ok(Change { kind, id, expected_rev: change.expected_rev, body })
         })
         .collect()
+}
+
+/// The events as the store takes them.
+pub(super) fn lines_of(events: &[Event]) -> Result<Vec<store::Event>, StartError> {
+    let line = |event: &Event| {
+        let body = json("event", &event.kind, &event.fields)?;
+        let (kind, actor) = (event.kind.clone(), event.actor.clone());
+        Ok(store::Event { at: event.at, kind, actor, body })
+    };
+    events.iter().map(line).collect()
 }
 
 fn json<T: Serialize>(kind: &str, id: &str, record: &T) -> Result<String, StartError> {

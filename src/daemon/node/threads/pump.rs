@@ -16,6 +16,7 @@ use crate::dataplane::{
     Note, Shared, Source, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
 };
 use crate::io::clock;
+use crate::io::service::Progress;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
 use crate::types::{DropReason, SocketId};
@@ -37,6 +38,8 @@ const MAX_PACKET: usize = 65_536 + 64;
 const SEND_BYTES: usize = 65_000;
 /// Opened bytes that are written before more datagrams are looked at.
 const WRITE_BYTES: usize = 128 << 10;
+/// A thread without work shows this often that it lives.
+const IDLE_MS: u16 = 3000;
 /// Where the descriptor that wakes a thread stands among those that it waits for; the first is the
 /// stop signal.
 const WAKE_AT: usize = 1;
@@ -135,7 +138,7 @@ pub(super) fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSe
             PollFd::new(ports.wake_sender.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(tun.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds) {
+        if !wait(&mut fds, &ports.progress[0]) {
             return;
         }
         if is_ready(fds.get(WAKE_AT)) {
@@ -173,7 +176,7 @@ pub(super) fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSen
         fds.extend(ports.sockets().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
         let tun_at = fds.len();
         fds.extend(watched.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds) {
+        if !wait(&mut fds, &ports.progress[1]) {
             return;
         }
         if is_ready(fds.get(WAKE_AT)) {
@@ -274,8 +277,9 @@ fn is_broken(fd: Option<&PollFd<'_>>) -> bool {
 }
 
 /// Waits for any of `fds`; `false` when the first one, the stop signal, is set.
-fn wait(fds: &mut [PollFd<'_>]) -> bool {
-    match poll(fds, PollTimeout::NONE) {
+fn wait(fds: &mut [PollFd<'_>], progress: &Progress) -> bool {
+    progress.step();
+    match poll(fds, PollTimeout::from(IDLE_MS)) {
         Ok(_) | Err(nix::errno::Errno::EINTR) => fds[0].any() != Some(true),
         Err(error) => {
             tracing::error!(%error, "poll failed, packets stop");
