@@ -8,6 +8,7 @@ mod id;
 mod key;
 mod name;
 mod net;
+mod tag;
 
 pub use candidate::{Candidate, CandidateKind, MAX_CANDIDATES, usable_underlay};
 pub use drops::{DropCounters, DropReason};
@@ -15,3 +16,4 @@ pub use id::{InviteId, NetworkId, NodeId, ParseIdError, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
 pub use net::{OverlayAddrs, OverlayRange, RangeError};
+pub use tag::{Tag, TagError};

@@ -7,10 +7,12 @@
 pub mod control;
 mod cursor;
 pub mod disco;
+pub mod filter;
 pub mod frame;
 pub mod ip;
 pub mod join;
 pub mod relay;
+pub mod strict;
 
 pub use cursor::UnexpectedEnd;
 
