@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::batch::{Target, UdpBatch};
+use super::icmp::{self, Trouble};
 use super::offload::{FrameHeader, Segments};
 use super::peer::LockedPeer;
 use super::session::{MIN_SEAL_BUFFER, SEAL_OVERHEAD, SealError, Session};
@@ -94,14 +95,24 @@ impl<'t> Train<'t> {
         if is_multicast(view.dst) {
             return Err(DropReason::Multicast);
         }
-        let peer = table.route(view.dst).ok_or(DropReason::NoRoute)?;
+        let Some(peer) = table.route(view.dst) else {
+            if shared.may_answer_unroutable(now) {
+                let answer = icmp::answer(packet, view.dst, Trouble::HostUnreachable);
+                notes.extend(answer.map(Note::Answer));
+            }
+            return Err(DropReason::NoRoute);
+        };
         let stamp = shared.stamp(now);
         let before = peer.counters.last_sent.swap(stamp, Ordering::Relaxed);
         if before == 0 || stamp.saturating_sub(before) > PAUSE_MS {
             notes.push(Note::Active(peer.id));
         }
         let way = Way::to(peer, table);
-        Ok((Self { shared, peer, way, state: peer.lock(), notes, now }, view.len))
+        let mut state = peer.lock();
+        if let Some(filter) = &table.filter {
+            filter.outbound(peer.id, packet, &mut state.flows, now);
+        }
+        Ok((Self { shared, peer, way, state, notes, now }, view.len))
     }
 
     fn send(&mut self, packet: &[u8], out: &mut UdpBatch) -> Result<(), DropReason> {

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use super::icmp::AnswerLimit;
 use super::session::Session;
 use crate::path::Choice;
+use crate::policy::Flows;
 use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
 
 /// Packets that wait for a session, per peer: one TCP window's worth of a handshake's time.
@@ -36,6 +38,9 @@ pub struct PeerCounters {
 pub struct PeerState {
     /// The WireGuard session.
     pub session: Session,
+    /// Flows with the peer, as far as access rules need to know them.
+    pub(super) flows: Flows,
+    pub(super) answers: AnswerLimit,
     pending: VecDeque<(Instant, Vec<u8>)>,
 }
 
@@ -69,7 +74,12 @@ impl Peer {
             counters: PeerCounters::default(),
             choice: ArcSwap::from_pointee(Choice::default()),
             session_wanted: AtomicBool::new(false),
-            state: Mutex::new(PeerState { session, pending: VecDeque::new() }),
+            state: Mutex::new(PeerState {
+                session,
+                flows: Flows::default(),
+                answers: AnswerLimit::default(),
+                pending: VecDeque::new(),
+            }),
         })
     }
 
@@ -123,6 +133,17 @@ impl PeerState {
             drops.count(DropReason::NoPath);
         }
         None
+    }
+
+    /// Takes all packets that have waited at least since `since`.
+    pub(crate) fn take_waiting(&mut self, since: Instant) -> Vec<Vec<u8>> {
+        let waiting = self.pending.iter().take_while(|(at, _)| *at <= since).count();
+        self.pending.drain(..waiting).map(|(_, packet)| packet).collect()
+    }
+
+    /// Since when the oldest packet waits.
+    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+        self.pending.front().map(|(at, _)| *at)
     }
 
     /// Drops the packets that waited for too long; tells whether any still wait.

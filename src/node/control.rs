@@ -1,9 +1,11 @@
 //! What the server says, and what it is told.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Event, Identity, Node, PeerInfo};
+use crate::policy::Filter;
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, NodeId, usable_underlay};
 use crate::wire::control::{
     ClientMessage, Hello, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, VERSION, Welcome,
@@ -80,7 +82,11 @@ impl Node {
         for id in &diff.replaced {
             self.make_peer(*id, now);
         }
-        if !(diff.removed.is_empty() && diff.replaced.is_empty()) {
+        if diff.filter {
+            self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
+            self.events.push_back(Event::Rules);
+        }
+        if diff.filter || !(diff.removed.is_empty() && diff.replaced.is_empty()) {
             self.publish();
         }
         for id in diff.replaced.iter().chain(&diff.changed) {
@@ -106,6 +112,7 @@ impl Node {
             self.drop_peer(id);
         }
         self.netmap = super::Netmap::default();
+        self.filter = None;
         self.publish();
         self.events.push_back(Event::Save);
         self.update_peers(now);

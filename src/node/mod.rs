@@ -14,6 +14,7 @@
 //! - `netmap`: the network as the server described it, also on disk
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
+//! - `reach`: what programs are told that send to nobody
 //! - `status`: read-only views
 
 mod control;
@@ -22,6 +23,7 @@ mod handshake;
 mod netmap;
 mod peer;
 mod predict;
+mod reach;
 mod relay;
 mod signalling;
 mod status;
@@ -40,6 +42,7 @@ use rand::rngs::StdRng;
 
 use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
 use crate::path::{Answer, Via};
+use crate::policy::Filter;
 use crate::types::{Candidate, NodeId, PublicKey, SecretKey};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
@@ -69,6 +72,9 @@ pub enum Event {
     Identity(Identity),
     /// Something that must survive a restart changed.
     Save,
+    /// The access rules changed: they must be on disk before anything else happens, since a node
+    /// that starts without them is open.
+    Rules,
     /// Data to a peer goes another way.
     Path {
         /// The peer.
@@ -111,6 +117,7 @@ pub struct Node {
     engine: EngineKeys,
     shared: Arc<Shared>,
     netmap: Netmap,
+    filter: Option<Arc<Filter>>,
     peers: BTreeMap<NodeId, PeerControl>,
     peers_by_tag: BTreeMap<Tag, NodeId>,
     peers_by_key: BTreeMap<PublicKey, NodeId>,
@@ -128,6 +135,7 @@ pub struct Node {
     prediction: Prediction,
     openers: VecDeque<Opener>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
+    packets: VecDeque<Vec<u8>>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
 }
@@ -153,6 +161,7 @@ impl Node {
             node_key,
             shared: Shared::new(now),
             netmap: Netmap::default(),
+            filter: None,
             peers: BTreeMap::new(),
             peers_by_tag: BTreeMap::new(),
             peers_by_key: BTreeMap::new(),
@@ -169,6 +178,7 @@ impl Node {
             prediction: Prediction::default(),
             openers: VecDeque::new(),
             scratch: VecDeque::new(),
+            packets: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
         };
@@ -197,6 +207,8 @@ impl Node {
             Note::SessionWanted(peer) => self.handle_session_wanted(peer, now),
             Note::Active(peer) => self.handle_active(peer, now),
             Note::SessionConfirmed(peer) => self.handle_session_up(peer, now),
+            Note::Answer(packet) => self.answer(packet),
+            Note::Refused(answer) => self.handle_refused(&answer, now),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
             Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
         }
@@ -212,6 +224,11 @@ impl Node {
     /// A datagram with a short life; call until none, before [`Self::take_datagrams`].
     pub fn poll_opener(&mut self) -> Option<Opener> {
         self.openers.pop_front()
+    }
+
+    /// An IP packet for this machine, to be written to the TUN interface; call until none.
+    pub fn poll_packet(&mut self) -> Option<Vec<u8>> {
+        self.packets.pop_front()
     }
 
     /// A message for the server; call until none. Dropped by the caller when there is no link.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{Candidate, NetworkId, NodeId, NodeName, OverlayAddrs, OverlayRange, PublicKey};
 use crate::wire::control::{NetmapUpdate, Welcome, WirePeer, usable_candidates};
+use crate::wire::filter::WireFilter;
 
 /// Who this node is in its network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +54,10 @@ pub struct Netmap {
     pub epoch: u64,
     /// By number.
     pub peers: BTreeMap<NodeId, PeerInfo>,
+    /// What is let in; everything, when there are no rules in it. On disk with all else, so that a
+    /// node that starts while the server is away is as closed as it was.
+    #[serde(default)]
+    pub filter: WireFilter,
 }
 
 /// What an update changed.
@@ -64,6 +69,8 @@ pub struct NetmapDiff {
     pub changed: Vec<NodeId>,
     /// Gone.
     pub removed: Vec<NodeId>,
+    /// Whether the access rules are others.
+    pub filter: bool,
 }
 
 /// An update that cannot be applied.
@@ -152,6 +159,14 @@ impl Netmap {
             && let Ok(name) = name.parse()
         {
             identity.name = name;
+        }
+        let filter = match (&update.filter, full) {
+            (Some(filter), _) => Some(filter.clone()),
+            (None, full) => full.then(WireFilter::default),
+        };
+        if let Some(filter) = filter.filter(|filter| *filter != self.filter) {
+            self.filter = filter;
+            diff.filter = true;
         }
         self.epoch = update.to;
         Ok(diff)

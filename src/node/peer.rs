@@ -8,6 +8,7 @@ use rand::Rng;
 use super::{Event, Netmap, Node};
 use crate::dataplane::{ForwardingTable, Peer, Session, SessionSettings, flush_pending};
 use crate::path::{PathAgent, PathEvent, PathTransmit, Via};
+use crate::policy::Filter;
 use crate::types::{Candidate, CandidateKind, NodeId};
 use crate::wire::disco::{DiscoKeys, Message};
 
@@ -25,12 +26,15 @@ pub(super) struct PeerControl {
     pub(super) used_at: Option<Instant>,
     /// When an unknown session of this peer was last answered with a handshake.
     pub(super) stale_at: Option<Instant>,
+    /// When packets have waited for a path for too long.
+    pub(super) waiting_until: Option<Instant>,
 }
 
 impl Node {
     /// Takes a saved netmap as the truth until the server says otherwise.
     pub(super) fn restore(&mut self, netmap: Netmap, now: Instant) {
         self.netmap = netmap;
+        self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
         let ids: Vec<NodeId> = self.netmap.peers.keys().copied().collect();
         let eager = ids.len() <= self.settings.eager_peers;
         for id in ids {
@@ -70,6 +74,7 @@ impl Node {
             session_wanted: false,
             used_at: None,
             stale_at: None,
+            waiting_until: None,
         };
         self.peers.insert(id, peer);
     }
@@ -86,6 +91,7 @@ impl Node {
     pub(super) fn publish(&mut self) {
         let own = self.netmap.identity.as_ref().map(|identity| identity.addrs);
         let mut table = ForwardingTable::new(own, self.relay.server());
+        table.filter.clone_from(&self.filter);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
         }

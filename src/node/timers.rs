@@ -4,6 +4,7 @@
 //! - each session: a handshake to repeat, keys to renew, the engine's own timers
 //! - the relay: binds
 //! - the traffic tick: tells the agents of busy peers what the data plane counted
+//! - packets that have waited for a path for too long
 //! - user pings that nobody answered
 
 use std::sync::atomic::Ordering;
@@ -28,6 +29,7 @@ impl Node {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.handle_relay_timeout(now);
         self.handle_look_timeout(now);
+        self.handle_waiting_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -71,6 +73,11 @@ impl Node {
             .values()
             .filter_map(|peer| peer.agent.poll_timeout())
             .chain(self.peers.values().filter_map(|peer| peer.fast.lock().session.poll_timeout()))
+            .chain(
+                self.peers
+                    .values()
+                    .filter_map(|peer| Some((peer.waiting_until?, "packets wait for a path"))),
+            )
             .chain(named(self.relay.next_at(), "relay bind"))
             .chain(named(self.prediction.next_at(), "look at the NAT's counter"))
             .chain(named(self.traffic_tick_at, "traffic tick"))

@@ -20,8 +20,6 @@ const UDP: Duration = Duration::from_secs(300);
 const ECHO: Duration = Duration::from_secs(60);
 /// Half of the flows that are kept in mind per peer and side; those not used for longest go first.
 const GENERATION: usize = 4_096;
-/// Refused packets of one peer that are answered at once, and each second after that.
-const MAX_ANSWERS: u32 = 50;
 
 const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
@@ -90,7 +88,6 @@ pub struct Flows {
     /// UDP that the peer was let in with by a rule, until when.
     theirs: Recent<FlowKey, Instant>,
     pub(super) fragments: Fragments,
-    answers: Option<(u32, Instant)>,
 }
 
 impl Flows {
@@ -160,17 +157,6 @@ impl Flows {
             }
             _ => false,
         }
-    }
-
-    /// Whether one more refused packet may be answered now.
-    pub fn may_answer(&mut self, now: Instant) -> bool {
-        let (left, since) = self.answers.get_or_insert((MAX_ANSWERS, now));
-        if now.saturating_duration_since(*since) >= Duration::from_secs(1) {
-            (*left, *since) = (MAX_ANSWERS, now);
-        }
-        let may = *left > 0;
-        *left = left.saturating_sub(1);
-        may
     }
 }
 
@@ -251,13 +237,5 @@ mod tests {
         let later = now + UDP + Duration::from_secs(1);
         flows.udp_out(key, later);
         assert!(flows.udp_in(key, later), "a new flow, started by us");
-    }
-
-    #[test]
-    fn answers_to_refused_packets_are_few() {
-        let now = epoch();
-        let mut flows = Flows::default();
-        assert_eq!((0..1000).filter(|_| flows.may_answer(now)).count(), MAX_ANSWERS as usize);
-        assert!(flows.may_answer(now + Duration::from_secs(1)));
     }
 }

@@ -230,6 +230,15 @@ impl Daemon {
         while let Some((remote, question)) = self.node.poll_scratch() {
             scratch::ask(remote, question, self.scratch.0.clone());
         }
+        let mut answers = TunBatch::default();
+        while let Some(packet) = self.node.poll_packet() {
+            // Copying cannot fail.
+            let _: Result<(), std::convert::Infallible> = answers.push(packet.len(), |room| {
+                room.copy_from_slice(&packet);
+                Ok(packet.len())
+            });
+        }
+        write_tun(&self.ports, &mut answers);
         let mut out = std::mem::take(&mut self.out);
         self.node.take_datagrams(&mut out);
         send_all(&self.ports, &out);
@@ -269,6 +278,7 @@ impl Daemon {
                     self.scan_interfaces().await;
                 }
             }
+            Event::Rules => self.save(),
             Event::Save => {
                 self.save_at.get_or_insert(now + SAVE_DELAY);
             }
