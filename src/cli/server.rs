@@ -1,6 +1,7 @@
 //! `overlay server`: run a server, or ask the one that runs.
 
 mod admin;
+mod policy;
 
 use std::fmt::Display;
 use std::io;
@@ -70,6 +71,16 @@ enum Command {
         /// The new name
         name: crate::types::NodeName,
     },
+    /// Give a node these tags and no others; access rules know nodes by them
+    Tag {
+        /// Its name, overlay address or id
+        node: String,
+        /// All its tags; none takes them away
+        #[arg(value_name = "TAG")]
+        tags: Vec<crate::types::Tag>,
+    },
+    /// Check, try, set and show the access rules of the network
+    Policy(policy::PolicyArgs),
 }
 
 /// Runs the command.
@@ -79,6 +90,8 @@ enum Command {
 pub fn run(args: ServerArgs) -> Result<(), Failure> {
     let paths = Paths::of(Role::Server);
     match args.command {
+        // These two look at a file and ask nobody.
+        Some(Command::Policy(policy)) if policy.is_local() => policy.run_local(),
         Some(command) => {
             let socket = match args.socket {
                 Some(socket) => socket,

@@ -47,7 +47,8 @@ pub fn answer(packet: &[u8], from: IpAddr, trouble: Trouble) -> Option<Vec<u8>> 
                 || dst.is_broadcast()
                 || dst.is_multicast();
             let cuttable = matches!(trouble, Trouble::TooBig { .. }) && packet[6] & 0x40 == 0;
-            (!silent && !cuttable && answers_v4(packet)).then(|| build_v4(packet, from, src, trouble))
+            (!silent && !cuttable && answers_v4(packet))
+                .then(|| build_v4(packet, from, src, trouble))
         }
         (IpAddr::V6(src), IpAddr::V6(dst), IpAddr::V6(from)) => {
             let silent = src.is_unspecified()
@@ -215,7 +216,8 @@ mod tests {
     #[test]
     fn the_fields_are_those_of_the_standards() {
         let packet = v4(17, 0x4000, &[7; 1_300]);
-        let cases = [(BIG, 4, 1_064), (Trouble::HostUnreachable, 1, 0), (Trouble::Prohibited, 13, 0)];
+        let cases =
+            [(BIG, 4, 1_064), (Trouble::HostUnreachable, 1, 0), (Trouble::Prohibited, 13, 0)];
         for (trouble, code, mtu) in cases {
             let reply = answer(&packet, V4[1].into(), trouble).unwrap();
             let view = IpView::parse(&reply).unwrap();
@@ -256,7 +258,9 @@ mod tests {
         assert!(answer(&v4(17, 0x6000, b""), from, BIG).is_some(), "the first one");
         assert_eq!(answer(&v4(17, 0, b""), from, BIG), None, "it may be cut");
         assert!(answer(&v4(17, 0, b""), from, Trouble::Prohibited).is_some());
-        for (at, octets) in [(12, [0, 0, 0, 0]), (12, [224, 0, 0, 1]), (16, [255; 4]), (12, [127; 4])] {
+        for (at, octets) in
+            [(12, [0, 0, 0, 0]), (12, [224, 0, 0, 1]), (16, [255; 4]), (12, [127; 4])]
+        {
             let mut packet = v4(17, 0x4000, b"");
             packet[at..at + 4].copy_from_slice(&octets);
             assert_eq!(answer(&packet, from, BIG), None, "{octets:?} at {at}");
@@ -291,8 +295,9 @@ mod tests {
             }
             let from: IpAddr = if six { addrs_v6()[1].into() } else { V4[1].into() };
             for trouble in [BIG, Trouble::HostUnreachable, Trouble::Prohibited] {
+                let longest = if six { LONGEST_V6 } else { LONGEST_V4 };
                 if let Some(reply) = answer(&packet, from, trouble) {
-                    prop_assert!(reply.len() <= if six { LONGEST_V6 } else { LONGEST_V4 });
+                    prop_assert!(reply.len() <= longest);
                     prop_assert_eq!(answer(&reply, from, trouble), None);
                 }
                 let _ = answer(&bytes, from, trouble);

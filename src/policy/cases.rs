@@ -104,6 +104,6 @@ mod tests {
         assert_eq!(passed, [true, true, true, true, true, false]);
         let last = &results[5];
         assert_eq!((last.question.as_str(), last.expected), ("alice to tag:web: tcp/23", "allow"));
-        assert_eq!(last.line, 34);
+        assert_eq!(last.line, 38);
     }
 }

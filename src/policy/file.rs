@@ -198,7 +198,8 @@ fn read_groups(
         }
         // A group is called like a tag: no blanks, no dots, nothing that could be something else.
         if Tag::is_marked(word) || word.parse::<Tag>().map(String::from).as_ref() != Ok(word) {
-            let message = format!("\"{word}\" is no name for a group: letters a-z, digits, hyphens");
+            let message =
+                format!("\"{word}\" is no name for a group: letters a-z, digits, hyphens");
             return Err(mistake(text, name, message));
         }
         groups.insert(word.clone(), marks(text, words)?);
@@ -334,7 +335,8 @@ impl<'de> Deserialize<'de> for Words {
 struct PortRuns(Vec<(u16, u16)>);
 
 /// What is wrong with a run of ports.
-const BAD_PORTS: &str = "a port is a number from 0 to 65535, a run of ports a text like \"8000-8100\"";
+const BAD_PORTS: &str =
+    "a port is a number from 0 to 65535, a run of ports a text like \"8000-8100\"";
 
 impl<'de> Deserialize<'de> for PortRuns {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -396,8 +398,14 @@ mod tests {
         let rule = "[groups]\nadmins = [\"alice\"]\n[[rules]]\nto = \"any\"\n";
         let with = |rest: &str| error(&format!("{rule}{rest}\n"));
         for (said, wanted) in [
-            (error("[grups]\n"), "line 1, column 2: unknown key \"grups\"; did you mean \"groups\"?"),
-            (with("form = 'admins'"), "line 5, column 1: unknown key \"form\"; did you mean \"from\"?"),
+            (
+                error("[grups]\n"),
+                "line 1, column 2: unknown key \"grups\"; did you mean \"groups\"?",
+            ),
+            (
+                with("form = 'admins'"),
+                "line 5, column 1: unknown key \"form\"; did you mean \"from\"?",
+            ),
             (
                 with("from = 'admin'\nprotocol = 'tcp'"),
                 "line 5, column 8: there is no group \"admin\"; did you mean \"admins\"?",
@@ -407,7 +415,10 @@ mod tests {
                 with("from = 'any'\nprotocol = 'icmp'\nports = 1"),
                 "line 7, column 9: the protocol \"icmp\" has no ports",
             ),
-            (with("from = 'any'\nprotocol = 'tcp'\nports = [70000]"), "line 7, column 10: a port is"),
+            (
+                with("from = 'any'\nprotocol = 'tcp'\nports = [70000]"),
+                "line 7, column 10: a port is",
+            ),
             (with("from = 'any'\nprotocol = 'tcp'\nports = '9-8'"), "line 7, column 9: a port is"),
             (with("from = 'any'\nprotocol = 'tcp'\nports = []"), "line 7, column 9: an empty list"),
             (error("[groups]\nany = []\n"), "line 2, column 1: the group \"any\""),

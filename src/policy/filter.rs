@@ -123,13 +123,7 @@ impl Filter {
     }
 
     /// Judges a packet that came from `peer`, whose source address is known to be the peer's.
-    pub fn inbound(
-        &self,
-        peer: NodeId,
-        bytes: &[u8],
-        flows: &mut Flows,
-        now: Instant,
-    ) -> Verdict {
+    pub fn inbound(&self, peer: NodeId, bytes: &[u8], flows: &mut Flows, now: Instant) -> Verdict {
         let class = self.class(peer);
         let Ok(packet) = Packet::parse(bytes) else {
             return if class.any { Verdict::Allow } else { Verdict::Drop };
@@ -222,7 +216,8 @@ impl Class {
                 self.admits_icmp() || flows.echo_in(key(Followed::Echo, id, 0), now)
             }
             Transport::IcmpError { about } => {
-                self.admits_icmp() || about.is_some_and(|about| self.knows(packet, about, flows, now))
+                self.admits_icmp()
+                    || about.is_some_and(|about| self.knows(packet, about, flows, now))
             }
             Transport::EchoRequest { .. } | Transport::Icmp => self.admits_icmp(),
             Transport::Other => self.any,

@@ -202,7 +202,12 @@ impl<'p> Body<'p> {
                     found = fragment(id, offset, more, behind, first, Depth::Whole)?;
                 }
                 if offset > 0 {
-                    return Ok(Self { v6: true, protocol: first, payload: behind, fragment: found });
+                    return Ok(Self {
+                        v6: true,
+                        protocol: first,
+                        payload: behind,
+                        fragment: found,
+                    });
                 }
             }
             next = *header.first().ok_or(Evasion)?;

@@ -291,6 +291,8 @@ impl Host {
                 going.messages.push(message);
             }
         }
+        // There is no program here that would want to know.
+        while node.poll_packet().is_some() {}
         while let Some(event) = node.poll_event() {
             match event {
                 Event::Path { peer, from, to, why } => {
@@ -303,7 +305,7 @@ impl Host {
                     going.news.push(format!("refused: {why}"));
                     going.refused = true;
                 }
-                Event::Identity(_) | Event::Save | Event::Pinged { .. } => {}
+                Event::Identity(_) | Event::Rules | Event::Save | Event::Pinged { .. } => {}
             }
         }
         assert!(going.datagrams.len() <= MAX_DATAGRAMS, "a flood: {}", going.datagrams.len());
