@@ -176,7 +176,7 @@ impl<'p> Body<'p> {
     fn of_v6(bytes: &'p [u8]) -> Result<Self, Evasion> {
         let mut next = *bytes.get(6).ok_or(Evasion)?;
         let mut rest = bytes.get(40..).ok_or(Evasion)?;
-        let mut found = None;
+        let (mut found, mut seen) = (None, false);
         for position in 0..=MAX_HEADERS {
             let len = match next {
                 // Only right behind the IPv6 header (RFC 8200 section 4.1).
@@ -185,7 +185,8 @@ impl<'p> Body<'p> {
                 // With segments left the packet is not for the address in its header.
                 ROUTING if *rest.get(3).ok_or(Evasion)? != 0 => return Err(Evasion),
                 ROUTING => options_len(rest)?,
-                FRAGMENT if found.is_some() => return Err(Evasion),
+                // A packet is cut once.
+                FRAGMENT if seen => return Err(Evasion),
                 FRAGMENT => 8,
                 protocol => {
                     return Ok(Self { v6: true, protocol, payload: rest, fragment: found });
@@ -193,6 +194,7 @@ impl<'p> Body<'p> {
             };
             let (header, behind) = rest.split_at_checked(len).ok_or(Evasion)?;
             if next == FRAGMENT {
+                seen = true;
                 let place = word(header, 2)?;
                 let id = u32::from(word(header, 4)?) << 16 | u32::from(word(header, 6)?);
                 let (offset, more) = (u32::from(place & 0xfff8), place & 1 != 0);
@@ -318,14 +320,16 @@ fn quoted(quote: &[u8], outer: &IpView) -> Option<Quoted> {
     if !addresses || body.fragment.is_some_and(|fragment| fragment.offset > 0) {
         return None;
     }
-    let (src, dst) = (word(body.payload, 0).ok()?, word(body.payload, 2).ok()?);
+    // An error quotes eight bytes of what it is about at least (RFC 792, RFC 4443).
+    let quote = body.payload.get(..8)?;
+    let (src, dst) = (word(quote, 0).ok()?, word(quote, 2).ok()?);
     match (body.protocol, body.v6) {
         (TCP, _) => Some(Quoted::Tcp(src, dst)),
         (UDP, _) => Some(Quoted::Udp(src, dst)),
         (ICMP, false) | (ICMPV6, true) => {
             let request = if body.v6 { 128 } else { 8 };
-            let id = word(body.payload, 4).ok()?;
-            (*body.payload.first()? == request).then_some(Quoted::EchoRequest(id))
+            let id = word(quote, 4).ok()?;
+            (*quote.first()? == request).then_some(Quoted::EchoRequest(id))
         }
         _ => None,
     }

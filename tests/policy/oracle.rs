@@ -37,10 +37,19 @@ pub(crate) struct Piece {
 /// What a whole packet carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Meaning {
-    Tcp { src: u16, dst: u16, opens: bool },
-    Udp { src: u16, dst: u16 },
+    Tcp {
+        src: u16,
+        dst: u16,
+        opens: bool,
+    },
+    Udp {
+        src: u16,
+        dst: u16,
+    },
     EchoRequest,
-    EchoReply { id: u16 },
+    EchoReply {
+        id: u16,
+    },
     /// Protocol of the quoted packet, its source port or identifier, its destination port.
     Error(Option<(u8, u16, u16)>),
     OtherIcmp,
@@ -255,11 +264,17 @@ fn meaning(head: &Piece, data: &[u8]) -> Option<Meaning> {
 
 /// The flow that an ICMP error is about.
 fn quoted(quote: &[u8], head: &Piece) -> Option<(u8, u16, u16)> {
-    if quote.first()? >> 4 != if head.v6 { 6 } else { 4 } || quote.len() < 28 {
+    // An IP header and eight bytes.
+    let least = if head.v6 { 48 } else { 28 };
+    if quote.len() < least || !matches!((quote[0], head.v6), (0x45, false) | (0x60..0x70, true)) {
         return None;
     }
     let inner = Piece::read(quote);
-    if (inner.src, inner.dst) != (head.dst, head.src) || inner.offset > 0 || head.fragmented {
+    if (inner.src, inner.dst) != (head.dst, head.src)
+        || inner.offset > 0
+        || head.fragmented
+        || inner.data.len() < 8
+    {
         return None;
     }
     match inner.next {
@@ -284,7 +299,8 @@ pub(crate) fn allows(
                 runs.iter().any(|(first, last)| (*first..=*last).contains(&peer))
             });
             let to = rule.ports.as_ref().is_none_or(|runs| {
-                let inside = |port| runs.iter().any(|(first, last)| (*first..=*last).contains(&port));
+                let inside =
+                    |port| runs.iter().any(|(first, last)| (*first..=*last).contains(&port));
                 port.is_some_and(inside)
             });
             from && (rule.kind == 0 || rule.kind == protocol && to)
@@ -305,8 +321,7 @@ pub(crate) fn allows(
         Some(Meaning::Error(about)) => {
             by_rule(1, Some(0))
                 || about.is_some_and(|(protocol, local, remote)| {
-                    ours(protocol, local, remote)
-                        || protocol != 1 && by_rule(protocol, Some(local))
+                    ours(protocol, local, remote) || protocol != 1 && by_rule(protocol, Some(local))
                 })
         }
     }

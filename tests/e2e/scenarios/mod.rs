@@ -10,6 +10,7 @@ mod matrix;
 mod members;
 mod netcheck;
 mod offload;
+mod policy;
 mod recipes;
 mod relay;
 mod server;
@@ -28,6 +29,7 @@ pub(crate) fn all() -> Vec<Case> {
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        policy::cases(),
         offload::cases(),
         netcheck::cases(),
         commands::cases(),
