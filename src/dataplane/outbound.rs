@@ -109,8 +109,9 @@ impl<'t> Train<'t> {
         }
         let way = Way::to(peer, table);
         let mut state = peer.lock();
-        if let Some(filter) = &table.filter {
-            filter.outbound(peer.id, packet, &mut state.flows, now);
+        match &table.filter {
+            Some(filter) => filter.outbound(peer.id, packet, &mut state.flows, now),
+            None => state.flows.note_connection(packet, now),
         }
         Ok((Self { shared, peer, way, state, notes, now }, view.len))
     }

@@ -279,6 +279,29 @@ mod tests {
     }
 
     #[test]
+    fn rules_stay_until_the_server_says_otherwise_also_on_disk() {
+        let mut netmap = netmap();
+        let rules = WireFilter { rules: Some(Vec::new()) };
+        let delta = |from, filter: Option<&WireFilter>| NetmapUpdate {
+            from: Some(from),
+            to: from + 1,
+            filter: filter.cloned(),
+            ..NetmapUpdate::default()
+        };
+        assert!(netmap.apply(&delta(0, Some(&rules))).unwrap().filter);
+        assert!(!netmap.apply(&delta(1, None)).unwrap().filter, "nothing was said of them");
+        let text = serde_json::to_string(&netmap).unwrap();
+        assert_eq!(serde_json::from_str::<Netmap>(&text).unwrap().filter, rules);
+        assert!(netmap.apply(&delta(2, Some(&WireFilter::default()))).unwrap().filter);
+        assert_eq!(netmap.filter, WireFilter::default());
+
+        netmap.apply(&delta(3, Some(&rules))).unwrap();
+        let whole = NetmapUpdate { to: 9, ..NetmapUpdate::default() };
+        assert!(netmap.apply(&whole).unwrap().filter, "a whole netmap without rules has none");
+        assert_eq!(netmap.filter, WireFilter::default());
+    }
+
+    #[test]
     fn peers_that_would_take_our_place_or_lie_outside_are_left_out() {
         let mut netmap = netmap();
         let outside = WirePeer { ipv4: "8.8.8.8".parse().unwrap(), ..wire_peer(2) };

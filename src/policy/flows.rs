@@ -9,6 +9,7 @@ use std::hash::Hash;
 use std::time::{Duration, Instant};
 
 use super::fragments::Fragments;
+use super::packet::{Packet, TCP as TCP_PROTOCOL, Transport};
 
 /// An open TCP connection may be silent for this long (RFC 5382 REQ-5).
 const TCP_OPEN: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
@@ -98,6 +99,24 @@ impl Flows {
             self.ours.insert(key, flow);
         } else if let Some(flow) = self.ours.get_mut(key) {
             *flow = flow.after(flags, false, now);
+        }
+    }
+
+    /// Takes a packet that leaves while there are no rules. Connections are kept in mind even then,
+    /// or the first rules of a network would cut those that they allow.
+    pub fn note_connection(&mut self, bytes: &[u8], now: Instant) {
+        let (protocol, flags) = match bytes.first() {
+            Some(0x45) => (bytes.get(9), bytes.get(33)),
+            Some(0x60..0x70) => (bytes.get(6), bytes.get(53)),
+            _ => return,
+        };
+        if protocol != Some(&TCP_PROTOCOL) || !flags.is_some_and(|flags| opens_connection(*flags)) {
+            return;
+        }
+        let Ok(packet) = Packet::parse(bytes) else { return };
+        if let Transport::Tcp { src, dst, .. } = packet.transport {
+            let key = FlowKey::new(packet.is_ipv6(), Followed::Tcp, src, dst);
+            self.ours.insert(key, Flow { until: now + TCP_OPEN, state: State::Open });
         }
     }
 
@@ -206,6 +225,26 @@ mod tests {
             assert!(recent.young.len() + recent.old.len() <= 2 * GENERATION);
         }
         assert!(recent.get_mut(9 * GENERATION).is_some() && recent.get_mut(1).is_none());
+    }
+
+    #[test]
+    fn a_connection_from_before_the_first_rules_is_ours() {
+        let now = epoch();
+        let mut flows = Flows::default();
+        let segment = |src: u16, flags: u8| {
+            let mut bytes =
+                vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+            bytes.extend(src.to_be_bytes());
+            bytes.extend([0, 22, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags, 0, 0, 0, 0, 0, 0]);
+            bytes
+        };
+        flows.note_connection(&segment(4000, SYN), now);
+        flows.note_connection(&segment(4001, SYN | ACK), now);
+        let ours = |flows: &mut Flows, port| {
+            flows.tcp_in(FlowKey::new(false, Followed::Tcp, port, 22), ACK, now)
+        };
+        assert!(ours(&mut flows, 4000));
+        assert!(!ours(&mut flows, 4001), "the peer has opened that one");
     }
 
     #[test]

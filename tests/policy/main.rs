@@ -233,7 +233,8 @@ impl Case {
     /// A packet in fragments as a host makes them: all of them pass, or none.
     fn clean(&mut self, rng: &mut StdRng, tally: &mut Tally) {
         let v6 = rng.random_bool(0.5);
-        let (protocol, body) = transport(rng, v6, true);
+        let (protocol, mut body) = transport(rng, v6, true);
+        body.extend([0; 80]);
         let meaning =
             reassemble(&[Piece::read(&packet(v6, true, protocol, &body))], Overlap::Drops);
         // The first fragment of a host holds all headers.
