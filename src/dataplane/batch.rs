@@ -3,6 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
+use crate::types::SocketId;
+
 /// The most bytes that one run may hold: the largest UDP payload, less some slack.
 const MAX_RUN_BYTES: usize = 65_000;
 /// The most datagrams of one run: `UDP_MAX_SEGMENTS` of Linux before 6.9.
@@ -11,15 +13,25 @@ const MAX_RUN_SEGMENTS: usize = 63;
 /// Where a run of datagrams goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
-    /// Out of the UDP socket of that family.
+    /// Out of a UDP socket.
     Udp {
         /// To this endpoint.
         remote: SocketAddr,
         /// From this address of ours, when it matters.
         local: Option<IpAddr>,
+        /// By this socket; of the main ones, by that of the endpoint's family.
+        socket: SocketId,
     },
     /// As a relay frame on the control connection.
     Link,
+}
+
+impl Target {
+    /// This endpoint, by the main socket.
+    #[must_use]
+    pub fn udp(remote: SocketAddr) -> Self {
+        Self::Udp { remote, local: None, socket: SocketId::MAIN }
+    }
 }
 
 /// Datagrams to one target, all of one length but for the last, which may be shorter: what UDP
@@ -146,7 +158,7 @@ mod tests {
     use super::*;
 
     fn target(port: u16) -> Target {
-        Target::Udp { remote: SocketAddr::new([192, 0, 2, 1].into(), port), local: None }
+        Target::udp(SocketAddr::new([192, 0, 2, 1].into(), port))
     }
 
     #[test]

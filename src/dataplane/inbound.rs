@@ -74,8 +74,8 @@ impl<'a> Run<'a> {
     fn take(&mut self, datagram: &[u8]) {
         let taken = match (PacketKind::classify(datagram), self.source) {
             (PacketKind::Relay, _) => self.relayed(datagram),
-            (PacketKind::Data { receiver }, Source::Udp { remote, local }) => {
-                self.data(Via::Direct { remote, local }, receiver, datagram)
+            (PacketKind::Data { receiver }, Source::Udp { remote, local, socket }) => {
+                self.data(Via::Direct { remote, local, socket }, receiver, datagram)
             }
             (
                 PacketKind::HandshakeInitiation
@@ -207,7 +207,7 @@ fn note_unknown_session(source: Source, datagram: &[u8], notes: &mut Vec<Note>) 
     let framed = PacketKind::classify(datagram) == PacketKind::Relay;
     let relayed = framed.then(|| relay::parse_data(datagram).ok()).flatten().map(|(from, _)| from);
     let via = match (source, relayed) {
-        (Source::Udp { remote, local }, None) => Via::Direct { remote, local },
+        (Source::Udp { remote, local, socket }, None) => Via::Direct { remote, local, socket },
         (Source::Udp { .. }, Some(_)) => Via::RelayUdp,
         (Source::Link, _) => Via::RelayTcp,
     };

@@ -38,7 +38,7 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 
 use crate::path::Via;
-use crate::types::{DropCounters, NodeId};
+use crate::types::{DropCounters, NodeId, SocketId};
 
 /// Where a datagram came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,9 +49,19 @@ pub enum Source {
         remote: SocketAddr,
         /// Our address that it was sent to, when the kernel told.
         local: Option<IpAddr>,
+        /// The socket of ours that it came to.
+        socket: SocketId,
     },
     /// A relay frame on the control connection.
     Link,
+}
+
+impl Source {
+    /// From this endpoint to the main socket.
+    #[must_use]
+    pub fn udp(remote: SocketAddr, local: Option<IpAddr>) -> Self {
+        Self::Udp { remote, local, socket: SocketId::MAIN }
+    }
 }
 
 /// Something for the control plane.

@@ -202,8 +202,8 @@ fn send(
 /// Where datagrams on this path go; none when the relay is not known.
 pub(super) fn target_of(via: Via, table: &ForwardingTable) -> Option<Target> {
     match via {
-        Via::Direct { remote, local } => Some(Target::Udp { remote, local }),
-        Via::RelayUdp => table.relay.map(|remote| Target::Udp { remote, local: None }),
+        Via::Direct { remote, local, socket } => Some(Target::Udp { remote, local, socket }),
+        Via::RelayUdp => table.relay.map(Target::udp),
         Via::RelayTcp => Some(Target::Link),
     }
 }

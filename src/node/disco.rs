@@ -22,7 +22,7 @@ impl Node {
         now: Instant,
     ) {
         let via = match (source, relayed) {
-            (Source::Udp { remote, local }, None) => Via::Direct { remote, local },
+            (Source::Udp { remote, local, socket }, None) => Via::Direct { remote, local, socket },
             (Source::Udp { .. }, Some(_)) => Via::RelayUdp,
             (Source::Link, _) => Via::RelayTcp,
         };

@@ -9,6 +9,7 @@
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
 //! - `disco`: probes in and out
 //! - `predict`: which ports our NAT will give us next
+//! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
 //! - `netmap`: the network as the server described it, also on disk
@@ -26,10 +27,12 @@ mod predict;
 mod reach;
 mod relay;
 mod signalling;
+mod sockets;
 mod status;
 mod timers;
 
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
+pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
 
 use std::collections::{BTreeMap, VecDeque};
@@ -43,12 +46,13 @@ use rand::rngs::StdRng;
 use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
 use crate::path::{Answer, Via};
 use crate::policy::Filter;
-use crate::types::{Candidate, NodeId, PublicKey, SecretKey};
+use crate::types::{Candidate, NodeId, PublicKey, SecretKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use peer::PeerControl;
 use predict::Prediction;
 use relay::RelayClient;
+use sockets::Sockets;
 
 /// What can be set about a node.
 #[derive(Debug, Clone, Copy)]
@@ -102,6 +106,8 @@ pub enum Event {
 pub struct Opener {
     /// Towards this endpoint.
     pub remote: SocketAddr,
+    /// By this socket.
+    pub socket: SocketId,
     /// With this time to live (IPv4) or hop limit (IPv6).
     pub ttl: u8,
     /// The bytes.
@@ -133,6 +139,7 @@ pub struct Node {
     engine_tick_at: Option<Instant>,
     datagrams: UdpBatch,
     prediction: Prediction,
+    sockets: Sockets,
     openers: VecDeque<Opener>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
     packets: VecDeque<Vec<u8>>,
@@ -176,6 +183,7 @@ impl Node {
             engine_tick_at: None,
             datagrams: UdpBatch::default(),
             prediction: Prediction::default(),
+            sockets: Sockets::default(),
             openers: VecDeque::new(),
             scratch: VecDeque::new(),
             packets: VecDeque::new(),

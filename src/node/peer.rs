@@ -84,6 +84,7 @@ impl Node {
         if self.peers.remove(&id).is_some() {
             self.peers_by_tag.retain(|_, peer| *peer != id);
             self.peers_by_key.retain(|_, peer| *peer != id);
+            self.close_sockets_of(id);
         }
     }
 
@@ -151,6 +152,7 @@ impl Node {
 
     /// Carries out what a path agent wants, and publishes its choice.
     pub(super) fn drain_agent(&mut self, id: NodeId, now: Instant) {
+        self.close_idle_sockets(id, now);
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let mut moved = false;
         while let Some(event) = peer.agent.poll_event() {
@@ -176,7 +178,9 @@ impl Node {
         peer.fast.set_choice(peer.agent.choice());
         while let Some(transmit) = self.peers.get_mut(&id).and_then(|p| p.agent.poll_transmit()) {
             match transmit {
-                PathTransmit::Opener { remote, tx } => self.send_opener(id, remote, tx),
+                PathTransmit::Opener { remote, socket, tx } => {
+                    self.send_opener(id, remote, socket, tx);
+                }
                 PathTransmit::Ping { via, tx } => {
                     self.send_disco(id, via, &Message::Ping { tx, padding: 0 });
                 }

@@ -66,7 +66,7 @@ impl Node {
         let tx = TxId(self.rng.random());
         self.prediction.asked = Some(tx);
         let question = Control::Reflect { tx, from_other_port: false }.encode(None);
-        self.datagrams.push_bytes(Target::Udp { remote, local: None }, &question);
+        self.datagrams.push_bytes(Target::udp(remote), &question);
     }
 
     /// The first port saw us.

@@ -124,7 +124,7 @@ impl Node {
         session.unanswered += 1;
         let lost = session.bound && session.unanswered > SILENT_BINDS;
         let bind = Control::Bind { node: session.node, counter: session.counter };
-        let target = Target::Udp { remote: session.server, local: None };
+        let target = Target::udp(session.server);
         self.datagrams.push_bytes(target, &bind.encode(Some(&session.key)));
         self.ask_second_port();
         if lost {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Node, Opener};
 use crate::path::{OPENER_TTL, Signalling};
-use crate::types::{NodeId, TxId};
+use crate::types::{NodeId, SocketId, TxId};
 use crate::wire::disco::Message;
 
 /// The server gathers changes for so long per node that is online.
@@ -46,10 +46,16 @@ impl Node {
     }
 
     /// Seals a ping that opens our NAT towards `remote`.
-    pub(super) fn send_opener(&mut self, id: NodeId, remote: SocketAddr, tx: TxId) {
+    pub(super) fn send_opener(
+        &mut self,
+        id: NodeId,
+        remote: SocketAddr,
+        socket: SocketId,
+        tx: TxId,
+    ) {
         let nonce = rand::Rng::random(&mut self.rng);
         let Some(peer) = self.peers.get(&id) else { return };
         let datagram = peer.disco.seal(&Message::Ping { tx, padding: 0 }, nonce);
-        self.openers.push_back(Opener { remote, ttl: OPENER_TTL, datagram });
+        self.openers.push_back(Opener { remote, socket, ttl: OPENER_TTL, datagram });
     }
 }

@@ -6,6 +6,8 @@
 mod choose;
 mod opener;
 mod rounds;
+mod sockets;
+mod views;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -15,9 +17,9 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::liveness::Doubt;
-use super::probe::{ProbeOutcome, Prober};
-use super::{Choice, Via};
-use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, TxId, usable_underlay};
+use super::probe::Prober;
+use super::{Choice, Place, Via};
+use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, SocketId, TxId, usable_underlay};
 use choose::KEEPALIVE;
 use opener::Cause;
 pub use opener::{OPENER_TTL, Signalling};
@@ -45,6 +47,8 @@ pub enum PathTransmit {
     Opener {
         /// Towards this endpoint.
         remote: SocketAddr,
+        /// By this socket.
+        socket: SocketId,
         /// Its transaction.
         tx: TxId,
     },
@@ -110,6 +114,10 @@ impl Endpoint {
         Self { kind, local: None, prober, heard: None, penalty_until: None }
     }
 
+    fn via(&self, Place { remote, socket }: Place) -> Via {
+        Via::Direct { remote, local: self.local, socket }
+    }
+
     fn proved(&self, now: Instant) -> bool {
         let fresh = |at: Option<Instant>| {
             at.is_some_and(|at| now.saturating_duration_since(at) < PROOF_LIFETIME)
@@ -134,7 +142,7 @@ pub struct PathAgent {
     rng: StdRng,
     wanted: bool,
     signalling: Signalling,
-    endpoints: BTreeMap<SocketAddr, Endpoint>,
+    endpoints: BTreeMap<Place, Endpoint>,
     relay: Option<Via>,
     relay_prober: Prober,
     primary: Option<Via>,
@@ -189,6 +197,9 @@ impl PathAgent {
             self.wanted = true;
             self.start_round(Cause::Wanted, now);
         }
+        if self.wanted && !wanted {
+            self.forget_extra_sockets(now);
+        }
         self.wanted = wanted;
     }
 
@@ -209,21 +220,21 @@ impl PathAgent {
     /// Takes the peer's announced candidates; those it no longer announces are dropped unless they
     /// work.
     pub fn set_candidates(&mut self, candidates: &[Candidate], now: Instant) {
-        let announced: BTreeMap<SocketAddr, CandidateKind> = candidates
+        let announced: BTreeMap<Place, CandidateKind> = candidates
             .iter()
             .filter(|candidate| usable_underlay(candidate.endpoint))
             .take(MAX_CANDIDATES)
-            .map(|candidate| (candidate.endpoint, candidate.kind))
+            .map(|candidate| (Place::main(candidate.endpoint), candidate.kind))
             .collect();
-        self.endpoints.retain(|remote, endpoint| {
-            announced.contains_key(remote)
+        self.endpoints.retain(|place, endpoint| {
+            announced.contains_key(place)
                 || matches!(endpoint.kind, CandidateKind::PeerReflexive | CandidateKind::Predicted)
                 || endpoint.proved(now)
         });
         let mut fresh = false;
-        for (remote, kind) in announced {
-            fresh |= !self.endpoints.contains_key(&remote);
-            self.endpoints.entry(remote).or_insert_with(|| Endpoint::new(kind));
+        for (place, kind) in announced {
+            fresh |= !self.endpoints.contains_key(&place);
+            self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind));
         }
         if fresh && self.wanted && !self.is_direct() {
             self.start_round(Cause::ToldBoth, now);
@@ -237,14 +248,16 @@ impl PathAgent {
         }
         self.call_epoch = epoch;
         // Guesses age fast: the newest ones replace all others.
-        let called = |remote: &SocketAddr| candidates.iter().any(|it| it.endpoint == *remote);
-        self.endpoints.retain(|remote, endpoint| {
-            endpoint.kind != CandidateKind::Predicted || endpoint.proved(now) || called(remote)
+        let called = |remote: SocketAddr| candidates.iter().any(|it| it.endpoint == remote);
+        self.endpoints.retain(|place, endpoint| {
+            endpoint.kind != CandidateKind::Predicted
+                || endpoint.proved(now)
+                || called(place.remote)
         });
         for candidate in candidates.iter().take(MAX_CANDIDATES) {
             if usable_underlay(candidate.endpoint) && self.endpoints.len() < 2 * MAX_CANDIDATES {
                 self.endpoints
-                    .entry(candidate.endpoint)
+                    .entry(Place::main(candidate.endpoint))
                     .or_insert_with(|| Endpoint::new(candidate.kind));
             }
         }
@@ -268,11 +281,12 @@ impl PathAgent {
     /// Whether this endpoint is one of the peer's.
     #[must_use]
     pub fn knows(&self, remote: SocketAddr) -> bool {
-        self.endpoints.contains_key(&remote)
+        self.endpoints.keys().any(|place| place.remote == remote)
     }
 
     /// The local network changed: nothing that was proved holds.
     pub fn handle_network_change(&mut self, now: Instant) {
+        self.forget_extra_sockets(now);
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
         for endpoint in self.endpoints.values_mut() {
             endpoint.forget();
@@ -293,11 +307,11 @@ impl PathAgent {
     /// A ping of the peer arrived: answer it, and check the path from our side.
     pub fn handle_ping(&mut self, tx: TxId, via: Via, now: Instant) {
         self.transmits.push_back(PathTransmit::Pong { via, tx });
-        let Via::Direct { remote, local } = via else { return };
+        let (Some(place), Via::Direct { local, .. }) = (via.place(), via) else { return };
         // One side's keepalive serves both, as long as nothing is in doubt.
         let settled =
             self.primary.is_some_and(|primary| same_path(primary, via)) && self.doubt.is_calm();
-        let Some(endpoint) = self.learn(remote, local, now) else { return };
+        let Some(endpoint) = self.learn(place, local, now) else { return };
         let recently = |at: Option<Instant>, within: Duration| {
             at.is_some_and(|at| now.saturating_duration_since(at) < within)
         };
@@ -319,8 +333,8 @@ impl PathAgent {
     /// A pong arrived. Returns its round trip when it answers a ping of ours on that very path.
     pub fn handle_pong(&mut self, tx: TxId, via: Via, now: Instant) -> Option<Answer> {
         let rtt = match via {
-            Via::Direct { remote, local } => {
-                let endpoint = self.learn(remote, local, now)?;
+            Via::Direct { remote, local, socket } => {
+                let endpoint = self.learn(Place { remote, socket }, local, now)?;
                 endpoint.prober.handle_pong(tx, now)?
             }
             Via::RelayUdp | Via::RelayTcp => self.relay_prober.handle_pong(tx, now)?,
@@ -335,8 +349,8 @@ impl PathAgent {
 
     /// Something else that only the peer can have sent arrived from `via`.
     pub fn handle_authenticated(&mut self, via: Via, now: Instant) {
-        if let Via::Direct { remote, local } = via
-            && let Some(endpoint) = self.learn(remote, local, now)
+        if let Via::Direct { remote, local, socket } = via
+            && let Some(endpoint) = self.learn(Place { remote, socket }, local, now)
             && endpoint.prober.last_pong().is_none()
             && (!endpoint.prober.in_round() || endpoint.prober.is_held(now))
         {
@@ -347,11 +361,11 @@ impl PathAgent {
     /// What the data plane counted since the last call; call it every [`super::TRAFFIC_TICK`]
     /// while data flows.
     pub fn handle_traffic(&mut self, traffic: Traffic, now: Instant) {
-        let Some(Via::Direct { remote, .. }) = self.primary else {
+        let Some(place) = self.primary.and_then(Via::place) else {
             self.doubt = Doubt::default();
             return;
         };
-        let Some(endpoint) = self.endpoints.get_mut(&remote) else { return };
+        let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         if let Some(heard) = traffic.heard {
             endpoint.heard = endpoint.heard.max(Some(heard));
         }
@@ -370,8 +384,8 @@ impl PathAgent {
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.ping_due(now);
-        if let Some(Via::Direct { remote, .. }) = self.primary {
-            let srtt = self.endpoints.get(&remote).and_then(|endpoint| endpoint.prober.srtt());
+        if let Some(place) = self.primary.and_then(Via::place) {
+            let srtt = self.endpoints.get(&place).and_then(|endpoint| endpoint.prober.srtt());
             let suspicion = self.doubt.suspicion(srtt.unwrap_or_default(), now);
             self.act_on(suspicion, now);
         }
@@ -441,49 +455,17 @@ impl PathAgent {
     /// The smoothed round trip on the primary.
     #[must_use]
     pub fn rtt(&self) -> Option<Duration> {
-        match self.primary? {
-            Via::Direct { remote, .. } => self.endpoints.get(&remote)?.prober.srtt(),
-            Via::RelayUdp | Via::RelayTcp => self.relay_prober.srtt(),
+        match self.primary?.place() {
+            Some(place) => self.endpoints.get(&place)?.prober.srtt(),
+            None => self.relay_prober.srtt(),
         }
-    }
-
-    /// Why the primary is what it is, in a sentence.
-    #[must_use]
-    pub fn why(&self) -> String {
-        let tried: Vec<_> = self.outcomes().filter(|(.., o)| *o != ProbeOutcome::Untried).collect();
-        let probing = tried.iter().any(|(.., outcome)| *outcome == ProbeOutcome::Probing);
-        match self.primary {
-            Some(Via::Direct { remote, .. }) => {
-                let kind = self.endpoints.get(&remote).map_or("unknown", |e| e.kind.as_str());
-                format!("the peer's {kind} candidate answers")
-            }
-            Some(_) if probing => format!("probing {} candidates", tried.len()),
-            Some(_) if tried.is_empty() => "the peer has announced no candidate yet".into(),
-            Some(_) => format!("none of {} candidates answered", tried.len()),
-            None if probing => format!("probing {} candidates, no relay", tried.len()),
-            None => format!("no relay, and {}", self.why),
-        }
-    }
-
-    /// Whether probes are under way or planned.
-    #[must_use]
-    pub fn is_trying(&self) -> bool {
-        self.endpoints.values().any(|endpoint| endpoint.prober.in_round())
-    }
-
-    /// Each endpoint with its kind, the pings sent to it and how it answered.
-    pub fn outcomes(&self) -> impl Iterator<Item = (SocketAddr, CandidateKind, u32, ProbeOutcome)> {
-        self.endpoints.iter().map(|(remote, endpoint)| {
-            let prober = &endpoint.prober;
-            (*remote, endpoint.kind, prober.sent_pings(), prober.outcome())
-        })
     }
 }
 
 /// Whether two values name one path; our own address on it may not be known yet in one of them.
 fn same_path(a: Via, b: Via) -> bool {
     match (a, b) {
-        (Via::Direct { remote: a, .. }, Via::Direct { remote: b, .. }) => a == b,
+        (Via::Direct { .. }, Via::Direct { .. }) => a.place() == b.place(),
         (a, b) => a == b,
     }
 }

@@ -37,6 +37,8 @@ pub use probe::ProbeOutcome;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use crate::types::SocketId;
+
 /// While data flows the node tells each agent this often what the data plane counted: short
 /// against the second that the death of a path may cost.
 pub const TRAFFIC_TICK: Duration = Duration::from_millis(100);
@@ -50,6 +52,8 @@ pub enum Via {
         remote: SocketAddr,
         /// Our address on that path, so that an answer leaves by where the question came in.
         local: Option<IpAddr>,
+        /// The socket of ours that it goes by.
+        socket: SocketId,
     },
     /// By the server, in UDP datagrams.
     RelayUdp,
@@ -58,6 +62,20 @@ pub enum Via {
 }
 
 impl Via {
+    /// The direct path to an endpoint by the main socket.
+    #[must_use]
+    pub fn direct(remote: SocketAddr) -> Self {
+        Self::Direct { remote, local: None, socket: SocketId::MAIN }
+    }
+
+    /// The endpoint and the socket of a direct path: what tells it from all others.
+    pub(crate) fn place(self) -> Option<Place> {
+        match self {
+            Self::Direct { remote, socket, .. } => Some(Place { remote, socket }),
+            Self::RelayUdp | Self::RelayTcp => None,
+        }
+    }
+
     /// The word in `path.kind` of the JSON contract.
     #[must_use]
     pub fn kind(self) -> &'static str {
@@ -82,6 +100,21 @@ impl std::fmt::Display for Via {
             Self::RelayUdp => f.write_str("relay-udp"),
             Self::RelayTcp => f.write_str("relay-tcp"),
         }
+    }
+}
+
+/// An endpoint of the peer, as one socket of ours reaches it. Behind a NAT two sockets that send to
+/// one endpoint are on two paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    pub(crate) remote: SocketAddr,
+    pub(crate) socket: SocketId,
+}
+
+impl Place {
+    /// The endpoint, reached by the main socket.
+    pub(crate) fn main(remote: SocketAddr) -> Self {
+        Self { remote, socket: SocketId::MAIN }
     }
 }
 

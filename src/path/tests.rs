@@ -106,7 +106,7 @@ impl World {
                 let source = self.sides[from].public;
                 let moved = self.sides[from].claimed_by.contains(&remote);
                 if remote == self.sides[1 - from].public && !self.cut && !moved {
-                    let via = Via::Direct { remote: source, local: None };
+                    let via = Via::direct(source);
                     self.flights.push((self.now + ONE_WAY, 1 - from, via, message));
                 }
             }
@@ -313,7 +313,7 @@ fn a_stranger_cannot_fill_the_table_or_push_out_a_working_path() {
     let agent = &mut world.sides[0].agent;
     for port in 1..2000u16 {
         let remote = SocketAddr::new("198.51.100.1".parse().unwrap(), port);
-        agent.handle_ping(TxId([0; 12]), Via::Direct { remote, local: None }, now);
+        agent.handle_ping(TxId([0; 12]), Via::direct(remote), now);
     }
     assert!(agent.outcomes().count() <= 32);
     assert!(matches!(agent.choice().primary, Some(Via::Direct { .. })));

@@ -34,6 +34,30 @@ impl NodeId {
     }
 }
 
+/// One of this machine's UDP sockets, for as long as the process lives. Never leaves the machine.
+///
+/// [`SocketId::MAIN`] stands for the two sockets, one per address family, that every node has. The
+/// others are *extra sockets*: the node core orders them when a path needs a local port of its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SocketId(u16);
+
+impl SocketId {
+    /// The sockets that are always there.
+    pub const MAIN: Self = Self(0);
+
+    /// The socket with this number; zero is the main one.
+    #[must_use]
+    pub const fn new(number: u16) -> Self {
+        Self(number)
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn number(self) -> u16 {
+        self.0
+    }
+}
+
 impl fmt::Display for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:08x}", self.0)

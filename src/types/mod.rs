@@ -12,7 +12,7 @@ mod tag;
 
 pub use candidate::{Candidate, CandidateKind, MAX_CANDIDATES, usable_underlay};
 pub use drops::{DropCounters, DropReason};
-pub use id::{InviteId, NetworkId, NodeId, ParseIdError, TxId};
+pub use id::{InviteId, NetworkId, NodeId, ParseIdError, SocketId, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
 pub use net::{OverlayAddrs, OverlayRange, RangeError};

@@ -7,6 +7,7 @@
 //! passes exactly when the oracle allows it.
 //!
 //! `OVERLAY_POLICY_CASES=10000000` runs that many cases, `OVERLAY_POLICY_SEED` others.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod oracle;
 
@@ -137,7 +138,7 @@ fn fragment(v6: bool, id: u8, protocol: u8, offset: usize, more: bool, data: &[u
     } else {
         let mut bytes = packet(false, true, protocol, data);
         bytes[5] = id;
-        bytes[6..8].copy_from_slice(&(place / 8 | u16::from(more) << 13).to_be_bytes());
+        bytes[6..8].copy_from_slice(&((place / 8) | (u16::from(more) << 13)).to_be_bytes());
         bytes
     }
 }

@@ -2,15 +2,15 @@
 //!
 //! Knows neither NATs nor lines: it is handed what arrives, and says what leaves.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
 use overlay::dataplane::{Note, Source, Target, TunBatch, UdpBatch, inbound, outbound};
-use overlay::node::{Event, Netmap, Node, NodeSettings};
+use overlay::node::{Event, MAX_EXTRA_SOCKETS, Netmap, Node, NodeSettings, SocketOrder};
 use overlay::server::ConnectionId;
-use overlay::types::{NodeId, PublicKey, SecretKey};
+use overlay::types::{NodeId, PublicKey, SecretKey, SocketId};
 use overlay::wire::control::{ClientMessage, InviteUse, ServerMessage};
 
 use crate::uplink::Uplink;
@@ -22,8 +22,8 @@ pub(crate) struct Outgoing {
     pub(crate) datagrams: Vec<(Target, Vec<u8>)>,
     /// What sockets send that live for one question.
     pub(crate) questions: Vec<(SocketAddr, Vec<u8>)>,
-    /// Where datagrams go that die on the way.
-    pub(crate) openers: Vec<SocketAddr>,
+    /// Where datagrams go that die on the way, and the sockets that they leave by.
+    pub(crate) openers: Vec<(SocketAddr, SocketId)>,
     /// Control messages.
     pub(crate) messages: Vec<ClientMessage>,
     /// Inner packets that came out of the TUN interface.
@@ -73,6 +73,7 @@ pub(crate) struct Host {
     idle_turns: u32,
     /// Ports of sockets that live for one question.
     pub(crate) scratch_ports: u16,
+    extra_sockets: BTreeSet<SocketId>,
 }
 
 impl Host {
@@ -101,6 +102,7 @@ impl Host {
             wake_at: None,
             idle_turns: 0,
             scratch_ports: FIRST_SCRATCH_PORT,
+            extra_sockets: BTreeSet::new(),
         }
     }
 
@@ -131,6 +133,7 @@ impl Host {
         self.disk = serde_json::from_str(&text).expect("a saved netmap can be read");
         self.uplink.stop();
         self.from_tun.clear();
+        self.extra_sockets.clear();
         self.wake_at = None;
     }
 
@@ -149,6 +152,22 @@ impl Host {
     pub(crate) fn address(&self) -> Option<Ipv4Addr> {
         let netmap = self.node.as_ref().map_or(&self.disk, Node::netmap);
         netmap.identity.as_ref().map(|identity| identity.addrs.v4)
+    }
+
+    /// The endpoint of one of its sockets, as the host sees it itself; none when it is not open.
+    pub(crate) fn endpoint_of(&self, socket: SocketId) -> Option<SocketAddr> {
+        if socket == SocketId::MAIN {
+            return Some(self.endpoint);
+        }
+        let port = FIRST_EXTRA_PORT + socket.number() % EXTRA_PORTS;
+        let open = self.extra_sockets.contains(&socket);
+        open.then(|| SocketAddr::new(self.endpoint.ip(), port))
+    }
+
+    /// The socket that is bound to this endpoint.
+    pub(crate) fn socket_at(&self, endpoint: SocketAddr) -> Option<SocketId> {
+        let extra = self.extra_sockets.iter().copied();
+        extra.chain([SocketId::MAIN]).find(|it| self.endpoint_of(*it) == Some(endpoint))
     }
 
     /// When the node wants to be woken.
@@ -271,6 +290,15 @@ impl Host {
 
     fn collect(&mut self, connection: Option<ConnectionId>, going: &mut Outgoing) {
         let Some(node) = &mut self.node else { return };
+        for order in node.take_socket_orders() {
+            let news = match order {
+                SocketOrder::Open { socket, .. } => self.extra_sockets.insert(socket),
+                SocketOrder::Close { socket } => self.extra_sockets.remove(&socket),
+            };
+            assert!(news, "{order:?} was carried out before");
+        }
+        assert!(self.extra_sockets.len() <= MAX_EXTRA_SOCKETS, "extra sockets are bounded");
+        assert_eq!(self.extra_sockets.len(), node.extra_sockets());
         let take = |batch: &UdpBatch, going: &mut Outgoing| {
             let all = batch.datagrams().map(|(target, datagram)| (target, datagram.to_vec()));
             going.datagrams.extend(all);
@@ -279,7 +307,7 @@ impl Host {
             going.questions.push(question);
         }
         while let Some(opener) = node.poll_opener() {
-            going.openers.push(opener.remote);
+            going.openers.push((opener.remote, opener.socket));
         }
         take(&self.out, going);
         self.out.clear();
@@ -348,6 +376,11 @@ pub(crate) fn spread(seed: u64, purpose: u64) -> [u8; 32] {
 }
 
 /// Above all ports of main sockets.
+const FIRST_EXTRA_PORT: u16 = 20_000;
+/// Far more than there are at a time, so that no two have one port.
+const EXTRA_PORTS: u16 = 10_000;
+
+/// Above all ports of extra sockets.
 pub(crate) const FIRST_SCRATCH_PORT: u16 = 30_000;
 
 /// The most datagrams of one turn: every peer's queue of waiting packets, doubled, and probes.

@@ -7,6 +7,7 @@ use std::time::Instant;
 use overlay::dataplane::{Source, Target};
 use overlay::lab::nat::Outbound;
 use overlay::server::ConnectionId;
+use overlay::types::SocketId;
 use overlay::wire::control::{self, ServerMessage};
 
 use crate::edge::is_private;
@@ -29,7 +30,7 @@ pub(crate) enum Parcel {
     /// A datagram, about to meet an edge from outside.
     Edge { edge: usize, from: Option<usize>, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
     /// A datagram inside a LAN.
-    Lan { from: usize, to: usize, src: SocketAddr, bytes: Vec<u8> },
+    Lan { from: usize, to: usize, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
     /// A datagram to the server.
     Server { src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
     /// A host asks for a control connection.
@@ -66,12 +67,14 @@ impl World {
         for (remote, bytes) in going.questions {
             self.ask(host, remote, bytes);
         }
-        for remote in going.openers {
-            self.open(host, remote);
+        for (remote, socket) in going.openers {
+            self.open(host, remote, socket);
         }
         for (target, bytes) in going.datagrams {
             match (target, connection) {
-                (Target::Udp { remote, .. }, _) => self.send_udp(host, remote, bytes),
+                (Target::Udp { remote, socket, .. }, _) => {
+                    self.send_udp(host, socket, remote, bytes);
+                }
                 (Target::Link, Some(connection)) => {
                     self.send_up(host, connection, Frame::Relay(bytes));
                 }
@@ -86,8 +89,9 @@ impl World {
         }
     }
 
-    fn send_udp(&mut self, host: usize, dst: SocketAddr, bytes: Vec<u8>) {
-        let (edge, src) = (self.hosts[host].edge, self.hosts[host].endpoint);
+    fn send_udp(&mut self, host: usize, socket: SocketId, dst: SocketAddr, bytes: Vec<u8>) {
+        let edge = self.hosts[host].edge;
+        let Some(src) = self.hosts[host].endpoint_of(socket) else { return };
         if is_private(dst.ip()) || dst == src {
             // Homes use the same private range: what is meant for another home stays in this one.
             self.send_in_lan(host, src, dst, bytes);
@@ -105,8 +109,9 @@ impl World {
     }
 
     /// A datagram that passes the own edge, and dies in the internet.
-    fn open(&mut self, host: usize, dst: SocketAddr) {
-        let (edge, src) = (self.hosts[host].edge, self.hosts[host].endpoint);
+    fn open(&mut self, host: usize, dst: SocketAddr, socket: SocketId) {
+        let edge = self.hosts[host].edge;
+        let Some(src) = self.hosts[host].endpoint_of(socket) else { return };
         if !is_private(dst.ip()) && !self.hosts[host].udp_blocked {
             let now = self.now;
             let _ = self.edges[edge].outbound(src, dst, now);
@@ -128,10 +133,11 @@ impl World {
 
     fn send_in_lan(&mut self, from: usize, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8>) {
         let edge = self.hosts[from].edge;
-        let to = self.hosts.iter().position(|host| host.edge == edge && host.endpoint == dst);
+        let to =
+            self.hosts.iter().position(|host| host.edge == edge && host.socket_at(dst).is_some());
         if let Some(to) = to {
             let at = self.now + LAN_LATENCY;
-            self.launch(at, Parcel::Lan { from, to, src, bytes });
+            self.launch(at, Parcel::Lan { from, to, src, dst, bytes });
         }
     }
 
@@ -260,15 +266,15 @@ impl World {
                 let to = self
                     .hosts
                     .iter()
-                    .position(|host| host.edge == edge && host.endpoint == flow.dst);
+                    .position(|host| host.edge == edge && host.socket_at(flow.dst).is_some());
                 let Some(to) = to.filter(|to| !self.hosts[*to].udp_blocked) else { return };
                 if from.is_none_or(|from| !self.is_partitioned(from, to)) {
-                    self.hand_in(to, src, &bytes);
+                    self.hand_in(to, src, flow.dst, &bytes);
                 }
             }
-            Parcel::Lan { from, to, src, bytes } => {
+            Parcel::Lan { from, to, src, dst, bytes } => {
                 if !self.is_partitioned(from, to) {
-                    self.hand_in(to, src, &bytes);
+                    self.hand_in(to, src, dst, &bytes);
                 }
             }
             Parcel::Server { src, dst, bytes } => {
@@ -337,9 +343,11 @@ impl World {
         self.settle(host);
     }
 
-    fn hand_in(&mut self, host: usize, remote: SocketAddr, bytes: &[u8]) {
-        let local = Some(self.hosts[host].endpoint.ip());
-        self.hand_over(host, Source::Udp { remote, local }, bytes);
+    fn hand_in(&mut self, host: usize, remote: SocketAddr, at: SocketAddr, bytes: &[u8]) {
+        // The socket may have been closed while the datagram was in the LAN.
+        let Some(socket) = self.hosts[host].socket_at(at) else { return };
+        let local = Some(at.ip());
+        self.hand_over(host, Source::Udp { remote, local, socket }, bytes);
         self.settle(host);
     }
 

@@ -1,10 +1,11 @@
 //! The node daemon: joins the node core to sockets, TUN, netlink and the local socket.
 //!
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`)
-//! move packets. `startup` makes all of it, `state` is what is on disk, `uplink` keeps the control
+//! move packets; `extra` are sockets that come and go. `startup` makes all of it, `state` is what is on disk, `uplink` keeps the control
 //! connection, `interface` the TUN interface, `local` answers the command line, `netcheck`
 //! measures the network in front of us.
 
+mod extra;
 mod interface;
 mod local;
 mod netcheck;
@@ -223,6 +224,11 @@ impl Daemon {
         let now = clock::now();
         while let Some(event) = self.node.poll_event() {
             self.handle_event(event, now).await?;
+        }
+        let orders = self.node.take_socket_orders();
+        for (socket, error) in self.ports.extra.carry_out(&orders, self.options.offloads) {
+            tracing::warn!(%error, "an extra UDP socket could not be opened");
+            self.node.handle_socket_lost(socket, now);
         }
         while let Some(opener) = self.node.poll_opener() {
             send_opener(&self.ports, &opener);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::extra::bind_socket;
 use super::interface::InterfaceError;
 use super::local::serve_local;
 use super::state::{StateDir, StateError};
@@ -280,17 +281,7 @@ fn bind_udp(
     options: &NodeOptions,
     saved_port: u16,
 ) -> Result<(Option<UdpSocket>, Option<UdpSocket>), StartError> {
-    let bind = |ip: IpAddr, port| {
-        let mut socket = UdpSocket::bind(SocketAddr::new(ip, port))?;
-        if !options.offloads.udp_gso {
-            socket.disable_gso();
-        }
-        if !options.offloads.udp_gro {
-            // A kernel that does not know it does not do it.
-            let _ = socket.disable_gro();
-        }
-        Ok::<_, io::Error>(socket)
-    };
+    let bind = |ip: IpAddr, port| bind_socket(SocketAddr::new(ip, port), options.offloads);
     let v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port);
     let v6 = |port| bind(Ipv6Addr::UNSPECIFIED.into(), port);
     let wanted = options.listen_port.unwrap_or(saved_port);

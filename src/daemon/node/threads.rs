@@ -5,6 +5,7 @@
 //! to the interface looks for an answer there, which would else wait for the other one to wake.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -14,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc;
 
+use super::extra::ExtraSockets;
 use super::report::OffloadReport;
 use crate::dataplane::{
     Note, Run, Shared, Source, Target, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
@@ -24,7 +26,7 @@ use crate::io::opener::send_with_ttl;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
 use crate::node::Opener;
-use crate::types::DropReason;
+use crate::types::{DropReason, SocketId};
 
 /// What the TUN thread reads before it looks at the other descriptors.
 const TUN_BUDGET: Budget = Budget { packets: 64, bytes: 64 * MAX_PACKET };
@@ -44,6 +46,7 @@ const FULL_SOCKET_WAIT_MS: u8 = 5;
 pub(super) struct Ports {
     pub(super) udp_v4: Option<UdpSocket>,
     pub(super) udp_v6: Option<UdpSocket>,
+    pub(super) extra: ExtraSockets,
     tun: ArcSwapOption<Tun>,
     link: ArcSwapOption<LinkSender>,
     shared: Arc<Shared>,
@@ -62,6 +65,7 @@ impl Ports {
         Ok(Self {
             udp_v4,
             udp_v6,
+            extra: ExtraSockets::new()?,
             tun: ArcSwapOption::empty(),
             link: ArcSwapOption::empty(),
             shared,
@@ -101,6 +105,20 @@ impl Ports {
         }
     }
 
+    /// Does something with a socket; nothing when it is not there (any more).
+    fn with_socket<T>(
+        &self,
+        socket: SocketId,
+        remote: SocketAddr,
+        work: impl FnOnce(&UdpSocket) -> T,
+    ) -> Option<T> {
+        if socket != SocketId::MAIN {
+            return self.extra.get(socket).map(|socket| work(&socket));
+        }
+        let main = if remote.is_ipv4() { &self.udp_v4 } else { &self.udp_v6 };
+        main.as_ref().map(work)
+    }
+
     fn sockets(&self) -> impl Iterator<Item = &UdpSocket> {
         self.udp_v4.iter().chain(&self.udp_v6)
     }
@@ -115,10 +133,10 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
     let drops = ports.shared.drops();
     for (run, bytes) in runs {
         match run.target {
-            Target::Udp { remote, local } => {
-                let socket = if remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
-                let sent =
-                    socket.as_ref().map(|s| send_or_wait(s, remote, local, bytes, run.segment));
+            Target::Udp { remote, local, socket } => {
+                let sent = ports.with_socket(socket, remote, |socket| {
+                    send_or_wait(socket, remote, local, bytes, run.segment)
+                });
                 if !matches!(sent, Some(Ok(()))) {
                     let datagrams = bytes.len().div_ceil(run.segment.max(1));
                     drops.count_many(DropReason::SendFailed, datagrams as u64);
@@ -142,9 +160,10 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
 
 /// Sends a datagram with a short life. What cannot be sent now is not worth waiting for.
 pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
-    let socket = if opener.remote.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
-    let Some(socket) = socket else { return };
-    if let Err(error) = send_with_ttl(socket, opener.remote, opener.ttl, &opener.datagram) {
+    let sent = ports.with_socket(opener.socket, opener.remote, |socket| {
+        send_with_ttl(socket, opener.remote, opener.ttl, &opener.datagram)
+    });
+    if let Some(Err(error)) = sent {
         ports.shared.drops().count(DropReason::SendFailed);
         tracing::trace!(remote = %opener.remote, %error, "opener not sent");
     }
@@ -152,7 +171,7 @@ pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
 
 fn send_or_wait(
     socket: &UdpSocket,
-    remote: std::net::SocketAddr,
+    remote: SocketAddr,
     local: Option<std::net::IpAddr>,
     bytes: &[u8],
     segment: usize,
@@ -322,12 +341,17 @@ fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
     let mut batch = TunBatch::default();
     let mut asked = Vec::new();
     loop {
-        let mut fds = vec![PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![
+            PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
+            PollFd::new(ports.extra.as_fd(), PollFlags::POLLIN),
+        ];
         fds.extend(ports.sockets().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
         if !wait(&mut fds) {
             return;
         }
-        for socket in ports.sockets() {
+        let extra = if fds[1].any() == Some(true) { ports.extra.ready() } else { Vec::new() };
+        let main = ports.sockets().map(|socket| (SocketId::MAIN, socket));
+        for (id, socket) in main.chain(extra.iter().map(|(id, socket)| (*id, &**socket))) {
             if socket.receive(&mut buffers).is_err() {
                 continue;
             }
@@ -339,7 +363,8 @@ fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
             batch.clear(kinds);
             let mut wrote = false;
             for train in buffers.trains() {
-                let source = Source::Udp { remote: train.remote, local: train.local };
+                let (remote, local) = (train.remote, train.local);
+                let source = Source::Udp { remote, local, socket: id };
                 let (bytes, stride) = (train.bytes, train.stride);
                 inbound_train(shared, &table, source, bytes, stride, now, &mut batch, &mut asked);
                 if batch.len() > WRITE_BYTES {

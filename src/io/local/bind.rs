@@ -3,10 +3,11 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{AtFlags, OFlag};
+use nix::fcntl::{AtFlags, OFlag, open};
+use nix::sys::stat::Mode;
 use nix::unistd::fchownat;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -55,8 +56,9 @@ pub(super) async fn socket(path: &Path) -> Result<UnixListener, LocalError> {
 /// Root may do this in the directory of the service, whose user could put a link in the place of
 /// the socket: so the very file that was looked at is changed, by its descriptor.
 fn open_to_group(socket: &Path) -> io::Result<()> {
-    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
-    let file = fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(socket)?;
+    // Not std's `OpenOptions`: on musl it takes O_PATH for a part of the access mode, and drops it.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = fs::File::from(open(socket, flags, Mode::empty())?);
     if !file.metadata()?.file_type().is_socket() {
         return Err(io::Error::from(io::ErrorKind::AlreadyExists));
     }

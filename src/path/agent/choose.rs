@@ -28,22 +28,15 @@ impl PathAgent {
             .endpoints
             .iter()
             .filter(|(_, endpoint)| usable(endpoint))
-            .filter_map(|(remote, endpoint)| {
-                let score = Score::of(*remote, endpoint.prober.srtt()?);
-                Some((score, Via::Direct { remote: *remote, local: endpoint.local }))
+            .filter_map(|(place, endpoint)| {
+                let score = Score::of(place.remote, endpoint.prober.srtt()?);
+                Some((score, endpoint.via(*place)))
             })
             .min();
-        let current = match self.primary {
-            Some(Via::Direct { remote, .. }) => {
-                self.endpoints.get(&remote).filter(|endpoint| usable(endpoint)).and_then(
-                    |endpoint| {
-                        let via = Via::Direct { remote, local: endpoint.local };
-                        Some((Score::of(remote, endpoint.prober.srtt()?), via))
-                    },
-                )
-            }
-            _ => None,
-        };
+        let current = self.primary.and_then(Via::place).and_then(|place| {
+            let endpoint = self.endpoints.get(&place).filter(|endpoint| usable(endpoint))?;
+            Some((Score::of(place.remote, endpoint.prober.srtt()?), endpoint.via(place)))
+        });
         let next = match (best, current) {
             (Some((better, via)), Some((score, same))) => {
                 let settled = self
@@ -81,7 +74,9 @@ impl PathAgent {
     }
 
     pub(super) fn act_on(&mut self, suspicion: Suspicion, now: Instant) {
-        let Some(via @ Via::Direct { remote, .. }) = self.primary else { return };
+        let Some((via, place)) = self.primary.and_then(|via| Some((via, via.place()?))) else {
+            return;
+        };
         match suspicion {
             Suspicion::None | Suspicion::Waiting => {}
             Suspicion::Ask => {
@@ -94,7 +89,7 @@ impl PathAgent {
                 for endpoint in self.endpoints.values_mut().filter(|e| !e.heard_lately(now)) {
                     endpoint.forget();
                 }
-                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+                if let Some(endpoint) = self.endpoints.get_mut(&place) {
                     endpoint.forget();
                     endpoint.penalty_until = Some(now + PENALTY);
                 }

@@ -1,6 +1,6 @@
 //! Rounds of probes: which endpoints are pinged when, and which endpoints there are.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -8,7 +8,7 @@ use rand::Rng;
 use super::opener::Cause;
 use super::{Endpoint, PathAgent, PathTransmit};
 use crate::path::probe::{Due, ProbeOutcome};
-use crate::path::{Via, predict};
+use crate::path::{Place, Via, predict};
 use crate::types::{CandidateKind, TxId, usable_underlay};
 
 /// How many endpoints a peer may teach us by sending from them, beside those it announces.
@@ -34,31 +34,31 @@ impl PathAgent {
     /// The endpoint that a packet came from, learned as peer-reflexive when it is new.
     pub(super) fn learn(
         &mut self,
-        remote: SocketAddr,
+        place: Place,
         local: Option<IpAddr>,
         now: Instant,
     ) -> Option<&mut Endpoint> {
-        if !self.endpoints.contains_key(&remote) {
-            if !usable_underlay(remote) {
+        if !self.endpoints.contains_key(&place) {
+            if !usable_underlay(place.remote) {
                 return None;
             }
-            let learned: Vec<SocketAddr> = self
+            let learned: Vec<Place> = self
                 .endpoints
                 .iter()
                 .filter(|(_, endpoint)| endpoint.kind == CandidateKind::PeerReflexive)
-                .map(|(remote, _)| *remote)
+                .map(|(place, _)| *place)
                 .collect();
             if learned.len() >= MAX_LEARNED {
                 // The one that was silent for longest makes room, never one that works.
                 let oldest = learned
                     .into_iter()
-                    .filter(|remote| !self.endpoints[remote].proved(now))
-                    .min_by_key(|remote| self.endpoints[remote].heard)?;
+                    .filter(|place| !self.endpoints[place].proved(now))
+                    .min_by_key(|place| self.endpoints[place].heard)?;
                 self.endpoints.remove(&oldest);
             }
-            self.endpoints.insert(remote, Endpoint::new(CandidateKind::PeerReflexive));
+            self.endpoints.insert(place, Endpoint::new(CandidateKind::PeerReflexive));
         }
-        let endpoint = self.endpoints.get_mut(&remote)?;
+        let endpoint = self.endpoints.get_mut(&place)?;
         endpoint.heard = Some(now);
         if local.is_some() {
             endpoint.local = local;
@@ -73,8 +73,8 @@ impl PathAgent {
         let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
         let started = self.round_at.is_some_and(recent) && cause != Cause::Guess;
         let hold = self.hold(cause, now);
-        for (remote, endpoint) in &mut self.endpoints {
-            let hold = if endpoint.wants_opener(*remote) { hold } else { Duration::ZERO };
+        for (place, endpoint) in &mut self.endpoints {
+            let hold = if endpoint.wants_opener(place.remote) { hold } else { Duration::ZERO };
             let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
             let sooner = endpoint.prober.is_held(now + hold);
             let joins = if started { untried || sooner } else { !endpoint.proved(now) };
@@ -136,20 +136,21 @@ impl PathAgent {
     /// Sends the pings of all rounds that are due; the first ones of a round leave in the same
     /// instant as its call-me-maybe.
     pub(super) fn ping_due(&mut self, now: Instant) {
-        let due: Vec<(SocketAddr, Option<IpAddr>, Due)> = self
+        let due: Vec<(Place, Option<IpAddr>, Due)> = self
             .endpoints
             .iter_mut()
-            .filter_map(|(remote, e)| Some((*remote, e.local, e.prober.take_due(now)?)))
+            .filter_map(|(place, e)| Some((*place, e.local, e.prober.take_due(now)?)))
             .collect();
-        let guess = |(remote, ..): &(SocketAddr, _, _)| {
-            self.endpoints.get(remote).is_some_and(|e| e.kind == CandidateKind::Predicted)
+        let guess = |(place, ..): &(Place, _, _)| {
+            self.endpoints.get(place).is_some_and(|e| e.kind == CandidateKind::Predicted)
         };
         let (guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
         let guesses = predict::order(guesses, self.signalling.doubles);
-        for (remote, local, due) in sure.into_iter().chain(guesses) {
+        for (place, local, due) in sure.into_iter().chain(guesses) {
+            let Place { remote, socket } = place;
             match due {
-                Due::Ping => drop(self.ping(Via::Direct { remote, local }, now)),
-                Due::Opener => self.open(remote, now),
+                Due::Ping => drop(self.ping(Via::Direct { remote, local, socket }, now)),
+                Due::Opener => self.open(place, now),
             }
         }
         if self.relay_prober.take_due(now).is_some()
@@ -160,23 +161,22 @@ impl PathAgent {
     }
 
     /// On a short way the opener arrives, and is answered like any ping.
-    fn open(&mut self, remote: SocketAddr, now: Instant) {
+    fn open(&mut self, place: Place, now: Instant) {
         let tx = TxId(self.rng.random());
-        if let Some(endpoint) = self.endpoints.get_mut(&remote) {
+        if let Some(endpoint) = self.endpoints.get_mut(&place) {
             endpoint.prober.opened(tx, now);
         }
-        self.transmits.push_back(PathTransmit::Opener { remote, tx });
+        let Place { remote, socket } = place;
+        self.transmits.push_back(PathTransmit::Opener { remote, socket, tx });
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {
         let tx = TxId(self.rng.random());
-        match via {
-            Via::Direct { remote, .. } => {
-                if let Some(endpoint) = self.endpoints.get_mut(&remote) {
-                    endpoint.prober.sent(tx, now);
-                }
-            }
-            Via::RelayUdp | Via::RelayTcp => self.relay_prober.sent(tx, now),
+        let endpoint = via.place().map(|place| self.endpoints.get_mut(&place));
+        match endpoint {
+            Some(Some(endpoint)) => endpoint.prober.sent(tx, now),
+            Some(None) => {}
+            None => self.relay_prober.sent(tx, now),
         }
         self.transmits.push_back(PathTransmit::Ping { via, tx });
         tx

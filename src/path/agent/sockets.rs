@@ -1,0 +1,102 @@
+//! Paths by extra sockets: which of them are still of use, and what ends with one.
+
+use std::time::{Duration, Instant};
+
+use super::PathAgent;
+use crate::types::SocketId;
+
+/// A path that was heard this long ago, and is not proved yet, is waited for.
+const PROVING: Duration = Duration::from_secs(6);
+
+impl PathAgent {
+    /// Whether an extra socket has to stay open: a path by it works, or is about to be proved.
+    #[must_use]
+    pub fn needs_socket(&self, socket: SocketId, now: Instant) -> bool {
+        self.endpoints.iter().any(|(place, endpoint)| {
+            let heard = |at: Instant| now.saturating_duration_since(at) < PROVING;
+            place.socket == socket && (endpoint.proved(now) || endpoint.heard.is_some_and(heard))
+        })
+    }
+
+    /// An extra socket is closed: its paths are gone.
+    pub fn handle_socket_closed(&mut self, socket: SocketId, now: Instant) {
+        if socket != SocketId::MAIN {
+            self.forget_sockets(|it| it == socket, now);
+        }
+    }
+
+    /// Forgets the paths by all extra sockets: nobody uses the peer any more, or the network that
+    /// the sockets were opened in is gone.
+    pub(super) fn forget_extra_sockets(&mut self, now: Instant) {
+        self.forget_sockets(|it| it != SocketId::MAIN, now);
+    }
+
+    fn forget_sockets(&mut self, gone: impl Fn(SocketId) -> bool, now: Instant) {
+        let before = self.endpoints.len();
+        self.endpoints.retain(|place, _| !gone(place.socket));
+        if self.endpoints.len() != before {
+            self.choose("its socket was closed", now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::path::{PathTransmit, Via};
+    use crate::testing::epoch;
+    use crate::types::{Candidate, CandidateKind, TxId};
+
+    const EXTRA: SocketId = SocketId::new(7);
+
+    /// An agent whose peer has just pinged an extra socket from the endpoint that it announces, and
+    /// has answered the check by it.
+    fn agent_on_extra_socket() -> (PathAgent, Via) {
+        let now = epoch();
+        let remote = "203.0.113.10:4000".parse().unwrap();
+        let mut agent = PathAgent::new([1; 32], now);
+        agent.set_relay(Some(Via::RelayUdp), now);
+        agent.set_candidates(&[Candidate::new(remote, CandidateKind::Reflexive)], now);
+        agent.set_wanted(true, now);
+        while agent.poll_transmit().is_some() {}
+        let via = Via::Direct { remote, local: None, socket: EXTRA };
+        agent.handle_ping(TxId([0; 12]), via, now);
+        let sent: Vec<PathTransmit> = std::iter::from_fn(|| agent.poll_transmit()).collect();
+        let check = sent.iter().find_map(|it| match it {
+            PathTransmit::Ping { via: by, tx } if *by == via => Some(*tx),
+            _ => None,
+        });
+        assert!(sent.contains(&PathTransmit::Pong { via, tx: TxId([0; 12]) }), "{sent:?}");
+        assert!(agent.needs_socket(EXTRA, now), "about to be proved");
+        let tx = check.expect("a triggered check by the same socket");
+        assert!(agent.handle_pong(tx, Via::direct(remote), now).is_none(), "another path");
+        assert!(agent.handle_pong(tx, via, now).is_some());
+        (agent, via)
+    }
+
+    #[test]
+    fn a_path_by_an_extra_socket_carries_data_until_that_is_closed() {
+        let now = epoch();
+        let (mut agent, via) = agent_on_extra_socket();
+        assert_eq!(agent.choice().primary, Some(via));
+        assert!(agent.needs_socket(EXTRA, now) && !agent.needs_socket(SocketId::new(8), now));
+        agent.handle_socket_closed(SocketId::MAIN, now);
+        assert_eq!(agent.choice().primary, Some(via), "the main socket is never closed");
+        agent.handle_socket_closed(EXTRA, now);
+        assert_eq!(agent.choice().primary, Some(Via::RelayUdp));
+    }
+
+    #[test]
+    fn roaming_and_disuse_give_the_socket_back() {
+        let now = epoch();
+        let (mut agent, _) = agent_on_extra_socket();
+        agent.handle_network_change(now);
+        assert!(!agent.needs_socket(EXTRA, now));
+        assert_eq!(agent.choice().primary, Some(Via::RelayUdp));
+
+        let (mut agent, _) = agent_on_extra_socket();
+        agent.set_wanted(false, now);
+        assert!(!agent.needs_socket(EXTRA, now));
+        assert_eq!(agent.choice().primary, Some(Via::RelayUdp));
+    }
+}
