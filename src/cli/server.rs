@@ -3,6 +3,7 @@
 mod admin;
 mod backup;
 mod events;
+mod policy;
 
 use std::fmt::Display;
 use std::io;
@@ -90,6 +91,16 @@ enum Command {
         #[arg(long = "state-dir", value_name = "DIR")]
         place: Option<PathBuf>,
     },
+    /// Give a node these tags and no others; access rules know nodes by them
+    Tag {
+        /// Its name, overlay address or id
+        node: String,
+        /// All its tags; none takes them away
+        #[arg(value_name = "TAG")]
+        tags: Vec<crate::types::Tag>,
+    },
+    /// Check, try, set and show the access rules of the network
+    Policy(policy::PolicyArgs),
 }
 
 /// Runs the command.
@@ -106,6 +117,8 @@ pub fn run(args: ServerArgs) -> Result<(), Failure> {
             };
             backup::restore(&file, &place, force)
         }
+        // These two look at a file and ask nobody.
+        Some(Command::Policy(policy)) if policy.is_local() => policy.run_local(),
         Some(command) => {
             let socket = match args.socket {
                 Some(socket) => socket,

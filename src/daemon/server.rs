@@ -243,7 +243,8 @@ async fn first_join_line(core: &mut core::Core) -> Result<Option<JoinText>, Star
     if !core.has_no_members() {
         return Ok(None);
     }
-    let request = Request::Invite { uses: 1, ttl_s: FIRST_INVITE_TTL_S, name: None };
+    let request =
+        Request::Invite { uses: 1, ttl_s: FIRST_INVITE_TTL_S, name: None, tags: Vec::new() };
     match core.answer(request, "server").await {
         Ok(Answer::Invited(invited)) => Ok(Some(invited.join)),
         Ok(_) => Ok(None),

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use super::filter::admit;
 use super::peer::LockedPeer;
 use super::{ForwardingTable, Note, Peer, Shared, Source, TunBatch};
 use crate::path::Via;
@@ -148,7 +149,7 @@ impl<'a> Run<'a> {
         }
         let Some(lane) = &mut self.lane else { return Err(DropReason::UnknownSession) };
         let (own, now) = (self.table.own, self.now);
-        let mut confirmed = false;
+        let (mut confirmed, mut refused) = (false, None);
         let taken = self.tun.push(datagram.len(), |room| {
             let opened = lane.state.session.open(receiver, datagram, room, now)?;
             lane.authentic = true;
@@ -164,6 +165,14 @@ impl<'a> Run<'a> {
             if own.is_none_or(|own| !own.contains(view.dst)) {
                 return Err(DropReason::NoRoute);
             }
+            if let Some(filter) = &self.table.filter {
+                admit(filter, lane.peer.id, &room[..view.len], &mut lane.state, now).map_err(
+                    |answer| {
+                        refused = answer;
+                        DropReason::Filtered
+                    },
+                )?;
+            }
             lane.rx_bytes += view.len;
             Ok(view.len)
         });
@@ -171,6 +180,7 @@ impl<'a> Run<'a> {
         if !matches!(taken, Err(DropReason::Undecryptable | DropReason::UnknownSession)) {
             lane.arrived.count(datagram.len(), 1);
         }
+        self.notes.extend(refused.map(Note::Refused));
         if confirmed {
             self.notes.push(Note::SessionConfirmed(lane.peer.id));
         }

@@ -113,7 +113,13 @@ impl<'t> Train<'t> {
         if is_multicast(view.dst) {
             return Err(DropReason::Multicast);
         }
-        let peer = table.route(view.dst).ok_or(DropReason::NoRoute)?;
+        let Some(peer) = table.route(view.dst) else {
+            if shared.may_answer_unroutable(now) {
+                let answer = icmp::answer(packet, view.dst, Trouble::HostUnreachable);
+                notes.extend(answer.map(Note::Answer));
+            }
+            return Err(DropReason::NoRoute);
+        };
         let stamp = shared.stamp(now);
         let before = peer.counters.last_sent.swap(stamp, Ordering::Relaxed);
         if before == 0 || stamp.saturating_sub(before) > PAUSE_MS {
@@ -121,7 +127,11 @@ impl<'t> Train<'t> {
         }
         let way = Way::to(peer, table);
         let (mtu, counts) = (usize::from(peer.mtu()), SizeCounts::default());
-        let state = peer.lock();
+        let mut state = peer.lock();
+        match &table.filter {
+            Some(filter) => filter.outbound(peer.id, packet, &mut state.flows, now),
+            None => state.flows.note_connection(packet, now),
+        }
         Ok((Self { shared, peer, way, state, notes, now, mtu, counts }, view.len))
     }
 

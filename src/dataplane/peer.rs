@@ -11,6 +11,7 @@ use super::icmp::AnswerLimit;
 use super::path_counts::PathCounts;
 use super::session::Session;
 use crate::path::{BASE_MTU, Choice};
+use crate::policy::Flows;
 use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
 
 /// Packets that wait for a session, per peer: one TCP window's worth of a handshake's time.
@@ -44,6 +45,8 @@ pub struct PeerState {
     pub sent: PathCounts,
     /// Data that arrived, by path.
     pub arrived: PathCounts,
+    /// Flows with the peer, as far as access rules need to know them.
+    pub(super) flows: Flows,
     pub(super) answers: AnswerLimit,
     pending: VecDeque<(Instant, Vec<u8>)>,
 }
@@ -85,6 +88,7 @@ impl Peer {
                 session,
                 sent: PathCounts::default(),
                 arrived: PathCounts::default(),
+                flows: Flows::default(),
                 answers: AnswerLimit::default(),
                 pending: VecDeque::new(),
             }),
@@ -152,6 +156,17 @@ impl PeerState {
             drops.count(DropReason::NoPath);
         }
         None
+    }
+
+    /// Takes all packets that have waited at least since `since`.
+    pub(crate) fn take_waiting(&mut self, since: Instant) -> Vec<Vec<u8>> {
+        let waiting = self.pending.iter().take_while(|(at, _)| *at <= since).count();
+        self.pending.drain(..waiting).map(|(_, packet)| packet).collect()
+    }
+
+    /// Since when the oldest packet waits.
+    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+        self.pending.front().map(|(at, _)| *at)
     }
 
     /// Drops the packets that waited for too long; tells whether any still wait.

@@ -8,6 +8,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
 use super::Peer;
+use crate::policy::Filter;
 use crate::types::{NodeId, OverlayAddrs};
 
 /// Immutable once published; the control plane makes a new one for each change of the netmap.
@@ -17,6 +18,8 @@ pub struct ForwardingTable {
     pub own: Option<OverlayAddrs>,
     /// Where relay datagrams go to and come from.
     pub relay: Option<SocketAddr>,
+    /// What is let in; none when everything is.
+    pub filter: Option<Arc<Filter>>,
     /// Whole prefixes; single addresses are in `hosts`.
     routes_v4: PrefixMap<Ipv4Net, Arc<Peer>>,
     routes_v6: PrefixMap<Ipv6Net, Arc<Peer>>,

@@ -20,8 +20,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-/// A question is never longer.
-const MAX_QUESTION_BYTES: usize = 64 * 1024;
+/// A question is never longer: a file of access rules, every byte of it escaped.
+const MAX_QUESTION_BYTES: usize = 256 * 1024;
 /// An answer is never longer: the nodes of a large network.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 /// Commands that one daemon serves at a time.

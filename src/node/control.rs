@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Event, Identity, Node, PeerInfo};
+use crate::policy::Filter;
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, NodeId, usable_underlay};
 use crate::wire::control::{
     ClientMessage, Hello, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, VERSION, Welcome,
@@ -83,7 +85,11 @@ impl Node {
         for id in &diff.replaced {
             self.make_peer(*id, now);
         }
-        if !(diff.removed.is_empty() && diff.replaced.is_empty()) {
+        if diff.filter {
+            self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
+            self.events.push_back(Event::Rules);
+        }
+        if diff.filter || !(diff.removed.is_empty() && diff.replaced.is_empty()) {
             self.publish();
         }
         for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
@@ -109,6 +115,7 @@ impl Node {
             self.drop_peer(id);
         }
         self.netmap = super::Netmap::default();
+        self.filter = None;
         self.publish();
         self.events.push_back(Event::Save);
         self.update_peers(now);

@@ -84,6 +84,7 @@ impl Node {
         self.want_session(id, now);
         // The session may have come up between the packet and this note.
         self.flush(id, now);
+        self.look_at_waiting(id, now);
     }
 
     /// The first packet after a pause.

@@ -19,6 +19,7 @@
 //! - `pace`: paths that nobody has asked for are made one after the other
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
+//! - `reach`: what programs are told that send to nobody
 //! - `status`: read-only views
 //! - `nat`: what the network in front of us does
 //! - `report`: both sides' views of a path, asked for and told
@@ -36,6 +37,7 @@ mod pace;
 mod peer;
 mod predict;
 mod punch;
+mod reach;
 mod relay;
 mod report;
 mod roam;
@@ -62,6 +64,7 @@ use rand::rngs::StdRng;
 
 use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
 use crate::path::{Answer, BASE_MTU, Via};
+use crate::policy::Filter;
 use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SecretKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
@@ -106,6 +109,9 @@ pub enum Event {
     Identity(Identity),
     /// Something that must survive a restart changed.
     Save,
+    /// The access rules changed: they must be on disk before anything else happens, since a node
+    /// that starts without them is open.
+    Rules,
     /// Data to a peer goes another way.
     Path {
         /// The peer.
@@ -172,6 +178,7 @@ pub struct Node {
     engine: EngineKeys,
     shared: Arc<Shared>,
     netmap: Netmap,
+    filter: Option<Arc<Filter>>,
     peers: BTreeMap<NodeId, PeerControl>,
     peers_by_tag: BTreeMap<Tag, NodeId>,
     peers_by_key: BTreeMap<PublicKey, NodeId>,
@@ -198,8 +205,8 @@ pub struct Node {
     punching: Punching,
     openers: VecDeque<Opener>,
     whole_probes: VecDeque<WholeProbe>,
-    answers: VecDeque<Vec<u8>>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
+    packets: VecDeque<Vec<u8>>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
 }
@@ -225,6 +232,7 @@ impl Node {
             node_key,
             shared: Shared::new(now),
             netmap: Netmap::default(),
+            filter: None,
             peers: BTreeMap::new(),
             peers_by_tag: BTreeMap::new(),
             peers_by_key: BTreeMap::new(),
@@ -249,8 +257,8 @@ impl Node {
             punching: Punching::default(),
             openers: VecDeque::new(),
             whole_probes: VecDeque::new(),
-            answers: VecDeque::new(),
             scratch: VecDeque::new(),
+            packets: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
         };
@@ -279,7 +287,8 @@ impl Node {
             Note::SessionWanted(peer) => self.handle_session_wanted(peer, now),
             Note::Active(peer) => self.handle_active(peer, now),
             Note::SessionConfirmed(peer) => self.handle_session_up(peer, now),
-            Note::Answer(packet) => self.answers.push_back(packet),
+            Note::Answer(packet) => self.answer(packet),
+            Note::Refused(answer) => self.handle_refused(&answer, now),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
             Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
         }
@@ -302,9 +311,9 @@ impl Node {
         self.whole_probes.pop_front()
     }
 
-    /// A packet for the TUN interface: an answer to what a program here has sent; call until none.
-    pub fn poll_answer(&mut self) -> Option<Vec<u8>> {
-        self.answers.pop_front()
+    /// An IP packet for this machine, to be written to the TUN interface; call until none.
+    pub fn poll_packet(&mut self) -> Option<Vec<u8>> {
+        self.packets.pop_front()
     }
 
     /// A message for the server; call until none. Dropped by the caller when there is no link.

@@ -11,6 +11,7 @@ use crate::dataplane::{
     ForwardingTable, Peer, Session, SessionSettings, flush_pending, send_keepalive,
 };
 use crate::path::{BASE_MTU, PathAgent, PathEvent, PathTransmit, Via};
+use crate::policy::Filter;
 use crate::types::{Candidate, CandidateKind, NodeId};
 use crate::wire::disco::{DiscoKeys, Message};
 
@@ -30,12 +31,15 @@ pub(super) struct PeerControl {
     pub(super) stale_at: Option<Instant>,
     /// What is kept to explain its paths.
     pub(super) insight: Insight,
+    /// When packets have waited for a path for too long.
+    pub(super) waiting_until: Option<Instant>,
 }
 
 impl Node {
     /// Takes a saved netmap as the truth until the server says otherwise.
     pub(super) fn restore(&mut self, netmap: Netmap, now: Instant) {
         self.netmap = netmap;
+        self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
         let ids: Vec<NodeId> = self.netmap.peers.keys().copied().collect();
         let eager = ids.len() <= self.settings.eager_peers;
         for id in ids {
@@ -78,6 +82,7 @@ impl Node {
             used_at: None,
             stale_at: None,
             insight: Insight::new(now),
+            waiting_until: None,
         };
         self.peers.insert(id, peer);
     }
@@ -99,6 +104,7 @@ impl Node {
     pub(super) fn publish(&mut self) {
         let own = self.netmap.identity.as_ref().map(|identity| identity.addrs);
         let mut table = ForwardingTable::new(own, self.relay.server());
+        table.filter.clone_from(&self.filter);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
         }

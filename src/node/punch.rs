@@ -163,7 +163,7 @@ impl Node {
         let open = self.punching.run.as_ref().filter(ours);
         let offered = open.is_some_and(|run| matches!(run.part, Part::Offered));
         match punch.step {
-            Step::Offer { birthday, tries } => self.answer(id, punch, birthday, tries, now),
+            Step::Offer { birthday, tries } => self.answer_offer(id, punch, birthday, tries, now),
             Step::Accept { way } if offered => {
                 let tries = self.punching.history(id).tries();
                 self.start_run(id, punch, way, true, tries, now);
@@ -188,7 +188,7 @@ impl Node {
         }
     }
 
-    fn answer(&mut self, id: NodeId, offer: &Punch, birthday: bool, tries: u8, now: Instant) {
+    fn answer_offer(&mut self, id: NodeId, offer: &Punch, birthday: bool, tries: u8, now: Instant) {
         let own = self.netmap.identity.as_ref().map(|identity| identity.id);
         let crossed = self.punching.run.as_ref().is_some_and(|run| {
             run.peer == id && matches!(run.part, Part::Offered) && own > Some(id)

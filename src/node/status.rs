@@ -112,20 +112,26 @@ impl Node {
         self.peers.get(&id).map(|peer| peer.agent.quality(now)).unwrap_or_default()
     }
 
-    /// One peer.
-    #[must_use]
-    pub fn peer_status(&self, id: NodeId, now: Instant) -> Option<PeerStatus> {
-        let peer = self.peers.get(&id)?;
-        let info = self.netmap.peers.get(&id)?;
-        let primary = peer.agent.choice().primary;
-        let path = match primary {
+    /// How a peer can be reached at this moment.
+    pub(super) fn path_kind(&self, id: NodeId) -> Option<PathKind> {
+        let (peer, info) = (self.peers.get(&id)?, self.netmap.peers.get(&id)?);
+        Some(match peer.agent.choice().primary {
             Some(via) => PathKind::Via(via),
             // What the server does not see is being tried only while the server itself is away.
             None if info.online || (!self.link_up && peer.agent.is_trying()) => {
                 PathKind::Connecting
             }
             None => PathKind::Offline,
-        };
+        })
+    }
+
+    /// One peer.
+    #[must_use]
+    pub fn peer_status(&self, id: NodeId, now: Instant) -> Option<PeerStatus> {
+        let peer = self.peers.get(&id)?;
+        let info = self.netmap.peers.get(&id)?;
+        let primary = peer.agent.choice().primary;
+        let path = self.path_kind(id)?;
         let remote = match primary {
             Some(Via::Direct { remote, .. }) => Some(remote),
             Some(Via::RelayUdp) => self.relay.server(),

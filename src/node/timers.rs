@@ -5,6 +5,7 @@
 //! - the relay: binds
 //! - the traffic tick: tells the agents of busy peers what the data plane counted
 //! - a costly way to a peer that is due, or under way
+//! - packets that have waited for a path for too long
 //! - user pings that nobody answered
 
 use std::sync::atomic::Ordering;
@@ -31,6 +32,7 @@ impl Node {
         self.handle_look_timeout(now);
         self.handle_pace_timeout(now);
         self.handle_punch_timeout(now);
+        self.handle_waiting_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -74,6 +76,11 @@ impl Node {
             .values()
             .filter_map(|peer| peer.agent.poll_timeout())
             .chain(self.peers.values().filter_map(|peer| peer.fast.lock().session.poll_timeout()))
+            .chain(
+                self.peers
+                    .values()
+                    .filter_map(|peer| Some((peer.waiting_until?, "packets wait for a path"))),
+            )
             .chain(named(self.relay.next_at(), "relay bind"))
             .chain(named(self.pace.next_at(), "next peer that nobody asked for"))
             .chain(named(self.prediction.next_at(), "look at the NAT's counter"))

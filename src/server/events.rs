@@ -81,9 +81,13 @@ impl Server {
                 let range = new.range;
                 Some(event("range-changed").with("ipv4", range.v4()).with("ipv6", range.v6()))
             }
+            (Key::Policy, Some(Record::Policy(new))) => {
+                let kind = if new.text.is_some() { "policy-set" } else { "policy-cleared" };
+                Some(event(kind))
+            }
             // One that ended long ago is tidied away; a record under another's key is none of ours.
-            (Key::Invite(_), None) | (Key::Network, None) => None,
-            (Key::Member(_) | Key::Invite(_) | Key::Network, Some(_)) => None,
+            (Key::Invite(_), None) | (Key::Network | Key::Policy, None) => None,
+            (Key::Member(_) | Key::Invite(_) | Key::Network | Key::Policy, Some(_)) => None,
         }
     }
 
@@ -100,6 +104,10 @@ impl Server {
         if old.node_key != new.node_key {
             let changed = self.about(event("node-key-changed"), new);
             return Some(changed.with("old-key", old.node_key).with("new-key", new.node_key));
+        }
+        if old.tags != new.tags {
+            let tags: Vec<String> = new.tags.iter().map(ToString::to_string).collect();
+            return Some(self.about(event("node-tagged"), new).with("tags", tags.join(" ")));
         }
         if old.name != new.name {
             return Some(self.about(event("node-renamed"), new).with("old-name", &old.name));
@@ -159,11 +167,13 @@ mod tests {
             joined: 0,
             last_seen: 0,
             invite: crate::types::InviteId([0; 4]),
+            tags: Vec::new(),
         };
         let records = Records {
             network: Versioned { rev: 1, record },
             members: vec![Versioned { rev: 2, record: member }],
             invites: Vec::new(),
+            policy: None,
             highest_node: 7,
         };
         let settings = Settings { server_key: PublicKey([3; 32]), addresses: Vec::new() };
@@ -173,7 +183,15 @@ mod tests {
         let cases = [
             (Request::Nodes, None),
             (Request::InviteList, None),
-            (Request::Invite { uses: 1, ttl_s: 60, name: None }, Some("invite-made")),
+            (
+                Request::Invite { uses: 1, ttl_s: 60, name: None, tags: Vec::new() },
+                Some("invite-made"),
+            ),
+            (
+                Request::Tag { node: node.clone(), tags: vec!["web".parse().unwrap()] },
+                Some("node-tagged"),
+            ),
+            (Request::PolicySet { text: String::new() }, Some("policy-set")),
             (rename, Some("node-renamed")),
             (Request::Remove { node }, Some("node-removed")),
         ];

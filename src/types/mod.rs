@@ -9,6 +9,7 @@ mod id;
 mod key;
 mod name;
 mod net;
+mod tag;
 
 pub use candidate::{Candidate, CandidateKind, MAX_CANDIDATES, usable_underlay};
 pub use counts::SizeCounts;
@@ -17,3 +18,4 @@ pub use id::{InviteId, NetworkId, NodeId, ParseIdError, SocketId, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
 pub use net::{OverlayAddrs, OverlayRange, RangeError};
+pub use tag::{Tag, TagError};

@@ -181,7 +181,7 @@ pub(crate) fn full() -> Completion {
         let (mut refused, mut promised) = (0, Vec::new());
         for _ in 0..20 {
             fill();
-            let request = Request::Invite { uses: 1, ttl_s: 60, name: None };
+            let request = Request::Invite { uses: 1, ttl_s: 60, name: None, tags: Vec::new() };
             match place.ask(request).await.expect("it lives") {
                 Ok(Answer::Invited(invited)) => promised.push(invited.id),
                 Ok(other) => panic!("{other:?}"),

@@ -134,7 +134,7 @@ impl Place {
     }
 
     pub(crate) async fn invite(&self, uses: u32) -> Invited {
-        let request = Request::Invite { uses, ttl_s: 3600, name: None };
+        let request = Request::Invite { uses, ttl_s: 3600, name: None, tags: Vec::new() };
         match self.ask(request).await.unwrap().unwrap() {
             Answer::Invited(invited) => invited,
             other => panic!("{other:?}"),

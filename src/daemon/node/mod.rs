@@ -258,8 +258,8 @@ impl Daemon {
         while let Some(probe) = self.node.poll_whole_probe() {
             send_whole_probe(&self.ports, &probe);
         }
-        while let Some(answer) = self.node.poll_answer() {
-            write_packet(&self.ports, &answer);
+        while let Some(packet) = self.node.poll_packet() {
+            write_packet(&self.ports, &packet);
         }
         while let Some((remote, question)) = self.node.poll_scratch() {
             scratch::ask(remote, question, self.scratch.0.clone());
@@ -307,6 +307,7 @@ impl Daemon {
                     self.scan_interfaces().await;
                 }
             }
+            Event::Rules => self.save(),
             Event::Save => {
                 self.save_at.get_or_insert(now + SAVE_DELAY);
             }

@@ -26,7 +26,7 @@ use crate::io::service::Watchdog;
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
-use crate::types::{NetworkId, NodeName};
+use crate::types::{NetworkId, NodeName, SecretKey};
 use crate::wire::control::RefusedCode;
 use crate::wire::join::JoinLine;
 
@@ -36,6 +36,13 @@ const ENROL_LIMIT: Duration = Duration::from_secs(20);
 const QUEUE: usize = 1024;
 /// One scratch socket lives at a time; a second answer may be late.
 const SCRATCH_QUEUE: usize = 8;
+
+/// The port mapping to ask the router for, when there is an IPv4 port and somebody to stay for it.
+fn port_mapping(options: &NodeOptions, ports: &Ports, machine: &SecretKey) -> Option<PortMapping> {
+    let lease = options.port_mapping.filter(|_| !options.enrol_only)?;
+    let local = ports.udp_v4.as_ref()?.local_addr().ok()?;
+    Some(PortMapping::new(local.port(), lease, machine))
+}
 
 /// What the daemon is told by flags, variables and files.
 #[derive(Debug, Clone)]
@@ -209,11 +216,7 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
     let ports = Arc::new(ports);
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
-    let port_mapping = options
-        .port_mapping
-        .filter(|_| !options.enrol_only)
-        .zip(ports.udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()))
-        .map(|(lease, addr)| PortMapping::new(addr.port(), lease, &keys.machine));
+    let port_mapping = port_mapping(&options, &ports, &keys.machine);
     let uplink = Uplink::new(Destination {
         servers: enrolment.servers.clone(),
         server_keys: enrolment.server_keys.clone(),

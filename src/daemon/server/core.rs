@@ -142,7 +142,7 @@ impl Core {
                 }
             }
             Event::Request { actor, request, answer } => {
-                let logged = request.is_write().then(|| format!("{request:?}"));
+                let logged = request.is_write().then(|| request.to_string());
                 let result = self.answer(request, &actor).await;
                 if let Some(request) = logged.filter(|_| result.is_ok()) {
                     info!(%request, actor, "done for the administrator");
@@ -297,6 +297,16 @@ fn refusal(error: &RequestError) -> Refusal {
             exit::USAGE,
             "its number of uses (--uses) or its time (--ttl) makes no sense",
             "overlay server invite --uses 1 --ttl 1h",
+        ),
+        RequestError::TooManyTags => (
+            exit::USAGE,
+            "tags are for groups of nodes, and each is one more thing to keep in mind",
+            "give it fewer: overlay server tag NODE TAG...",
+        ),
+        RequestError::BadPolicy { reason } => (
+            exit::FAILED,
+            reason.as_str(),
+            "correct the file, then: overlay server policy test FILE; the rules are as before",
         ),
     };
     Refusal { code, error: error.to_string(), cause: cause.into(), help: help.into() }

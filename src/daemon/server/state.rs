@@ -15,9 +15,10 @@ use zeroize::Zeroizing;
 
 use super::{Options, StartError, addresses};
 use crate::io::files::{self, DirLock, SECRET_MODE};
+use crate::policy::Policy;
 use crate::server::choose_range;
 use crate::server::events::Event;
-use crate::server::records::{self, Key, NetworkRecord, Record, Records, Versioned};
+use crate::server::records::{self, Key, NetworkRecord, PolicyRecord, Record, Records, Versioned};
 use crate::store::{self, Change, Store, StoreError, StoredRecord};
 use crate::types::{NetworkId, NodeId, OverlayRange, SecretKey};
 
@@ -28,7 +29,8 @@ pub(super) const RESTORING_FILE: &str = "restoring";
 const NETWORK: &str = "network";
 const MEMBER: &str = "member";
 const INVITE: &str = "invite";
-/// There is one network in a store.
+const POLICY: &str = "policy";
+/// There is one network in a store, and one set of access rules.
 const NETWORK_ID: &str = "0";
 
 /// The state directory, opened.
@@ -132,7 +134,8 @@ async fn create_network(
     let event = Event::network_created(created, &record);
     let rev = store.commit(&rows_of(&[change])?, &lines_of(&[event])?).await?.rev;
     let network = Versioned { rev, record };
-    Ok(Records { network, members: Vec::new(), invites: Vec::new(), highest_node: 0 })
+    let (members, invites) = (Vec::new(), Vec::new());
+    Ok(Records { network, members, invites, policy: None, highest_node: 0 })
 }
 
 /// Gives the network the wished range while it has no nodes; tells whether that was a change.
@@ -159,6 +162,7 @@ fn fix_range(
 /// The typed records, or none when the store is new.
 pub(super) fn parse(rows: &[StoredRecord]) -> Result<Option<Records>, StartError> {
     let (mut network, mut members, mut invites) = (None, Vec::new(), Vec::new());
+    let mut policy: Option<Versioned<PolicyRecord>> = None;
     let mut highest_node = 0;
     for row in rows {
         if row.kind == MEMBER {
@@ -172,11 +176,18 @@ pub(super) fn parse(rows: &[StoredRecord]) -> Result<Option<Records>, StartError
             NETWORK => network = Some(versioned(row, body)?),
             MEMBER => members.push(versioned(row, body)?),
             INVITE => invites.push(versioned(row, body)?),
+            POLICY => {
+                let record: Versioned<PolicyRecord> = versioned(row, body)?;
+                // A server without its rules would open the network.
+                let text = record.record.text.as_deref();
+                text.map(Policy::parse).transpose().map_err(|error| unreadable(row, error))?;
+                policy = Some(record);
+            }
             _ => return Err(unreadable(row, "no such kind of record is known")),
         }
     }
     match network {
-        Some(network) => Ok(Some(Records { network, members, invites, highest_node })),
+        Some(network) => Ok(Some(Records { network, members, invites, policy, highest_node })),
         None if rows.is_empty() => Ok(None),
         None => Err(StartError::Record {
             kind: NETWORK.into(),
@@ -207,11 +218,13 @@ pub(super) fn rows_of(changes: &[records::Change]) -> Result<Vec<Change>, StartE
                 Key::Network => (NETWORK, NETWORK_ID.to_string()),
                 Key::Member(id) => (MEMBER, id.to_string()),
                 Key::Invite(id) => (INVITE, id.to_string()),
+                Key::Policy => (POLICY, NETWORK_ID.to_string()),
             };
             let body = match &change.record {
                 Some(Record::Network(record)) => Some(json(kind, &id, record)?),
                 Some(Record::Member(record)) => Some(json(kind, &id, record)?),
                 Some(Record::Invite(record)) => Some(json(kind, &id, record)?),
+                Some(Record::Policy(record)) => Some(json(kind, &id, record)?),
                 None => None,
             };
             Ok(Change { kind, id, expected_rev: change.expected_rev, body })

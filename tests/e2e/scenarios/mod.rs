@@ -16,6 +16,7 @@ mod mtu;
 mod netcheck;
 mod offload;
 mod places;
+mod policy;
 mod portmap;
 mod recipes;
 mod relay;
@@ -41,6 +42,7 @@ pub(crate) fn all() -> Vec<Case> {
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        policy::cases(),
         offload::cases(),
         mtu::cases(),
         failover::cases(),
