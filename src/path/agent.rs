@@ -60,7 +60,7 @@ struct Endpoint {
 
 impl Endpoint {
     fn new(kind: CandidateKind) -> Self {
-        let guess = kind == CandidateKind::Predicted;
+        let guess = matches!(kind, CandidateKind::Predicted | CandidateKind::Static);
         let prober = if guess { Prober::for_guess() } else { Prober::default() };
         Self {
             kind,

@@ -243,6 +243,8 @@ impl Host {
         self.edge = edge;
         self.endpoint = endpoint;
         if let Some(node) = &mut self.node {
+            // Two homes may give the same private address, but never without a moment between.
+            node.handle_host_endpoints(Vec::new(), now);
             node.handle_host_endpoints(vec![endpoint], now);
             self.refresh();
         }
