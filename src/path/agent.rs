@@ -377,6 +377,7 @@ impl PathAgent {
             }
             return;
         };
+        self.used_at = self.used_at.max(traffic.sent);
         let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         if let Some(heard) = traffic.heard {
             endpoint.heard = endpoint.heard.max(Some(heard));
