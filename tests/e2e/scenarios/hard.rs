@@ -54,7 +54,9 @@ impl Pair {
             node.up(&server.join());
             node
         });
-        nodes.iter_mut().for_each(Node::wait_ready);
+        for node in &mut nodes {
+            node.wait_connected();
+        }
         Self { net, _server: server, hosts, nodes }
     }
 
