@@ -100,8 +100,14 @@ fn firewall() {
          }}",
         server.host.address
     ));
-    let alice = Node::start(&net, &net.machine("alice", Nat::None), &server);
-    let bob = Node::start(&net, &host, &server);
+    // Costly ways are tried for half a minute, and the verdict waits for them.
+    let config = "birthday-probing = false\n";
+    let [alice, bob] = [net.machine("alice", Nat::None), host].map(|host| {
+        let mut node = Node::with_config(&net, &host, &host.name, config);
+        node.up(&server.join());
+        node.wait_connected();
+        node
+    });
     ping::assert_answers(&alice.host, &bob.ipv4());
     let why = alice.wait_verdict("bob", &["firewall-there"], SETTLE_LIMIT);
     assert!(text(&why, "/verdict/remedy").contains("on bob"), "{why}");
