@@ -89,19 +89,23 @@ impl LabOptions {
 
     /// The way that packets between alice and bob must take in the end.
     ///
-    /// Plain hole punching joins every pair but symmetric with port-restricted or symmetric: there
-    /// neither side can know the port that the other one's packets will come from.
+    /// Every pair comes to a direct path but symmetric with symmetric: there neither side can know
+    /// the port that the other one's packets will come from.
     fn expected_path(&self) -> PathKind {
-        let hard = |kind| matches!(kind, NatKind::PortRestricted | NatKind::Symmetric);
-        let [alice, bob] = self.nats;
-        let symmetric = [alice, bob].contains(&NatKind::Symmetric);
         if self.block_udp {
             PathKind::RelayTcp
-        } else if symmetric && hard(alice) && hard(bob) {
+        } else if self.nats == [NatKind::Symmetric; 2] {
             PathKind::RelayUdp
         } else {
             PathKind::Direct
         }
+    }
+
+    /// Whether that path is found by chance only, and may not be found this time.
+    fn is_left_to_chance(&self) -> bool {
+        let [alice, bob] = self.nats;
+        let hard = (NatKind::Symmetric, NatKind::PortRestricted);
+        !self.block_udp && ((alice, bob) == hard || (bob, alice) == hard)
     }
 
     /// What a round trip between the homes takes on the lines alone.
@@ -115,17 +119,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_symmetric_with_a_port_filter_needs_the_relay() {
+    fn only_two_symmetric_ones_need_the_relay_and_one_with_a_port_filter_needs_luck() {
         for alice in NatKind::ALL {
             for bob in NatKind::ALL {
                 let options = LabOptions { nats: [alice, bob], ..LabOptions::default() };
-                let relayed = matches!(
+                let relayed = matches!((alice, bob), (NatKind::Symmetric, NatKind::Symmetric));
+                let luck = matches!(
                     (alice, bob),
-                    (NatKind::Symmetric, NatKind::PortRestricted | NatKind::Symmetric)
+                    (NatKind::Symmetric, NatKind::PortRestricted)
                         | (NatKind::PortRestricted, NatKind::Symmetric)
                 );
                 let expected = if relayed { PathKind::RelayUdp } else { PathKind::Direct };
                 assert_eq!(options.expected_path(), expected, "{alice} with {bob}");
+                assert_eq!(options.is_left_to_chance(), luck, "{alice} with {bob}");
                 let blocked = LabOptions { block_udp: true, ..options };
                 assert_eq!(blocked.expected_path(), PathKind::RelayTcp);
             }

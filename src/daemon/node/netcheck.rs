@@ -247,23 +247,24 @@ fn verdict(kind: Option<NatKind>, udp: bool, ipv6: bool) -> &'static str {
             "no NAT and no filter: every peer can be talked to directly, whatever it is behind"
         }
         Some(NatKind::Firewall) => {
-            "no NAT, and a firewall that lets in only answers: direct paths work with all peers \
-             but those behind a symmetric NAT"
+            "no NAT, and a firewall that lets in only answers: direct paths work with all peers, \
+             with those behind a symmetric NAT after some seconds on the relay"
         }
         Some(NatKind::FullConeOrAddressRestricted) => {
             "an open NAT: direct paths work with every peer that has UDP"
         }
         Some(NatKind::PortRestricted) => {
-            "an ordinary NAT: direct paths work with all peers but those behind a symmetric NAT, \
-             which are relayed"
+            "an ordinary NAT: direct paths work with all peers, with those behind a symmetric NAT \
+             after some seconds on the relay"
         }
         Some(NatKind::Symmetric) if ipv6 => {
             "a symmetric NAT, and IPv6: direct paths work over IPv6, and over IPv4 with peers that \
-             are not behind a port-restricted or symmetric NAT"
+             are not behind a symmetric NAT themselves"
         }
         Some(NatKind::Symmetric) => {
-            "a symmetric NAT: direct paths work with peers in the open or behind an open NAT, the \
-             others are relayed"
+            "a symmetric NAT: direct paths work with peers in the open or behind an open NAT, after \
+             some seconds on the relay behind an ordinary one, and not behind another symmetric \
+             NAT, unless one of the two gives its ports in order"
         }
         None => "UDP works; the NAT for IPv4 could not be measured",
     }
