@@ -20,11 +20,11 @@ pub(crate) fn cases() -> Vec<Case> {
     let long = "meta length > 1000";
     let all = "meta length > 0";
     vec![
-        Case::new("failover::data_is_filtered_both_ways", move || failover(data, data)),
-        Case::new("failover::data_is_filtered_one_way", move || failover(data, "")),
-        Case::new("failover::what_is_long_disappears", move || failover(long, long)),
-        Case::new("failover::one_direction_is_blocked", move || failover("", all)),
-        Case::new("failover::random_loss_does_not_move_a_path", random_loss),
+        Case::timed("failover::data_is_filtered_both_ways", move || failover(data, data)),
+        Case::timed("failover::data_is_filtered_one_way", move || failover(data, "")),
+        Case::timed("failover::what_is_long_disappears", move || failover(long, long)),
+        Case::timed("failover::one_direction_is_blocked", move || failover("", all)),
+        Case::timed("failover::random_loss_does_not_move_a_path", random_loss),
     ]
 }
 

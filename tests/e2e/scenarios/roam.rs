@@ -13,7 +13,7 @@ use crate::overlay::{Node, Server};
 use crate::ping::{self, Stream};
 
 pub(crate) fn cases() -> Vec<Case> {
-    let case = |name: &str, run: fn()| Case::new(format!("roam::{name}"), run);
+    let case = |name: &str, run: fn()| Case::timed(format!("roam::{name}"), run);
     vec![
         case("another_address", another_address),
         case("the_default_route_moves", default_route_moves),
