@@ -6,7 +6,7 @@ use crate::world::World;
 
 /// Whether the nodes of two hosts can reach each other without the server.
 pub(crate) fn direct_path_possible(world: &World, a: usize, b: usize) -> bool {
-    if world.is_partitioned(a, b) {
+    if world.is_partitioned(a, b) || world.is_black_hole(a) || world.is_black_hole(b) {
         return false;
     }
     let (a, b) = (&world.hosts[a], &world.hosts[b]);
@@ -15,6 +15,14 @@ pub(crate) fn direct_path_possible(world: &World, a: usize, b: usize) -> bool {
     }
     if a.udp_blocked || b.udp_blocked {
         return false;
+    }
+    // A firewall lets in what answers: both sides send, and know each other's address.
+    if a.ipv6.is_some() && b.ipv6.is_some() {
+        return true;
+    }
+    // Whoever sends to a forwarded port is answered from it.
+    if a.mapped.is_some() || b.mapped.is_some() {
+        return true;
     }
     can_punch(world.edges[a.edge].kind, world.edges[b.edge].kind)
 }
