@@ -24,6 +24,7 @@ pub mod io;
 pub mod lab;
 pub mod node;
 pub mod path;
+pub mod policy;
 pub mod server;
 pub mod store;
 pub mod telemetry;

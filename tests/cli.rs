@@ -134,6 +134,24 @@ fn the_examples_of_configuration_files_are_good_ones() {
         let output = overlay("config check").arg(file).output().unwrap();
         assert_eq!(output.status.code(), Some(0), "{name}: {output:?}");
     }
+    let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/policy.toml");
+    let output = overlay("server policy test").arg(rules).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "policy.toml: {output:?}");
+}
+
+/// The rules in the README are good ones, and their test passes.
+#[test]
+fn the_access_rules_in_the_readme_are_good_ones() {
+    let section = README.split("## Access rules").nth(1).expect("there is such a section");
+    let lines = section.lines().skip_while(|line| !line.starts_with("    "));
+    let text: Vec<&str> =
+        lines.take_while(|line| line.is_empty() || line.starts_with("    ")).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("policy.toml");
+    fs::write(&file, text.join("\n")).unwrap();
+    let output = overlay("server policy test").arg(&file).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("all 1 tests pass"), "{output:?}");
 }
 
 /// Checks that `output` is an error of three parts with this exit code, and returns the text.

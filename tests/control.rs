@@ -185,7 +185,7 @@ async fn relay_datagrams_go_from_udp_to_link_and_back_and_nowhere_else() {
     let server = start(options(dir.path())).await.unwrap();
     let mut line = join_line(&server);
     let address = server.listening()[0];
-    let invite = Request::Invite { uses: 2, ttl_s: 60, name: None };
+    let invite = Request::Invite { uses: 2, ttl_s: 60, name: None, tags: Vec::new() };
     let Answer::Invited(invited) = ask(dir.path(), invite).await else {
         panic!("an invite is answered with an invite");
     };

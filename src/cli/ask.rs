@@ -80,7 +80,11 @@ pub struct Answers {
 }
 
 impl Answers {
-    fn to<Q: Serialize>(role: Role, socket: &Path, question: &Q) -> Result<Self, Failure> {
+    pub(super) fn to<Q: Serialize>(
+        role: Role,
+        socket: &Path,
+        question: &Q,
+    ) -> Result<Self, Failure> {
         let runtime = runtime::on_this_thread()?;
         let client = runtime.block_on(async {
             let mut client = LocalClient::connect(socket).await?;

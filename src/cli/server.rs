@@ -1,6 +1,9 @@
 //! `overlay server`: run a server, or ask the one that runs.
 
 mod admin;
+mod backup;
+mod events;
+mod policy;
 
 use std::fmt::Display;
 use std::io;
@@ -15,7 +18,7 @@ use super::{config as config_command, print, runtime};
 use crate::config::paths::{Paths, Role};
 use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
-use crate::daemon::server::{Options, StartError, start};
+use crate::daemon::server::{Options, Signals, StartError, start};
 use crate::io::files::FileError;
 use crate::io::local::LocalError;
 use crate::store::StoreError;
@@ -70,6 +73,34 @@ enum Command {
         /// The new name
         name: crate::types::NodeName,
     },
+    /// Show who changed what: nodes that joined or were removed, invites
+    Events(events::EventsArgs),
+    /// Write everything that the running server needs to live on into a file
+    Backup {
+        /// The file, or - for standard output; it will hold the server's secret key
+        file: PathBuf,
+    },
+    /// Make the server of this machine the one of a backup; it must not run meanwhile
+    Restore {
+        /// The file, or - for standard input
+        file: PathBuf,
+        /// Replace the network that is there; it is kept aside
+        #[arg(long)]
+        force: bool,
+        /// The server's state directory [default: /var/lib/overlay/server]
+        #[arg(long = "state-dir", value_name = "DIR")]
+        place: Option<PathBuf>,
+    },
+    /// Give a node these tags and no others; access rules know nodes by them
+    Tag {
+        /// Its name, overlay address or id
+        node: String,
+        /// All its tags; none takes them away
+        #[arg(value_name = "TAG")]
+        tags: Vec<crate::types::Tag>,
+    },
+    /// Check, try, set and show the access rules of the network
+    Policy(policy::PolicyArgs),
 }
 
 /// Runs the command.
@@ -79,6 +110,15 @@ enum Command {
 pub fn run(args: ServerArgs) -> Result<(), Failure> {
     let paths = Paths::of(Role::Server);
     match args.command {
+        Some(Command::Restore { file, force, place }) => {
+            let place = match place.or(args.state_dir) {
+                Some(place) => place,
+                None => state_dir_of_config(args.config)?,
+            };
+            backup::restore(&file, &place, force)
+        }
+        // These two look at a file and ask nobody.
+        Some(Command::Policy(policy)) if policy.is_local() => policy.run_local(),
         Some(command) => {
             let socket = match args.socket {
                 Some(socket) => socket,
@@ -108,6 +148,16 @@ fn socket_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
     Ok(config.socket.unwrap_or_else(|| Paths::socket_to_ask(Role::Server)))
 }
 
+/// Where the server keeps its state, if nobody says so on the command line.
+fn state_dir_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
+    let paths = Paths::of(Role::Server);
+    let config = match file {
+        Some(file) => load(&file, Wanted::Explicitly)?,
+        None => load(&paths.config, Wanted::IfThere)?,
+    };
+    Ok(config.state_dir.unwrap_or(paths.state_dir))
+}
+
 fn load(file: &std::path::Path, wanted: Wanted) -> Result<ServerConfig, Failure> {
     config::load_file(file, wanted).map_err(|error| config_command::failure(&error))
 }
@@ -133,13 +183,14 @@ fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
 }
 
 async fn serve(options: Options) -> Result<(), Failure> {
+    let signals = Signals::catch().map_err(|error| explain(&error, &options))?;
     let server = start(options.clone()).await.map_err(|error| explain(&error, &options))?;
     if let Some(line) = server.first_join_line() {
         info!("nobody has joined yet: the join line on stdout lets one node in, within one hour");
         info!("type on that machine: sudo overlay up JOINLINE; new lines: overlay server invite");
         print::line_of_daemon(line.expose())?;
     }
-    server.run_until_signal().await.map_err(|error| explain(&error, &options))
+    server.run_until_signal(signals).await.map_err(|error| explain(&error, &options))
 }
 
 /// Why a server does not start, and what to type next.
@@ -151,8 +202,12 @@ fn explain(error: &StartError, options: &Options) -> Failure {
             failure(&file_help(error))
         }
         StartError::Store(StoreError::Damaged { path, .. } | StoreError::Foreign { path }) => {
-            failure(&format_args!("restore {} from a backup; it was not changed", path.display()))
+            failure(&format_args!("{} was not changed; {RESTORE}", path.display()))
         }
+        StartError::Store(
+            StoreError::BadSum { .. } | StoreError::Unknown { .. } | StoreError::Empty { .. },
+        ) => failure(&format_args!("the store was not changed; {RESTORE}")),
+        StartError::HalfRestored { .. } => failure(&RESTORE_AGAIN),
         StartError::Store(StoreError::Newer { .. }) => {
             failure(&"install the newer version again; the store was not changed")
         }
@@ -160,11 +215,11 @@ fn explain(error: &StartError, options: &Options) -> Failure {
             &format_args!("look at the disk of the store: df -h {}", options.state_dir.display()),
         ),
         StartError::StoreLost { key, .. } => failure(&format_args!(
-            "restore the store from a backup; to start a new network instead, remove {}",
+            "{RESTORE}; to start a new network instead, remove {}",
             key.display()
         )),
         StartError::KeyLost { .. } => {
-            failure(&"restore the key from a backup: every node trusts this key and no other")
+            failure(&format_args!("every node trusts this key and no other; {RESTORE}"))
         }
         StartError::Local(LocalError::AlreadyRunning { .. }) => failure(
             &"a server runs already: ask it with `overlay server nodes`, or choose another --socket",
@@ -178,15 +233,16 @@ fn explain(error: &StartError, options: &Options) -> Failure {
             failure(&"change or remove `network` and `network-ipv6` in the configuration")
                 .code(fail::USAGE)
         }
-        StartError::Record { .. } => failure(&format_args!(
-            "restore {} from a backup",
-            options.state_dir.join("server.db").display()
-        )),
+        StartError::Record { .. } => failure(&RESTORE),
         StartError::System { .. } => {
             failure(&"see how many threads and open files are allowed: ulimit -u -n")
         }
     }
 }
+
+const RESTORE: &str = "bring the last backup back: overlay server restore --force FILE (what is \
+                       there is kept aside)";
+const RESTORE_AGAIN: &str = "restore it once more: overlay server restore FILE";
 
 fn listen_help(address: SocketAddr, source: &io::Error) -> String {
     match source.kind() {

@@ -87,6 +87,20 @@ impl Service {
         }
     }
 
+    /// The units that hold its ports open, with their content.
+    fn sockets(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Node => &[],
+            Self::Server => &[
+                ("overlay-server.socket", include_str!("../../systemd/overlay-server.socket")),
+                (
+                    "overlay-server-443.socket",
+                    include_str!("../../systemd/overlay-server-443.socket"),
+                ),
+            ],
+        }
+    }
+
     fn unit_file(self) -> PathBuf {
         Path::new("/etc/systemd/system").join(self.unit())
     }

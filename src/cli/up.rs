@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 
 use super::fail::{Failure, NOT_ENROLLED, PERMISSION, USAGE, is_denied};
 use super::{Done, config as config_command, runtime};
-use crate::config::node::NodeConfig;
+use crate::config::node::{MtuSetting, NodeConfig};
 use crate::config::paths::{Paths, Role};
 use crate::config::{self, Wanted};
 use crate::daemon::node::{
@@ -27,8 +27,6 @@ use crate::wire::join::{JoinError, JoinLine};
 
 const DEFAULT_INTERFACE: &str = "overlay0";
 /// The IPv6 minimum; fits every path with all headers on top.
-const DEFAULT_MTU: u16 = 1280;
-const MTU_RANGE: &str = "it has to be 1280 to 9000: IPv6 needs 1280, and no link carries over 9000";
 const REKEY_RANGE: &str = "it has to be 5 to 120: a new key each so many seconds";
 /// What RFC 6886 section 3.3 recommends.
 const DEFAULT_LEASE: Duration = Duration::from_secs(7200);
@@ -73,10 +71,9 @@ pub struct UpArgs {
     #[arg(long, value_name = "N", env = "OVERLAY_LISTEN_PORT")]
     listen_port: Option<u16>,
 
-    /// MTU of the interface in bytes [default: 1280]
-    #[arg(long, value_name = "N", env = "OVERLAY_MTU",
-          value_parser = clap::value_parser!(u16).range(1280..=9000))]
-    mtu: Option<u16>,
+    /// Largest packet in bytes, 1280 to 9000, or auto [default: auto]
+    #[arg(long, value_name = "N", env = "OVERLAY_MTU")]
+    mtu: Option<MtuSetting>,
 
     /// Name of this node in the network [default: the host name]
     #[arg(long, value_name = "NAME", env = "OVERLAY_NAME")]
@@ -156,10 +153,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             return Err(unusable(&path, setting, LEASE_RANGE));
         }
     };
-    let mtu = args.mtu.or(file.mtu).unwrap_or(DEFAULT_MTU);
-    if !(1280..=9000).contains(&mtu) {
-        return Err(unusable(&path, format!("mtu = {mtu}"), MTU_RANGE));
-    }
+    let mtu = args.mtu.or(file.mtu).and_then(MtuSetting::bytes);
     let interface = args.interface.or(file.interface).unwrap_or_else(|| DEFAULT_INTERFACE.into());
     check_name(&interface).map_err(|error| {
         let cause = "the name comes from --interface, OVERLAY_INTERFACE or the configuration";
@@ -180,6 +174,8 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         settings: NodeSettings {
             rekey_after,
             eager_peers: file.eager_peers.map_or(defaults.eager_peers, usize::from),
+            birthday_probing: file.birthday_probing.unwrap_or(defaults.birthday_probing),
+            ..defaults
         },
         offloads: Offloads {
             tun: file.tun_offload.unwrap_or(true),

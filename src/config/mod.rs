@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 
 use crate::io::files::{self, FileError};
+pub use crate::wire::strict::Mistake;
+use crate::wire::strict::{self, TextError};
 
 /// Why a configuration file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -53,51 +55,14 @@ impl fmt::Display for Place {
     }
 }
 
-/// What is wrong in a configuration file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Mistake {
-    /// A key that is not one of ours.
-    UnknownKey {
-        /// The key.
-        key: String,
-        /// The keys that are.
-        known: Vec<String>,
-        /// The one that was probably meant.
-        nearest: Option<String>,
-    },
-    /// A value of the wrong kind, or text that is not TOML.
-    Other(String),
-}
-
-impl fmt::Display for Mistake {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::UnknownKey { key, nearest: Some(nearest), .. } => {
-                write!(f, "unknown key \"{key}\"; did you mean \"{nearest}\"?")
-            }
-            Self::UnknownKey { key, known, nearest: None } => {
-                write!(f, "unknown key \"{key}\"; known keys are {}", known.join(", "))
-            }
-            Self::Other(message) => f.write_str(message),
-        }
-    }
-}
-
 /// Reads the text of a configuration file; `path` is only for the error.
 ///
 /// # Errors
 /// When it is not TOML, holds an unknown key or a value that does not fit.
 pub fn load<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
-    toml::from_str(text).map_err(|error: toml::de::Error| {
-        let offset = error.span().map_or(0, |span| span.start);
-        let before = text.get(..offset).unwrap_or(text);
-        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        let place = Place {
-            path: path.to_path_buf(),
-            line: before.matches('\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
-        };
-        ConfigError::Content { place, mistake: mistake(error.message()) }
+    strict::from_toml(text).map_err(|TextError { line, column, mistake }| {
+        let place = Place { path: path.to_path_buf(), line, column };
+        ConfigError::Content { place, mistake }
     })
 }
 
@@ -123,46 +88,6 @@ pub enum Wanted {
     Explicitly,
     /// It is the default place.
     IfThere,
-}
-
-/// Makes serde's sentence about an unknown key into a better one.
-fn mistake(message: &str) -> Mistake {
-    let mut quoted = message.split('`').skip(1).step_by(2).map(ToString::to_string);
-    match (message.starts_with("unknown field"), quoted.next()) {
-        (true, Some(key)) => {
-            let known: Vec<String> = quoted.collect();
-            let nearest = nearest(&key, &known).cloned();
-            Mistake::UnknownKey { key, known, nearest }
-        }
-        _ => Mistake::Other(message.trim().replace('\n', "; ")),
-    }
-}
-
-/// The known key that differs least, when it differs so little that it was probably meant.
-fn nearest<'a>(key: &str, known: &'a [String]) -> Option<&'a String> {
-    let key = key.replace('_', "-").to_lowercase();
-    known
-        .iter()
-        .map(|candidate| (edit_distance(&key, candidate), candidate))
-        .filter(|(distance, candidate)| *distance <= 1 + candidate.len() / 3)
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, candidate)| candidate)
-}
-
-/// How many letters must be put in, taken out or changed to get from `a` to `b` (Levenshtein).
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let change = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(row[j + 1] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -209,12 +134,5 @@ mod tests {
             load_file::<ServerConfig>(nowhere, Wanted::Explicitly),
             Err(ConfigError::Missing { .. })
         ));
-    }
-
-    #[test]
-    fn the_distance_counts_letters() {
-        for (a, b, distance) in [("", "abc", 3), ("listen", "lisen", 1), ("abc", "acb", 2)] {
-            assert_eq!(edit_distance(a, b), distance, "{a} {b}");
-        }
     }
 }

@@ -1,8 +1,9 @@
 //! `node.toml`.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::types::NodeName;
 
@@ -20,8 +21,8 @@ pub struct NodeConfig {
     pub interface: Option<String>,
     /// UDP port. Default: a random one, kept for the next start; 0 is a new one each start.
     pub listen_port: Option<u16>,
-    /// MTU of the TUN interface, in bytes. Default: 1280, which fits every path.
-    pub mtu: Option<u16>,
+    /// The largest MTU that is used, in bytes, or `"auto"`. Default: auto.
+    pub mtu: Option<MtuSetting>,
     /// Renew WireGuard keys after so many seconds, 5 to 120. Default: 120.
     pub rekey_after_s: Option<u16>,
     /// Make paths before they are used in networks of up to so many peers. Default: 64.
@@ -30,12 +31,76 @@ pub struct NodeConfig {
     pub port_mapping: Option<bool>,
     /// The lease to ask for, in seconds, 20 to 86400. Default: 7200.
     pub port_mapping_lease_s: Option<u32>,
+    /// Look for a path between hard NATs by chance when nothing else has led to one. Default: true.
+    pub birthday_probing: Option<bool>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
     pub tun_offload: Option<bool>,
     /// Send many datagrams in one call. Default: true.
     pub udp_gso: Option<bool>,
     /// Receive many datagrams of one sender as one. Default: true.
     pub udp_gro: Option<bool>,
+}
+
+/// The largest packet that the overlay carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MtuSetting {
+    /// What the widest link of this machine allows.
+    Auto,
+    /// So many bytes.
+    Bytes(u16),
+}
+
+/// The MTUs that an interface can have: IPv6 wants the lower one, jumbo frames end at the upper one.
+const MTU_RANGE: std::ops::RangeInclusive<u16> = 1_280..=9_000;
+
+/// Not an MTU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("an MTU is \"auto\" or a number from 1280 to 9000")]
+pub struct BadMtu;
+
+impl FromStr for MtuSetting {
+    type Err = BadMtu;
+
+    fn from_str(text: &str) -> Result<Self, BadMtu> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        text.parse().map_err(|_| BadMtu).and_then(Self::of_bytes)
+    }
+}
+
+impl MtuSetting {
+    fn of_bytes(bytes: u16) -> Result<Self, BadMtu> {
+        if MTU_RANGE.contains(&bytes) { Ok(Self::Bytes(bytes)) } else { Err(BadMtu) }
+    }
+
+    /// The number, if there is one.
+    #[must_use]
+    pub fn bytes(self) -> Option<u16> {
+        match self {
+            Self::Auto => None,
+            Self::Bytes(bytes) => Some(bytes),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for MtuSetting {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(u64),
+            Word(String),
+        }
+        let setting = match Written::deserialize(deserializer) {
+            Ok(Written::Number(number)) => {
+                u16::try_from(number).map_err(|_| BadMtu).and_then(Self::of_bytes)
+            }
+            Ok(Written::Word(word)) if word == "auto" => Ok(Self::Auto),
+            Ok(Written::Word(_)) | Err(_) => Err(BadMtu),
+        };
+        setting.map_err(serde::de::Error::custom)
+    }
 }
 
 #[cfg(test)]
@@ -67,6 +132,7 @@ mod tests {
             eager_peers,
             port_mapping,
             port_mapping_lease_s,
+            birthday_probing,
             tun_offload,
             udp_gso,
             udp_gro,
@@ -75,6 +141,20 @@ mod tests {
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
+        assert!(birthday_probing.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
+    }
+    #[test]
+    fn an_mtu_is_a_number_in_range_or_the_word() {
+        let file = |text: &str| {
+            crate::config::load::<NodeConfig>(Path::new("node.toml"), text).map(|it| it.mtu)
+        };
+        assert_eq!(file("mtu = \"auto\"").unwrap(), Some(MtuSetting::Auto));
+        assert_eq!(file("mtu = 1420").unwrap(), Some(MtuSetting::Bytes(1_420)));
+        for bad in ["1279", "9001", "70000", "\"many\"", "\"1420\"", "-1", "[]"] {
+            assert!(file(&format!("mtu = {bad}")).is_err(), "{bad}");
+        }
+        assert_eq!("9000".parse(), Ok(MtuSetting::Bytes(9_000)));
+        assert_eq!("many".parse::<MtuSetting>(), Err(BadMtu));
     }
 }

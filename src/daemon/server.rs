@@ -6,12 +6,16 @@
 //! `relay` the UDP side, `core` the loop around the state machine, `local` the administrator.
 
 mod addresses;
+mod backup;
 mod connections;
 mod core;
 mod local;
 mod relay;
 mod sockets;
 mod state;
+
+pub use backup::{BackupError, Restored, restore};
+pub use local::{EventInfo, Question, StoreAnswer};
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,7 +25,7 @@ use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -29,6 +33,7 @@ use tracing::{error, info, warn};
 
 use crate::io::files::FileError;
 use crate::io::local::{LocalError, LocalListener};
+use crate::io::service::handed_listeners;
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
@@ -81,12 +86,18 @@ pub enum StartError {
         reason: String,
     },
     /// The store is gone and the key is there.
-    #[error("{} is there, but the store {} is not", key.display(), store.display())]
+    #[error("{} is there, but the store {} is not or is empty", key.display(), store.display())]
     StoreLost {
         /// The key file.
         key: PathBuf,
         /// The database.
         store: PathBuf,
+    },
+    /// A backup was not put in place to the end.
+    #[error("a backup was about to be restored in {}, and that was interrupted", state_dir.display())]
+    HalfRestored {
+        /// The state directory.
+        state_dir: PathBuf,
     },
     /// The key is gone and the store is there.
     #[error("the store has a network in it, but its key {} is not there or damaged", key.display())]
@@ -128,6 +139,28 @@ pub enum StartError {
     },
 }
 
+/// The signals that a server obeys. Made before it starts: one that comes meanwhile is not lost.
+#[derive(Debug)]
+pub struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// From here on these signals do not end the process by themselves.
+    ///
+    /// # Errors
+    /// When they cannot be had.
+    pub fn catch() -> Result<Self, StartError> {
+        let catch = |kind| {
+            signal(kind)
+                .map_err(|source| StartError::System { action: "wait for a signal", source })
+        };
+        let (terminate, interrupt) = (SignalKind::terminate(), SignalKind::interrupt());
+        Ok(Self { terminate: catch(terminate)?, interrupt: catch(interrupt)? })
+    }
+}
+
 /// A server that runs; it stops when this is dropped, and in good order by [`Self::stop`].
 #[derive(Debug)]
 pub struct RunningServer {
@@ -147,7 +180,7 @@ pub struct RunningServer {
 /// When something is in the way; nothing of it runs then.
 pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     allow_many_connections();
-    let bound = sockets::bind(&options.listen)?;
+    let bound = sockets::bind(&options.listen, handed_listeners())?;
     let local = LocalListener::bind(&options.socket).await?;
     let state = state::open(&options).await?;
     let advertised =
@@ -171,7 +204,15 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let (events, inbox) = mpsc::channel(EVENT_QUEUE);
     let hub = Arc::new(Hub::new(bound.udp, events.clone()));
     let threads = relay::spawn(&hub, &stopping)?;
-    let mut core = core::Core::new(server, state.store, Arc::clone(&hub), advertised, state.lock);
+    let parts = core::Parts {
+        store: state.store,
+        key: state.key.clone(),
+        hub: Arc::clone(&hub),
+        advertised,
+        lock: state.lock,
+    };
+    let mut core = core::Core::new(server, parts).await?;
+    let newest = core.newest_event();
     let first_join_line = first_join_line(&mut core).await?;
     core.warn();
     let mut tasks = Vec::new();
@@ -182,7 +223,7 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
         info!(address = %listener.address, udp, second, "listening");
         tasks.push(tokio::spawn(connections::accept(listener, Arc::clone(&entrance))));
     }
-    tasks.push(tokio::spawn(local::serve(local, events)));
+    tasks.push(tokio::spawn(local::serve(local, events, newest)));
     let core = tokio::spawn(core.run(inbox, stopping));
     let advertised = addresses;
     Ok(RunningServer { listening, advertised, first_join_line, hub, stop, core, tasks, threads })
@@ -202,8 +243,9 @@ async fn first_join_line(core: &mut core::Core) -> Result<Option<JoinText>, Star
     if !core.has_no_members() {
         return Ok(None);
     }
-    let request = Request::Invite { uses: 1, ttl_s: FIRST_INVITE_TTL_S, name: None };
-    match core.answer(request).await {
+    let request =
+        Request::Invite { uses: 1, ttl_s: FIRST_INVITE_TTL_S, name: None, tags: Vec::new() };
+    match core.answer(request, "server").await {
         Ok(Answer::Invited(invited)) => Ok(Some(invited.join)),
         Ok(_) => Ok(None),
         Err(refusal) => {
@@ -236,10 +278,8 @@ impl RunningServer {
     ///
     /// # Errors
     /// When the signals cannot be had, or the server has died.
-    pub async fn run_until_signal(mut self) -> Result<(), StartError> {
-        let system = |action| move |source| StartError::System { action, source };
-        let mut terminate = signal(SignalKind::terminate()).map_err(system("wait for a signal"))?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(system("wait for a signal"))?;
+    pub async fn run_until_signal(mut self, signals: Signals) -> Result<(), StartError> {
+        let Signals { mut terminate, mut interrupt } = signals;
         let addresses: Vec<String> = self.advertised.iter().map(ToString::to_string).collect();
         let status = format!("nodes find it at {}", addresses.join(", "));
         notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&status)]);

@@ -3,10 +3,11 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use super::filter::admit;
 use super::peer::LockedPeer;
 use super::{ForwardingTable, Note, Peer, Shared, Source, TunBatch};
 use crate::path::Via;
-use crate::types::{DropReason, NodeId};
+use crate::types::{DropReason, NodeId, SizeCounts};
 use crate::wire::ip::IpView;
 use crate::wire::{PacketKind, relay};
 
@@ -61,6 +62,7 @@ struct Lane<'a> {
     via: Via,
     authentic: bool,
     rx_bytes: usize,
+    arrived: SizeCounts,
 }
 
 impl Drop for Run<'_> {
@@ -142,11 +144,12 @@ impl<'a> Run<'a> {
             let peer = self.table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?;
             let state = peer.lock();
             let (authentic, rx_bytes) = (false, 0);
-            self.lane = Some(Lane { peer, state, receiver, via, authentic, rx_bytes });
+            let arrived = SizeCounts::default();
+            self.lane = Some(Lane { peer, state, receiver, via, authentic, rx_bytes, arrived });
         }
         let Some(lane) = &mut self.lane else { return Err(DropReason::UnknownSession) };
         let (own, now) = (self.table.own, self.now);
-        let mut confirmed = false;
+        let (mut confirmed, mut refused) = (false, None);
         let taken = self.tun.push(datagram.len(), |room| {
             let opened = lane.state.session.open(receiver, datagram, room, now)?;
             lane.authentic = true;
@@ -162,9 +165,22 @@ impl<'a> Run<'a> {
             if own.is_none_or(|own| !own.contains(view.dst)) {
                 return Err(DropReason::NoRoute);
             }
+            if let Some(filter) = &self.table.filter {
+                admit(filter, lane.peer.id, &room[..view.len], &mut lane.state, now).map_err(
+                    |answer| {
+                        refused = answer;
+                        DropReason::Filtered
+                    },
+                )?;
+            }
             lane.rx_bytes += view.len;
             Ok(view.len)
         });
+        // The second copy of a doubled packet proves as much of its path as the first one.
+        if !matches!(taken, Err(DropReason::Undecryptable | DropReason::UnknownSession)) {
+            lane.arrived.count(datagram.len(), 1);
+        }
+        self.notes.extend(refused.map(Note::Refused));
         if confirmed {
             self.notes.push(Note::SessionConfirmed(lane.peer.id));
         }
@@ -173,9 +189,9 @@ impl<'a> Run<'a> {
 
     /// Unlocks the session and tells what was heard from the peer.
     fn close_lane(&mut self) {
-        let Some(Lane { peer, state, via, authentic, rx_bytes, .. }) = self.lane.take() else {
-            return;
-        };
+        let Some(lane) = self.lane.take() else { return };
+        let Lane { peer, mut state, via, authentic, rx_bytes, arrived, .. } = lane;
+        state.arrived.add(via, arrived);
         drop(state);
         if !authentic {
             return;

@@ -9,9 +9,12 @@
 //! are held per peer only. No socket, no file, no clock.
 
 mod batch;
+mod filter;
+pub mod icmp;
 mod inbound;
 pub mod offload;
 mod outbound;
+mod path_counts;
 mod peer;
 mod session;
 mod table;
@@ -20,7 +23,8 @@ mod tun_batch;
 pub use batch::{Run, Target, UdpBatch};
 pub use inbound::{inbound, inbound_train};
 pub(crate) use outbound::send_datagram;
-pub use outbound::{flush_pending, outbound, outbound_frame};
+pub use outbound::{flush_pending, outbound, outbound_frame, send_keepalive};
+pub use path_counts::PathCounts;
 pub use peer::{LockedPeer, Peer, PeerCounters};
 pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
@@ -77,6 +81,10 @@ pub enum Note {
     },
     /// There are packets for this peer and no session or no path.
     SessionWanted(NodeId),
+    /// An answer to the sender of a packet that cannot go on as it is, for the TUN interface.
+    Answer(Vec<u8>),
+    /// An answer to the peer whose packet the access rules refused.
+    Refused(Vec<u8>),
     /// The first packet to this peer after a pause was sent: watch its path.
     Active(NodeId),
     /// The first packet of a new session was opened: both sides have it.
@@ -105,6 +113,8 @@ pub struct Shared {
     base: Instant,
     /// Stamp of the last [`Note::UnknownSession`].
     unknown_noted: AtomicU64,
+    /// Stamp of the last answer to a packet that goes nowhere.
+    unroutable_answered: AtomicU64,
 }
 
 impl Shared {
@@ -116,6 +126,7 @@ impl Shared {
             drops: DropCounters::default(),
             base,
             unknown_noted: AtomicU64::new(0),
+            unroutable_answered: AtomicU64::new(0),
         })
     }
 
@@ -146,13 +157,12 @@ impl Shared {
     /// Whether an unknown session may be noted now: ten times a second at most, since anybody can
     /// send such packets.
     fn may_note_unknown(&self, now: Instant) -> bool {
-        let stamp = self.stamp(now);
-        let before = self.unknown_noted.load(Ordering::Relaxed);
-        if stamp < before.saturating_add(UNKNOWN_SPACING_MS) && before != 0 {
-            return false;
-        }
-        self.unknown_noted.store(stamp, Ordering::Relaxed);
-        true
+        spaced(&self.unknown_noted, self.stamp(now), UNKNOWN_SPACING_MS)
+    }
+
+    /// Whether a packet to an address that nobody has may be answered now.
+    fn may_answer_unroutable(&self, now: Instant) -> bool {
+        spaced(&self.unroutable_answered, self.stamp(now), UNROUTABLE_SPACING_MS)
     }
 
     /// The instant of a stamp; zero is never.
@@ -162,8 +172,20 @@ impl Shared {
     }
 }
 
+/// Whether something may happen at `stamp` that is at least `spacing_ms` apart.
+fn spaced(last: &AtomicU64, stamp: u64, spacing_ms: u64) -> bool {
+    let before = last.load(Ordering::Relaxed);
+    if stamp < before.saturating_add(spacing_ms) && before != 0 {
+        return false;
+    }
+    last.store(stamp, Ordering::Relaxed);
+    true
+}
+
 /// Notes of unknown sessions are at least this far apart.
 const UNKNOWN_SPACING_MS: u64 = 100;
+/// Answers to packets that go nowhere: as many as a program that tries addresses can wait for.
+const UNROUTABLE_SPACING_MS: u64 = 20;
 
 #[cfg(test)]
 mod tests;

@@ -5,12 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::batch::{Target, UdpBatch};
+use super::icmp::{self, Trouble};
 use super::offload::{FrameHeader, Segments};
 use super::peer::LockedPeer;
 use super::session::{MIN_SEAL_BUFFER, SEAL_OVERHEAD, SealError, Session};
-use super::{ForwardingTable, Note, Peer, Shared};
-use crate::path::Via;
-use crate::types::{DropReason, NodeId};
+use super::{ForwardingTable, Note, PathCounts, Peer, Shared};
+use crate::path::{BASE_MTU, Choice, Via};
+use crate::types::{DropReason, NodeId, SizeCounts};
 use crate::wire::ip::IpView;
 use crate::wire::relay;
 
@@ -30,8 +31,12 @@ pub fn outbound<'p>(
     notes: &mut Vec<Note>,
 ) {
     for packet in packets {
-        let sent = Train::route(shared, table, packet, now, notes)
-            .map(|(mut train, len)| train.send(&packet[..len], out));
+        let sent = Train::route(shared, table, packet, now, notes).map(|(mut train, len)| {
+            if len > train.mtu {
+                train.tell_sender(&packet[..len]);
+            }
+            train.send(&packet[..len], out)
+        });
         if let Err(reason) = sent.and_then(|sent| sent) {
             shared.drops().count(reason);
         }
@@ -64,6 +69,11 @@ fn outbound_segments(
 ) -> Result<(), DropReason> {
     let (header, packet) = FrameHeader::parse(frame).map_err(|_| DropReason::BadInnerPacket)?;
     let (mut train, len) = Train::route(shared, table, packet, now, notes)?;
+    let longest = header.segmentation.map_or(len, |cut| len.min(cut.longest(&packet[..len])));
+    if longest > train.mtu {
+        // What the kernel has cut too long for the path was cut before it knew the path.
+        train.tell_sender(&packet[..len]);
+    }
     let mut segments = Segments::new(&header, &mut packet[..len])?;
     while let Some(segment) = segments.next_segment() {
         train.send(segment, out)?;
@@ -79,6 +89,15 @@ struct Train<'t> {
     state: LockedPeer<'t>,
     notes: &'t mut Vec<Note>,
     now: Instant,
+    /// Longest packet that the path carries uncut.
+    mtu: usize,
+    counts: SizeCounts,
+}
+
+impl Drop for Train<'_> {
+    fn drop(&mut self) {
+        self.way.count(&mut self.state.sent, self.counts);
+    }
 }
 
 impl<'t> Train<'t> {
@@ -94,19 +113,50 @@ impl<'t> Train<'t> {
         if is_multicast(view.dst) {
             return Err(DropReason::Multicast);
         }
-        let peer = table.route(view.dst).ok_or(DropReason::NoRoute)?;
+        let Some(peer) = table.route(view.dst) else {
+            if shared.may_answer_unroutable(now) {
+                let answer = icmp::answer(packet, view.dst, Trouble::HostUnreachable);
+                notes.extend(answer.map(Note::Answer));
+            }
+            return Err(DropReason::NoRoute);
+        };
         let stamp = shared.stamp(now);
         let before = peer.counters.last_sent.swap(stamp, Ordering::Relaxed);
         if before == 0 || stamp.saturating_sub(before) > PAUSE_MS {
             notes.push(Note::Active(peer.id));
         }
         let way = Way::to(peer, table);
-        Ok((Self { shared, peer, way, state: peer.lock(), notes, now }, view.len))
+        let (mtu, counts) = (usize::from(peer.mtu()), SizeCounts::default());
+        let mut state = peer.lock();
+        match &table.filter {
+            Some(filter) => filter.outbound(peer.id, packet, &mut state.flows, now),
+            None => state.flows.note_connection(packet, now),
+        }
+        Ok((Self { shared, peer, way, state, notes, now, mtu, counts }, view.len))
+    }
+
+    /// Tells the sender of `packet` what the path carries. The packet goes on all the same, in
+    /// fragments: it was accepted, and the answer comes too late for it.
+    fn tell_sender(&mut self, packet: &[u8]) {
+        let Ok(view) = IpView::parse(packet) else { return };
+        if view.dst.is_ipv6() && packet.len() <= usize::from(BASE_MTU) {
+            return;
+        }
+        self.peer.counters.too_big.fetch_add(1, Ordering::Relaxed);
+        let mtu = u16::try_from(self.mtu).unwrap_or(u16::MAX);
+        if self.state.answers.allow(self.now)
+            && let Some(answer) = icmp::answer(packet, view.dst, Trouble::TooBig { mtu })
+        {
+            self.notes.push(Note::Answer(answer));
+        }
     }
 
     fn send(&mut self, packet: &[u8], out: &mut UdpBatch) -> Result<(), DropReason> {
         match send(&mut self.state.session, self.peer, &self.way, packet, self.now, out) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.counts.count(packet.len() + SEAL_OVERHEAD, 1);
+                Ok(())
+            }
             Err(SealError::NoSession | SealError::NoPath) => {
                 self.state.keep(packet, self.shared.drops(), self.now);
                 if self.peer.ask_for_session() {
@@ -137,11 +187,37 @@ pub fn flush_pending(
             state.keep(&packet, shared.drops(), now);
             return;
         }
+        let mut counts = SizeCounts::default();
+        counts.count(packet.len() + SEAL_OVERHEAD, 1);
+        way.count(&mut state.sent, counts);
     }
+}
+
+/// Sends an empty packet of the session to `peer` on a path: nothing for its programs, and data for
+/// every filter on the way. Returns whether there are keys to do it.
+pub fn send_keepalive(
+    table: &ForwardingTable,
+    peer: &Peer,
+    via: Via,
+    now: Instant,
+    out: &mut UdpBatch,
+) -> bool {
+    let mut state = peer.lock();
+    let mut datagram = [0; MIN_SEAL_BUFFER];
+    if !state.session.is_usable(now) {
+        return false;
+    }
+    let Ok(len) = state.session.seal(&[], &mut datagram, now) else { return false };
+    let mut counts = SizeCounts::default();
+    counts.count(len, 1);
+    state.sent.add(via, counts);
+    drop(state);
+    send_datagram(table, peer.id, via, &datagram[..len], out)
 }
 
 /// Where packets to a peer go at this moment.
 struct Way {
+    choice: Choice,
     primary: Option<(Target, Header)>,
     duplicate: Option<(Target, Header)>,
 }
@@ -153,7 +229,15 @@ impl Way {
             let via = via?;
             Some((target_of(via, table)?, header_of(via, peer.id)))
         };
-        Self { primary: way(choice.primary), duplicate: way(choice.duplicate) }
+        Self { choice, primary: way(choice.primary), duplicate: way(choice.duplicate) }
+    }
+
+    fn count(&self, sent: &mut PathCounts, counts: SizeCounts) {
+        if counts != SizeCounts::default() {
+            for via in self.choice.primary.into_iter().chain(self.choice.duplicate) {
+                sent.add(via, counts);
+            }
+        }
     }
 }
 

@@ -1,14 +1,17 @@
 //! The state of one peer that packets touch: session, path, counters.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use super::icmp::AnswerLimit;
+use super::path_counts::PathCounts;
 use super::session::Session;
-use crate::path::Choice;
+use crate::path::{BASE_MTU, Choice};
+use crate::policy::Flows;
 use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
 
 /// Packets that wait for a session, per peer: one TCP window's worth of a handshake's time.
@@ -29,6 +32,8 @@ pub struct PeerCounters {
     pub last_heard_primary: AtomicU64,
     /// Stamp of the last authenticated data on any path.
     pub last_heard: AtomicU64,
+    /// Inner packets that were longer than the path carries uncut, and told so to their sender.
+    pub too_big: AtomicU64,
 }
 
 /// What stands behind the peer's lock.
@@ -36,6 +41,13 @@ pub struct PeerCounters {
 pub struct PeerState {
     /// The WireGuard session.
     pub session: Session,
+    /// Data sent, by path.
+    pub sent: PathCounts,
+    /// Data that arrived, by path.
+    pub arrived: PathCounts,
+    /// Flows with the peer, as far as access rules need to know them.
+    pub(super) flows: Flows,
+    pub(super) answers: AnswerLimit,
     pending: VecDeque<(Instant, Vec<u8>)>,
 }
 
@@ -54,6 +66,8 @@ pub struct Peer {
     /// Counters and stamps.
     pub counters: PeerCounters,
     choice: ArcSwap<Choice>,
+    /// Longest inner packet that the path carries uncut.
+    mtu: AtomicU16,
     session_wanted: AtomicBool,
     state: Mutex<PeerState>,
 }
@@ -68,8 +82,16 @@ impl Peer {
             index,
             counters: PeerCounters::default(),
             choice: ArcSwap::from_pointee(Choice::default()),
+            mtu: AtomicU16::new(BASE_MTU),
             session_wanted: AtomicBool::new(false),
-            state: Mutex::new(PeerState { session, pending: VecDeque::new() }),
+            state: Mutex::new(PeerState {
+                session,
+                sent: PathCounts::default(),
+                arrived: PathCounts::default(),
+                flows: Flows::default(),
+                answers: AnswerLimit::default(),
+                pending: VecDeque::new(),
+            }),
         })
     }
 
@@ -91,6 +113,17 @@ impl Peer {
         if self.choice() != choice {
             self.choice.store(Arc::new(choice));
         }
+    }
+
+    /// The longest inner packet that the path of this moment carries uncut, in bytes.
+    #[must_use]
+    pub fn mtu(&self) -> u16 {
+        self.mtu.load(Ordering::Relaxed)
+    }
+
+    /// Sets it; returns whether it was another.
+    pub fn set_mtu(&self, mtu: u16) -> bool {
+        self.mtu.swap(mtu, Ordering::Relaxed) != mtu
     }
 
     /// Whether the control plane has still to be told that a session is wanted.
@@ -123,6 +156,17 @@ impl PeerState {
             drops.count(DropReason::NoPath);
         }
         None
+    }
+
+    /// Takes all packets that have waited at least since `since`.
+    pub(crate) fn take_waiting(&mut self, since: Instant) -> Vec<Vec<u8>> {
+        let waiting = self.pending.iter().take_while(|(at, _)| *at <= since).count();
+        self.pending.drain(..waiting).map(|(_, packet)| packet).collect()
+    }
+
+    /// Since when the oldest packet waits.
+    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+        self.pending.front().map(|(at, _)| *at)
     }
 
     /// Drops the packets that waited for too long; tells whether any still wait.

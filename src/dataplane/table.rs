@@ -8,6 +8,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
 use super::Peer;
+use crate::policy::Filter;
 use crate::types::{NodeId, OverlayAddrs};
 
 /// Immutable once published; the control plane makes a new one for each change of the netmap.
@@ -17,9 +18,13 @@ pub struct ForwardingTable {
     pub own: Option<OverlayAddrs>,
     /// Where relay datagrams go to and come from.
     pub relay: Option<SocketAddr>,
+    /// What is let in; none when everything is.
+    pub filter: Option<Arc<Filter>>,
+    /// Whole prefixes; single addresses are in `hosts`.
     routes_v4: PrefixMap<Ipv4Net, Arc<Peer>>,
     routes_v6: PrefixMap<Ipv6Net, Arc<Peer>>,
-    // Only for look-up, never iterated: its order is of no consequence.
+    // Only for look-up, never iterated: their order is of no consequence.
+    hosts: HashMap<IpAddr, Arc<Peer>>,
     by_index: HashMap<u32, Arc<Peer>>,
     by_id: HashMap<NodeId, Arc<Peer>>,
 }
@@ -35,6 +40,9 @@ impl ForwardingTable {
     pub fn insert(&mut self, peer: Arc<Peer>) {
         for prefix in peer.addrs.prefixes() {
             match prefix {
+                _ if prefix.prefix_len() == prefix.max_prefix_len() => {
+                    self.hosts.insert(prefix.addr(), Arc::clone(&peer));
+                }
                 IpNet::V4(prefix) => drop(self.routes_v4.insert(prefix, Arc::clone(&peer))),
                 IpNet::V6(prefix) => drop(self.routes_v6.insert(prefix, Arc::clone(&peer))),
             }
@@ -44,8 +52,14 @@ impl ForwardingTable {
     }
 
     /// The peer that packets to `dst` go to: the longest prefix wins.
+    ///
+    /// No prefix is longer than a whole address, and nearly all packets are for one: these cost
+    /// the same however many there are.
     #[must_use]
     pub fn route(&self, dst: IpAddr) -> Option<&Arc<Peer>> {
+        if let Some(peer) = self.hosts.get(&dst) {
+            return Some(peer);
+        }
         match dst {
             IpAddr::V4(dst) => self.routes_v4.get_lpm(&Ipv4Net::from(dst)).map(|(_, peer)| peer),
             IpAddr::V6(dst) => self.routes_v6.get_lpm(&Ipv6Net::from(dst)).map(|(_, peer)| peer),

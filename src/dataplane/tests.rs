@@ -10,8 +10,10 @@ use super::{
     Source, TunBatch, UdpBatch, flush_pending, inbound, inbound_train, outbound, outbound_frame,
 };
 use crate::path::{Choice, Via};
+use crate::policy::Filter;
 use crate::testing::epoch;
 use crate::types::{DropReason, NodeId, OverlayAddrs, OverlayRange, SecretKey};
+use crate::wire::filter::{KIND_UDP, WireFilter, WireRule};
 use crate::wire::relay;
 
 const RELAY: &str = "203.0.113.1:41820";
@@ -119,6 +121,78 @@ fn a_spoofed_source_and_a_foreign_destination_are_dropped_and_counted() {
     let len = a.peer.lock().session.seal(&foreign, &mut sealed, now).unwrap();
     assert_eq!(deliver(&b, &a, &sealed[..len], now).0, Vec::<Vec<u8>>::new());
     assert_eq!(b.shared.drops().of(DropReason::NoRoute), 1);
+}
+
+/// Gives a side these rules.
+fn set_rules(side: &Side, rules: Vec<WireRule>) {
+    let mut table = ForwardingTable::new(Some(side.addrs), Some(RELAY.parse().unwrap()));
+    table.filter = Filter::new(&WireFilter { rules: Some(rules) }).map(Arc::new);
+    table.insert(Arc::clone(&side.peer));
+    side.shared.publish(table);
+}
+
+#[test]
+fn what_rules_refuse_is_counted_and_answered_and_own_flows_come_back() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let udp =
+        |src: u16, dst: u16| [&src.to_be_bytes()[..], &dst.to_be_bytes(), &[0, 8, 0, 0]].concat();
+    let port = WireRule { kind: KIND_UDP, sources: None, ports: Some(vec![(53, 53)]) };
+    set_rules(&b, vec![port]);
+    let carry = |from: &Side, to: &Side, src, dst| {
+        let sent = packet(from.addrs.v4, to.addrs.v4, &udp(src, dst));
+        deliver(to, from, &only_datagram(&send(from, &sent, now).0), now)
+    };
+    assert_eq!(carry(&a, &b, 9000, 53).0.len(), 1, "a rule allows it");
+    let (received, notes) = carry(&a, &b, 53, 9000);
+    assert_eq!(received.len(), 0);
+    let [Note::Refused(answer)] = &notes[..] else { panic!("{notes:?}") };
+    assert_eq!((answer[9], answer[20], answer[21]), (1, 3, 13), "administratively prohibited");
+    assert_eq!(answer[16..20], a.addrs.v4.octets());
+    assert_eq!(b.shared.drops().of(DropReason::Filtered), 1);
+
+    // The sender has rules too, and hears the answer: it is about a flow of its own.
+    set_rules(&a, Vec::new());
+    carry(&a, &b, 53, 9000);
+    let (out, _) = send(&b, answer, now);
+    assert_eq!(deliver(&a, &b, &only_datagram(&out), now).0, std::slice::from_ref(answer));
+
+    // What b asks for is answered; its own answers to a do not count as asking.
+    assert_eq!(carry(&b, &a, 7000, 7001).0.len(), 0, "a lets nothing in");
+    assert_eq!(carry(&a, &b, 7001, 7000).0.len(), 1);
+    assert_eq!(carry(&a, &b, 9000, 53).0.len(), 1);
+    assert_eq!(carry(&b, &a, 53, 9000).0.len(), 1, "a asked for it");
+    set_rules(&b, Vec::new());
+    assert_eq!(carry(&b, &a, 53, 9000).0.len(), 1);
+    assert_eq!(carry(&a, &b, 9000, 53).0.len(), 0, "the rule is gone, and so is the flow");
+    assert_eq!(carry(&a, &b, 7001, 7000).0.len(), 1, "b's own flow is not");
+}
+
+#[test]
+fn refused_packets_are_answered_with_measure() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    set_rules(&b, Vec::new());
+    let answers: usize = (0..1_000)
+        .map(|_| {
+            let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &[0; 8]), now);
+            deliver(&b, &a, &only_datagram(&out), now).1.len()
+        })
+        .sum();
+    assert!((1..100).contains(&answers), "{answers}");
+    assert_eq!(b.shared.drops().of(DropReason::Filtered), 1_000);
+}
+
+#[test]
+fn a_packet_to_nobody_is_answered() {
+    let now = epoch();
+    let (a, _) = pair(now);
+    let nobody = Ipv4Addr::new(10, 77, 0, 9);
+    let (out, notes) = send(&a, &packet(a.addrs.v4, nobody, &[0; 8]), now);
+    let [Note::Answer(answer)] = &notes[..] else { panic!("{notes:?}") };
+    assert_eq!((answer[9], answer[20], answer[21]), (1, 3, 1), "host unreachable");
+    assert_eq!(answer[12..16], nobody.octets(), "from where nobody is");
+    assert!(out.is_empty());
 }
 
 #[test]
@@ -314,4 +388,55 @@ proptest::proptest! {
         }
         send(&a, &bytes, now);
     }
+}
+
+#[test]
+fn a_packet_too_big_for_the_path_goes_on_and_its_sender_is_told_but_not_too_often() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    a.peer.set_mtu(1_360);
+    let mut whole = packet(a.addrs.v4, b.addrs.v4, &[7; 1_341]);
+    whole[6] = 0x40;
+    let mut told = 0;
+    for _ in 0..100 {
+        let (out, notes) = send(&a, &whole, now);
+        assert_eq!(deliver(&b, &a, &only_datagram(&out), now).0, [whole.clone()]);
+        for note in notes {
+            let Note::Answer(answer) = note else { continue };
+            assert_eq!(&answer[12..16], b.addrs.v4.octets());
+            assert_eq!(
+                (answer[20], answer[21], &answer[26..28]),
+                (3, 4, &1_360u16.to_be_bytes()[..])
+            );
+            told += 1;
+        }
+    }
+    assert!((1..50).contains(&told), "told {told} times");
+    assert_eq!(a.peer.counters.too_big.load(std::sync::atomic::Ordering::Relaxed), 100);
+    let fits = packet(a.addrs.v4, b.addrs.v4, &[7; 1_340]);
+    let (_, notes) = send(&a, &fits, now + Duration::from_secs(5));
+    assert!(!notes.iter().any(|note| matches!(note, Note::Answer(_))), "{notes:?}");
+}
+
+#[test]
+fn what_is_sent_and_what_arrives_is_counted_by_path_and_size_a_second_copy_too() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let via = Via::direct;
+    let before = b.peer.lock().arrived.of(via(a.endpoint));
+    let mut sent = Vec::new();
+    for len in [10, 1_200, 1_380] {
+        let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &vec![1; len]), now);
+        sent.push(only_datagram(&out));
+    }
+    assert_eq!(a.peer.lock().sent.of(via(b.endpoint)).0, [1, 1, 1]);
+    for datagram in sent.iter().chain(&sent[..1]) {
+        deliver(&b, &a, datagram, now);
+    }
+    let mut forged = sent[0].clone();
+    forged[40] ^= 1;
+    forged[8] ^= 0x40;
+    deliver(&b, &a, &forged, now);
+    let arrived = b.peer.lock().arrived.of(via(a.endpoint)).since(before);
+    assert_eq!(arrived.0, [2, 1, 1], "the copy counts, the forgery does not");
 }

@@ -75,9 +75,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), File
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(".new");
-    let beside = directory.join(name);
+    let beside = beside(path, NEW);
     let written = (|| {
         match fs::remove_file(&beside) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -95,6 +93,37 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), File
     written.map_err(FileError::io("write", path))
 }
 
+/// Like [`write_atomically`], and with a second copy (`.bak`), for what nobody could make again.
+///
+/// # Errors
+/// When a step fails; the old content is then still in one of the places.
+pub fn write_twice(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    write_atomically(path, bytes, mode)?;
+    write_atomically(&beside(path, BACKUP), bytes, mode)
+}
+
+/// Where the content of a file may be when the file itself is there and of no use: one that was
+/// written and not yet put in place, then the second copy.
+pub fn other_places(path: &Path) -> [PathBuf; 2] {
+    [beside(path, NEW), beside(path, BACKUP)]
+}
+
+const NEW: &str = ".new";
+const BACKUP: &str = ".bak";
+
+fn beside(path: &Path, end: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_os_string();
+    name.push(end);
+    PathBuf::from(name)
+}
+
+/// Leaves a file that was made in a state directory to the owner of the directory.
+pub(crate) fn leave_to_owner(path: &Path, file: &File) {
+    if let Some(directory) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        leave_to_owner_of(directory, file);
+    }
+}
+
 /// Root works in the state directory of the service now and then; what it leaves there must be of
 /// use to the service.
 fn leave_to_owner_of(directory: &Path, file: &File) {
@@ -103,7 +132,8 @@ fn leave_to_owner_of(directory: &Path, file: &File) {
     }
     let owner = fs::metadata(directory).map(|owner| (owner.uid(), owner.gid()));
     // One with a second name may be somebody else's, linked to here by the directory's owner.
-    let is_ours = file.metadata().is_ok_and(|file| file.is_file() && file.nlink() <= 1);
+    let is_ours =
+        file.metadata().is_ok_and(|file| file.is_dir() || (file.is_file() && file.nlink() <= 1));
     if let Ok((uid, gid)) = owner
         && (uid, gid) != (0, 0)
         && is_ours

@@ -20,8 +20,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-/// A question is never longer.
-const MAX_QUESTION_BYTES: usize = 64 * 1024;
+/// A question is never longer: a file of access rules, every byte of it escaped.
+const MAX_QUESTION_BYTES: usize = 256 * 1024;
 /// An answer is never longer: the nodes of a large network.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 /// Commands that one daemon serves at a time.
@@ -188,6 +188,13 @@ impl LocalConnection {
         timeout(IO_LIMIT, self.lines.next(MAX_QUESTION_BYTES))
             .await
             .map_err(|_| LocalError::TimedOut)?
+    }
+
+    /// Waits until the client has hung up; what it says on the way is not listened to.
+    pub async fn hung_up(&mut self) {
+        while let Ok(1..) = self.lines.stream.read_buf(&mut self.lines.buffer).await {
+            self.lines.buffer.clear();
+        }
     }
 
     /// Sends one answer; a question may have any number of them.

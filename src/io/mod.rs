@@ -8,6 +8,8 @@ pub mod local;
 pub mod opener;
 pub mod os;
 pub mod portmap;
+pub mod service;
 mod sys;
 pub mod tun;
 pub mod udp;
+pub mod wake;

@@ -1,11 +1,13 @@
 //! What the kernel knows of networks: links, addresses, routes, and news of their changes.
 //!
-//! Speaks netlink for IPv4 and IPv6, in the network namespace of the thread that connected. Decides
-//! nothing: which address or route belongs where is the caller's business.
+//! Speaks netlink for IPv4 and IPv6, in the network namespace of the thread that connected. Which
+//! address or route belongs where is the caller's business; `conflicts` and `underlay` say what the
+//! present ones mean.
 
 mod changes;
 mod conflicts;
 mod messages;
+mod underlay;
 
 use std::io;
 use std::net::IpAddr;
@@ -18,6 +20,7 @@ use tokio::task::JoinHandle;
 
 pub use changes::{ChangeSet, Changes};
 pub use conflicts::{Conflict, LocalNet, Overlap, conflicts};
+pub use underlay::Underlay;
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +35,29 @@ pub struct Link {
     pub loopback: bool,
     /// The largest packet it sends.
     pub mtu_bytes: u32,
+    /// What it is.
+    pub kind: LinkKind,
+    /// Whether its cable, or what stands for one, is plugged in.
+    pub carrier: bool,
+    /// The bridge or bond that it is a port of.
+    pub controller: Option<u32>,
+}
+
+/// What an interface is, as far as it matters for who is behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkKind {
+    /// A network card, or what behaves like one.
+    Device,
+    /// A bridge.
+    Bridge,
+    /// One end of a cable between two namespaces.
+    Veth,
+    /// Ethernet to a program: a virtual machine's, a container's, or a tunnel's.
+    Tap,
+    /// A line to a provider, or a tunnel that looks like one.
+    PointToPoint,
+    /// Packets inside packets.
+    Tunnel,
 }
 
 /// An address on an interface.
@@ -68,12 +94,25 @@ pub struct Route {
     pub pref_src: Option<IpAddr>,
     /// The kernel's order among routes to the same place, lowest first.
     pub metric: Option<u32>,
+    /// The longest packet that goes this way, in bytes, where that is not the interface's.
+    pub mtu_bytes: Option<u32>,
+    /// The largest TCP segment that is asked for in return, in bytes: what comes back may be longer
+    /// than what goes this way now.
+    pub advmss_bytes: Option<u32>,
 }
 
 impl Route {
     /// A route straight out of interface `index`, without router, hint or metric.
     pub fn direct(dst: IpNet, index: u32) -> Self {
-        Self { dst, index, gateway: None, pref_src: None, metric: None }
+        Self {
+            dst,
+            index,
+            gateway: None,
+            pref_src: None,
+            metric: None,
+            mtu_bytes: None,
+            advmss_bytes: None,
+        }
     }
 
     /// Whether this is a default route.
@@ -213,6 +252,15 @@ impl Netlink {
             routes.extend(messages.iter().flat_map(messages::routes));
         }
         Ok(routes)
+    }
+
+    /// How this machine hangs on its networks; `own` is the overlay's interface.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn underlay(&self, own: Option<u32>) -> Result<Underlay, NetlinkError> {
+        let (links, addresses) = (self.links().await?, self.addresses().await?);
+        Ok(Underlay::of(&links, &addresses, &self.routes().await?, own))
     }
 
     /// Listens for changes of links, addresses and routes, from now on. Must be called inside a

@@ -2,7 +2,8 @@
 
 #![expect(unsafe_code, reason = "a foreign descriptor is a bare number, and an ioctl has no type")]
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The descriptor of a TUN device, bound to the life of the device.
 pub(crate) fn tun_fd(device: &tun::Device) -> BorrowedFd<'_> {
@@ -24,24 +25,34 @@ pub(crate) fn tun_set_offload(device: &tun::Device, mask: libc::c_uint) -> nix::
     unsafe { ioctl::tun_set_offload(device.as_raw_fd(), mask) }.map(drop)
 }
 
-/// Lets the kernel and the routers on the way cut a datagram of `socket` that is longer than a
-/// link of the path takes.
-pub(crate) fn allow_fragments(socket: &impl AsRawFd, ipv6: bool) -> nix::Result<()> {
-    let value = if ipv6 { libc::IPV6_PMTUDISC_DONT } else { libc::IP_PMTUDISC_DONT };
-    set_mtu_discovery(socket, ipv6, value)
+/// Whether a datagram that is longer than a link of its path takes may be cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fragments {
+    /// By the kernel and by the routers on the way.
+    Allowed,
+    /// By nobody, whatever the kernel believes to know of the path.
+    Forbidden,
 }
 
-/// Lets nobody cut a datagram of `socket`, whatever the kernel believes of the path.
-pub(crate) fn forbid_fragments(socket: &impl AsRawFd, ipv6: bool) -> nix::Result<()> {
-    let value = if ipv6 { libc::IPV6_PMTUDISC_PROBE } else { libc::IP_PMTUDISC_PROBE };
-    set_mtu_discovery(socket, ipv6, value)
-}
-
-fn set_mtu_discovery(socket: &impl AsRawFd, ipv6: bool, value: libc::c_int) -> nix::Result<()> {
-    let (level, name) = if ipv6 {
-        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
-    } else {
-        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
+/// Sets what may be done with the datagrams that `socket` sends from here on.
+pub(crate) fn set_fragments(
+    socket: &impl AsRawFd,
+    ipv6: bool,
+    fragments: Fragments,
+) -> nix::Result<()> {
+    let (level, name, value) = match (ipv6, fragments) {
+        (true, Fragments::Allowed) => {
+            (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+        }
+        (true, Fragments::Forbidden) => {
+            (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE)
+        }
+        (false, Fragments::Allowed) => {
+            (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+        }
+        (false, Fragments::Forbidden) => {
+            (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)
+        }
     };
     let length = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the descriptor is open for as long as the borrow of the socket; the kernel reads
@@ -50,4 +61,16 @@ fn set_mtu_discovery(socket: &impl AsRawFd, ipv6: bool, value: libc::c_int) -> n
         libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length)
     };
     nix::errno::Errno::result(result).map(drop)
+}
+
+/// The descriptors that a service manager has opened for this process; the first caller gets them.
+pub(crate) fn inherited_descriptors() -> std::io::Result<Vec<OwnedFd>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    let descriptors = sd_notify::listen_fds()?;
+    if TAKEN.swap(true, Ordering::SeqCst) {
+        return Ok(Vec::new());
+    }
+    // SAFETY: the service manager opened these for this process alone (it checks LISTEN_PID), the
+    // call above has found each of them open, and the flag sees to it that they get one owner.
+    Ok(descriptors.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
 }

@@ -5,7 +5,7 @@
 //! block; whoever waits uses poll(2).
 
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,10 +13,13 @@ use nix::sys::socket::{setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::sys::{Fragments, set_fragments};
+
 /// Datagrams of at most this size are received, alone or many in one buffer.
 const SLOT_BYTES: usize = 65_536;
-/// Buffers per receive call.
-const SLOTS: usize = 16;
+/// Buffers per receive call. Full ones are still in the processor's cache when they are opened,
+/// which sixteen were not.
+const SLOTS: usize = 4;
 /// Kernel buffers, each way: two hundred full trains, so that a busy core loses nothing.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
@@ -43,6 +46,8 @@ impl UdpSocket {
         let socket = std::net::UdpSocket::from(socket);
         let state = UdpSocketState::new((&socket).into())?;
         allow_fragments(&socket)?;
+        // Nobody asks when a datagram came; to note it costs time for each.
+        let _ = setsockopt(&socket, sockopt::ReceiveTimestampns, &false);
         // Where the kernel allows less, less it is.
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
@@ -114,13 +119,30 @@ impl UdpSocket {
             }
         }
         for datagram in bytes.chunks(segment.max(1)) {
-            self.state.try_send((&self.socket).into(), &transmit(datagram, None))?;
+            let send = || self.state.try_send((&self.socket).into(), &transmit(datagram, None));
+            match send() {
+                // Fragments are forbidden for the instant in which a probe is sent.
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => send()?,
+                result => result?,
+            }
         }
         if no_offload {
             self.gso.store(false, Ordering::Relaxed);
             tracing::warn!("the kernel takes no UDP trains, going on without");
         }
         Ok(())
+    }
+
+    /// Sends one datagram that nobody may cut: it arrives whole or not at all.
+    ///
+    /// # Errors
+    /// What the kernel says; `EMSGSIZE` when the first link is too narrow for it.
+    pub fn send_whole(&self, remote: SocketAddr, datagram: &[u8]) -> io::Result<()> {
+        let ipv6 = remote.is_ipv6();
+        set_fragments(&self.socket, ipv6, Fragments::Forbidden)?;
+        let sent = self.socket.send_to(datagram, remote);
+        set_fragments(&self.socket, ipv6, Fragments::Allowed)?;
+        sent.map(drop)
     }
 
     /// Receives what is there, up to the size of `buffers`.
@@ -136,6 +158,21 @@ impl UdpSocket {
         buffers.filled = received;
         Ok(())
     }
+}
+
+/// The address of ours that packets to `remote` leave from, by the routes of this moment. Nothing is
+/// sent.
+///
+/// # Errors
+/// When there is no way to it.
+pub fn source_towards(remote: SocketAddr) -> io::Result<IpAddr> {
+    let any: IpAddr = match remote.ip() {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = std::net::UdpSocket::bind(SocketAddr::new(any, 0))?;
+    socket.connect(remote)?;
+    Ok(socket.local_addr()?.ip())
 }
 
 /// The device has no checksum offload, or something on the way takes no trains. An address of ours
@@ -156,7 +193,7 @@ impl AsFd for UdpSocket {
 /// # Errors
 /// What the kernel says.
 pub fn forbid_fragments(socket: &impl std::os::fd::AsRawFd, ipv6: bool) -> io::Result<()> {
-    Ok(super::sys::forbid_fragments(socket, ipv6)?)
+    Ok(set_fragments(socket, ipv6, Fragments::Forbidden)?)
 }
 
 /// To call after `quinn-udp` has set up `socket`, which forbids fragments: it is made for QUIC, and
@@ -168,7 +205,7 @@ pub fn forbid_fragments(socket: &impl std::os::fd::AsRawFd, ipv6: bool) -> io::R
 /// What the kernel says.
 pub fn allow_fragments(socket: &std::net::UdpSocket) -> io::Result<()> {
     let ipv6 = socket.local_addr()?.is_ipv6();
-    Ok(super::sys::allow_fragments(socket, ipv6)?)
+    Ok(set_fragments(socket, ipv6, Fragments::Allowed)?)
 }
 
 /// Datagrams of one sender that were received together.

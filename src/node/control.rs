@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Event, Identity, Node, PeerInfo};
+use crate::policy::Filter;
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, NodeId, usable_underlay};
 use crate::wire::control::{
     ClientMessage, Hello, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, VERSION, Welcome,
@@ -83,11 +85,15 @@ impl Node {
         for id in &diff.replaced {
             self.make_peer(*id, now);
         }
-        if !(diff.removed.is_empty() && diff.replaced.is_empty()) {
+        if diff.filter {
+            self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
+            self.events.push_back(Event::Rules);
+        }
+        if diff.filter || !(diff.removed.is_empty() && diff.replaced.is_empty()) {
             self.publish();
         }
-        for id in diff.replaced.iter().chain(&diff.changed) {
-            self.update_peer(*id, now);
+        for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
+            self.update_peer(id, now);
         }
         self.events.push_back(Event::Save);
     }
@@ -109,12 +115,14 @@ impl Node {
             self.drop_peer(id);
         }
         self.netmap = super::Netmap::default();
+        self.filter = None;
         self.publish();
         self.events.push_back(Event::Save);
         self.update_peers(now);
     }
 
-    /// The endpoints of our sockets on the local interfaces. A change means that the network did.
+    /// The endpoints of our sockets on the local interfaces. When one is gone, so may be every path;
+    /// one more may make a better one.
     pub fn handle_host_endpoints(&mut self, mut endpoints: Vec<SocketAddr>, now: Instant) {
         endpoints.retain(|endpoint| {
             let overlay = self
@@ -130,22 +138,14 @@ impl Node {
             return;
         }
         let first = self.host_endpoints.is_empty();
+        let gone = self.host_endpoints.iter().any(|endpoint| !endpoints.contains(endpoint));
         self.host_endpoints = endpoints;
         self.announce(None, now);
-        if !first {
-            self.announced_at = None;
-            self.prediction.forget();
-            self.filter_test = super::nat::FilterTest::default();
-            self.update_signalling();
-            self.relay.hurry(now);
-            self.handle_relay_timeout(now);
-            let ids: Vec<NodeId> = self.peers.keys().copied().collect();
-            for id in ids {
-                if let Some(peer) = self.peers.get_mut(&id) {
-                    peer.agent.handle_network_change(now);
-                }
-                self.drain_agent(id, now);
-            }
+        if gone {
+            self.handle_network_change(now);
+        } else if !first {
+            self.relay.verify(now);
+            self.tell_agents(now, |agent, now| agent.handle_more_addresses(now));
         }
     }
 

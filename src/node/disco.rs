@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use rand::Rng;
 
-use super::{Event, Node};
+use super::{Event, Node, WholeProbe};
 use crate::dataplane::{Source, send_datagram};
-use crate::path::Via;
-use crate::types::{DropReason, NodeId};
+use crate::path::{SEAL_OVERHEAD, Via};
+use crate::types::{DropReason, NodeId, TxId};
 use crate::wire::PacketKind;
 use crate::wire::disco::{self, Message};
 
@@ -65,15 +65,17 @@ impl Node {
         let message = peer.disco.open(packet).map_err(|_| DropReason::BadDisco)?;
         match message {
             Message::Ping { tx, padding: _ } => peer.agent.handle_ping(tx, via, now),
-            Message::Pong { tx, observed: _ } => {
-                let answer = peer.agent.handle_pong(tx, via, now);
+            Message::Pong { tx, observed: _, arrived } => {
+                let answer = peer.agent.handle_pong(tx, via, arrived, now);
                 if let Some(answer) = answer {
-                    peer.insight.history.note_rtt(answer.via, answer.rtt, now);
+                    let loss = peer.agent.loss_permille(answer.via);
+                    peer.insight.history.note_answer(answer.via, answer.rtt, loss, now);
                 }
                 if let (Some(answer), Some((token, _))) = (answer, self.open_pings.remove(&tx)) {
                     self.events.push_back(Event::Pinged { token, answer });
                 }
             }
+            Message::Punch(punch) => self.handle_punch(id, via, &punch, now),
             Message::CallMeMaybe { epoch, mut candidates } => {
                 if let Some(identity) = &self.netmap.identity {
                     candidates.retain(|c| !identity.range.contains(c.endpoint.ip()));
@@ -92,14 +94,32 @@ impl Node {
         Ok(())
     }
 
+    /// Seals a message for a peer.
+    pub(super) fn seal_disco(&mut self, id: NodeId, message: &Message) -> Option<Vec<u8>> {
+        let peer = self.peers.get(&id)?;
+        Some(peer.disco.seal(message, self.rng.random()))
+    }
+
     /// Seals a message for a peer and sends it on a path.
     pub(super) fn send_disco(&mut self, id: NodeId, via: Via, message: &Message) {
-        let Some(peer) = self.peers.get(&id) else { return };
-        let packet = peer.disco.seal(message, self.rng.random());
+        let Some(packet) = self.seal_disco(id, message) else { return };
         let table = self.shared.table();
         if !send_datagram(&table, id, via, &packet, &mut self.datagrams) {
             self.shared.drops().count(DropReason::NoPath);
         }
+    }
+
+    /// Seals a ping that is as long as the data that holds an inner packet of `inner` bytes.
+    pub(super) fn send_sized(&mut self, id: NodeId, via: Via, tx: TxId, inner: u16, whole: bool) {
+        let ping = Message::ping_of_len(tx, inner + SEAL_OVERHEAD);
+        let Via::Direct { remote, socket, .. } = via else { return };
+        if !whole {
+            return self.send_disco(id, via, &ping);
+        }
+        let nonce = self.rng.random();
+        let Some(peer) = self.peers.get(&id) else { return };
+        let datagram = peer.disco.seal(&ping, nonce);
+        self.whole_probes.push_back(WholeProbe { remote, socket, datagram });
     }
 
     /// Pings a peer on the path that data takes; the answer comes as [`Event::Pinged`] with

@@ -84,6 +84,7 @@ impl Node {
         self.want_session(id, now);
         // The session may have come up between the packet and this note.
         self.flush(id, now);
+        self.look_at_waiting(id, now);
     }
 
     /// The first packet after a pause.
@@ -115,8 +116,15 @@ impl Node {
             return;
         }
         peer.stale_at = Some(now);
-        peer.session_wanted = true;
-        self.try_handshake(id, now);
+        self.renew_session(id, now);
+    }
+
+    /// Makes new keys with a peer, whatever the ones there are seem worth.
+    pub(super) fn renew_session(&mut self, id: NodeId, now: Instant) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.session_wanted = true;
+            self.try_handshake(id, now);
+        }
     }
 
     /// Somebody uses this peer: its path is worth keeping.

@@ -39,7 +39,7 @@ pub struct PathRecord {
     pub rtt_avg: Duration,
     /// The newest one.
     pub last: Instant,
-    /// Share of lost packets, 0 to 1; none when that was not measured.
+    /// Share of lost packets when it was measured last, 0 to 1; none when it never was.
     pub loss: Option<f64>,
 }
 
@@ -87,14 +87,23 @@ impl History {
         self.changes.push_back(change);
     }
 
-    pub(super) fn note_rtt(&mut self, via: Via, rtt: Duration, now: Instant) {
+    /// Takes an answer on a path, and how many of a thousand packets were lost there lately.
+    pub(super) fn note_answer(
+        &mut self,
+        via: Via,
+        rtt: Duration,
+        loss_permille: Option<u16>,
+        now: Instant,
+    ) {
         let via = by_remote(via);
+        let loss = loss_permille.map(|permille| f64::from(permille) / 1000.0);
         if let Some(record) = self.paths.iter_mut().find(|record| record.via == via) {
             record.samples += 1;
             record.rtt_min = record.rtt_min.min(rtt);
             let count = record.samples as f64;
             record.rtt_avg = record.rtt_avg.mul_f64((count - 1.0) / count) + rtt.div_f64(count);
             record.last = now;
+            record.loss = loss.or(record.loss);
             return;
         }
         if self.paths.len() == MAX_PATHS
@@ -103,7 +112,7 @@ impl History {
             self.paths.swap_remove(oldest);
         }
         let (rtt_min, rtt_avg) = (rtt, rtt);
-        self.paths.push(PathRecord { via, samples: 1, rtt_min, rtt_avg, last: now, loss: None });
+        self.paths.push(PathRecord { via, samples: 1, rtt_min, rtt_avg, last: now, loss });
     }
 
     /// The changes, oldest first; the last 64.
@@ -181,7 +190,7 @@ mod tests {
             history.note_change(change(second, None, Some(direct(1))));
             let at = epoch() + Duration::from_secs(second);
             let port = u16::try_from(second).unwrap() + 1;
-            history.note_rtt(direct(port), Duration::from_millis(5), at);
+            history.note_answer(direct(port), Duration::from_millis(5), None, at);
         }
         assert_eq!(history.changes().count(), MAX_CHANGES);
         assert_eq!(history.changes().next().unwrap().at, epoch() + Duration::from_secs(36));
@@ -193,10 +202,11 @@ mod tests {
     fn round_trips_have_their_shortest_and_their_mean() {
         let mut history = History::new(epoch());
         for ms in [10, 20, 30] {
-            history.note_rtt(direct(1), Duration::from_millis(ms), epoch());
+            history.note_answer(direct(1), Duration::from_millis(ms), Some(50), epoch());
         }
         let [path] = history.paths() else { panic!("one path") };
         assert_eq!((path.samples, path.rtt_min), (3, Duration::from_millis(10)));
+        assert_eq!(path.loss, Some(0.05));
         assert!((path.rtt_avg.as_secs_f64() - 0.02).abs() < 1e-6, "{:?}", path.rtt_avg);
     }
 }

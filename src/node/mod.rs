@@ -10,17 +10,22 @@
 //! - `disco`: probes in and out
 //! - `mapped`: endpoints that the router forwards to us, and the proof that it does
 //! - `predict`: which ports our NAT will give us next
+//! - `punch`: costly ways, agreed on with the peer; `birthday`: our part in them
 //! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
+//! - `roam`: other addresses, other routes, and waking up
 //! - `netmap`: the network as the server described it, also on disk
+//! - `pace`: paths that nobody has asked for are made one after the other
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
+//! - `reach`: what programs are told that send to nobody
 //! - `status`: read-only views
 //! - `nat`: what the network in front of us does
 //! - `report`: both sides' views of a path, asked for and told
 //! - `history`: what became of the paths to a peer
 
+mod birthday;
 mod control;
 mod disco;
 mod handshake;
@@ -28,10 +33,14 @@ mod history;
 mod mapped;
 mod nat;
 mod netmap;
+mod pace;
 mod peer;
 mod predict;
+mod punch;
+mod reach;
 mod relay;
 mod report;
+mod roam;
 mod signalling;
 mod sockets;
 mod status;
@@ -40,6 +49,7 @@ mod timers;
 pub use history::{History, PathChange, PathRecord, PathTimes};
 pub use mapped::Knocked;
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
+pub use punch::PunchCounters;
 pub use report::{Explanation, RemovedPeer};
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
@@ -53,14 +63,17 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
-use crate::path::{Answer, Via};
-use crate::types::{Candidate, NodeId, PublicKey, SecretKey, SocketId};
+use crate::path::{Answer, BASE_MTU, Via};
+use crate::policy::Filter;
+use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SecretKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use mapped::Mapped;
 use nat::FilterTest;
+use pace::Pace;
 use peer::PeerControl;
 use predict::Prediction;
+use punch::Punching;
 use relay::RelayClient;
 use report::Removed;
 use sockets::Sockets;
@@ -72,11 +85,20 @@ pub struct NodeSettings {
     pub rekey_after: Duration,
     /// In a network of up to so many peers, paths are made before anybody asks for them.
     pub eager_peers: usize,
+    /// Look for a path between hard NATs by chance when nothing else has led to one.
+    pub birthday_probing: bool,
+    /// The largest inner MTU that is looked for on direct paths, in bytes.
+    pub max_mtu: u16,
 }
 
 impl Default for NodeSettings {
     fn default() -> Self {
-        Self { rekey_after: SessionSettings::default().rekey_after, eager_peers: 64 }
+        Self {
+            rekey_after: SessionSettings::default().rekey_after,
+            eager_peers: 64,
+            birthday_probing: true,
+            max_mtu: BASE_MTU,
+        }
     }
 }
 
@@ -87,6 +109,9 @@ pub enum Event {
     Identity(Identity),
     /// Something that must survive a restart changed.
     Save,
+    /// The access rules changed: they must be on disk before anything else happens, since a node
+    /// that starts without them is open.
+    Rules,
     /// Data to a peer goes another way.
     Path {
         /// The peer.
@@ -97,6 +122,13 @@ pub enum Event {
         to: Option<Via>,
         /// The cause.
         why: &'static str,
+    },
+    /// The path to a peer carries longer or only shorter packets uncut than before.
+    Mtu {
+        /// The peer's addresses.
+        addrs: OverlayAddrs,
+        /// The longest inner packet, in bytes.
+        mtu: u16,
     },
     /// An answer to [`Node::ping`].
     Pinged {
@@ -126,6 +158,17 @@ pub struct Opener {
     pub datagram: Vec<u8>,
 }
 
+/// A datagram that nobody on the way may cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WholeProbe {
+    /// To this endpoint.
+    pub remote: SocketAddr,
+    /// By this socket.
+    pub socket: SocketId,
+    /// The bytes.
+    pub datagram: Vec<u8>,
+}
+
 /// One node.
 #[derive(Debug)]
 pub struct Node {
@@ -135,10 +178,12 @@ pub struct Node {
     engine: EngineKeys,
     shared: Arc<Shared>,
     netmap: Netmap,
+    filter: Option<Arc<Filter>>,
     peers: BTreeMap<NodeId, PeerControl>,
     peers_by_tag: BTreeMap<Tag, NodeId>,
     peers_by_key: BTreeMap<PublicKey, NodeId>,
     relay: RelayClient,
+    pace: Pace,
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
     /// Where the server sees us, if that is no address of ours.
@@ -148,6 +193,7 @@ pub struct Node {
     /// Since when the server knows the endpoint that our NAT gives us.
     announced_at: Option<Instant>,
     call_epoch: u64,
+    asked_server_at: Option<Instant>,
     open_pings: BTreeMap<crate::types::TxId, (u64, Instant)>,
     traffic_tick_at: Option<Instant>,
     engine_tick_at: Option<Instant>,
@@ -156,8 +202,11 @@ pub struct Node {
     filter_test: FilterTest,
     removed: Removed,
     sockets: Sockets,
+    punching: Punching,
     openers: VecDeque<Opener>,
+    whole_probes: VecDeque<WholeProbe>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
+    packets: VecDeque<Vec<u8>>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
 }
@@ -183,10 +232,12 @@ impl Node {
             node_key,
             shared: Shared::new(now),
             netmap: Netmap::default(),
+            filter: None,
             peers: BTreeMap::new(),
             peers_by_tag: BTreeMap::new(),
             peers_by_key: BTreeMap::new(),
             relay: RelayClient::default(),
+            pace: Pace::default(),
             link_up: false,
             host_endpoints: Vec::new(),
             reflexive: None,
@@ -194,6 +245,7 @@ impl Node {
             announced: Vec::new(),
             announced_at: None,
             call_epoch,
+            asked_server_at: None,
             open_pings: BTreeMap::new(),
             traffic_tick_at: None,
             engine_tick_at: None,
@@ -202,8 +254,11 @@ impl Node {
             filter_test: FilterTest::default(),
             removed: Removed::default(),
             sockets: Sockets::default(),
+            punching: Punching::default(),
             openers: VecDeque::new(),
+            whole_probes: VecDeque::new(),
             scratch: VecDeque::new(),
+            packets: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
         };
@@ -232,6 +287,8 @@ impl Node {
             Note::SessionWanted(peer) => self.handle_session_wanted(peer, now),
             Note::Active(peer) => self.handle_active(peer, now),
             Note::SessionConfirmed(peer) => self.handle_session_up(peer, now),
+            Note::Answer(packet) => self.answer(packet),
+            Note::Refused(answer) => self.handle_refused(&answer, now),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
             Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
         }
@@ -247,6 +304,16 @@ impl Node {
     /// A datagram with a short life; call until none, before [`Self::take_datagrams`].
     pub fn poll_opener(&mut self) -> Option<Opener> {
         self.openers.pop_front()
+    }
+
+    /// A datagram that must not be cut on its way; call until none.
+    pub fn poll_whole_probe(&mut self) -> Option<WholeProbe> {
+        self.whole_probes.pop_front()
+    }
+
+    /// An IP packet for this machine, to be written to the TUN interface; call until none.
+    pub fn poll_packet(&mut self) -> Option<Vec<u8>> {
+        self.packets.pop_front()
     }
 
     /// A message for the server; call until none. Dropped by the caller when there is no link.

@@ -52,13 +52,11 @@ impl Node {
     /// The network in front of us, as far as it is known.
     #[must_use]
     pub fn facts(&self, now: Instant) -> Facts {
-        let (first, second) = self.prediction.mappings();
-        let mapping = match (first, second) {
-            (Some(first), Some(second)) if first != second => {
-                Some(Mapping::AddressAndPortDependent)
-            }
+        let first = self.prediction.first_mapping();
+        let mapping = match (first, self.prediction.mappings()) {
+            (_, Some((first, second))) if first != second => Some(Mapping::AddressAndPortDependent),
             (Some(first), _) if self.host_endpoints.contains(&first) => Some(Mapping::None),
-            (Some(_), Some(_)) => Some(Mapping::EndpointIndependent),
+            (_, Some(_)) => Some(Mapping::EndpointIndependent),
             _ => None,
         };
         let near = self.relay.rtt().is_some_and(|rtt| rtt < SLOWEST_ANSWER);
@@ -73,7 +71,8 @@ impl Node {
             IpAddr::V6(ip) => !ip.is_unique_local() && !ip.is_unicast_link_local(),
             IpAddr::V4(_) => false,
         };
-        let mapped = |kind| kind == CandidateKind::PortMapped || kind == CandidateKind::Static;
+        // A static candidate is a guess, and no fact.
+        let mapped = |kind| kind == CandidateKind::PortMapped;
         Facts {
             udp: self.relay.udp_works(),
             mapping,

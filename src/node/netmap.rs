@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{Candidate, NetworkId, NodeId, NodeName, OverlayAddrs, OverlayRange, PublicKey};
 use crate::wire::control::{NetmapUpdate, Welcome, WirePeer, usable_candidates};
+use crate::wire::filter::WireFilter;
 
 /// Who this node is in its network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +54,10 @@ pub struct Netmap {
     pub epoch: u64,
     /// By number.
     pub peers: BTreeMap<NodeId, PeerInfo>,
+    /// What is let in; everything, when there are no rules in it. On disk with all else, so that a
+    /// node that starts while the server is away is as closed as it was.
+    #[serde(default)]
+    pub filter: WireFilter,
 }
 
 /// What an update changed.
@@ -64,6 +69,8 @@ pub struct NetmapDiff {
     pub changed: Vec<NodeId>,
     /// Gone.
     pub removed: Vec<NodeId>,
+    /// Whether the access rules are others.
+    pub filter: bool,
 }
 
 /// An update that cannot be applied.
@@ -152,6 +159,14 @@ impl Netmap {
             && let Ok(name) = name.parse()
         {
             identity.name = name;
+        }
+        let filter = match (&update.filter, full) {
+            (Some(filter), _) => Some(filter.clone()),
+            (None, full) => full.then(WireFilter::default),
+        };
+        if let Some(filter) = filter.filter(|filter| *filter != self.filter) {
+            self.filter = filter;
+            diff.filter = true;
         }
         self.epoch = update.to;
         Ok(diff)
@@ -261,6 +276,29 @@ mod tests {
         };
         assert_eq!(netmap.apply(&update), Err(NetmapError::Gap { from: 6, have: 5 }));
         assert!(netmap.peers.is_empty());
+    }
+
+    #[test]
+    fn rules_stay_until_the_server_says_otherwise_also_on_disk() {
+        let mut netmap = netmap();
+        let rules = WireFilter { rules: Some(Vec::new()) };
+        let delta = |from, filter: Option<&WireFilter>| NetmapUpdate {
+            from: Some(from),
+            to: from + 1,
+            filter: filter.cloned(),
+            ..NetmapUpdate::default()
+        };
+        assert!(netmap.apply(&delta(0, Some(&rules))).unwrap().filter);
+        assert!(!netmap.apply(&delta(1, None)).unwrap().filter, "nothing was said of them");
+        let text = serde_json::to_string(&netmap).unwrap();
+        assert_eq!(serde_json::from_str::<Netmap>(&text).unwrap().filter, rules);
+        assert!(netmap.apply(&delta(2, Some(&WireFilter::default()))).unwrap().filter);
+        assert_eq!(netmap.filter, WireFilter::default());
+
+        netmap.apply(&delta(3, Some(&rules))).unwrap();
+        let whole = NetmapUpdate { to: 9, ..NetmapUpdate::default() };
+        assert!(netmap.apply(&whole).unwrap().filter, "a whole netmap without rules has none");
+        assert_eq!(netmap.filter, WireFilter::default());
     }
 
     #[test]

@@ -7,8 +7,11 @@ use rand::Rng;
 
 use super::report::Insight;
 use super::{Event, Netmap, Node};
-use crate::dataplane::{ForwardingTable, Peer, Session, SessionSettings, flush_pending};
-use crate::path::{PathAgent, PathEvent, PathTransmit, Via};
+use crate::dataplane::{
+    ForwardingTable, Peer, Session, SessionSettings, flush_pending, send_keepalive,
+};
+use crate::path::{BASE_MTU, PathAgent, PathEvent, PathTransmit, Via};
+use crate::policy::Filter;
 use crate::types::{Candidate, CandidateKind, NodeId};
 use crate::wire::disco::{DiscoKeys, Message};
 
@@ -28,12 +31,15 @@ pub(super) struct PeerControl {
     pub(super) stale_at: Option<Instant>,
     /// What is kept to explain its paths.
     pub(super) insight: Insight,
+    /// When packets have waited for a path for too long.
+    pub(super) waiting_until: Option<Instant>,
 }
 
 impl Node {
     /// Takes a saved netmap as the truth until the server says otherwise.
     pub(super) fn restore(&mut self, netmap: Netmap, now: Instant) {
         self.netmap = netmap;
+        self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
         let ids: Vec<NodeId> = self.netmap.peers.keys().copied().collect();
         let eager = ids.len() <= self.settings.eager_peers;
         for id in ids {
@@ -66,24 +72,31 @@ impl Node {
         let session = Session::new(&self.engine, &info.node_key, index, settings);
         self.peers_by_tag.insert(disco.tag_from_peer(), id);
         self.peers_by_key.insert(info.node_key, id);
+        let mut agent = PathAgent::new(self.rng.random(), now);
+        agent.set_mtu_limit(self.settings.max_mtu);
         let peer = PeerControl {
             fast: Peer::new(id, info.addrs, index, session),
-            agent: PathAgent::new(self.rng.random(), now),
+            agent,
             disco,
             session_wanted: false,
             used_at: None,
             stale_at: None,
             insight: Insight::new(now),
+            waiting_until: None,
         };
         self.peers.insert(id, peer);
     }
 
     /// Forgets a peer, its session included.
     pub(super) fn drop_peer(&mut self, id: NodeId) {
-        if self.peers.remove(&id).is_some() {
+        if let Some(peer) = self.peers.remove(&id) {
+            if peer.fast.set_mtu(BASE_MTU) {
+                self.events.push_back(Event::Mtu { addrs: peer.fast.addrs, mtu: BASE_MTU });
+            }
             self.peers_by_tag.retain(|_, peer| *peer != id);
             self.peers_by_key.retain(|_, peer| *peer != id);
             self.close_sockets_of(id);
+            self.punching.forget_peer(id);
         }
     }
 
@@ -91,6 +104,7 @@ impl Node {
     pub(super) fn publish(&mut self) {
         let own = self.netmap.identity.as_ref().map(|identity| identity.addrs);
         let mut table = ForwardingTable::new(own, self.relay.server());
+        table.filter.clone_from(&self.filter);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
         }
@@ -99,9 +113,24 @@ impl Node {
 
     /// Tells every agent what the netmap, the relay and use mean for it.
     pub(super) fn update_peers(&mut self, now: Instant) {
-        let ids: Vec<NodeId> = self.peers.keys().copied().collect();
-        for id in ids {
+        for id in self.in_own_order(self.peers.keys().copied()) {
             self.update_peer(id, now);
+        }
+    }
+
+    /// Each node has an order of its own, or all would start with the same peers.
+    pub(super) fn in_own_order(&self, ids: impl Iterator<Item = NodeId>) -> Vec<NodeId> {
+        let own = self.netmap.identity.as_ref().map_or(0, |identity| identity.id.number());
+        let mut ids: Vec<NodeId> = ids.collect();
+        ids.sort_unstable_by_key(|id| scatter(own ^ id.number()));
+        ids
+    }
+
+    /// Those who waited for others to start first ask again.
+    pub(super) fn handle_pace_timeout(&mut self, now: Instant) {
+        if self.pace.next_at().is_some_and(|at| at <= now) {
+            self.pace.ask_again();
+            self.update_peers(now);
         }
     }
 
@@ -122,7 +151,8 @@ impl Node {
             last_direct.into_iter().chain(info.candidates.iter().copied()).collect();
         let in_use = peer.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
         let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
-        let wanted = in_use || eager && (info.online || !link_up || direct);
+        let eager = eager && (info.online || !link_up || direct);
+        let wanted = in_use || eager && (direct || peer.agent.is_wanted() || self.pace.take(now));
         peer.insight.note_presence(info.online, now);
         peer.agent.set_signalling(signalling);
         peer.agent.set_candidates(&candidates, now);
@@ -135,7 +165,7 @@ impl Node {
         self.drain_agent(id, now);
         // One side of a pair makes the session before anybody asks.
         let own = self.netmap.identity.as_ref().map(|identity| identity.id);
-        if eager && own < Some(id) {
+        if wanted && own < Some(id) {
             self.want_session(id, now);
         }
     }
@@ -176,20 +206,38 @@ impl Node {
             self.events.push_back(Event::Path { peer: id, from, to, why });
         }
         peer.fast.set_choice(peer.agent.choice());
+        let mtu = peer.agent.mtu(now);
+        if peer.fast.set_mtu(mtu) {
+            self.events.push_back(Event::Mtu { addrs: peer.fast.addrs, mtu });
+        }
         while let Some(transmit) = self.peers.get_mut(&id).and_then(|p| p.agent.poll_transmit()) {
             match transmit {
                 PathTransmit::Opener { remote, socket, tx } => {
                     self.send_opener(id, remote, socket, tx);
                 }
                 PathTransmit::Ping { via, tx } => {
+                    if let Some(peer) = self.peers.get_mut(&id) {
+                        let sent = peer.fast.lock().sent.of(via);
+                        peer.agent.handle_counts(via, sent, now);
+                    }
                     self.send_disco(id, via, &Message::Ping { tx, padding: 0 });
                 }
+                PathTransmit::Sized { via, tx, inner, whole } => {
+                    self.send_sized(id, via, tx, inner, whole);
+                }
+                PathTransmit::Keepalive { via } => {
+                    if let Some(peer) = self.peers.get(&id) {
+                        let table = self.shared.table();
+                        send_keepalive(&table, &peer.fast, via, now, &mut self.datagrams);
+                    }
+                }
                 PathTransmit::Pong { via, tx } => {
+                    let arrived = self.peers.get(&id).map(|it| it.fast.lock().arrived.of(via));
                     let observed = match via {
                         Via::Direct { remote, .. } => Some(remote),
                         Via::RelayUdp | Via::RelayTcp => None,
                     };
-                    self.send_disco(id, via, &Message::Pong { tx, observed });
+                    self.send_disco(id, via, &Message::Pong { tx, observed, arrived });
                 }
                 PathTransmit::CallMeMaybe { via } => {
                     let candidates = self.call_candidates(now);
@@ -199,7 +247,13 @@ impl Node {
             }
         }
         if moved {
+            if self.is_direct(id) {
+                self.note_direct(id, now);
+            }
             self.handle_path_change(id, now);
+        }
+        if self.peers.get(&id).is_some_and(|peer| peer.agent.is_asking()) {
+            self.handle_silent_path(now);
         }
     }
 
@@ -223,6 +277,11 @@ impl Node {
             flush_pending(&self.shared, &table, &peer.fast, now, &mut self.datagrams);
         }
     }
+}
+
+/// Multiplicative hashing: neighbours end up far apart.
+fn scatter(number: u32) -> u32 {
+    number.wrapping_mul(0x9e37_79b1)
 }
 
 /// Whether data left a path only because a better kind answered.

@@ -13,7 +13,7 @@ use rand::Rng;
 
 use super::Node;
 use crate::dataplane::Target;
-use crate::path::predict::{is_sequential, window};
+use crate::path::predict::Counter;
 use crate::types::{Candidate, CandidateKind, NodeId, TxId};
 use crate::wire::relay::Control;
 
@@ -31,8 +31,8 @@ pub(super) struct Prediction {
     asked: Option<TxId>,
     first: Option<SocketAddr>,
     second: Option<SocketAddr>,
-    /// The newest mapping of a NAT that counts, and when it was seen.
-    newest: Option<(SocketAddr, Instant)>,
+    /// Where a NAT that counts stands, and when that was seen.
+    counter: Option<(Counter, Instant)>,
     looking: Option<(TxId, Instant)>,
     waiting: Vec<(NodeId, u64, Vec<Candidate>)>,
 }
@@ -51,18 +51,23 @@ impl Prediction {
         self.looking.map(|(_, at)| at + LOOK_LIMIT)
     }
 
-    /// Where the server's two ports saw us.
-    pub(super) fn mappings(&self) -> (Option<SocketAddr>, Option<SocketAddr>) {
-        (self.first, self.second)
+    /// Where the first reflector port sees the main socket.
+    pub(super) fn first_mapping(&self) -> Option<SocketAddr> {
+        self.first
     }
 
     /// Whether the NAT was seen to count.
     pub(super) fn counts(&self) -> bool {
-        self.newest.is_some()
+        self.counter.is_some()
+    }
+
+    /// Where the two reflector ports see the main socket.
+    pub(super) fn mappings(&self) -> Option<(SocketAddr, SocketAddr)> {
+        Some((self.first?, self.second?))
     }
 
     fn is_stale(&self, now: Instant) -> bool {
-        self.newest.is_some_and(|(_, at)| now.saturating_duration_since(at) >= FRESH)
+        self.counter.is_some_and(|(_, at)| now.saturating_duration_since(at) >= FRESH)
     }
 }
 
@@ -108,7 +113,9 @@ impl Node {
         }
         if self.prediction.looking.is_some_and(|(looking, _)| looking == tx) {
             self.prediction.looking = None;
-            self.prediction.newest = Some((observed, now));
+            let counter =
+                self.prediction.counter.map(|(before, _)| (before.advance(observed), now));
+            self.prediction.counter = counter;
             self.call_everybody(now);
             self.answer_waiting(now);
             return true;
@@ -133,9 +140,10 @@ impl Node {
             return;
         };
         self.test_filter(first, second, now);
-        let known = self.prediction.newest.is_some();
-        if is_sequential(first, second) && !known {
-            self.prediction.newest = Some((second, now));
+        if self.prediction.counter.is_none()
+            && let Some(counter) = Counter::observe(first, second)
+        {
+            self.prediction.counter = Some((counter, now));
             self.call_everybody(now);
         }
     }
@@ -161,12 +169,12 @@ impl Node {
         {
             let own = self.host_endpoints.iter().find(|own| own.is_ipv4() == first.is_ipv4());
             let guess = own.map(|own| SocketAddr::new(first.ip(), own.port()));
-            candidates.extend(guess.map(|at| Candidate::new(at, CandidateKind::Predicted)));
+            candidates.extend(guess.map(|at| Candidate::new(at, CandidateKind::Static)));
         }
         if self.prediction.is_stale(now) {
             self.look(now);
-        } else if let Some((newest, _)) = self.prediction.newest {
-            candidates.extend(window(newest));
+        } else if let Some((counter, _)) = self.prediction.counter {
+            candidates.extend(counter.window());
         }
         let mut seen = std::collections::BTreeSet::new();
         candidates.retain(|candidate| seen.insert(candidate.endpoint));

@@ -4,6 +4,7 @@
 //! open. Without an answer UDP to the server counts as blocked, and relay frames go by the control
 //! connection; binds go on, rarely.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -26,6 +27,8 @@ const RETRY: [Duration; 7] = [
 ];
 /// So many binds without an answer: UDP does not reach the server.
 const SILENT_BINDS: usize = 4;
+/// So many of them may be answered late.
+const ANSWERABLE: usize = 8;
 /// A relay that answered this long ago is not asked again, whatever seems silent.
 const CHECK_SPACING: Duration = Duration::from_secs(2);
 /// Keeps the NAT binding of the relay socket: 30 s on the worst common routers.
@@ -52,7 +55,8 @@ struct RelaySession {
     bound_at: Option<Instant>,
     unanswered: usize,
     next_at: Instant,
-    sent_at: Option<Instant>,
+    /// The binds that may still be answered, newest last.
+    sent: VecDeque<(u64, Instant)>,
     rtt: Option<Duration>,
 }
 
@@ -90,7 +94,7 @@ impl RelayClient {
             bound_at: None,
             unanswered: 0,
             next_at: now,
-            sent_at: None,
+            sent: VecDeque::new(),
             rtt: None,
         });
     }
@@ -105,6 +109,16 @@ impl RelayClient {
         let Some(session) = &mut self.session else { return };
         if let (true, 0, Some(at)) = (session.bound, session.unanswered, session.bound_at) {
             session.next_at = session.next_at.min(now.max(at + CHECK_SPACING));
+        }
+    }
+
+    /// Checks now whether the server still answers, and opens our NAT for it; an answer that is
+    /// waited for already is waited for as before.
+    pub(super) fn ask(&mut self, now: Instant) {
+        if let Some(session) = &mut self.session
+            && session.unanswered == 0
+        {
+            session.next_at = now;
         }
     }
 
@@ -125,7 +139,10 @@ impl Node {
             return;
         }
         session.counter += 1;
-        session.sent_at = Some(now);
+        session.sent.push_back((session.counter, now));
+        if session.sent.len() > ANSWERABLE {
+            session.sent.pop_front();
+        }
         session.next_at = now + RETRY[session.unanswered.min(RETRY.len() - 1)];
         session.unanswered += 1;
         let lost = session.bound && session.unanswered > SILENT_BINDS;
@@ -152,7 +169,8 @@ impl Node {
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
         if let Control::Reflected { tx, observed } = message {
             let ours = self.handle_reflected(from, tx, observed, now)
-                || self.handle_server_heard(from, tx);
+                || self.handle_server_heard(from, tx)
+                || self.handle_fresh_port(tx, observed, now);
             return if ours { Ok(()) } else { Err(DropReason::BadRelayFrame) };
         }
         if let Control::Knocked { tx, at } = message {
@@ -165,12 +183,14 @@ impl Node {
         };
         let genuine = from == session.server
             && node == session.node
-            && counter == session.counter
             && verify(datagram, &session.key).is_ok();
-        if !genuine {
+        // On a long way several binds are sent before the first is answered.
+        let sent_at = session.sent.iter().find(|(sent, _)| *sent == counter).map(|(_, at)| *at);
+        let (true, Some(sent_at)) = (genuine, sent_at) else {
             return Err(DropReason::BadRelayFrame);
-        }
-        session.rtt = session.sent_at.take().map(|at| now.saturating_duration_since(at));
+        };
+        session.sent.retain(|(sent, _)| *sent > counter);
+        session.rtt = Some(now.saturating_duration_since(sent_at));
         session.unanswered = 0;
         session.bound_at = Some(now);
         session.next_at = now + if relaying { REFRESH_IN_USE } else { REFRESH };

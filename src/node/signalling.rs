@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use super::pace::BURST;
 use super::{Node, Opener};
 use crate::path::{OPENER_TTL, Signalling};
 use crate::types::{NodeId, SocketId, TxId};
@@ -27,8 +28,10 @@ impl Node {
     /// How news travels between us and a peer now.
     pub(super) fn signalling(&self, id: NodeId) -> Signalling {
         let peers = self.netmap.peers.len();
-        let eager = self.link_up && peers <= self.settings.eager_peers;
+        let at_once = self.link_up && peers <= self.settings.eager_peers;
         let peers = u32::try_from(peers).unwrap_or(u32::MAX);
+        // In a larger network a peer's turn comes later, or with our call.
+        let eager = at_once && peers <= BURST;
         Signalling {
             server_rtt: self.relay.rtt(),
             announced_at: self.announced_at,
@@ -53,9 +56,7 @@ impl Node {
         socket: SocketId,
         tx: TxId,
     ) {
-        let nonce = rand::Rng::random(&mut self.rng);
-        let Some(peer) = self.peers.get(&id) else { return };
-        let datagram = peer.disco.seal(&Message::Ping { tx, padding: 0 }, nonce);
+        let Some(datagram) = self.seal_disco(id, &Message::Ping { tx, padding: 0 }) else { return };
         self.openers.push_back(Opener { remote, socket, ttl: OPENER_TTL, datagram });
     }
 }

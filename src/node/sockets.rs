@@ -52,7 +52,6 @@ pub(super) struct Sockets {
 impl Node {
     /// Orders an extra socket for a peer, to send to `remote`'s family; none when there are too
     /// many already.
-    #[expect(dead_code, reason = "the ways to a peer that need one come next")]
     pub(super) fn open_socket(&mut self, peer: NodeId, remote: IpAddr) -> Option<SocketId> {
         let sockets = &mut self.sockets;
         if sockets.open.len() >= MAX_EXTRA_SOCKETS {
@@ -76,7 +75,6 @@ impl Node {
     }
 
     /// Whoever opened sockets for this peer is done; those that no path goes by are closed.
-    #[expect(dead_code, reason = "as above")]
     pub(super) fn release_sockets(&mut self, id: NodeId, now: Instant) {
         for held in self.sockets.open.values_mut().filter(|it| it.peer == id) {
             held.held = false;

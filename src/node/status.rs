@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Identity, Node};
-use crate::path::Via;
+use crate::path::{Quality, Via};
 use crate::types::{NodeId, NodeName, OverlayAddrs, PublicKey};
 
 /// How a peer can be reached at this moment.
@@ -67,6 +67,12 @@ pub struct PeerStatus {
     pub why: String,
     /// Smoothed round trip on that path.
     pub rtt: Option<Duration>,
+    /// The longest inner packet that the path carries uncut, in bytes.
+    pub mtu: u16,
+    /// Of a thousand datagrams sent on that path in the last seconds, so many did not arrive.
+    pub loss_permille: Option<u16>,
+    /// Inner packets that were too long for the path, and told so to their sender.
+    pub too_big: u64,
     /// Inner bytes sent.
     pub tx_bytes: u64,
     /// Inner bytes received.
@@ -100,20 +106,32 @@ impl Node {
         self.peers.keys().filter_map(|id| self.peer_status(*id, now)).collect()
     }
 
-    /// One peer.
+    /// How good each known path to a peer is.
     #[must_use]
-    pub fn peer_status(&self, id: NodeId, now: Instant) -> Option<PeerStatus> {
-        let peer = self.peers.get(&id)?;
-        let info = self.netmap.peers.get(&id)?;
-        let primary = peer.agent.choice().primary;
-        let path = match primary {
+    pub fn path_quality(&self, id: NodeId, now: Instant) -> Vec<Quality> {
+        self.peers.get(&id).map(|peer| peer.agent.quality(now)).unwrap_or_default()
+    }
+
+    /// How a peer can be reached at this moment.
+    pub(super) fn path_kind(&self, id: NodeId) -> Option<PathKind> {
+        let (peer, info) = (self.peers.get(&id)?, self.netmap.peers.get(&id)?);
+        Some(match peer.agent.choice().primary {
             Some(via) => PathKind::Via(via),
             // What the server does not see is being tried only while the server itself is away.
             None if info.online || (!self.link_up && peer.agent.is_trying()) => {
                 PathKind::Connecting
             }
             None => PathKind::Offline,
-        };
+        })
+    }
+
+    /// One peer.
+    #[must_use]
+    pub fn peer_status(&self, id: NodeId, now: Instant) -> Option<PeerStatus> {
+        let peer = self.peers.get(&id)?;
+        let info = self.netmap.peers.get(&id)?;
+        let primary = peer.agent.choice().primary;
+        let path = self.path_kind(id)?;
         let remote = match primary {
             Some(Via::Direct { remote, .. }) => Some(remote),
             Some(Via::RelayUdp) => self.relay.server(),
@@ -135,6 +153,9 @@ impl Node {
             since: now.saturating_duration_since(peer.agent.primary_since()),
             why,
             rtt: peer.agent.rtt(),
+            mtu: peer.fast.mtu(),
+            loss_permille: primary.and_then(|via| peer.agent.loss_permille(via)),
+            too_big: counters.too_big.load(Ordering::Relaxed),
             tx_bytes: counters.tx_bytes.load(Ordering::Relaxed),
             rx_bytes: counters.rx_bytes.load(Ordering::Relaxed),
             last_handshake: established.map(|at| now.saturating_duration_since(at)),

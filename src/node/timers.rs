@@ -4,6 +4,8 @@
 //! - each session: a handshake to repeat, keys to renew, the engine's own timers
 //! - the relay: binds
 //! - the traffic tick: tells the agents of busy peers what the data plane counted
+//! - a costly way to a peer that is due, or under way
+//! - packets that have waited for a path for too long
 //! - user pings that nobody answered
 
 use std::sync::atomic::Ordering;
@@ -28,6 +30,9 @@ impl Node {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.handle_relay_timeout(now);
         self.handle_look_timeout(now);
+        self.handle_pace_timeout(now);
+        self.handle_punch_timeout(now);
+        self.handle_waiting_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -71,8 +76,15 @@ impl Node {
             .values()
             .filter_map(|peer| peer.agent.poll_timeout())
             .chain(self.peers.values().filter_map(|peer| peer.fast.lock().session.poll_timeout()))
+            .chain(
+                self.peers
+                    .values()
+                    .filter_map(|peer| Some((peer.waiting_until?, "packets wait for a path"))),
+            )
             .chain(named(self.relay.next_at(), "relay bind"))
+            .chain(named(self.pace.next_at(), "next peer that nobody asked for"))
             .chain(named(self.prediction.next_at(), "look at the NAT's counter"))
+            .chain(named(self.punch_next_at(), "costly way to a peer"))
             .chain(named(self.traffic_tick_at, "traffic tick"))
             .chain(named(self.engine_tick_at, "session engine"))
             .min()
@@ -92,6 +104,10 @@ impl Node {
             }
             busy = true;
             peer.used_at = peer.used_at.max(sent);
+            if let Some(via) = peer.agent.choice().primary {
+                let counts = peer.fast.lock().sent.of(via);
+                peer.agent.handle_counts(via, counts, now);
+            }
             peer.agent.handle_traffic(Traffic { sent, heard }, now);
             let relayed = peer.agent.choice().primary == Some(Via::RelayUdp);
             relay_silent |= relayed

@@ -4,7 +4,10 @@
 //! it is alive is the business of `liveness`.
 
 mod choose;
+mod measured;
+mod messages;
 mod opener;
+mod proof;
 mod rounds;
 mod sockets;
 mod views;
@@ -17,12 +20,18 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::liveness::Doubt;
+use super::mtu::{BASE_MTU, MtuSearch};
 use super::probe::Prober;
+use super::quality::Delivery;
 use super::{Choice, Place, Via};
-use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, SocketId, TxId, usable_underlay};
+use crate::types::{
+    Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
+};
 use choose::KEEPALIVE;
+pub use messages::{Answer, PathEvent, PathTransmit, Traffic};
 use opener::Cause;
 pub use opener::{OPENER_TTL, Signalling};
+use proof::{Trial, Trust};
 
 /// An endpoint that answered this long ago, and was not heard since, has to prove itself again.
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
@@ -33,85 +42,43 @@ const JUST_NOW: Duration = Duration::from_secs(1);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
 
-/// What the agent wants sent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PathTransmit {
-    /// A ping.
-    Ping {
-        /// On this path.
-        via: Via,
-        /// Its transaction.
-        tx: TxId,
-    },
-    /// A ping that dies after [`OPENER_TTL`] hops.
-    Opener {
-        /// Towards this endpoint.
-        remote: SocketAddr,
-        /// By this socket.
-        socket: SocketId,
-        /// Its transaction.
-        tx: TxId,
-    },
-    /// The answer to a ping.
-    Pong {
-        /// On the path that the ping came by.
-        via: Via,
-        /// Of the ping.
-        tx: TxId,
-    },
-    /// Our candidates, by relay: "please probe now".
-    CallMeMaybe {
-        /// The relay path.
-        via: Via,
-    },
-}
-
-/// What the agent has to tell.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PathEvent {
-    /// Data goes another way from here on.
-    Primary {
-        /// Before.
-        from: Option<Via>,
-        /// After.
-        to: Option<Via>,
-        /// The cause, for logs and `status`.
-        why: &'static str,
-    },
-}
-
-/// A pong that answered one of our pings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Answer {
-    /// Its round trip.
-    pub rtt: Duration,
-    /// The path.
-    pub via: Via,
-}
-
-/// When data last moved on the primary path, as the data plane counted it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Something was sent to the peer.
-    pub sent: Option<Instant>,
-    /// Something authenticated arrived from it on the primary path.
-    pub heard: Option<Instant>,
-}
-
 #[derive(Debug)]
 struct Endpoint {
     kind: CandidateKind,
+    /// Its place in the last call that told it.
+    rank: usize,
     local: Option<IpAddr>,
     prober: Prober,
     heard: Option<Instant>,
     penalty_until: Option<Instant>,
+    delivery: Delivery,
+    mtu: MtuSearch,
+    trust: Trust,
+    /// How often it was left for good reason since it last worked for long.
+    failures: u32,
 }
 
 impl Endpoint {
     fn new(kind: CandidateKind) -> Self {
         let guess = kind == CandidateKind::Predicted;
         let prober = if guess { Prober::for_guess() } else { Prober::default() };
-        Self { kind, local: None, prober, heard: None, penalty_until: None }
+        Self {
+            kind,
+            rank: 0,
+            local: None,
+            prober,
+            heard: None,
+            penalty_until: None,
+            delivery: Delivery::default(),
+            mtu: MtuSearch::default(),
+            trust: Trust::default(),
+            failures: 0,
+        }
+    }
+
+    /// Told in calls only, and the newest call counts.
+    fn is_told_in_calls(&self) -> bool {
+        matches!(self.kind, CandidateKind::Predicted | CandidateKind::Static)
     }
 
     fn via(&self, Place { remote, socket }: Place) -> Via {
@@ -133,6 +100,8 @@ impl Endpoint {
     fn forget(&mut self) {
         self.prober.forget();
         self.heard = None;
+        self.delivery = Delivery::default();
+        self.mtu = MtuSearch::default();
     }
 }
 
@@ -145,6 +114,11 @@ pub struct PathAgent {
     endpoints: BTreeMap<Place, Endpoint>,
     relay: Option<Via>,
     relay_prober: Prober,
+    relay_delivery: Delivery,
+    mtu_limit: u16,
+    /// Data is doubled onto the relay, for a reason that `proof` knows.
+    doubled: bool,
+    trial: Option<Trial>,
     primary: Option<Via>,
     primary_since: Instant,
     why: &'static str,
@@ -155,8 +129,13 @@ pub struct PathAgent {
     call_epoch: u64,
     retry_at: Option<Instant>,
     retries: usize,
+    used_at: Option<Instant>,
     guesses: usize,
     keepalive_at: Option<Instant>,
+    /// Since when the cheap ways are tried in vain.
+    stuck_since: Option<Instant>,
+    /// An extra socket by which the peer is tried, too.
+    fresh: Option<SocketId>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -172,6 +151,10 @@ impl PathAgent {
             endpoints: BTreeMap::new(),
             relay: None,
             relay_prober: Prober::default(),
+            relay_delivery: Delivery::default(),
+            mtu_limit: BASE_MTU,
+            doubled: false,
+            trial: None,
             primary: None,
             primary_since: now,
             why: "nothing was tried yet",
@@ -182,8 +165,11 @@ impl PathAgent {
             call_epoch: 0,
             retry_at: None,
             retries: 0,
+            used_at: None,
             guesses: 0,
             keepalive_at: None,
+            stuck_since: None,
+            fresh: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -199,6 +185,7 @@ impl PathAgent {
         }
         if self.wanted && !wanted {
             self.forget_extra_sockets(now);
+            self.stuck_since = None;
         }
         self.wanted = wanted;
     }
@@ -211,6 +198,10 @@ impl PathAgent {
         let appeared = self.relay.is_none() && relay.is_some();
         self.relay = relay;
         self.relay_prober.forget();
+        if relay.is_none() {
+            self.stuck_since = None;
+        }
+        self.relay_delivery = Delivery::default();
         self.choose("the relay changed", now);
         if appeared && self.wanted {
             self.start_round(Cause::Wanted, now);
@@ -228,7 +219,8 @@ impl PathAgent {
             .collect();
         self.endpoints.retain(|place, endpoint| {
             announced.contains_key(place)
-                || matches!(endpoint.kind, CandidateKind::PeerReflexive | CandidateKind::Predicted)
+                || endpoint.kind == CandidateKind::PeerReflexive
+                || endpoint.is_told_in_calls()
                 || endpoint.proved(now)
         });
         let mut fresh = false;
@@ -236,7 +228,11 @@ impl PathAgent {
             fresh |= !self.endpoints.contains_key(&place);
             self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind));
         }
-        if fresh && self.wanted && !self.is_direct() {
+        if !fresh {
+        } else if self.is_direct() {
+            // The peer's NAT has given it another endpoint, perhaps in place of ours.
+            self.verify(now);
+        } else if self.wanted {
             self.start_round(Cause::ToldBoth, now);
         }
     }
@@ -246,35 +242,28 @@ impl PathAgent {
         if epoch < self.call_epoch {
             return;
         }
+        let moved = self.call_epoch != 0 && epoch > self.call_epoch;
         self.call_epoch = epoch;
         // Guesses age fast: the newest ones replace all others.
         let called = |remote: SocketAddr| candidates.iter().any(|it| it.endpoint == remote);
         self.endpoints.retain(|place, endpoint| {
-            endpoint.kind != CandidateKind::Predicted
-                || endpoint.proved(now)
-                || called(place.remote)
+            !endpoint.is_told_in_calls() || endpoint.proved(now) || called(place.remote)
         });
-        for candidate in candidates.iter().take(MAX_CANDIDATES) {
+        for (rank, candidate) in candidates.iter().take(MAX_CANDIDATES).enumerate() {
             if usable_underlay(candidate.endpoint) && self.endpoints.len() < 2 * MAX_CANDIDATES {
-                self.endpoints
-                    .entry(Place::main(candidate.endpoint))
-                    .or_insert_with(|| Endpoint::new(candidate.kind));
+                let endpoint = self.endpoints.entry(Place::main(candidate.endpoint));
+                endpoint.or_insert_with(|| Endpoint::new(candidate.kind)).rank = rank;
             }
         }
         if self.is_direct() {
             // The peer is not direct, or it has moved: does our path still lead to it?
             self.verify(now);
+            if moved {
+                self.handle_peer_moved(now);
+            }
         } else {
             self.start_round(Cause::Called, now);
-        }
-    }
-
-    /// Asks the direct path, if it carries data, whether it still leads to the peer; silence moves
-    /// data away within a second.
-    pub fn verify(&mut self, now: Instant) {
-        if let Some(via @ Via::Direct { .. }) = self.primary {
-            self.ping(via, now);
-            self.doubt.handle_keepalive(now);
+            self.open_fresh(now);
         }
     }
 
@@ -287,12 +276,17 @@ impl PathAgent {
     /// The local network changed: nothing that was proved holds.
     pub fn handle_network_change(&mut self, now: Instant) {
         self.forget_extra_sockets(now);
+        self.stuck_since = None;
         self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
         for endpoint in self.endpoints.values_mut() {
             endpoint.forget();
+            endpoint.local = None;
             endpoint.penalty_until = None;
+            (endpoint.trust, endpoint.failures) = (Trust::default(), 0);
         }
         self.relay_prober.forget();
+        self.relay_delivery = Delivery::default();
+        self.trial = None;
         self.doubt = Doubt::default();
         self.choose("the local network changed", now);
         self.round_at = None;
@@ -330,20 +324,34 @@ impl PathAgent {
         }
     }
 
-    /// A pong arrived. Returns its round trip when it answers a ping of ours on that very path.
-    pub fn handle_pong(&mut self, tx: TxId, via: Via, now: Instant) -> Option<Answer> {
+    /// A pong arrived, with the count of our data that the peer has got on this path if it keeps
+    /// one. Returns its round trip when it answers a ping of ours on that very path.
+    pub fn handle_pong(
+        &mut self,
+        tx: TxId,
+        via: Via,
+        arrived: Option<SizeCounts>,
+        now: Instant,
+    ) -> Option<Answer> {
         let rtt = match via {
             Via::Direct { remote, local, socket } => {
                 let endpoint = self.learn(Place { remote, socket }, local, now)?;
-                endpoint.prober.handle_pong(tx, now)?
+                let rtt = endpoint.prober.handle_pong(tx, now)?;
+                endpoint.delivery.handle_pong(tx, arrived, now);
+                endpoint.mtu.handle_pong(tx, now);
+                rtt
             }
-            Via::RelayUdp | Via::RelayTcp => self.relay_prober.handle_pong(tx, now)?,
+            Via::RelayUdp | Via::RelayTcp => {
+                self.relay_delivery.handle_pong(tx, arrived, now);
+                self.relay_prober.handle_pong(tx, now)?
+            }
         };
         if self.primary.is_some_and(|primary| same_path(primary, via)) {
             self.doubt.handle_heard();
             self.postpone_keepalive(now);
         }
         self.choose("a better path answered", now);
+        self.watch(now);
         Some(Answer { rtt, via })
     }
 
@@ -361,8 +369,12 @@ impl PathAgent {
     /// What the data plane counted since the last call; call it every [`super::TRAFFIC_TICK`]
     /// while data flows.
     pub fn handle_traffic(&mut self, traffic: Traffic, now: Instant) {
+        self.sample(traffic.sent, now);
         let Some(place) = self.primary.and_then(Via::place) else {
             self.doubt = Doubt::default();
+            if let Some(sent) = traffic.sent {
+                self.note_relayed(sent, now);
+            }
             return;
         };
         let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
@@ -400,6 +412,7 @@ impl PathAgent {
             }
         }
         self.choose("the path stopped answering", now);
+        self.watch(now);
     }
 
     /// Pings the peer on the path that data takes; the pong is handed out by
@@ -436,13 +449,18 @@ impl PathAgent {
             .chain(named(self.doubt.next_at(), "path in doubt"))
             .chain(named(self.keepalive_at, "path keepalive"))
             .chain(named(self.retry_at, "next round of probes"))
+            .chain(named(self.next_proof(), "path to be proved"))
             .min()
     }
 
     /// The path that a packet sent now takes, and whether it is doubled.
     #[must_use]
     pub fn choice(&self) -> Choice {
-        let duplicate = self.relay.filter(|_| self.is_direct() && self.doubt.wants_duplicate());
+        let duplicate = if self.is_direct() {
+            self.relay.filter(|_| self.doubled || self.doubt.wants_duplicate())
+        } else {
+            self.trial.and_then(|trial| self.direct(trial.place))
+        };
         Choice { primary: self.primary, duplicate }
     }
 
@@ -450,15 +468,6 @@ impl PathAgent {
     #[must_use]
     pub fn primary_since(&self) -> Instant {
         self.primary_since
-    }
-
-    /// The smoothed round trip on the primary.
-    #[must_use]
-    pub fn rtt(&self) -> Option<Duration> {
-        match self.primary?.place() {
-            Some(place) => self.endpoints.get(&place)?.prober.srtt(),
-            None => self.relay_prober.srtt(),
-        }
     }
 }
 

@@ -66,6 +66,22 @@ impl Doubt {
         self.waiting_since.get_or_insert(now);
     }
 
+    /// The peer says that it is elsewhere now.
+    pub(super) fn handle_moved(&mut self, now: Instant) {
+        self.waiting_since.get_or_insert(now);
+        self.doubled = true;
+    }
+
+    /// Whether the path was asked and has not answered.
+    pub(super) fn is_asking(&self) -> bool {
+        self.asked_at.is_some()
+    }
+
+    /// Since when an answer is waited for, if so long that data is doubled.
+    pub(super) fn doubled_since(&self) -> Option<Instant> {
+        self.waiting_since.filter(|_| self.doubled)
+    }
+
     /// Something authenticated arrived on the primary.
     pub(super) fn handle_heard(&mut self) {
         *self = Self::default();

@@ -16,16 +16,22 @@
 //!    peer-reflexive candidate: behind a symmetric NAT that is the only endpoint that works.
 //! 4. A path is *proved* by a pong to our own ping. Only proved paths carry data; the best of them
 //!    is the primary, with hysteresis.
-//! 5. Probes only ever promote a path. What demotes one is silence while we send: data is doubled
-//!    onto the relay while in doubt, and moves there when the doubt is not answered.
+//! 5. A path carries data alone once data and a full packet have arrived on it; until then all is
+//!    doubled onto the relay. What demotes a path is silence while we send, or data that the peer
+//!    does not get: data is doubled while in doubt, and moves to the relay when the doubt stays.
+//!    A path that was left proves itself with copies of data before it carries any alone.
 //! 6. A relayed peer in use is tried again, ever more rarely; a network change or news of the peer
 //!    starts over.
+//! 7. A pair that stays on the relay for seconds agrees on a costlier way (`birthday`).
 
 mod agent;
+pub mod birthday;
 mod liveness;
+mod mtu;
 mod nat;
 pub mod predict;
 mod probe;
+mod quality;
 mod score;
 pub mod side;
 #[cfg(test)]
@@ -33,6 +39,7 @@ mod tests;
 pub mod verdict;
 
 pub use agent::{Answer, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic};
+pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};
 pub use probe::ProbeOutcome;
 
@@ -103,6 +110,22 @@ impl std::fmt::Display for Via {
             Self::RelayTcp => f.write_str("relay-tcp"),
         }
     }
+}
+
+/// What is known of one path to a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quality {
+    /// The path.
+    pub via: Via,
+    /// Its smoothed round trip.
+    pub rtt: Option<Duration>,
+    /// Of a thousand datagrams that we sent in the last seconds, so many did not arrive; none when
+    /// too few were sent, or the peer does not count.
+    pub loss_permille: Option<u16>,
+    /// The longest inner packet that it carries uncut, as far as was asked.
+    pub mtu: Option<u16>,
+    /// Whether it may carry data: it has not failed, or has proved itself since.
+    pub trusted: bool,
 }
 
 /// An endpoint of the peer, as one socket of ours reaches it. Behind a NAT two sockets that send to

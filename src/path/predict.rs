@@ -21,34 +21,66 @@ pub const WINDOW: u16 = 13;
 /// Ports behind it: mappings that we made just before we looked.
 const BEHIND: u16 = 3;
 /// Two mappings made in a row that are further apart than this show no order.
-const MAX_STEP: u16 = 15;
+const MAX_STEP: u32 = 15;
 
-/// Whether two mappings, made in this order, look like neighbours.
-#[must_use]
-pub fn is_sequential(first: SocketAddr, second: SocketAddr) -> bool {
-    let step = second.port().wrapping_sub(first.port());
-    first.ip() == second.ip() && (1..=MAX_STEP).contains(&step)
+/// Where a NAT that counts stands, and how it counts: up or down, by one or by two (some keep the
+/// parity of ports, for RTP).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counter {
+    /// The newest mapping.
+    pub newest: SocketAddr,
+    down: bool,
+    /// All distances between mappings were even. Flows of others in between make one larger, never
+    /// odd where the NAT counts by two.
+    even: bool,
 }
 
-/// The candidates around the newest mapping, those ahead of it first.
-#[must_use]
-pub fn window(newest: SocketAddr) -> Vec<Candidate> {
-    let ahead = (1..=WINDOW).filter_map(|step| newest.port().checked_add(step));
-    let behind = (1..=BEHIND).filter_map(|step| newest.port().checked_sub(step));
-    ahead
-        .chain(behind)
-        .filter(|port| *port >= 1024)
-        .map(|port| Candidate::new(SocketAddr::new(newest.ip(), port), CandidateKind::Predicted))
-        .collect()
+impl Counter {
+    /// What two mappings, made in this order, show; none when they do not look like neighbours.
+    #[must_use]
+    pub fn observe(first: SocketAddr, second: SocketAddr) -> Option<Self> {
+        let distance = i32::from(second.port()) - i32::from(first.port());
+        let near = (1..=MAX_STEP).contains(&distance.unsigned_abs());
+        (near && first.ip() == second.ip()).then_some(Self {
+            newest: second,
+            down: distance < 0,
+            even: distance % 2 == 0,
+        })
+    }
+
+    /// Another mapping was made, perhaps long after the last one.
+    #[must_use]
+    pub fn advance(self, newest: SocketAddr) -> Self {
+        let odd = (i32::from(newest.port()) - i32::from(self.newest.port())) % 2 != 0;
+        Self { newest, even: self.even && !odd, ..self }
+    }
+
+    /// The candidates around the newest mapping, those ahead of it first, the next one first.
+    #[must_use]
+    pub fn window(&self) -> Vec<Candidate> {
+        let step = if self.even { 2 } else { 1 };
+        let step = if self.down { -step } else { step };
+        let newest = i32::from(self.newest.port());
+        let ahead = (1..=i32::from(WINDOW)).map(|place| newest + place * step);
+        let behind = (1..=i32::from(BEHIND)).map(|place| newest - place * step);
+        ahead
+            .chain(behind)
+            .filter_map(|port| u16::try_from(port).ok())
+            .filter(|port| *port >= 1024)
+            .map(|port| SocketAddr::new(self.newest.ip(), port))
+            .map(|endpoint| Candidate::new(endpoint, CandidateKind::Predicted))
+            .collect()
+    }
 }
 
-/// Puts the predicted endpoints of a peer, sorted by port, into the order in which they are first
-/// sent to: the window ahead before what is behind it, and by doubling if so asked.
-pub(crate) fn order<T>(mut sorted: Vec<T>, double: bool) -> Vec<T> {
+/// Puts the predicted endpoints of a peer, in the order in which it has told them, into the order
+/// in which they are first sent to: the window ahead before what is behind it, and by doubling if
+/// so asked.
+pub(crate) fn order<T>(mut told: Vec<T>, double: bool) -> Vec<T> {
     let window = usize::from(WINDOW);
-    let ahead = sorted.split_off(sorted.len().saturating_sub(window));
-    let ahead = if double && ahead.len() == window { doubling(ahead) } else { ahead };
-    ahead.into_iter().chain(sorted).collect()
+    let behind = told.split_off(window.min(told.len()));
+    let ahead = if double && told.len() == window { doubling(told) } else { told };
+    ahead.into_iter().chain(behind).collect()
 }
 
 /// The order in which item `i` of `n` (odd) stands at place `2 i mod n`.
@@ -70,16 +102,40 @@ mod tests {
 
     #[test]
     fn neighbours_are_told_from_strangers() {
-        assert!(is_sequential(at(40_000), at(40_001)) && is_sequential(at(40_000), at(40_015)));
-        assert!(!is_sequential(at(40_000), at(40_000)), "one mapping for all");
-        assert!(!is_sequential(at(40_000), at(40_016)) && !is_sequential(at(40_001), at(40_000)));
+        let counts = |a, b| Counter::observe(at(a), at(b)).is_some();
+        assert!(counts(40_000, 40_001) && counts(40_000, 40_015));
+        assert!(counts(40_001, 40_000) && counts(40_015, 40_000), "downwards, too");
+        assert!(!counts(40_000, 40_000), "one mapping for all");
+        assert!(!counts(40_000, 40_016) && !counts(40_016, 40_000));
+        let other = "203.0.113.11:40001".parse().unwrap();
+        assert_eq!(Counter::observe(at(40_000), other), None);
+    }
+
+    #[test]
+    fn the_next_ports_follow_the_way_that_the_nat_counts() {
+        let ports = |counter: Counter| -> Vec<u16> {
+            counter.window().iter().map(|candidate| candidate.endpoint.port()).collect()
+        };
+        let next = |a, b| ports(Counter::observe(at(a), at(b)).unwrap())[..3].to_vec();
+        assert_eq!(next(40_000, 40_001), [40_002, 40_003, 40_004]);
+        assert_eq!(next(40_001, 40_000), [39_999, 39_998, 39_997]);
+        assert_eq!(next(40_000, 40_002), [40_004, 40_006, 40_008]);
+        assert_eq!(next(40_002, 40_000), [39_998, 39_996, 39_994]);
+        assert_eq!(next(40_000, 40_003), [40_004, 40_005, 40_006], "others were between");
+        let seen = Counter::observe(at(40_000), at(40_002)).unwrap();
+        assert_eq!(ports(seen.advance(at(40_008)))[0], 40_010, "still by two");
+        assert_eq!(ports(seen.advance(at(40_009)))[0], 40_010, "by one after all");
+        assert_eq!(ports(seen.advance(at(40_009)).advance(at(40_011)))[0], 40_012);
     }
 
     #[test]
     fn a_window_stays_among_the_ports_that_there_are() {
-        assert_eq!(window(at(40_000)).len(), usize::from(WINDOW + BEHIND));
-        assert_eq!(window(at(u16::MAX)).len(), usize::from(BEHIND));
-        assert!(window(at(1024)).iter().all(|candidate| candidate.endpoint.port() > 1024));
+        let up = |port| Counter::observe(at(port - 1), at(port)).unwrap().window();
+        assert_eq!(up(40_000).len(), usize::from(WINDOW + BEHIND));
+        assert_eq!(up(u16::MAX).len(), usize::from(BEHIND));
+        assert!(up(1024).iter().all(|candidate| candidate.endpoint.port() > 1024));
+        let down = Counter::observe(at(1025), at(1024)).unwrap().window();
+        assert_eq!(down.len(), usize::from(BEHIND));
     }
 
     #[test]

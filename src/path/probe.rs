@@ -72,6 +72,12 @@ impl Prober {
         self.opener_at = (!hold.is_zero()).then_some(now);
     }
 
+    /// What was proved does not count any more; an answer that is under way will.
+    pub(crate) fn prove_again(&mut self, now: Instant) {
+        self.last_pong = None;
+        self.start_round(now);
+    }
+
     /// A guess among many: a round of a few pings, for one of the others may be right.
     pub(crate) fn for_guess() -> Self {
         Self { steps: Some(GUESS_STEPS), ..Self::default() }

@@ -31,6 +31,11 @@ impl Score {
         Self { tier: if private { Tier::Local } else { Tier::Remote }, rtt }
     }
 
+    /// Whether this path is of a better tier, and not only faster.
+    pub(crate) fn is_nearer_than(self, other: Self) -> bool {
+        self.tier < other.tier
+    }
+
     /// Whether to leave a working path of score `current` for this one.
     pub(crate) fn clearly_beats(self, current: Self) -> bool {
         if self.tier != current.tier {

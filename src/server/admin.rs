@@ -7,9 +7,11 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::invites::State;
+pub use super::policy::PolicyInfo;
+use super::policy::checked_tags;
 use super::records::MemberRecord;
 use super::{Act, Decision, Server};
-use crate::types::{InviteId, NodeId, NodeName};
+use crate::types::{InviteId, NodeId, NodeName, Tag};
 use crate::wire::join::JoinLine;
 
 /// The version of the answers: fields are added, never changed.
@@ -29,6 +31,9 @@ pub enum Request {
         ttl_s: u64,
         /// The name of the node that joins.
         name: Option<NodeName>,
+        /// Its tags.
+        #[serde(default)]
+        tags: Vec<Tag>,
     },
     /// List the invites.
     InviteList,
@@ -51,13 +56,39 @@ pub enum Request {
         /// The new name.
         name: NodeName,
     },
+    /// Give a node these tags and no others.
+    Tag {
+        /// Its name, overlay address or id.
+        node: String,
+        /// All of them.
+        tags: Vec<Tag>,
+    },
+    /// Show the access rules.
+    PolicyShow,
+    /// Set the access rules.
+    PolicySet {
+        /// The file.
+        text: String,
+    },
+    /// Take the access rules away.
+    PolicyClear,
 }
 
 impl Request {
     /// Whether it changes something, or shows a secret.
     #[must_use]
     pub fn is_write(&self) -> bool {
-        !matches!(self, Self::Nodes | Self::InviteList)
+        !matches!(self, Self::Nodes | Self::InviteList | Self::PolicyShow)
+    }
+}
+
+/// For logs: the text of access rules is long, and `policy show` has it.
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PolicySet { text } => write!(f, "PolicySet {{ {} bytes }}", text.len()),
+            other => write!(f, "{other:?}"),
+        }
     }
 }
 
@@ -85,6 +116,15 @@ pub enum RequestError {
     /// Numbers that make no sense.
     #[error("an invite has at least one use and lives between one second and {} days", MAX_TTL_S / 86400)]
     BadInvite,
+    /// More tags than a node can have.
+    #[error("a node has 32 tags at the most")]
+    TooManyTags,
+    /// Access rules that cannot be read, or whose own tests fail.
+    #[error("these access rules cannot be set")]
+    BadPolicy {
+        /// What is wrong with them, and where.
+        reason: String,
+    },
 }
 
 /// The answer to a request.
@@ -103,6 +143,10 @@ pub enum Answer {
     Removed(NodeInfo),
     /// A node with its new name.
     Renamed(NodeInfo),
+    /// A node with its new tags.
+    Tagged(NodeInfo),
+    /// The access rules.
+    Policy(PolicyInfo),
 }
 
 /// `overlay server invite --json`.
@@ -167,6 +211,9 @@ pub struct InviteInfo {
     pub expires: String,
     /// `open`, `expired`, `used` or `revoked`.
     pub state: String,
+    /// The tags of the node that joins with it.
+    #[serde(default)]
+    pub tags: Vec<Tag>,
 }
 
 /// `overlay server nodes --json`.
@@ -199,9 +246,14 @@ pub struct NodeInfo {
     pub public_key: String,
     /// The address that its control connection comes from.
     pub remote: Option<String>,
+    /// Its tags.
+    #[serde(default)]
+    pub tags: Vec<Tag>,
 }
 
-fn rfc3339(unix_seconds: u64) -> String {
+/// A time as all answers have it (RFC 3339, UTC).
+#[must_use]
+pub fn rfc3339(unix_seconds: u64) -> String {
     // The formatter knows no years beyond 9999.
     let seconds = unix_seconds.min(253_402_300_799);
     humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
@@ -214,7 +266,9 @@ impl Server {
     /// When it names something that is not there, or makes no sense. Nothing has changed then.
     pub fn decide(&mut self, request: Request, wall: u64) -> Result<Decision, RequestError> {
         match request {
-            Request::Invite { uses, ttl_s, name } => self.decide_invite(uses, ttl_s, name, wall),
+            Request::Invite { uses, ttl_s, name, tags } => {
+                self.decide_invite(uses, ttl_s, name, checked_tags(tags)?, wall)
+            }
             Request::InviteList => {
                 let mut invites: Vec<_> = self.invites.iter().collect();
                 invites.sort_by_key(|invite| invite.created);
@@ -240,6 +294,10 @@ impl Server {
                 Ok(Decision { changes, act: Act::Answer(answer) })
             }
             Request::Rename { node, name } => self.decide_rename(&node, name, wall),
+            Request::Tag { node, tags } => self.decide_tag(&node, tags, wall),
+            Request::PolicyShow => Ok(self.decide_policy_show()),
+            Request::PolicySet { text } => self.decide_policy_set(text, wall),
+            Request::PolicyClear => Ok(self.decide_policy_clear(wall)),
         }
     }
 
@@ -248,12 +306,13 @@ impl Server {
         uses: u32,
         ttl_s: u64,
         name: Option<NodeName>,
+        tags: Vec<Tag>,
         wall: u64,
     ) -> Result<Decision, RequestError> {
         if uses == 0 || !(1..=MAX_TTL_S).contains(&ttl_s) {
             return Err(RequestError::BadInvite);
         }
-        let (record, secret) = self.invites.make(uses, ttl_s, name, &mut self.rng, wall);
+        let (record, secret) = self.invites.make(uses, ttl_s, name, tags, &mut self.rng, wall);
         let line = JoinLine {
             network: self.network.record.id,
             server_key: self.settings.server_key,
@@ -302,12 +361,12 @@ impl Server {
         Decision { changes: self.seen.iter().filter_map(write).collect(), act: Act::Nothing }
     }
 
-    fn member(&self, text: &str) -> Result<MemberRecord, RequestError> {
+    pub(super) fn member(&self, text: &str) -> Result<MemberRecord, RequestError> {
         let found = self.members.find(text).map(|member| member.record.clone());
         found.ok_or_else(|| RequestError::UnknownNode { node: text.into() })
     }
 
-    fn node_info(&self, member: &MemberRecord, wall: u64) -> NodeInfo {
+    pub(super) fn node_info(&self, member: &MemberRecord, wall: u64) -> NodeInfo {
         let addresses = self.members.addresses(member);
         let online = self.distribution.is_online(member.id);
         let seen = self.seen.get(&member.id).copied().unwrap_or(member.last_seen);
@@ -322,6 +381,7 @@ impl Server {
             joined: rfc3339(member.joined),
             public_key: member.node_key.to_string(),
             remote: connection.map(|connection| connection.about.observed.to_string()),
+            tags: member.tags.clone(),
         }
     }
 }
@@ -340,5 +400,6 @@ fn info_of(invite: &super::records::InviteRecord, wall: u64) -> InviteInfo {
         created: rfc3339(invite.created),
         expires: rfc3339(invite.expires),
         state: State::of(invite, wall).as_str().into(),
+        tags: invite.tags.clone(),
     }
 }

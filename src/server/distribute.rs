@@ -41,6 +41,8 @@ pub(super) struct Distribution {
     removed: BTreeSet<NodeId>,
     /// Nodes whose own name changed.
     renamed: BTreeSet<NodeId>,
+    /// Whether access rules have to be compiled again for the nodes.
+    rules_stale: bool,
     next_flush: Instant,
 }
 
@@ -59,6 +61,7 @@ impl Distribution {
             changed: BTreeSet::new(),
             removed: BTreeSet::new(),
             renamed: BTreeSet::new(),
+            rules_stale: false,
             next_flush: now,
         }
     }
@@ -135,16 +138,21 @@ impl Distribution {
         self.peers.get(&node).is_some_and(|described| described.peer.online)
     }
 
-    /// The message with the whole netmap for `receiver`.
-    pub(super) fn full(&self, receiver: NodeId) -> Vec<u8> {
+    /// The next delta says what has become of the access rules.
+    pub(super) fn set_rules_stale(&mut self) {
+        self.rules_stale = true;
+    }
+
+    /// The message with the whole netmap for `receiver`, which lets in what `filter` says.
+    pub(super) fn full(&self, receiver: NodeId, filter: Option<&[u8]>) -> Vec<u8> {
         let peers: Vec<&[u8]> = self
             .peers
             .iter()
             .filter(|(node, _)| **node != receiver)
             .map(|(_, described)| described.encoded.as_slice())
             .collect();
-        Update { from: None, to: self.epoch, peers, removed: &BTreeSet::new(), own_name: None }
-            .encode()
+        let (removed, own_name) = (&BTreeSet::new(), None);
+        Update { from: None, to: self.epoch, peers, removed, own_name, filter }.encode()
     }
 
     /// Forgets what was not told: while nobody is online there is nobody to tell.
@@ -152,16 +160,21 @@ impl Distribution {
         self.changed.clear();
         self.removed.clear();
         self.renamed.clear();
+        self.rules_stale = false;
     }
 
     /// When the next delta should go out, if there is something in it.
     pub(super) fn flush_at(&self) -> Option<Instant> {
-        let nothing = self.changed.is_empty() && self.removed.is_empty() && self.renamed.is_empty();
+        let nothing = self.changed.is_empty()
+            && self.removed.is_empty()
+            && self.renamed.is_empty()
+            && !self.rules_stale;
         (!nothing).then_some(self.next_flush)
     }
 
-    /// The message from the last epoch to the new one, without `receiver` in it.
-    fn delta(&self, receiver: Option<NodeId>) -> Vec<u8> {
+    /// The message from the last epoch to the new one, without `receiver` in it and with the
+    /// filter that is new for it.
+    fn delta(&self, receiver: Option<NodeId>, filter: Option<&[u8]>) -> Vec<u8> {
         let described = |node: &NodeId| Some(self.peers.get(node)?.encoded.as_slice());
         let peers = self.changed.iter().filter(|node| Some(**node) != receiver);
         let renamed = receiver.filter(|node| self.renamed.contains(node));
@@ -172,6 +185,7 @@ impl Distribution {
             peers: peers.filter_map(described).collect(),
             removed: &self.removed,
             own_name,
+            filter,
         }
         .encode()
     }
@@ -195,11 +209,16 @@ impl Server {
         self.distribution.epoch += 1;
         let online = u32::try_from(self.online.len()).unwrap_or(u32::MAX);
         self.distribution.next_flush = now + GATHER.min(GATHER_PER_NODE * online.min(1_000));
-        let shared = self.distribution.delta(None);
+        let shared = self.distribution.delta(None, None);
+        let stale = self.distribution.rules_stale;
         for (node, connection) in &self.online {
+            let filter = if stale { self.access.news_for(*node, &self.members) } else { None };
             let is_in_it = self.distribution.changed.contains(node);
-            let message =
-                if is_in_it { self.distribution.delta(Some(*node)) } else { shared.clone() };
+            let message = if is_in_it || filter.is_some() {
+                self.distribution.delta(Some(*node), filter.as_deref())
+            } else {
+                shared.clone()
+            };
             self.outputs.push_back(Output::Send { connection: *connection, message });
         }
         self.distribution.forget_pending();
@@ -213,6 +232,7 @@ struct Update<'a> {
     peers: Vec<&'a [u8]>,
     removed: &'a BTreeSet<NodeId>,
     own_name: Option<&'a str>,
+    filter: Option<&'a [u8]>,
 }
 
 impl Update<'_> {
@@ -222,7 +242,8 @@ impl Update<'_> {
         let mut encoder = Encoder::new(Vec::with_capacity(peers_len + 64));
         // Writing into a vector cannot fail, so there is no error to look at.
         let _: Result<(), minicbor::encode::Error<std::convert::Infallible>> = (|| {
-            let fields = 3 + u64::from(self.from.is_some()) + u64::from(self.own_name.is_some());
+            let optional = [self.from.is_some(), self.own_name.is_some(), self.filter.is_some()];
+            let fields = 3 + optional.into_iter().map(u64::from).sum::<u64>();
             encoder.map(1)?.u8(2)?.map(fields)?;
             if let Some(from) = self.from {
                 encoder.u8(0)?.u64(from)?;
@@ -239,6 +260,9 @@ impl Update<'_> {
             if let Some(name) = self.own_name {
                 encoder.u8(4)?.str(name)?;
             }
+            if let Some(filter) = self.filter {
+                encoder.u8(5)?.writer_mut().extend_from_slice(filter);
+            }
             Ok(())
         })();
         encoder.into_writer()
@@ -249,6 +273,7 @@ impl Update<'_> {
 mod tests {
     use super::*;
     use crate::wire::control::{NetmapUpdate, ServerMessage, decode, encode};
+    use crate::wire::filter::WireFilter;
 
     #[test]
     fn the_bytes_are_those_of_the_derived_encoder() {
@@ -263,15 +288,20 @@ mod tests {
         };
         let encoded = encode(&peer);
         let gone = BTreeSet::from([NodeId::new(300).unwrap()]);
-        for (from, own_name) in [(None, None), (Some(5), Some("carol"))] {
-            let update =
-                Update { from, to: 6, peers: vec![&encoded, &encoded], removed: &gone, own_name };
+        let rules = WireFilter { rules: Some(Vec::new()) };
+        let filter = encode(&rules);
+        for (from, own_name, filter) in
+            [(None, None, None), (Some(5), Some("carol"), Some(filter.as_slice()))]
+        {
+            let peers = vec![encoded.as_slice(), &encoded];
+            let update = Update { from, to: 6, peers, removed: &gone, own_name, filter };
             let netmap = NetmapUpdate {
                 from,
                 to: 6,
                 peers: vec![peer.clone(), peer.clone()],
                 removed: vec![300],
                 own_name: own_name.map(str::to_string),
+                filter: filter.map(|_| rules.clone()),
             };
             let message = ServerMessage { netmap: Some(netmap), ..Default::default() };
             assert_eq!(decode::<ServerMessage>(&update.encode()).unwrap(), message);

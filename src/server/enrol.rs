@@ -23,6 +23,12 @@ pub(super) struct Arrival {
     candidates: Vec<Candidate>,
 }
 
+impl Arrival {
+    pub(super) fn node(&self) -> NodeId {
+        self.node
+    }
+}
+
 impl Decision {
     pub(super) fn refuse(connection: ConnectionId, code: RefusedCode) -> Self {
         Self { changes: Vec::new(), act: Act::Refuse { connection, code } }
@@ -123,6 +129,7 @@ impl Server {
             joined: wall,
             last_seen: wall,
             invite: invite.id,
+            tags: invite.tags.clone(),
         };
         invite.used += 1;
         Ok((id, vec![self.invites.write(invite), self.members.write(record)]))
@@ -167,7 +174,8 @@ impl Server {
         self.send(connection, &ServerMessage { welcome: Some(welcome), ..Default::default() });
         self.distribution.set_online(node, Presence::Online);
         self.distribution.set_candidates(node, candidates);
-        let message = self.distribution.full(node);
+        let filter = self.access.whole_for(node, &self.members);
+        let message = self.distribution.full(node, filter.as_deref());
         self.outputs.push_back(Output::Send { connection, message });
     }
 

@@ -6,7 +6,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use super::records::{Change, InviteRecord, Key, Record, Versioned};
-use crate::types::{InviteId, NodeName};
+use crate::types::{InviteId, NodeName, Tag};
 use crate::wire::control::{InviteUse, RefusedCode};
 use crate::wire::join::InviteSecret;
 
@@ -99,6 +99,7 @@ impl Invites {
         uses: u32,
         ttl_s: u64,
         name: Option<NodeName>,
+        tags: Vec<Tag>,
         rng: &mut StdRng,
         wall: u64,
     ) -> (InviteRecord, InviteSecret) {
@@ -118,6 +119,7 @@ impl Invites {
             created: wall,
             expires: wall.saturating_add(ttl_s),
             revoked: false,
+            tags,
         };
         (record, secret)
     }
@@ -154,7 +156,7 @@ mod tests {
     fn only_the_holder_of_the_secret_is_told_what_became_of_an_invite() {
         let mut invites = Invites::new(Vec::new());
         let mut rng = StdRng::seed_from_u64(1);
-        let (record, secret) = invites.make(1, 3600, None, &mut rng, 1000);
+        let (record, secret) = invites.make(1, 3600, None, Vec::new(), &mut rng, 1000);
         let present =
             |secret: InviteSecret, id: InviteId| InviteUse { id: id.0, secret, network: [0; 8] };
         let right = present(secret, record.id);

@@ -154,6 +154,7 @@ mod tests {
             joined: 0,
             last_seen: 0,
             invite: InviteId([0; 4]),
+            tags: Vec::new(),
         };
         Versioned { rev: 1, record }
     }

@@ -13,8 +13,10 @@ mod addresses;
 pub mod admin;
 mod distribute;
 mod enrol;
+pub mod events;
 mod invites;
 mod members;
+mod policy;
 pub mod records;
 mod reflect;
 pub mod relay;
@@ -36,6 +38,7 @@ use crate::wire::join::ServerAddr;
 use distribute::Distribution;
 use invites::Invites;
 use members::Members;
+use policy::Access;
 use records::{Change, Key, NetworkRecord, Record, Records, Versioned};
 use relay::RelayChange;
 
@@ -115,6 +118,7 @@ pub struct Server {
     network: Versioned<NetworkRecord>,
     members: Members,
     invites: Invites,
+    access: Access,
     connections: BTreeMap<ConnectionId, Connection>,
     /// The newest connection of each node that is online.
     online: BTreeMap<NodeId, ConnectionId>,
@@ -156,6 +160,7 @@ impl Server {
             settings,
             network: records.network,
             invites: Invites::new(records.invites),
+            access: Access::new(records.policy),
             members,
             connections: BTreeMap::new(),
             online: BTreeMap::new(),
@@ -254,20 +259,27 @@ impl Server {
         match (change.key, change.record) {
             (_, Some(Record::Network(record))) => self.network = Versioned { rev, record },
             (_, Some(Record::Invite(record))) => self.invites.put(Versioned { rev, record }),
+            (_, Some(Record::Policy(record))) => {
+                self.access.put(Some(Versioned { rev, record }));
+                self.distribution.set_rules_stale();
+            }
             (_, Some(Record::Member(record))) => {
                 let addresses = self.members.addresses(&record);
                 self.distribution.put_member(&record, addresses);
                 self.outputs.push_back(Output::Relay(RelayChange::Member(record.id)));
                 self.members.put(Versioned { rev, record });
+                self.stale_rules();
             }
             (Key::Member(node), None) => self.forget_member(node),
             (Key::Invite(id), None) => self.invites.remove(id),
-            (Key::Network, None) => {}
+            (Key::Network | Key::Policy, None) => {}
         }
     }
 
     fn forget_member(&mut self, node: NodeId) {
         self.members.remove(node);
+        self.stale_rules();
+        self.access.forget(node);
         self.seen.remove(&node);
         self.distribution.remove(node);
         self.outputs.push_back(Output::Relay(RelayChange::Removed(node)));

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{InviteId, NetworkId, NodeId, NodeName, OverlayRange, PublicKey};
+use crate::types::{InviteId, NetworkId, NodeId, NodeName, OverlayRange, PublicKey, Tag};
 
 /// The network itself; there is one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +37,9 @@ pub struct MemberRecord {
     pub last_seen: u64,
     /// With which invite it came.
     pub invite: InviteId,
+    /// What access rules know it by, beside its name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tags: Vec<Tag>,
 }
 
 /// A right to join, for whoever holds the secret.
@@ -58,9 +61,22 @@ pub struct InviteRecord {
     pub expires: u64,
     /// Whether somebody took it back.
     pub revoked: bool,
+    /// The tags of the node that joins with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tags: Vec<Tag>,
 }
 
-/// One of the three kinds of record.
+/// The access rules; there is one such record, or none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyRecord {
+    /// The file, as the administrator wrote it; none when the rules were taken away. The record
+    /// stays, since a deleted one never comes back.
+    pub text: Option<String>,
+    /// When it was set, in Unix seconds.
+    pub set: u64,
+}
+
+/// One kind of record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Record {
     /// The network.
@@ -69,6 +85,8 @@ pub enum Record {
     Member(MemberRecord),
     /// An invite.
     Invite(InviteRecord),
+    /// The access rules.
+    Policy(PolicyRecord),
 }
 
 /// Which record.
@@ -80,6 +98,8 @@ pub enum Key {
     Member(NodeId),
     /// The invite of this id.
     Invite(InviteId),
+    /// The access rules.
+    Policy,
 }
 
 impl Record {
@@ -90,6 +110,7 @@ impl Record {
             Self::Network(_) => Key::Network,
             Self::Member(member) => Key::Member(member.id),
             Self::Invite(invite) => Key::Invite(invite.id),
+            Self::Policy(_) => Key::Policy,
         }
     }
 }
@@ -135,6 +156,8 @@ pub struct Records {
     pub members: Vec<Versioned<MemberRecord>>,
     /// The invites.
     pub invites: Vec<Versioned<InviteRecord>>,
+    /// The access rules, if there are any.
+    pub policy: Option<Versioned<PolicyRecord>>,
     /// The highest node number ever given, removed nodes included.
     pub highest_node: u32,
 }

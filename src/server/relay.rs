@@ -4,6 +4,8 @@
 //! four bytes that say whom a packet is for, then whom it is from. Who is not a member can neither
 //! send nor be sent to; who did not sign on with its key has no address here.
 
+pub mod queue;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};

@@ -9,6 +9,7 @@ use super::*;
 use crate::testing::epoch;
 use crate::types::{NetworkId, OverlayRange, SecretKey};
 use crate::wire::control::{Hello, InviteUse, NetmapUpdate, WireCandidate, WirePeer, decode};
+use crate::wire::filter::{KIND_ANY, KIND_TCP, WireFilter, WireRule};
 use crate::wire::join::JoinLine;
 
 const WALL: u64 = 1_800_000_000;
@@ -30,6 +31,7 @@ struct Node {
     name: String,
     epoch: u64,
     peers: BTreeMap<u32, WirePeer>,
+    filter: WireFilter,
     refused: Option<RefusedCode>,
     closed: bool,
 }
@@ -43,7 +45,12 @@ impl Node {
         if let Some(refused) = message.refused {
             self.refused = Some(RefusedCode::from_code(refused.code));
         }
-        if let Some(NetmapUpdate { from, to, peers, removed, own_name }) = message.netmap {
+        if let Some(NetmapUpdate { from, to, peers, removed, own_name, filter }) = message.netmap {
+            match (from, filter) {
+                (_, Some(filter)) => self.filter = filter,
+                (None, None) => self.filter = WireFilter::default(),
+                (Some(_), None) => {}
+            }
             match from {
                 None => self.peers.clear(),
                 Some(from) => assert_eq!(from, self.epoch, "no delta is left out"),
@@ -70,6 +77,7 @@ impl World {
             network: Versioned { rev: 1, record },
             members: Vec::new(),
             invites: Vec::new(),
+            policy: None,
             highest_node: 0,
         };
         let settings = Settings {
@@ -160,7 +168,7 @@ impl World {
     }
 
     fn invite(&mut self, uses: u32) -> InviteUse {
-        let request = Request::Invite { uses, ttl_s: 3600, name: None };
+        let request = Request::Invite { uses, ttl_s: 3600, name: None, tags: Vec::new() };
         let Some(Answer::Invited(invited)) = self.ask(request).unwrap() else {
             panic!("an invite is answered with an invite");
         };
@@ -387,6 +395,82 @@ fn candidates_inside_the_overlay_are_left_out() {
     assert_eq!(world.node(peer).peers[&2].candidates, vec![at("192.168.1.2:1")]);
 }
 
+/// Rules that let the node `admin` do everything, and everybody reach the web nodes at `port`.
+fn rules(admin: &str, port: u16) -> String {
+    format!(
+        "[groups]\nadmins = '{admin}'\nweb = 'tag:web'\n\
+         [[rules]]\nfrom = 'admins'\nto = 'any'\nprotocol = 'any'\n\
+         [[rules]]\nfrom = 'any'\nto = 'web'\nprotocol = 'tcp'\nports = {port}\n"
+    )
+}
+
+#[test]
+fn each_node_is_told_its_rules_and_every_change_of_them() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(2);
+    let alice = world.enter(1, hello(1, Some(&invite)));
+    let bob = world.enter(2, hello(2, Some(&invite)));
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(bob).filter, WireFilter::default(), "everybody may, at first");
+
+    world.ask(Request::PolicySet { text: rules("node", 443) }).unwrap();
+    world.pass(Duration::from_secs(1));
+    let admin = WireRule { kind: KIND_ANY, sources: Some(vec![(1, 1)]), ports: None };
+    let web = WireRule { kind: KIND_TCP, sources: None, ports: Some(vec![(443, 443)]) };
+    let filter = |rules: &[&WireRule]| WireFilter {
+        rules: Some(rules.iter().map(|rule| (*rule).clone()).collect()),
+    };
+    assert_eq!(world.node(bob).filter, filter(&[&admin]));
+
+    let tags = vec!["web".parse().unwrap()];
+    world.ask(Request::Tag { node: "node-2".into(), tags }).unwrap();
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(bob).filter, filter(&[&admin, &web]));
+    assert_eq!(world.node(alice).filter, filter(&[&admin]));
+
+    world.ask(Request::Rename { node: "node".into(), name: "root".parse().unwrap() }).unwrap();
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(bob).filter, filter(&[&web]), "the admin is called something else");
+
+    let again = world.enter(2, hello(2, None));
+    assert_eq!(world.node(again).filter, filter(&[&web]), "a login is told at once");
+    world.ask(Request::PolicyClear).unwrap();
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(again).filter, WireFilter::default());
+    world.ask(Request::PolicySet { text: rules("root", 80) }).unwrap();
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(alice).filter, filter(&[&admin]), "rules can come back");
+}
+
+#[test]
+fn an_invite_gives_its_tags_to_the_node_that_joins() {
+    let mut world = World::new("10.77.0.0/20");
+    let tags = vec!["web".parse().unwrap(), "web".parse().unwrap(), "db".parse().unwrap()];
+    let request = Request::Invite { uses: 1, ttl_s: 3600, name: None, tags };
+    let Some(Answer::Invited(invited)) = world.ask(request).unwrap() else { panic!("an invite") };
+    let line: JoinLine = invited.join.expose().parse().unwrap();
+    let invite = InviteUse { id: line.invite.0, secret: line.secret, network: line.network.0 };
+    world.enter(1, hello(1, Some(&invite)));
+    let Some(Answer::Nodes(list)) = world.ask(Request::Nodes).unwrap() else { panic!("nodes") };
+    let tags: Vec<String> = list.nodes[0].tags.iter().map(ToString::to_string).collect();
+    assert_eq!(tags, ["tag:db", "tag:web"], "each once");
+}
+
+#[test]
+fn rules_that_make_no_sense_or_fail_their_tests_are_not_set() {
+    let mut world = World::new("10.77.0.0/20");
+    let test = "[[tests]]\nfrom = 'a'\nto = 'b'\nprotocol = 'icmp'\nexpect = 'allow'\n";
+    for (text, said) in [("[[rule]]", "line 1, column 3: unknown key"), (test, "line 1 fails")] {
+        let refused = world.ask(Request::PolicySet { text: text.into() });
+        let Err(RequestError::BadPolicy { reason }) = refused else { panic!("{refused:?}") };
+        assert!(reason.contains(said), "{reason}");
+    }
+    let Some(Answer::Policy(shown)) = world.ask(Request::PolicyShow).unwrap() else {
+        panic!("a policy")
+    };
+    assert_eq!((shown.text, shown.rules), (None, 0));
+}
+
 /// Anything that can happen to a network of eight machines.
 #[derive(Debug, Clone)]
 enum Event {
@@ -396,6 +480,8 @@ enum Event {
     Remove(u8),
     Rename(u8, u8),
     Rekey(u8, u8),
+    Tag(u8, bool),
+    Policy(Option<u8>),
     StoreFails(bool),
     Pass(u64),
 }
@@ -408,7 +494,9 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (machine.clone(), 1..9u16).prop_map(|(m, port)| Event::Move(m, port)),
         1 => machine.clone().prop_map(Event::Remove),
         1 => (machine.clone(), 0..4u8).prop_map(|(m, name)| Event::Rename(m, name)),
-        1 => (machine, 200..210u8).prop_map(|(m, key)| Event::Rekey(m, key)),
+        1 => (machine.clone(), 200..210u8).prop_map(|(m, key)| Event::Rekey(m, key)),
+        1 => (machine, any::<bool>()).prop_map(|(m, web)| Event::Tag(m, web)),
+        1 => proptest::option::of(1..4u8).prop_map(Event::Policy),
         1 => any::<bool>().prop_map(Event::StoreFails),
         4 => (0..200u64).prop_map(Event::Pass),
     ]
@@ -453,6 +541,16 @@ proptest! {
                     let connection = world.enter(machine, hello);
                     connections.insert(machine, connection);
                 }
+                Event::Tag(number, web) => {
+                    let tags = web.then(|| "web".parse().unwrap()).into_iter().collect();
+                    let _ = world.ask(Request::Tag { node: format!("{number:08x}"), tags });
+                }
+                Event::Policy(port) => {
+                    let request = port.map_or(Request::PolicyClear, |port| Request::PolicySet {
+                        text: rules(&format!("name-{port}"), port.into()),
+                    });
+                    world.ask(request).unwrap();
+                }
                 Event::StoreFails(fails) => world.store_works = !fails,
                 Event::Pass(ms) => world.pass(Duration::from_millis(ms)),
             }
@@ -466,8 +564,11 @@ proptest! {
         for node in world.nodes.values().filter(|node| !node.closed) {
             let Some(id) = node.id.and_then(NodeId::new) else { continue };
             let mut fresh = Node { id: node.id, ..Node::default() };
-            fresh.hear(decode(&world.server.distribution.full(id)).unwrap());
+            let filter = world.server.access.whole_for(id, &world.server.members);
+            let whole = world.server.distribution.full(id, filter.as_deref());
+            fresh.hear(decode(&whole).unwrap());
             prop_assert_eq!(&node.peers, &fresh.peers);
+            prop_assert_eq!(&node.filter, &fresh.filter);
             prop_assert_eq!(node.epoch, fresh.epoch);
             let name = &world.server.members.of(id).unwrap().record.name;
             prop_assert_eq!(node.name.as_str(), name.as_str());

@@ -1,20 +1,31 @@
-//! What has to survive on the server: its log of records.
+//! What has to survive on the server: its records, and the log of what happened to them.
 //!
-//! A [`Store`] is a table of records, each with the revision at which it was last written. Nothing
-//! here knows what a record means, and nothing else knows SQL. The statements are those that SQLite
-//! and PostgreSQL share, with only BIGINT and TEXT columns, so that the second can serve later in
-//! the same code; what is SQLite's own is in `sqlite`.
+//! A [`Store`] is a table of records, each with the revision at which it was last written and a sum
+//! that tells a damaged one, and a table of events. Nothing here knows what a record means, and
+//! nothing else knows SQL. The statements are those that SQLite and PostgreSQL share, with only
+//! BIGINT and TEXT columns, so that the second can serve later in the same code; what is SQLite's
+//! own is in `sqlite`, the tables and their changes from version to version in `schema`, the events
+//! in `log`, and the whole as one value, for backups, in `snapshot`.
 
+mod log;
+mod schema;
+mod snapshot;
 mod sqlite;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use sqlx::{Any, AnyPool, Row, Transaction};
+use blake2::digest::consts::U16;
+use blake2::{Blake2s, Digest};
+use data_encoding::HEXLOWER;
+use serde::{Deserialize, Serialize};
+use sqlx::{Any, AnyConnection, AnyPool, Connection, Row, Transaction};
+
+pub use log::{Event, StoredEvent};
+pub use schema::SCHEMA;
+pub use snapshot::Snapshot;
 
 use crate::io::files::FileError;
-
-/// The version of the tables.
-const SCHEMA: i64 = 1;
 
 /// Why the store is of no use.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +41,12 @@ pub enum StoreError {
         /// The schema found.
         found: i64,
     },
+    /// No version ever had this number.
+    #[error("the store says that its version is {found}, and there is no such version")]
+    Unknown {
+        /// The schema found.
+        found: i64,
+    },
     /// Not a database, or a damaged one.
     #[error("{} is damaged or no database: {reason}", path.display())]
     Damaged {
@@ -38,11 +55,25 @@ pub enum StoreError {
         /// What the database says.
         reason: String,
     },
+    /// Nothing where there should be a database.
+    #[error("there is nothing in {}", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
     /// A database of another program.
     #[error("{} is the database of another program", path.display())]
     Foreign {
         /// The file.
         path: PathBuf,
+    },
+    /// A record whose sum is not that of its content.
+    #[error("the record {kind} {id} in the store is damaged")]
+    BadSum {
+        /// The kind of the record.
+        kind: String,
+        /// Its id.
+        id: String,
     },
     /// Somebody else wrote one of the records in the meantime.
     #[error("{kind} {id} was changed by somebody else")]
@@ -58,7 +89,7 @@ pub enum StoreError {
 }
 
 /// One record as it lies in the store.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredRecord {
     /// What kind of record it is.
     pub kind: String,
@@ -89,50 +120,54 @@ pub struct Store {
     pool: AnyPool,
 }
 
+/// What a commit has left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Committed {
+    /// The revision of the records that were written.
+    pub rev: u64,
+    /// The events, with the numbers that they got.
+    pub events: Vec<StoredEvent>,
+    /// How long it took until all of it was on disk.
+    pub took: Duration,
+}
+
 impl Store {
     /// Everything in the store, deleted records too: their ids are not to be given again.
     ///
     /// # Errors
-    /// When the database fails.
+    /// When the database fails, or a record is not as it was written.
     pub async fn load(&self) -> Result<Vec<StoredRecord>, StoreError> {
-        const ALL: &str = "SELECT kind, id, rev, deleted, body FROM records ORDER BY kind, id";
-        let rows = sqlx::query(ALL).fetch_all(&self.pool).await?;
-        rows.iter()
-            .map(|row| {
-                let deleted: i64 = row.try_get("deleted")?;
-                let body: String = row.try_get("body")?;
-                Ok(StoredRecord {
-                    kind: row.try_get("kind")?,
-                    id: row.try_get("id")?,
-                    rev: unsigned(row.try_get("rev")?),
-                    body: (deleted == 0).then_some(body),
-                })
-            })
-            .collect()
+        let mut transaction = self.pool.begin().await?;
+        load(&mut transaction).await
     }
 
-    /// Writes all of `changes` or none, and returns the revision that they have from then on. When
-    /// this returns, a power cut cannot undo it.
+    /// Writes all of `changes` and `events` or none of it, and returns the revision that the
+    /// records have from then on. When this returns, a power cut cannot undo it.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] when a record is not at its expected revision; nothing is written.
-    pub async fn commit(&self, changes: &[Change]) -> Result<u64, StoreError> {
-        let mut transaction = self.pool.begin().await?;
-        let rev = next_rev(&mut transaction).await?;
-        for change in changes {
-            let written = if change.expected_rev == 0 {
-                insert(&mut transaction, change, rev).await?
-            } else {
-                update(&mut transaction, change, rev).await?
-            };
-            // The guard is in the statement itself, so two writers cannot both win.
-            if written != 1 {
-                let (kind, id) = (change.kind.into(), change.id.clone());
-                return Err(StoreError::Conflict { kind, id });
+    pub async fn commit(
+        &self,
+        changes: &[Change],
+        events: &[Event],
+    ) -> Result<Committed, StoreError> {
+        let start = crate::io::clock::now();
+        let mut connection = self.pool.acquire().await?;
+        match write(&mut connection, changes, events).await {
+            Ok((rev, events)) => {
+                let took = crate::io::clock::now().saturating_duration_since(start);
+                Ok(Committed { rev: unsigned(rev), events, took })
+            }
+            Err(error) => {
+                // When a COMMIT fails, as on a full disk, the transaction is still open, and what
+                // comes next would be a part of it that looks committed and is not. The end of the
+                // connection is the end of the transaction, whatever its state.
+                if let StoreError::Database(_) = error {
+                    let _ = connection.detach().close().await;
+                }
+                Err(error)
             }
         }
-        transaction.commit().await?;
-        Ok(unsigned(rev))
     }
 
     /// Closes the database in good order.
@@ -141,21 +176,64 @@ impl Store {
     }
 }
 
-/// Makes the tables, in one transaction.
-async fn create(pool: &AnyPool) -> Result<(), StoreError> {
-    const STATEMENTS: [&str; 4] = [
-        "CREATE TABLE meta (key TEXT NOT NULL PRIMARY KEY, value BIGINT NOT NULL)",
-        "CREATE TABLE records (kind TEXT NOT NULL, id TEXT NOT NULL, rev BIGINT NOT NULL, \
-         deleted BIGINT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (kind, id))",
-        "INSERT INTO meta (key, value) VALUES ('schema', 1)",
-        "INSERT INTO meta (key, value) VALUES ('rev', 0)",
-    ];
-    let mut transaction = pool.begin().await?;
-    for statement in STATEMENTS {
-        sqlx::query(statement).execute(&mut *transaction).await?;
+async fn write(
+    connection: &mut AnyConnection,
+    changes: &[Change],
+    events: &[Event],
+) -> Result<(i64, Vec<StoredEvent>), StoreError> {
+    let mut transaction = connection.begin().await?;
+    let rev = next_rev(&mut transaction).await?;
+    for change in changes {
+        let written = if change.expected_rev == 0 {
+            insert(&mut transaction, change, rev).await?
+        } else {
+            update(&mut transaction, change, rev).await?
+        };
+        // The guard is in the statement itself, so two writers cannot both win.
+        if written != 1 {
+            let (kind, id) = (change.kind.into(), change.id.clone());
+            return Err(StoreError::Conflict { kind, id });
+        }
     }
+    let events = log::append(&mut transaction, events).await?;
     transaction.commit().await?;
-    Ok(())
+    Ok((rev, events))
+}
+
+async fn load(transaction: &mut Transaction<'_, Any>) -> Result<Vec<StoredRecord>, StoreError> {
+    const ALL: &str = "SELECT kind, id, rev, deleted, body, sum FROM records ORDER BY kind, id";
+    let rows = sqlx::query(ALL).fetch_all(&mut **transaction).await?;
+    rows.iter()
+        .map(|row| {
+            let deleted: i64 = row.try_get("deleted")?;
+            let body: String = row.try_get("body")?;
+            let record = StoredRecord {
+                kind: row.try_get("kind")?,
+                id: row.try_get("id")?,
+                rev: unsigned(row.try_get("rev")?),
+                body: (deleted == 0).then_some(body),
+            };
+            let sum: String = row.try_get("sum")?;
+            if sum != sum_of(&record) {
+                return Err(StoreError::BadSum { kind: record.kind, id: record.id });
+            }
+            Ok(record)
+        })
+        .collect()
+}
+
+/// What tells a record from a damaged one: SQLite looks at the structure of its pages and not at
+/// what is written in them.
+fn sum_of(record: &StoredRecord) -> String {
+    let StoredRecord { kind, id, rev, body } = record;
+    let mut hash = Blake2s::<U16>::new();
+    for part in [kind.as_str(), id, body.as_deref().unwrap_or_default()] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.update(rev.to_le_bytes());
+    hash.update([u8::from(body.is_none())]);
+    HEXLOWER.encode(&hash.finalize())
 }
 
 async fn next_rev(transaction: &mut Transaction<'_, Any>) -> Result<i64, StoreError> {
@@ -168,19 +246,25 @@ async fn next_rev(transaction: &mut Transaction<'_, Any>) -> Result<i64, StoreEr
     Ok(row.try_get("value")?)
 }
 
+fn stored(change: &Change, rev: i64) -> StoredRecord {
+    let (kind, id) = (change.kind.into(), change.id.clone());
+    StoredRecord { kind, id, rev: unsigned(rev), body: change.body.clone() }
+}
+
 async fn insert(
     transaction: &mut Transaction<'_, Any>,
     change: &Change,
     rev: i64,
 ) -> Result<u64, StoreError> {
-    const INSERT: &str = "INSERT INTO records (kind, id, rev, deleted, body) \
-                          VALUES ($1, $2, $3, $4, $5) ON CONFLICT (kind, id) DO NOTHING";
+    const INSERT: &str = "INSERT INTO records (kind, id, rev, deleted, body, sum) \
+                          VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (kind, id) DO NOTHING";
     let done = sqlx::query(INSERT)
         .bind(change.kind)
         .bind(change.id.as_str())
         .bind(rev)
         .bind(i64::from(change.body.is_none()))
         .bind(change.body.as_deref().unwrap_or_default())
+        .bind(sum_of(&stored(change, rev)))
         .execute(&mut **transaction)
         .await?;
     Ok(done.rows_affected())
@@ -191,15 +275,16 @@ async fn update(
     change: &Change,
     rev: i64,
 ) -> Result<u64, StoreError> {
-    const UPDATE: &str = "UPDATE records SET rev = $1, deleted = $2, body = $3 \
-                          WHERE kind = $4 AND id = $5 AND rev = $6 AND deleted = 0";
+    const UPDATE: &str = "UPDATE records SET rev = $1, deleted = $2, body = $3, sum = $4 \
+                          WHERE kind = $5 AND id = $6 AND rev = $7 AND deleted = 0";
     let done = sqlx::query(UPDATE)
         .bind(rev)
         .bind(i64::from(change.body.is_none()))
         .bind(change.body.as_deref().unwrap_or_default())
+        .bind(sum_of(&stored(change, rev)))
         .bind(change.kind)
         .bind(change.id.as_str())
-        .bind(i64::try_from(change.expected_rev).unwrap_or(i64::MAX))
+        .bind(signed(change.expected_rev))
         .execute(&mut **transaction)
         .await?;
     Ok(done.rows_affected())
@@ -208,6 +293,10 @@ async fn update(
 /// Revisions start at 1 and rise; a negative one could only come from a damaged store.
 fn unsigned(rev: i64) -> u64 {
     u64::try_from(rev).unwrap_or_default()
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

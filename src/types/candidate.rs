@@ -21,7 +21,7 @@ pub enum CandidateKind {
     PortMapped,
     /// Guessed from how the NAT allocates ports.
     Predicted,
-    /// Written in the configuration by the user.
+    /// Our own port at our public address: somebody may have forwarded it by hand.
     Static,
 }
 

@@ -34,6 +34,8 @@ drop_reasons! {
     Multicast => "multicast",
     /// An inner packet whose source address does not belong to the peer that sent it.
     SpoofedSource => "spoofed-source",
+    /// An inner packet that the network's access rules do not let in.
+    Filtered => "filtered",
     /// A data packet for a session that we do not have.
     UnknownSession => "unknown-session",
     /// Decryption failed: forged, damaged or of an old session.

@@ -3,15 +3,19 @@
 //! A value of one of these types was checked when it was made and is valid for ever.
 
 mod candidate;
+mod counts;
 mod drops;
 mod id;
 mod key;
 mod name;
 mod net;
+mod tag;
 
 pub use candidate::{Candidate, CandidateKind, MAX_CANDIDATES, usable_underlay};
+pub use counts::SizeCounts;
 pub use drops::{DropCounters, DropReason};
 pub use id::{InviteId, NetworkId, NodeId, ParseIdError, SocketId, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
 pub use net::{OverlayAddrs, OverlayRange, RangeError};
+pub use tag::{Tag, TagError};

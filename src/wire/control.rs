@@ -10,6 +10,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use minicbor::{Decode, Encode};
 
 use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES};
+use crate::wire::filter::WireFilter;
 use crate::wire::join::InviteSecret;
 
 /// TCP and UDP port of a server, unless it is told otherwise.
@@ -240,6 +241,10 @@ pub struct NetmapUpdate {
     /// The receiver's own name, when it changed.
     #[n(4)]
     pub own_name: Option<String>,
+    /// What the receiver lets in. None in a change when that is as before, and in a whole netmap
+    /// when the network has no access rules.
+    #[n(5)]
+    pub filter: Option<WireFilter>,
 }
 
 /// A peer as the server describes it.

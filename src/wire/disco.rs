@@ -23,7 +23,10 @@ use chacha20poly1305::aead::{Aead, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 
 use super::cursor::{ENDPOINT_LEN, Reader, UnexpectedEnd, endpoint_bytes};
-use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, PublicKey, SecretKey, TxId};
+use super::punch::Punch;
+use crate::types::{
+    Candidate, CandidateKind, MAX_CANDIDATES, PublicKey, SecretKey, SizeCounts, TxId,
+};
 
 /// First byte of a disco packet.
 pub const MAGIC: u8 = 0xB1;
@@ -38,9 +41,13 @@ pub const OVERHEAD: usize = HEADER_LEN + NONCE_LEN + MAC_LEN;
 /// The largest packet that is opened: more than any message needs, less than costs time.
 pub const MAX_PACKET: usize = 9000;
 
+/// Of the counts in a pong.
+const COUNTS_LEN: usize = 4 * SizeCounts::CLASSES;
+
 const PING: u8 = 1;
 const PONG: u8 = 2;
 const CALL_ME_MAYBE: u8 = 3;
+const PUNCH: u8 = 4;
 const REPORT_REQUEST: u8 = 8;
 const REPORT: u8 = 9;
 
@@ -98,12 +105,14 @@ pub enum Message {
     /// The answer to a ping.
     ///
     /// Layout: type 2, 12 bytes transaction id, 16 bytes address and 2 bytes port that the ping
-    /// came from (all zero when it came by relay).
+    /// came from (all zero when it came by relay); then, since 0.2, three times 4 bytes.
     Pong {
         /// Of the ping.
         tx: TxId,
         /// Where the ping came from, as the answering node saw it: the peer is a reflector too.
         observed: Option<SocketAddr>,
+        /// How much data the answering node has got from the asking one on the path of the ping.
+        arrived: Option<SizeCounts>,
     },
     /// "Here I may be reached, please probe now." Sent by relay.
     ///
@@ -131,9 +140,18 @@ pub enum Message {
         /// To be read by [`super::report::Report::decode`].
         body: Vec<u8>,
     },
+    /// Agreement on a costly way to punch. Sent by relay. Layout: type 4, then that of [`Punch`].
+    Punch(Punch),
 }
 
 impl Message {
+    /// A ping in a packet of `len` bytes, or of its own length where that is more.
+    #[must_use]
+    pub fn ping_of_len(tx: TxId, len: u16) -> Self {
+        let bare = u16::try_from(OVERHEAD + 1 + tx.0.len()).unwrap_or(u16::MAX);
+        Self::Ping { tx, padding: len.saturating_sub(bare) }
+    }
+
     fn encode(&self) -> Vec<u8> {
         match self {
             Self::Ping { tx, padding } => {
@@ -142,10 +160,13 @@ impl Message {
                 bytes.resize(bytes.len() + usize::from(*padding), 0);
                 bytes
             }
-            Self::Pong { tx, observed } => {
+            Self::Pong { tx, observed, arrived } => {
                 let mut bytes = vec![PONG];
                 bytes.extend_from_slice(&tx.0);
                 bytes.extend_from_slice(&observed.map_or([0; ENDPOINT_LEN], endpoint_bytes));
+                for count in arrived.iter().flat_map(|counts| counts.0) {
+                    bytes.extend_from_slice(&count.to_be_bytes());
+                }
                 bytes
             }
             Self::CallMeMaybe { epoch, candidates } => {
@@ -170,6 +191,11 @@ impl Message {
                 bytes.extend_from_slice(body);
                 bytes
             }
+            Self::Punch(punch) => {
+                let mut bytes = vec![PUNCH];
+                punch.encode_into(&mut bytes);
+                bytes
+            }
         }
     }
 
@@ -188,7 +214,16 @@ impl Message {
             PONG => {
                 let tx = TxId(reader.array()?);
                 let observed = reader.endpoint()?;
-                Ok(Self::Pong { tx, observed: (observed.port() != 0).then_some(observed) })
+                let observed = (observed.port() != 0).then_some(observed);
+                // Older nodes do not count.
+                let counts = reader.array::<COUNTS_LEN>().ok();
+                let arrived = counts.map(|bytes| {
+                    let (words, _) = bytes.as_chunks::<4>();
+                    let count =
+                        |class: usize| words.get(class).map_or(0, |it| u32::from_be_bytes(*it));
+                    SizeCounts(std::array::from_fn(count))
+                });
+                Ok(Self::Pong { tx, observed, arrived })
             }
             CALL_ME_MAYBE => {
                 let epoch = reader.u64()?;
@@ -204,6 +239,10 @@ impl Message {
             REPORT => {
                 let tx = TxId(reader.array()?);
                 Ok(Self::Report { tx, body: reader.0.to_vec() })
+            }
+            PUNCH => {
+                let punch = Punch::decode(&mut reader)?;
+                punch.map(Self::Punch).ok_or(DiscoError::UnknownType { kind: PUNCH })
             }
             kind => Err(DiscoError::UnknownType { kind }),
         }
@@ -324,8 +363,12 @@ mod tests {
         vec![
             Message::Ping { tx: TxId([3; 12]), padding: 0 },
             Message::Ping { tx: TxId([3; 12]), padding: 1200 },
-            Message::Pong { tx: TxId([4; 12]), observed: Some(v4) },
-            Message::Pong { tx: TxId([4; 12]), observed: None },
+            Message::Pong { tx: TxId([4; 12]), observed: Some(v4), arrived: None },
+            Message::Pong {
+                tx: TxId([4; 12]),
+                observed: None,
+                arrived: Some(SizeCounts([1, u32::MAX, 0x0102_0304])),
+            },
             Message::CallMeMaybe {
                 epoch: 7,
                 candidates: vec![
@@ -379,6 +422,15 @@ mod tests {
             data_encoding::HEXLOWER.encode(&packet),
             include_str!("../../tests/golden/disco-ping.hex").trim()
         );
+    }
+
+    #[test]
+    fn a_ping_can_be_as_long_as_data() {
+        let (a, _) = pair();
+        for len in [OVERHEAD + 13, 100, 1_312, MAX_PACKET] {
+            let ping = Message::ping_of_len(TxId([3; 12]), u16::try_from(len).unwrap());
+            assert_eq!(a.seal(&ping, [9; 24]).len(), len);
+        }
     }
 
     proptest::proptest! {

@@ -7,11 +7,14 @@
 pub mod control;
 mod cursor;
 pub mod disco;
+pub mod filter;
 pub mod frame;
 pub mod ip;
 pub mod join;
+pub mod punch;
 pub mod relay;
 pub mod report;
+pub mod strict;
 
 pub use cursor::UnexpectedEnd;
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Throughput, cost and latency of the data plane between two network namespaces on one machine.
 
-usage: run.py [--rounds N] [--secs N] [--mtu N] [--relay] [--check MB] [--only TEST,...] NAME=BINARY...
+usage: run.py [--rounds N] [--secs N] [--mtu N] [--relay] [--check MB] [--only TEST,...]
+              [--rival KIND=BINARY]... NAME=BINARY...
 
 Every BINARY is brought up once as a server and two nodes, side by side; then each round runs each
 test once with each of them in random order, so that the drift of the machine hits all alike. NAME
 `veth` without a binary is the bare link. Medians and ranges over the rounds are printed as a table.
 
+  --rival K=B another program beside ours: K is gotatun, boringtun, wireguard-go or nebula
   --relay     the nodes can reach only the server, which forwards between them
   --check MB  before measuring, compare SHA-256 of MB megabytes each way over IPv4 and IPv6, and
               UDP datagrams of odd sizes byte by byte
@@ -17,6 +19,8 @@ Needs root, iproute2, iputils-ping and iperf3. Every command is bounded in time.
 """
 import argparse, ctypes, hashlib, json, os, random, shutil, signal, socket, statistics
 import subprocess, sys, tempfile, threading, time
+
+import rivals
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -101,8 +105,8 @@ def connect(one, other, net, settings):
 class Pair:
     """Two ends, and how one calls the other."""
 
-    def __init__(self, name, binary, number, args):
-        self.name, self.binary = name, binary
+    def __init__(self, name, binary, number, args, rival=False):
+        self.name, self.binary, self.rival, self.full_load = name, binary, rival, 1e9
         self.dir = tempfile.mkdtemp(prefix="bench-")
         tag = f"b{os.getpid() % 10000}n{number}"
         self.a, self.b = Space(f"{tag}a"), Space(f"{tag}b")
@@ -119,7 +123,10 @@ class Pair:
             listen = [f"10.200.{number * 2}.1:41820"]
             server_of = [f"10.200.{number * 2}.1"] * 2
         self.v4, self.v6, self.back = f"10.200.{number * 2}.2", None, f"10.200.{number * 2}.1"
-        if binary:
+        if rival:
+            underlay = [f"10.200.{number * 2}.{host}" for host in (1, 2)]
+            rivals.start(name, self, binary, underlay, args.mtu, wait_for)
+        elif binary:
             self.bring_up(server, listen, server_of, args)
         self.b.start(os.devnull, "iperf3", "-s")
         time.sleep(0.3)
@@ -191,6 +198,7 @@ def test_tcp1(pair, secs):
     before = busy()
     end = pair.iperf(secs)
     gigabytes = end["sum_received"]["bytes"] / 1e9
+    pair.full_load = end["sum_received"]["bits_per_second"]
     return {"tcp1 Gb/s": received(end), "CPU s/GB": (busy() - before) / gigabytes}
 
 
@@ -199,10 +207,22 @@ def test_udp(pair, secs, size):
     return (total["packets"] - total["lost_packets"]) / total["seconds"] / 1e3
 
 
-def test_ping(pair):
+def test_ping(pair, what="ping"):
     out = pair.a.run("ping", "-c", "400", "-i", "0.005", "-W", "1", pair.v4, timeout=60)
     times = sorted(float(line.split("time=")[1].split()[0]) * 1e3 for line in out.splitlines() if "time=" in line)
-    return {"ping p50 us": times[len(times) // 2], "ping p99 us": times[len(times) * 99 // 100]}
+    return {f"{what} p50 us": times[len(times) // 2], f"{what} p99 us": times[len(times) * 99 // 100]}
+
+
+def test_half(pair):
+    """Beside one TCP flow of half of what `tcp1` has just reached."""
+    rate = str(int(pair.full_load / 2))
+    load = pair.a.start(os.devnull, "iperf3", "-c", pair.v4, "-t", "3", "-b", rate)
+    time.sleep(0.3)
+    try:
+        return test_ping(pair, "ping at half load")
+    finally:
+        pair.a.children.remove(load)
+        load.wait(20)
 
 
 def test_bidir(pair, secs):
@@ -245,11 +265,13 @@ TESTS = {
     "reverse": lambda pair, secs: {"reverse Gb/s": received(pair.iperf(secs, "-R"))},
     "bidir": test_bidir,
     "udp64": lambda pair, secs: {"udp64 kpps": test_udp(pair, secs, 64)},
+    "udp512": lambda pair, secs: {"udp512 kpps": test_udp(pair, secs, 512)},
     "udp1200": lambda pair, secs: {"udp1200 kpps": test_udp(pair, secs, 1200)},
     "flood64": lambda pair, secs: {"64 B, unbounded sender, kpps": test_flood(pair, secs, 64, 1)},
     "train64": lambda pair, secs: {"64 B, sender with trains, kpps": test_flood(pair, secs, 64, 32)},
     "flood1200": lambda pair, secs: {"1200 B, unbounded sender, kpps": test_flood(pair, secs, 1200, 1)},
     "ping": lambda pair, secs: test_ping(pair),
+    "half": lambda pair, secs: test_half(pair),
 }
 
 
@@ -313,14 +335,24 @@ def main():
     parser.add_argument("--ethtool", default="")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--only", default=",".join(TESTS))
-    parser.add_argument("contenders", nargs="+")
+    parser.add_argument("--rival", action="append", default=[])
+    parser.add_argument("contenders", nargs="*")
     args = parser.parse_args()
+    contenders = [(*contender.partition("=")[::2], False) for contender in args.contenders]
+    if args.rival and args.relay:
+        parser.error("--rival: the rivals are measured on the direct link, leave out --relay")
+    for kind, _, binary in (rival.partition("=") for rival in args.rival):
+        try:
+            contenders.append((kind, rivals.find(kind, binary), True))
+        except rivals.Missing as missing:
+            parser.error(str(missing))
+    if not contenders:
+        parser.error("nothing to measure: give NAME=BINARY or --rival KIND=BINARY")
     pairs, results = [], {}
     try:
-        for number, contender in enumerate(args.contenders):
-            name, _, binary = contender.partition("=")
-            pairs.append(Pair(name, binary, number, args))
-            if binary:
+        for number, (name, binary, rival) in enumerate(contenders):
+            pairs.append(Pair(name, binary, number, args, rival))
+            if binary and not rival:
                 print(f"{name}: offloads {pairs[-1].status()['self'].get('offloads')}", flush=True)
         if args.check:
             for pair in pairs:
@@ -345,7 +377,7 @@ def main():
                 return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
             print(f"| {what} | " + " | ".join(cell(by_name.get(name)) for name in names) + " |")
         for pair in pairs:
-            if pair.binary:
+            if pair.binary and not pair.rival:
                 drops = {k: v for h in "ab" for k, v in pair.status(h)["self"]["drops"].items() if v}
                 print(f"{pair.name}: drops {drops}, offloads {pair.status()['self'].get('offloads')}")
     finally:

@@ -73,6 +73,15 @@ impl Net {
         net
     }
 
+    /// Makes every link of the internet as wide as this.
+    pub(crate) fn set_internet_mtu(&self, mtu: u16) {
+        for name in self.internet.interfaces() {
+            if let Some(name) = name.split('@').next().filter(|name| *name != "lo") {
+                self.internet.ip(&format!("link set dev {name} mtu {mtu}"));
+            }
+        }
+    }
+
     /// A folder for files of the test.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
@@ -90,12 +99,24 @@ impl Net {
         }
         let ns = self.make_namespace(&format!("{name}-router"));
         self.plug(&ns, "wan", wan, number);
+        self.draw(format!(" +- [{nat}] {wan}, home 192.168.1.0/24"));
+        self.home(name, ns, wan, nat, number)
+    }
+
+    /// Makes the namespace `ns`, whose interface `wan` is up, the router of a new home.
+    pub(crate) fn home(
+        &self,
+        name: &str,
+        ns: Namespace,
+        wan: Ipv4Addr,
+        nat: Nat,
+        number: u8,
+    ) -> Host {
         ns.ip("link add lan type bridge");
         ns.ip("addr add 192.168.1.1/24 dev lan");
         ns.ip("link set lan up");
         ns.sysctl("net/ipv4/ip_forward", "1");
         ns.nft(&nat.rules(wan));
-        self.draw(format!(" +- [{nat}] {wan}, home 192.168.1.0/24"));
         self.at_home(name, &Router { ns, wan }, Ipv4Addr::new(192, 168, 1, 9 + number))
     }
 
@@ -163,17 +184,17 @@ impl Net {
         path
     }
 
-    fn next_number(&self) -> u8 {
+    pub(crate) fn next_number(&self) -> u8 {
         let mut parts = self.parts.lock().unwrap();
         parts.hosts += 1;
         parts.hosts
     }
 
-    fn draw(&self, line: String) {
+    pub(crate) fn draw(&self, line: String) {
         self.parts.lock().unwrap().drawing.push(line);
     }
 
-    fn make_namespace(&self, name: &str) -> Namespace {
+    pub(crate) fn make_namespace(&self, name: &str) -> Namespace {
         let ns = Namespace { name: format!("{}-{name}", self.id) };
         ip(&format!("netns add {ns}"));
         self.parts.lock().unwrap().namespaces.push(ns.clone());
@@ -185,7 +206,18 @@ impl Net {
     }
 
     /// Joins `ns` to the internet by an interface of this name.
-    fn plug(&self, ns: &Namespace, interface: &str, address: Ipv4Addr, number: u8) {
+    pub(crate) fn plug(&self, ns: &Namespace, interface: &str, address: Ipv4Addr, number: u8) {
+        self.plug_without_route(ns, interface, address, number);
+        ns.ip("route add default via 203.0.113.1");
+    }
+
+    pub(crate) fn plug_without_route(
+        &self,
+        ns: &Namespace,
+        interface: &str,
+        address: Ipv4Addr,
+        number: u8,
+    ) {
         let internet = &self.internet;
         ip(&format!(
             "link add p{number} netns {internet} type veth peer name {interface} netns {ns}"
@@ -193,7 +225,6 @@ impl Net {
         internet.ip(&format!("link set p{number} master br0 up"));
         ns.ip(&format!("addr add {address}/24 dev {interface}"));
         ns.ip(&format!("link set {interface} up"));
-        ns.ip("route add default via 203.0.113.1");
     }
 
     fn report(&self) -> String {
@@ -232,6 +263,12 @@ impl Router {
     /// Forgets every flow, as a router does that was switched off and on.
     pub(crate) fn forget_flows(&self) {
         self.ns.run("conntrack", &["-F"]).success("conntrack -F");
+    }
+
+    /// The same, and every flow gets another port than it had: one of this thousand.
+    pub(crate) fn reboot_with_ports(&self, first: u16) {
+        self.ns.nft(&Nat::rules_with_ports(first));
+        self.forget_flows();
     }
 }
 
@@ -293,7 +330,7 @@ impl std::fmt::Display for Namespace {
     }
 }
 
-fn ip(words: &str) -> String {
+pub(crate) fn ip(words: &str) -> String {
     let mut command = Command::new("ip");
     command.args(words.split(' '));
     process::run(command, TOOL_LIMIT).success(&format!("ip {words}"))

@@ -5,7 +5,7 @@
 //! itself into namespaces of its own (`sandbox`), so that it works as root and as a plain user,
 //! touches no network of the machine, and leaves nothing behind however it ends.
 //!
-//! `lab` builds a small internet, `nat` its routers, `overlay` starts servers and nodes in it,
+//! `lab` and `topology` build a small internet, `nat` its routers, `overlay` starts servers and nodes in it,
 //! `scenarios` are the tests by subject.
 
 #![allow(
@@ -26,6 +26,7 @@ mod probe;
 mod process;
 mod sandbox;
 mod scenarios;
+mod topology;
 mod upnp;
 
 use std::process::ExitCode;

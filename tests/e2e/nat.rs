@@ -1,5 +1,5 @@
-//! NAT recipes for the kernel's nftables: the four classical kinds, a router with an open input, and
-//! a firewall without UDP.
+//! NAT recipes for the kernel's nftables: the four classical kinds, a router with an open input,
+//! hairpin, a reboot, and a firewall without UDP.
 //!
 //! Every recipe but one drops unasked-for UDP to the router itself. A router that accepts it makes
 //! connection tracking remember the stranger's packet, and then moves the inside host to another
@@ -21,6 +21,10 @@ pub(crate) enum Nat {
     Symmetric,
     /// The next port for every destination.
     Sequential,
+    /// The one before.
+    Decrementing,
+    /// The next but one.
+    ByTwo,
     /// Port-restricted, and the router takes what is sent to itself.
     OpenInput,
 }
@@ -42,6 +46,8 @@ impl Nat {
             Self::PortRestricted => "port-restricted",
             Self::Symmetric => "symmetric",
             Self::Sequential => "sequential",
+            Self::Decrementing => "decrementing",
+            Self::ByTwo => "by-two",
             Self::OpenInput => "open-input",
         }
     }
@@ -49,9 +55,10 @@ impl Nat {
     /// Whether plain punching, with answers to the observed source, joins the two kinds.
     pub(crate) fn can_be_punched(self, other: Self) -> bool {
         let hard = |a, b| {
-            use Nat::{OpenInput, PortRestricted, Sequential, Symmetric};
+            use Nat::{ByTwo, Decrementing, OpenInput, PortRestricted, Sequential, Symmetric};
             // What a sequential one does next can be guessed, and nothing of the other's.
-            a == Symmetric && matches!(b, Symmetric | Sequential | PortRestricted | OpenInput)
+            let counts = matches!(b, Sequential | Decrementing | ByTwo);
+            a == Symmetric && (counts || matches!(b, Symmetric | PortRestricted | OpenInput))
         };
         !hard(self, other) && !hard(other, self)
     }
@@ -80,11 +87,51 @@ impl Nat {
             Self::AddressRestricted => format!("{}{ADDRESS_FILTER}", full_cone(wan)),
             Self::PortRestricted => masquerade(""),
             Self::Symmetric => masquerade("fully-random"),
-            Self::Sequential => sequential(wan),
+            Self::Sequential => counting(wan, 40_000, 1),
+            Self::Decrementing => counting(wan, 60_000, -1),
+            Self::ByTwo => counting(wan, 40_000, 2),
             Self::OpenInput => masquerade(""),
         };
         let input = if self == Self::OpenInput { "" } else { ROUTER_INPUT };
         format!("{HOPS}{input}{kind}")
+    }
+}
+
+impl Nat {
+    /// The rules of a router that also joins two inside hosts by their outer endpoints.
+    ///
+    /// # Panics
+    /// For a kind that keeps no map of its own, which the kernel gives no hairpin.
+    pub(crate) fn hairpin_rules(self, wan: Ipv4Addr) -> String {
+        assert_eq!(self, Self::FullCone, "hairpin needs the map of a full cone");
+        let cone = full_cone(wan);
+        let anywhere = cone.replace(
+            "iifname \"wan\" meta l4proto udp dnat",
+            &format!("ip daddr {wan} meta l4proto udp dnat"),
+        );
+        let both = anywhere.replace(
+            "priority srcnat;\n",
+            &format!("priority srcnat;\n  oifname \"lan\" ct status dnat snat to {wan}\n"),
+        );
+        assert!(both.len() > cone.len() + 40, "both rules were found");
+        format!("{HOPS}{ROUTER_INPUT}{both}")
+    }
+
+    /// Port-restricted as before, with the thousand ports from `first`: the same inside endpoint
+    /// gets the same port to everywhere, and not its own. Replaces what is there.
+    pub(crate) fn rules_with_ports(first: u16) -> String {
+        let last = first + 999;
+        format!(
+            r#"
+flush table ip nat
+table ip nat {{
+ chain post {{ type nat hook postrouting priority srcnat;
+  oifname "wan" meta l4proto {{ tcp, udp }} masquerade to :{first}-{last}
+  oifname "wan" masquerade
+ }}
+}}
+"#
+        )
     }
 }
 
@@ -126,11 +173,11 @@ table ip nat {{
     )
 }
 
-/// Every flow gets the next port. The map is written out: an offset to `numgen` counts in steps of
+/// Every flow gets the next port, `step` from the last one. The map is written out: an offset to `numgen` counts in steps of
 /// 256.
-fn sequential(wan: Ipv4Addr) -> String {
+fn counting(wan: Ipv4Addr, first: i32, step: i32) -> String {
     let ports: Vec<String> =
-        (0..2048).map(|number| format!("{number} : {}", 40_000 + number)).collect();
+        (0..2048).map(|number| format!("{number} : {}", first + number * step)).collect();
     let ports = ports.join(", ");
     format!(
         r#"

@@ -181,6 +181,23 @@ impl Edge {
         self.nat.inbound(flow, now).ok()
     }
 
+    /// Datagrams that it has sent out so far.
+    pub(crate) fn forwarded(&self) -> u64 {
+        self.nat.counters().forwarded
+    }
+
+    /// External ports in use.
+    pub(crate) fn mappings(&self, now: Instant) -> usize {
+        self.nat.mappings(now)
+    }
+
+    /// A stranger's datagram got here before anything left: spoils the pair of endpoints.
+    pub(crate) fn spoil(&mut self, stranger: SocketAddr, port: u16, now: Instant) {
+        let dst = SocketAddr::new(self.external, port);
+        let spoiled = self.inbound(stranger, dst, now);
+        assert_eq!(spoiled, None, "nobody here takes it");
+    }
+
     /// Reboots the NATs and the firewall.
     pub(crate) fn flush(&mut self) {
         self.nat.flush();

@@ -13,6 +13,7 @@ use overlay::server::ConnectionId;
 use overlay::types::{NodeId, PublicKey, SecretKey, SocketId};
 use overlay::wire::control::{ClientMessage, InviteUse, RefusedCode, ServerMessage};
 
+use crate::quiet::Meter;
 use crate::server::Frame;
 use crate::uplink::Uplink;
 
@@ -72,6 +73,8 @@ pub(crate) struct Host {
     pub(crate) removed_at: Option<Instant>,
     /// It has heard of that, and does not start again.
     pub(crate) expelled: bool,
+    /// What it has sent by UDP.
+    pub(crate) meter: Meter,
     /// Its control connection.
     pub(crate) uplink: Uplink,
     /// Its machine key, for the server.
@@ -79,7 +82,8 @@ pub(crate) struct Host {
     /// With what it joins.
     pub(crate) invite: Option<InviteUse>,
     node_key: SecretKey,
-    settings: NodeSettings,
+    /// What its node is told.
+    pub(crate) settings: NodeSettings,
     node: Option<Node>,
     disk: Netmap,
     lives: u64,
@@ -112,6 +116,7 @@ impl Host {
             held_frames: Vec::new(),
             removed_at: None,
             expelled: false,
+            meter: Meter::default(),
             uplink: Uplink::new(seed),
             machine_key: SecretKey::from_bytes(spread(seed, 1)).public(),
             invite: None,
@@ -281,6 +286,14 @@ impl Host {
         }
     }
 
+    /// The machine was suspended for long enough that its daemon noticed.
+    pub(crate) fn handle_wake(&mut self, now: Instant) {
+        if let Some(node) = &mut self.node {
+            node.handle_wake(true, now);
+            self.refresh();
+        }
+    }
+
     /// The router forwards a port to this machine, or does so no more.
     pub(crate) fn handle_mapped(&mut self, mapped: Option<SocketAddr>, now: Instant) {
         self.mapped = mapped;
@@ -374,6 +387,15 @@ impl Host {
         }
         take(&self.out, going);
         self.out.clear();
+        while let Some(probe) = node.poll_whole_probe() {
+            let target = Target::Udp { remote: probe.remote, local: None, socket: probe.socket };
+            going.datagrams.push((target, probe.datagram));
+        }
+        while let Some(answer) = node.poll_packet() {
+            // Programs here send what may be cut, so they are told nothing else.
+            let unreachable = [answer.get(20..22), answer.get(40..42)];
+            assert!(unreachable.contains(&Some(&[3, 1])) || unreachable.contains(&Some(&[1, 3])));
+        }
         node.take_datagrams(&mut self.out);
         take(&self.out, going);
         self.out.clear();
@@ -396,7 +418,9 @@ impl Host {
                     going.expelled |= code == RefusedCode::NotMember;
                 }
                 Event::Identity(_)
+                | Event::Rules
                 | Event::Save
+                | Event::Mtu { .. }
                 | Event::Pinged { .. }
                 | Event::Knocked(_)
                 | Event::Reported(_) => {}

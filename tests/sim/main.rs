@@ -3,7 +3,9 @@
 //! ```text
 //! main      random scenarios from seeds, and the seeds that once failed
 //!   scenario    bytes -> who is there and what happens; what must be true at the end
-//!   named       scenarios with a name and a time bound
+//!   named       scenarios with a name and a time bound; hard: those of hard NATs
+//!   bounds      how soon, in round trips      quiet    how much is sent when nothing happens
+//!   filtered    paths that let questions through and no data
 //!     world       clock, flights, turns        oracle   which path must be found
 //!       routing     lines, NATs, LANs            ledger   every inner packet, once
 //!       host, uplink    node core and data plane, as the daemon drives them
@@ -14,13 +16,17 @@
 //! `SIM_SEED=7 cargo test --test sim` replays one seed, `SIM_SCENARIOS=1000` sets how many are
 //! tried. Nothing here reads a clock but this file, which takes the start of time once.
 
+mod bounds;
 mod check;
 mod edge;
+mod filtered;
+mod hard;
 mod host;
 mod ledger;
 mod link;
 mod named;
 mod oracle;
+mod quiet;
 mod routing;
 mod scenario;
 mod server;

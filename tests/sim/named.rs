@@ -24,11 +24,11 @@ fn world(kinds: &[NatKind], host: Duration, server: Duration, settings: NodeSett
 }
 
 /// The same with all nodes up and three seconds gone: direct is 20 ms one way, the relay 40 ms.
-fn running(kinds: &[NatKind]) -> World {
+pub(crate) fn running(kinds: &[NatKind]) -> World {
     running_with(kinds, NodeSettings::default())
 }
 
-fn running_with(kinds: &[NatKind], settings: NodeSettings) -> World {
+pub(crate) fn running_with(kinds: &[NatKind], settings: NodeSettings) -> World {
     let mut world = world(kinds, 10 * MS, 10 * MS, settings);
     for host in 0..kinds.len() {
         world.start_host(host);
@@ -38,7 +38,7 @@ fn running_with(kinds: &[NatKind], settings: NodeSettings) -> World {
     world
 }
 
-fn path_kind(world: &World, from: usize, to: usize) -> &'static str {
+pub(crate) fn path_kind(world: &World, from: usize, to: usize) -> &'static str {
     let peer = world.hosts[to].id().expect("it has joined");
     world.hosts[from].path_kind(peer, world.now)
 }
@@ -50,7 +50,7 @@ fn knows(world: &World, from: usize, to: usize) -> bool {
 }
 
 /// One packet each way every `spacing`, for `time`; the numbers of all of them.
-fn talk(world: &mut World, time: Duration, spacing: Duration) -> Vec<u64> {
+pub(crate) fn talk(world: &mut World, time: Duration, spacing: Duration) -> Vec<u64> {
     let until = world.now + time;
     let mut pings = Vec::new();
     while world.now < until {
@@ -62,7 +62,7 @@ fn talk(world: &mut World, time: Duration, spacing: Duration) -> Vec<u64> {
 }
 
 /// When the first of the lost packets was sent, and when the last one.
-fn outage(world: &World, pings: &[u64]) -> Option<(Instant, Instant)> {
+pub(crate) fn outage(world: &World, pings: &[u64]) -> Option<(Instant, Instant)> {
     let lost = pings.iter().map(|number| world.ledger.ping(*number));
     let times: Vec<Instant> =
         lost.filter(|ping| ping.took().is_none()).map(|ping| ping.sent_at).collect();
@@ -70,7 +70,7 @@ fn outage(world: &World, pings: &[u64]) -> Option<(Instant, Instant)> {
 }
 
 #[expect(clippy::print_stdout, reason = "the figures of a run are worth reading")]
-fn assert_outage_below(world: &World, pings: &[u64], bound: Duration, what: &str) {
+pub(crate) fn assert_outage_below(world: &World, pings: &[u64], bound: Duration, what: &str) {
     let outage = outage(world, pings).map_or(Duration::ZERO, |(first, last)| last - first);
     println!("{what}: packets lost for {outage:?}, bound {bound:?}");
     assert!(outage <= bound, "{what}: packets were lost for {outage:?}");
@@ -194,8 +194,9 @@ fn udp_that_is_blocked_under_traffic_costs_three_seconds() {
 }
 
 #[test]
-fn a_symmetric_and_a_port_restricted_node_stay_on_the_relay() {
-    let mut world = running(&[Symmetric, PortRestricted]);
+fn without_birthday_probing_a_symmetric_and_a_port_restricted_node_stay_on_the_relay() {
+    let settings = NodeSettings { birthday_probing: false, ..NodeSettings::default() };
+    let mut world = running_with(&[Symmetric, PortRestricted], settings);
     let pings = talk(&mut world, Duration::from_secs(120), 500 * MS);
     world.run_for(Duration::from_secs(1));
     assert_eq!(path_kind(&world, 0, 1), "relay-udp");

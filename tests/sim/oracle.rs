@@ -38,6 +38,25 @@ pub(crate) fn expected_path(world: &World, a: usize, b: usize) -> &'static str {
     }
 }
 
+/// Whether data may vanish between two hosts where questions do not: nobody can know before there is
+/// data, so either way is right when all is quiet.
+pub(crate) fn may_swallow(world: &World, a: usize, b: usize) -> bool {
+    world.filters.iter().any(|it| it.from.is_none_or(|from| from == a || from == b))
+}
+
+/// Whether birthday probing may have led to a direct path by now, or may not: it is left to chance
+/// and takes its time, so either is right.
+pub(crate) fn may_be_found_by_chance(world: &World, a: usize, b: usize) -> bool {
+    let (a, b) = (&world.hosts[a], &world.hosts[b]);
+    let maps = |kind: NatKind| kind == NatKind::Symmetric;
+    let (kind_a, kind_b) = (world.edges[a.edge].kind, world.edges[b.edge].kind);
+    maps(kind_a) != maps(kind_b)
+        && a.settings.birthday_probing
+        && b.settings.birthday_probing
+        && !a.udp_blocked
+        && !b.udp_blocked
+}
+
 /// Simultaneous sending fails only where one side cannot know the port that the other's datagrams
 /// come from, and cannot let them in unknown.
 fn can_punch(a: NatKind, b: NatKind) -> bool {

@@ -69,14 +69,17 @@ impl World {
             }
         }
         for (remote, bytes) in going.questions {
+            self.hosts[host].meter.count(bytes.len(), self.now);
             self.ask(host, remote, bytes);
         }
         for (remote, socket) in going.openers {
+            self.hosts[host].meter.count(PING_BYTES, self.now);
             self.open(host, remote, socket);
         }
         for (target, bytes) in going.datagrams {
             match (target, connection) {
                 (Target::Udp { remote, socket, .. }, _) => {
+                    self.hosts[host].meter.count(bytes.len(), self.now);
                     self.send_udp(host, socket, remote, bytes);
                 }
                 (Target::Link, Some(connection)) => {
@@ -411,3 +414,5 @@ impl Eq for Flight {}
 
 /// One hop in a home.
 const LAN_LATENCY: std::time::Duration = std::time::Duration::from_millis(1);
+/// What an opener has, as any ping.
+const PING_BYTES: usize = 60;

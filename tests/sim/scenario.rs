@@ -9,7 +9,7 @@ use overlay::node::NodeSettings;
 use crate::check::{QUIET, check_delivery, check_paths, check_removed, check_wakeups};
 use crate::link::Line;
 use crate::spot::Spot;
-use crate::transition::{Transition, apply};
+use crate::transition::{Swallowed, Transition, apply};
 use crate::world::{EventLog, World};
 
 /// Who is there, and what happens.
@@ -93,6 +93,8 @@ impl Scenario {
         let rekey_after = [120, 20, 8, 120][bytes.below(4)];
         let settings = NodeSettings {
             rekey_after: Duration::from_secs(rekey_after),
+            // Hundreds of probes for one pair are worth their time in some of the scenarios.
+            birthday_probing: rekey_after == 8,
             ..NodeSettings::default()
         };
         let places = (0..hosts)
@@ -113,7 +115,7 @@ impl Scenario {
     }
 
     fn add_extras(&mut self, bytes: &mut Bytes<'_>) {
-        let more = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 6][bytes.below(16)];
+        let more = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 6][bytes.below(16)];
         for place in &mut self.places {
             place.spot = place.spot.with_extras(bytes.next());
         }
@@ -144,7 +146,9 @@ impl Scenario {
             7 => Transition::SetClock([-48, -1, 1, 48][bytes.below(4)]),
             8 => Transition::BlackHole(host, true),
             9 => Transition::BlackHole(host, false),
-            10..=12 => Transition::Move(host, Spot::plain(bytes.kind()).with_extras(bytes.next())),
+            10 => Transition::Swallow(host, Swallowed::Data),
+            11 => Transition::Swallow(host, Swallowed::Large),
+            12 => Transition::Move(host, Spot::plain(bytes.kind()).with_extras(bytes.next())),
             13 => Transition::Burst { from: host, to: (host + 1 + bytes.below(hosts - 1)) % hosts },
             _ => Self::step(bytes, hosts),
         }

@@ -133,16 +133,17 @@ impl ServerHost {
 
     fn read_records(&self) -> Records {
         let mut network = None;
-        let (mut members, mut invites) = (Vec::new(), Vec::new());
+        let (mut members, mut invites, mut policy) = (Vec::new(), Vec::new(), None);
         for Versioned { rev, record } in self.records.values().cloned() {
             match record {
                 Record::Network(record) => network = Some(Versioned { rev, record }),
                 Record::Member(record) => members.push(Versioned { rev, record }),
                 Record::Invite(record) => invites.push(Versioned { rev, record }),
+                Record::Policy(record) => policy = Some(Versioned { rev, record }),
             }
         }
         let network = network.expect("the network is never deleted");
-        Records { network, members, invites, highest_node: self.highest_node }
+        Records { network, members, invites, policy, highest_node: self.highest_node }
     }
 
     fn wall(&self, now: Instant) -> u64 {
@@ -191,7 +192,7 @@ impl ServerHost {
     pub(crate) fn invite(&mut self, uses: u32, now: Instant) -> InviteUse {
         let wall = self.wall(now);
         let running = self.running.as_mut().expect("invites are made while the server runs");
-        let request = Request::Invite { uses, ttl_s: 24 * 3600, name: None };
+        let request = Request::Invite { uses, ttl_s: 24 * 3600, name: None, tags: Vec::new() };
         let decision = running.server.decide(request, wall).expect("a plain invite is fine");
         let Some(Answer::Invited(invited)) = self.commit(decision, now) else {
             panic!("an invite is answered with an invite");

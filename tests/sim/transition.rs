@@ -50,8 +50,19 @@ pub(crate) enum Transition {
     SetClock(i64),
     /// Nothing that a host sends reaches another host, or all again.
     BlackHole(usize, bool),
+    /// What a host sends to other hosts passes but for data, or for what is large.
+    Swallow(usize, Swallowed),
     /// A host moves to another place of any sort.
     Move(usize, Spot),
+}
+
+/// What a filter on the way takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Swallowed {
+    /// Data of WireGuard, and no question.
+    Data,
+    /// What is longer than a narrow link carries.
+    Large,
 }
 
 /// Does one thing.
@@ -100,6 +111,13 @@ pub(crate) fn apply(world: &mut World, step: Transition) {
         Transition::BlackHole(host, true) => {
             world.filters.push(Filter { from: Some(host), ..Filter::default() });
         }
+        Transition::Swallow(host, what) => {
+            let filter = match what {
+                Swallowed::Data => Filter { data: true, ..Filter::default() },
+                Swallowed::Large => Filter { min_len: LARGE, ..Filter::default() },
+            };
+            world.filters.push(Filter { from: Some(host), ..filter });
+        }
         Transition::BlackHole(host, false) => world.filters.retain(|it| it.from != Some(host)),
         Transition::Move(host, spot) => {
             let line = world.edges[world.hosts[host].edge].line;
@@ -136,10 +154,13 @@ impl fmt::Display for Transition {
             Self::SetClock(hours) => write!(f, "the server's clock is {hours} hours off"),
             Self::BlackHole(host, true) => write!(f, "nobody hears host {host} directly"),
             Self::BlackHole(host, false) => write!(f, "host {host} is heard again"),
+            Self::Swallow(host, what) => write!(f, "{what:?} of host {host} is swallowed"),
             Self::Move(host, spot) => write!(f, "host {host} moves to a new place: {spot}"),
         }
     }
 }
 
+/// Datagrams that a narrow link does not carry.
+const LARGE: usize = 1_000;
 /// More packets than wait for one peer (64), and than a turn may send beside them.
 const BURST: usize = 200;

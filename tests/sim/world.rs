@@ -223,6 +223,10 @@ impl World {
         } else if self.hosts[host].uplink.connection().is_some() {
             self.lose_link(host);
         }
+        if slept >= NOTICED {
+            let now = self.now;
+            self.hosts[host].handle_wake(now);
+        }
         self.settle(host);
     }
 
@@ -407,6 +411,8 @@ impl World {
     }
 }
 
+/// A shorter sleep is not noticed by the daemon.
+const NOTICED: Duration = Duration::from_secs(5);
 /// The longest that a connected node may not know of a removal: the way from the server is a tenth.
 const REVOCATION: Duration = Duration::from_secs(1);
 /// Lines kept for a failure report.

@@ -9,9 +9,9 @@ use super::Command;
 use crate::cli::fail::Failure;
 use crate::cli::print::{hint, json, line, table, table_text};
 use crate::cli::{Done, ask};
-use crate::config::paths::Role;
+use crate::config::paths::{Paths, Role};
 use crate::server::admin::{Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Request};
-use crate::types::{InviteId, NodeName};
+use crate::types::{InviteId, NodeName, Tag};
 
 /// How long an invite lives if nobody says otherwise; `--ttl` has the same.
 const DEFAULT_TTL_S: u64 = 3600;
@@ -27,6 +27,9 @@ pub(super) struct InviteArgs {
     /// The name of the node that joins with it
     #[arg(long, value_name = "NAME")]
     name: Option<NodeName>,
+    /// A tag of the node that joins with it; may be given more than once
+    #[arg(long = "tag", value_name = "TAG", value_delimiter = ',')]
+    tags: Vec<Tag>,
     /// Print JSON
     #[arg(long, global = true)]
     json: bool,
@@ -73,8 +76,19 @@ pub(super) fn run(command: Command, socket: &Path) -> Done {
         Command::Invite(InviteArgs {
             command: Some(InviteCommand::Revoke { id }), json, ..
         }) => (Request::InviteRevoke { id }, Show::of(json)),
-        Command::Invite(InviteArgs { uses, ttl, name, json, command: None }) => {
-            (Request::Invite { uses, ttl_s: ttl.as_secs(), name }, Show::of(json))
+        Command::Events(args) => return super::events::run(args, socket),
+        Command::Backup { file } => return super::backup::write(&file, socket),
+        Command::Restore { file, force, place } => {
+            let place = place.unwrap_or_else(|| Paths::of(Role::Server).state_dir);
+            return super::backup::restore(&file, &place, force);
+        }
+        Command::Invite(InviteArgs { uses, ttl, name, tags, json, command: None }) => {
+            (Request::Invite { uses, ttl_s: ttl.as_secs(), name, tags }, Show::of(json))
+        }
+        Command::Tag { node, tags } => (Request::Tag { node, tags }, Show::Text),
+        Command::Policy(policy) => {
+            let json = policy.is_json();
+            (policy.request()?, Show::of(json))
         }
     };
     print(&answer(socket, &request)?, show)
@@ -86,7 +100,7 @@ pub(super) fn first_invite(socket: &Path) -> Result<bool, Failure> {
     if !list.nodes.is_empty() {
         return Ok(false);
     }
-    let request = Request::Invite { uses: 1, ttl_s: DEFAULT_TTL_S, name: None };
+    let request = Request::Invite { uses: 1, ttl_s: DEFAULT_TTL_S, name: None, tags: Vec::new() };
     print(&answer(socket, &request)?, Show::Text)?;
     Ok(true)
 }
@@ -101,7 +115,15 @@ fn print(answer: &Answer, show: Show) -> Done {
         (Answer::Invites(list), Show::Json) => json(list),
         (Answer::Revoked(invite), Show::Json) => json(invite),
         (Answer::Nodes(list), Show::Json) => json(list),
-        (Answer::Removed(node) | Answer::Renamed(node), Show::Json) => json(node),
+        (Answer::Removed(node) | Answer::Renamed(node) | Answer::Tagged(node), Show::Json) => {
+            json(node)
+        }
+        (Answer::Policy(policy), Show::Json) => json(policy),
+        (Answer::Policy(policy), Show::Text) => super::policy::print(policy),
+        (Answer::Tagged(node), Show::Text) => {
+            let tags = if node.tags.is_empty() { "no tags".into() } else { words(&node.tags) };
+            line(format!("{} ({}) has {tags} now", node.name, node.ipv4))
+        }
         (Answer::Invited(invited), Show::Text) => print_invited(invited),
         (Answer::Invites(list), Show::Text) => print_invites(list),
         (Answer::Revoked(invite), Show::Text) => line(format!("revoked {}", invite.id)),
@@ -143,6 +165,11 @@ fn print_invites(list: &InviteList) -> Done {
     line(table_text(&table))
 }
 
+fn words(tags: &[Tag]) -> String {
+    let words: Vec<String> = tags.iter().map(ToString::to_string).collect();
+    words.join(" ")
+}
+
 fn print_nodes(list: &NodeList) -> Done {
     if list.nodes.is_empty() {
         hint("nobody has joined yet; make an invite with `overlay server invite`");
@@ -158,9 +185,10 @@ fn print_nodes(list: &NodeList) -> Done {
             seen,
             node.ipv6.to_string(),
             node.id.clone(),
+            words(&node.tags),
         ]
     };
-    let mut table = table(&["NAME", "IPV4", "STATE", "LAST SEEN", "IPV6", "ID"]);
+    let mut table = table(&["NAME", "IPV4", "STATE", "LAST SEEN", "IPV6", "ID", "TAGS"]);
     table.add_rows(list.nodes.iter().map(row));
     line(table_text(&table))
 }

@@ -3,6 +3,7 @@
 //! What can be wrong with the request is looked at before anything is changed. Every step leaves
 //! alone what is as it should be, so that a second run updates the first.
 
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -91,6 +92,7 @@ fn prepare(
         enrol(program, service, account, join)?;
     }
     write_unit(service, program)?;
+    write_sockets(service)?;
     systemctl(&["daemon-reload"], QUICK)?;
     systemctl(&["enable", "--quiet", service.unit()], QUICK)
 }
@@ -185,11 +187,44 @@ fn told(stderr: &str) -> Option<Told<'_>> {
     })
 }
 
+/// The units that hold the ports open. Where the configuration names other ports than the usual
+/// ones, the server opens them itself.
+fn write_sockets(service: Service) -> Done {
+    let listen = listen_of_config(service);
+    for (name, text) in service.sockets() {
+        let path = Path::new("/etc/systemd/system").join(name);
+        if listen.is_empty() {
+            write_file(&path, text)?;
+        } else {
+            // One of an earlier configuration would hold a port that nobody wants.
+            let _ = systemctl(&["stop", name], QUICK);
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+    Ok(())
+}
+
 fn write_unit(service: Service, program: &Path) -> Done {
-    let text = service.unit_text().replace(USUAL_PROGRAM, &program.to_string_lossy());
-    let path = service.unit_file();
-    files::write_atomically(&path, text.as_bytes(), 0o644).map_err(|error| {
-        let directory = path.parent().unwrap_or(&path).display();
+    let mut text = service.unit_text().replace(USUAL_PROGRAM, &program.to_string_lossy());
+    if service == Service::Server && listen_of_config(service).iter().any(|it| it.port() < 1024) {
+        // The server opens such a port itself, on UDP too, and needs the right to.
+        text = text.replace(NO_RIGHTS, LOW_PORTS);
+    }
+    write_file(&service.unit_file(), &text)
+}
+
+fn listen_of_config(service: Service) -> Vec<SocketAddr> {
+    let file = service.paths().config;
+    config::load_file::<ServerConfig>(&file, Wanted::IfThere).unwrap_or_default().listen
+}
+
+const NO_RIGHTS: &str = "CapabilityBoundingSet=\nAmbientCapabilities=\nPrivateUsers=yes\n";
+const LOW_PORTS: &str = "CapabilityBoundingSet=CAP_NET_BIND_SERVICE\n\
+                         AmbientCapabilities=CAP_NET_BIND_SERVICE\n";
+
+fn write_file(path: &Path, text: &str) -> Done {
+    files::write_atomically(path, text.as_bytes(), 0o644).map_err(|error| {
+        let directory = path.parent().unwrap_or(path).display();
         Failure::caused_by(
             "the unit file cannot be written",
             &error,
@@ -257,6 +292,13 @@ mod tests {
         assert_eq!(told(printed), Some(Told { error: "no", cause: "because", help: "do this" }));
         assert_eq!(told("error: alone").unwrap().error, "alone");
         assert_eq!(told("Segmentation fault"), None);
+    }
+
+    #[test]
+    fn the_server_gets_the_right_to_low_ports_only_where_it_is_told_to() {
+        let text = Service::Server.unit_text();
+        assert_eq!(text.matches(NO_RIGHTS).count(), 1);
+        assert!(!text.contains("CAP_NET_BIND_SERVICE"));
     }
 
     #[test]

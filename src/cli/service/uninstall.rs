@@ -24,6 +24,11 @@ pub(super) fn run(service: Service, purge: bool) -> Done {
     let installed = UnitState::of(service)?.installed;
     if installed {
         systemctl(&["disable", "--quiet", "--now", unit], STOP_LIMIT)?;
+        for (socket, _) in service.sockets() {
+            // One that was never started is as good as one that is stopped.
+            let _ = systemctl(&["stop", socket], STOP_LIMIT);
+            remove(&service.unit_file().with_file_name(socket), |path| fs::remove_file(path))?;
+        }
         remove(&service.unit_file(), |path| fs::remove_file(path))?;
         systemctl(&["daemon-reload"], QUICK)?;
         // A unit that has failed would be remembered; one that has not is unknown by now.

@@ -155,7 +155,7 @@ pub struct PathStatistics {
     pub rtt_min_ms: f64,
     /// Their mean, in milliseconds.
     pub rtt_avg_ms: f64,
-    /// Share of lost packets, 0 to 1; none when not measured.
+    /// Share of lost packets when it was measured last, 0 to 1; none when it never was.
     pub loss: Option<f64>,
     /// Seconds since the newest answer.
     pub last_s: f64,
@@ -411,6 +411,8 @@ impl Daemon {
                 remote: peer.remote.map(|remote| remote.to_string()),
                 since_s: peer.since.as_secs(),
                 why: peer.why.clone(),
+                mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
+                loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
             },
         }
     }

@@ -1,9 +1,10 @@
-//! The TUN interface with its addresses and routes, and the addresses of the other interfaces.
+//! The TUN interface with its addresses and routes.
 //!
 //! Other programs have their hands on the same table: a network manager that is restarted may drop
 //! every route and address that it does not know. What is missing is put back.
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,13 +16,16 @@ use crate::io::os::{
 };
 use crate::io::tun::{Tun, TunError, TunOptions};
 use crate::node::Identity;
+use crate::path::{BASE_MTU, OVERHEAD_V4};
+use crate::types::OverlayAddrs;
 
 use super::Daemon;
 use super::startup::NodeOptions;
-use super::threads::Ports;
 
 /// When an interface that could not be made anew is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+/// Jumbo frames; what is wider is no network, or no use.
+const WIDEST_LINK: u16 = 9_000;
 
 /// Why the interface could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +46,7 @@ pub enum InterfaceError {
 pub(super) struct Interface {
     tun: Arc<Tun>,
     identity: Identity,
+    mtu: u16,
     /// Somebody has switched it off; told once.
     off: bool,
 }
@@ -84,19 +89,23 @@ impl Interface {
                 left_out.push(prefix.addr());
             }
         }
-        netlink.set_link(index, Some(u32::from(options.mtu)), LinkState::Up).await?;
-        for route in routes_of(&identity, index) {
+        let mtu = options.interface_mtu();
+        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
+        for route in routes_of(&identity, index, mtu) {
             if route.pref_src.is_none_or(|source| !left_out.contains(&source)) {
                 netlink.add_route(&route).await?;
             }
         }
         tracing::info!(interface = options.interface, ipv4 = %identity.addrs.v4,
-            ipv6 = %identity.addrs.v6, mtu = options.mtu, "interface is up");
-        Ok(Self { tun: Arc::new(tun), identity, off: false })
+            ipv6 = %identity.addrs.v6, mtu, "interface is up");
+        Ok(Self { tun: Arc::new(tun), identity, mtu, off: false })
     }
 
     /// Puts back the addresses and routes that are missing.
-    async fn mend(&self) -> Result<Condition, NetlinkError> {
+    async fn mend(
+        &self,
+        peers: &BTreeMap<Ipv4Addr, (OverlayAddrs, u16)>,
+    ) -> Result<Condition, NetlinkError> {
         let netlink = Netlink::connect()?;
         let index = self.tun.index();
         let links = netlink.links().await?;
@@ -121,7 +130,8 @@ impl Interface {
         }
         // Read after the addresses are back: the kernel drops routes with their source address.
         let routes = netlink.routes().await?;
-        for route in routes_of(&self.identity, index) {
+        let to_peers = peers.values().flat_map(|(addrs, mtu)| self.routes_to(*addrs, *mtu));
+        for route in routes_of(&self.identity, index, self.mtu).chain(to_peers) {
             let there = |it: &Route| it.index == index && it.dst == route.dst;
             let possible = route.pref_src.is_none_or(|source| !left_out.contains(&source));
             if possible && !routes.iter().any(there) {
@@ -130,6 +140,37 @@ impl Interface {
             }
         }
         Ok(Condition::Whole(mended))
+    }
+
+    /// The routes to one peer, whose path carries packets of up to `mtu` bytes.
+    fn routes_to(&self, addrs: OverlayAddrs, mtu: u16) -> impl Iterator<Item = Route> {
+        let (index, limit) = (self.tun.index(), self.mtu);
+        let sources = self.identity.addrs.prefixes().map(|own| own.addr());
+        let hosts = [IpAddr::from(addrs.v4), IpAddr::from(addrs.v6)];
+        hosts.into_iter().zip(sources).map(move |(host, source)| Route {
+            pref_src: Some(source),
+            ..sized_route(IpNet::from(host), index, mtu, limit)
+        })
+    }
+
+    /// Routes to one peer by what its path carries, or no more.
+    async fn route_peer(&self, addrs: OverlayAddrs, mtu: u16) -> Result<(), NetlinkError> {
+        let netlink = Netlink::connect()?;
+        for route in self.routes_to(addrs, mtu) {
+            let changed = if mtu == BASE_MTU {
+                netlink.del_route(&Route::direct(route.dst, route.index)).await
+            } else {
+                netlink.add_route(&route).await
+            };
+            match changed {
+                // Not there, or not possible: IPv6 is off.
+                Err(error) if mtu == BASE_MTU || route.dst.addr().is_ipv6() => {
+                    tracing::debug!(%error, "route to a peer not changed");
+                }
+                result => result?,
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn tun(&self) -> Arc<Tun> {
@@ -156,19 +197,62 @@ async fn add_address(netlink: &Netlink, index: u32, prefix: IpNet) -> Result<boo
     if absent && prefix.addr().is_ipv6() { Ok(false) } else { Err(error) }
 }
 
-fn routes_of(identity: &Identity, index: u32) -> impl Iterator<Item = Route> {
+/// The routes to all peers, by what every path carries.
+fn routes_of(identity: &Identity, index: u32, limit: u16) -> impl Iterator<Item = Route> {
     let ranges = identity.range.prefixes().into_iter().zip(identity.addrs.prefixes());
     ranges.map(move |(range, address)| Route {
         pref_src: Some(address.addr()),
-        ..Route::direct(range, index)
+        ..sized_route(range, index, BASE_MTU, limit)
     })
 }
 
+/// A route for packets of up to `mtu` bytes. What comes back may have up to `limit`: the path may
+/// get wider while a TCP connection lasts, and its largest segment is agreed on once.
+fn sized_route(dst: IpNet, index: u32, mtu: u16, limit: u16) -> Route {
+    let (mtu, headers) = if dst.addr().is_ipv4() { (mtu, 40) } else { (mtu.max(BASE_MTU), 60) };
+    Route {
+        mtu_bytes: Some(u32::from(mtu.min(limit))),
+        advmss_bytes: Some(u32::from(limit - headers)),
+        ..Route::direct(dst, index)
+    }
+}
+
+/// The MTU for an interface that shall use what the paths have: the widest link's, less what goes
+/// around a packet.
+pub(super) async fn widest_mtu(own: &str) -> Result<u16, NetlinkError> {
+    let links = Netlink::connect()?.links().await?;
+    let usable = links.iter().filter(|link| link.up && !link.loopback && link.name != own);
+    let widest = usable.map(|link| link.mtu_bytes).max().unwrap_or_default();
+    let widest = u16::try_from(widest).unwrap_or(u16::MAX).min(WIDEST_LINK);
+    Ok(widest.saturating_sub(OVERHEAD_V4).max(BASE_MTU))
+}
+
 impl Daemon {
+    /// The path to a peer carries packets of up to `mtu` bytes now.
+    pub(super) async fn set_peer_mtu(&mut self, addrs: OverlayAddrs, mtu: u16) {
+        if mtu == BASE_MTU {
+            self.peer_mtus.remove(&addrs.v4);
+        } else {
+            self.peer_mtus.insert(addrs.v4, (addrs, mtu));
+        }
+        let Some(interface) = &self.interface else { return };
+        tracing::debug!(peer = %addrs.v4, mtu, "the path's MTU");
+        if let Err(error) = interface.route_peer(addrs, mtu).await {
+            tracing::warn!(%error, peer = %addrs.v4, "the route to a peer could not be changed");
+        }
+    }
+
+    /// Makes the routes to the peers in a new interface.
+    pub(super) async fn route_peers(&mut self) {
+        for (addrs, mtu) in self.peer_mtus.clone().into_values() {
+            self.set_peer_mtu(addrs, mtu).await;
+        }
+    }
+
     /// Looks after the interface when something about the network has changed.
     pub(super) async fn mend_interface(&mut self, now: Instant) {
         let condition = match &self.interface {
-            Some(interface) => interface.mend().await,
+            Some(interface) => interface.mend(&self.peer_mtus).await,
             None => Ok(Condition::Gone),
         };
         let off = condition.as_ref().is_ok_and(|condition| *condition == Condition::Off);
@@ -191,7 +275,7 @@ impl Daemon {
             Ok(Condition::Gone) => self.remake_interface(now).await,
             Err(error) => {
                 tracing::warn!(%error, interface = name, "the interface could not be mended");
-                self.rescan_at = Some(now + RETRY);
+                self.surroundings.rescan_at = Some(now + RETRY);
             }
         }
         if let Some(interface) = &mut self.interface {
@@ -210,33 +294,12 @@ impl Daemon {
             Ok(interface) => {
                 self.ports.set_tun(Some(interface.tun()));
                 self.interface = Some(interface);
+                self.route_peers().await;
             }
             Err(error) => {
                 tracing::warn!(%error, "the interface could not be made anew");
-                self.rescan_at = Some(now + RETRY);
+                self.surroundings.rescan_at = Some(now + RETRY);
             }
         }
     }
-}
-
-/// The endpoints of our sockets on every interface but the overlay's own.
-pub(super) async fn host_endpoints(
-    ports: &Ports,
-    own_index: Option<u32>,
-) -> Result<Vec<SocketAddr>, NetlinkError> {
-    let port = |ip: IpAddr| {
-        let socket = if ip.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
-        socket.as_ref().and_then(|socket| socket.local_addr().ok()).map(|addr| addr.port())
-    };
-    let netlink = Netlink::connect()?;
-    let addresses = netlink.addresses().await?;
-    Ok(addresses
-        .iter()
-        .filter(|address| Some(address.index) != own_index && address.up && !address.loopback)
-        .filter(|address| !address.deprecated && !address.tentative)
-        .filter_map(|address| {
-            let ip = address.addr.addr();
-            Some(SocketAddr::new(ip, port(ip)?))
-        })
-        .collect())
 }

@@ -8,7 +8,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::portmap::PortMapping;
-use super::report::{OwnStatus, PathReport, PeerReport, SCHEMA, ServerStatus, Status, millis};
+use super::report::{
+    OwnStatus, PathReport, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis,
+};
 use super::{Daemon, Ended, explain, netcheck};
 use crate::daemon::exit;
 use crate::io::clock;
@@ -269,6 +271,19 @@ async fn ping(
 }
 
 impl Daemon {
+    fn punching(&self) -> PunchReport {
+        let counters = self.node.punch_counters();
+        PunchReport {
+            birthday_probing: self.options.settings.birthday_probing,
+            birthday_runs: counters.birthday_runs,
+            fresh_ports: counters.fresh_ports,
+            found: counters.found,
+            sockets: counters.sockets,
+            sockets_open: self.node.extra_sockets(),
+            probes: counters.probes,
+        }
+    }
+
     pub(super) fn handle_request(&mut self, request: Request) {
         let now = clock::now();
         // A command that went away meanwhile does not take its answer; that is no error.
@@ -355,7 +370,7 @@ impl Daemon {
                 ipv4: identity.addrs.v4,
                 ipv6: identity.addrs.v6,
                 interface: self.options.interface.clone(),
-                mtu: self.options.mtu,
+                mtu: self.options.interface_mtu(),
                 listen_port: self.ports.listen_port(),
                 public_key: own.public_key.to_string(),
                 network: identity.network.to_string(),
@@ -363,6 +378,7 @@ impl Daemon {
                 version: env!("CARGO_PKG_VERSION").into(),
                 offloads: self.ports.offloads(),
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
+                punching: self.punching(),
             },
             server: ServerStatus {
                 state: state.into(),
@@ -386,10 +402,13 @@ pub(super) fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
             remote: peer.remote.map(|remote| remote.to_string()),
             since_s: peer.since.as_secs(),
             why: peer.why,
+            mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
+            loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
         },
         rtt_ms: peer.rtt.map(millis),
         tx_bytes: peer.tx_bytes,
         rx_bytes: peer.rx_bytes,
+        too_big: peer.too_big,
         last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`)
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
-//! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `portmap`
-//! a port of the router, `local` answers the command line, `explain` has its answers about paths,
-//! `netcheck` measures the network in front of us.
+//! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `roam`
+//! follows the network around us, `portmap` asks the router for a port, `local` answers the command
+//! line, `explain` has its answers about paths, `netcheck` measures the network in front of us.
 
 pub mod explain;
 mod extra;
@@ -14,6 +14,7 @@ mod netcheck;
 mod path_mtu;
 mod portmap;
 pub mod report;
+mod roam;
 mod scratch;
 mod startup;
 mod state;
@@ -26,7 +27,7 @@ pub use startup::{NodeOptions, Offloads, StartError, run};
 pub use state::{ENROLMENT_FILE, StateError};
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,21 +36,20 @@ use tokio::sync::{mpsc, oneshot};
 use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound};
 use crate::io::clock;
 use crate::io::link::{ConnectError, Inbound};
-use crate::io::os::Changes;
+use crate::io::service::Watchdog;
 use crate::node::{Event, Node};
 use crate::path::Answer;
-use crate::types::NodeId;
+use crate::types::{NodeId, OverlayAddrs};
 use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
 use interface::Interface;
 use local::Request;
 use portmap::PortMapping;
+use roam::Surroundings;
 use scratch::ScratchAnswer;
 use state::StateDir;
-use threads::{Ports, send_all, send_opener, write_tun};
+use threads::{Ports, send_all, send_opener, send_whole_probe, write_packet, write_tun};
 use uplink::{Uplink, UplinkEvent};
 
-/// Changes of addresses come in groups; the last one counts.
-const NETWORK_SETTLE: Duration = Duration::from_millis(100);
 /// The netmap changes in groups too, and a lost one only costs a re-fetch.
 const SAVE_DELAY: Duration = Duration::from_millis(500);
 /// Notes taken in one turn, so that no flood starves the other sources.
@@ -69,6 +69,8 @@ struct Daemon {
     node: Node,
     ports: Arc<Ports>,
     interface: Option<Interface>,
+    /// What each direct path carries, where that is not what every path does.
+    peer_mtus: BTreeMap<Ipv4Addr, (OverlayAddrs, u16)>,
     state: StateDir,
     uplink: Uplink,
     server: Option<SocketAddr>,
@@ -80,7 +82,7 @@ struct Daemon {
     requests: mpsc::Receiver<Request>,
     /// Both ends: the daemon hands the one to every scratch socket.
     scratch: (mpsc::Sender<ScratchAnswer>, mpsc::Receiver<ScratchAnswer>),
-    changes: Option<Changes>,
+    surroundings: Surroundings,
     port_mapping: Option<PortMapping>,
     pings: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_token: u64,
@@ -88,8 +90,8 @@ struct Daemon {
     halves: BTreeMap<NodeId, Vec<oneshot::Sender<()>>>,
     /// The overlay address can be used.
     ready: bool,
-    rescan_at: Option<Instant>,
     save_at: Option<Instant>,
+    watchdog: Watchdog,
     out: UdpBatch,
     options: NodeOptions,
     refused: Option<(RefusedCode, String)>,
@@ -117,6 +119,7 @@ impl Daemon {
             biased;
             () = stop.wait() => self.ended = Some(Ended::Stopped),
             Some(request) = self.requests.recv() => self.handle_request(request),
+            surprise = self.surroundings.next() => self.handle_surprise(surprise, clock::now()),
             event = self.uplink.next() => self.handle_uplink(event),
             Some(note) = self.notes.recv() => {
                 let now = clock::now();
@@ -130,9 +133,6 @@ impl Daemon {
                 self.node.handle_scratch(from, &answer, clock::now());
             }
             news = portmap::next(self.port_mapping.as_mut()) => self.handle_portmap_news(news),
-            () = network_change(self.changes.as_mut()) => {
-                self.rescan_at.get_or_insert(clock::now() + NETWORK_SETTLE);
-            }
             () = sleep => {}
         }
         let now = clock::now();
@@ -142,19 +142,28 @@ impl Daemon {
             self.uplink.reconnect();
             self.handle_link_down();
         }
+        self.check_proof(now);
         self.node.handle_timeout(now);
+        self.watchdog.look(now);
     }
 
     fn deadline(&self) -> Instant {
         let silence = self.server.map(|_| {
             self.heard_server + Duration::from_secs(SILENCE_LIMIT_S) + Duration::from_millis(10)
         });
-        let node = self.node.poll_timeout().map(|(at, _)| at);
-        [node, self.rescan_at, self.save_at, silence, self.portmap_deadline()]
-            .into_iter()
-            .flatten()
-            .min()
-            .unwrap_or_else(|| clock::now() + Duration::from_secs(3600))
+        [
+            self.node.poll_timeout().map(|(at, _)| at),
+            self.surroundings.rescan_at,
+            self.surroundings.proof_due(),
+            self.save_at,
+            silence,
+            self.portmap_deadline(),
+            self.watchdog.next(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+        .unwrap_or_else(|| clock::now() + Duration::from_secs(3600))
     }
 
     fn handle_uplink(&mut self, event: UplinkEvent) {
@@ -246,6 +255,12 @@ impl Daemon {
         while let Some(opener) = self.node.poll_opener() {
             send_opener(&self.ports, &opener);
         }
+        while let Some(probe) = self.node.poll_whole_probe() {
+            send_whole_probe(&self.ports, &probe);
+        }
+        while let Some(packet) = self.node.poll_packet() {
+            write_packet(&self.ports, &packet);
+        }
         while let Some((remote, question)) = self.node.poll_scratch() {
             scratch::ask(remote, question, self.scratch.0.clone());
         }
@@ -254,13 +269,16 @@ impl Daemon {
         send_all(&self.ports, &out);
         self.out = out;
         while let Some(message) = self.node.poll_message() {
+            if message.ping.is_some() {
+                self.note_asked(now);
+            }
             if let Some(link) = self.ports.link() {
                 // When the link is full or gone, the next hello says the same.
                 let _ = link.try_send_control(control::encode(&message));
             }
         }
-        if self.rescan_at.is_some_and(|at| at <= now) {
-            self.rescan_at = None;
+        if self.surroundings.rescan_at.is_some_and(|at| at <= now) {
+            self.surroundings.rescan_at = None;
             if !self.options.enrol_only {
                 self.mend_interface(now).await;
             }
@@ -284,13 +302,16 @@ impl Daemon {
                     let interface = Interface::create(&self.options, identity).await?;
                     self.ports.set_tun(Some(interface.tun()));
                     self.interface = Some(interface);
+                    self.route_peers().await;
                     self.save();
                     self.scan_interfaces().await;
                 }
             }
+            Event::Rules => self.save(),
             Event::Save => {
                 self.save_at.get_or_insert(now + SAVE_DELAY);
             }
+            Event::Mtu { addrs, mtu } => self.set_peer_mtu(addrs, mtu).await,
             Event::Path { peer, from, to, why } => self.log_path(peer, from, to, why),
             Event::Pinged { token, answer } => {
                 if let Some(reply) = self.pings.remove(&token) {
@@ -343,35 +364,5 @@ impl Daemon {
         if let Err(error) = self.state.save_netmap(self.node.netmap()) {
             tracing::warn!(%error, "the netmap could not be saved");
         }
-    }
-
-    /// Tells the core at which addresses our sockets can be reached.
-    async fn scan_interfaces(&mut self) {
-        self.look_for_gateway();
-        let own = self.interface.as_ref().map(Interface::index);
-        match interface::host_endpoints(&self.ports, own).await {
-            Ok(endpoints) => {
-                let gone = self.link_local.filter(|local| {
-                    !local.is_loopback() && !endpoints.iter().any(|it| it.ip() == *local)
-                });
-                if gone.is_some() && self.server.is_some() {
-                    // The connection cannot answer any more, and TCP would take its time to say so.
-                    tracing::info!("the address of the control connection is gone");
-                    self.uplink.reconnect();
-                    self.handle_link_down();
-                }
-                self.node.handle_host_endpoints(endpoints, clock::now());
-            }
-            Err(error) => tracing::warn!(%error, "the local addresses could not be read"),
-        }
-    }
-}
-
-async fn network_change(changes: Option<&mut Changes>) {
-    match changes {
-        Some(changes) => {
-            changes.changed().await;
-        }
-        None => std::future::pending().await,
     }
 }

@@ -54,6 +54,9 @@ pub struct OwnStatus {
     /// The port that the router forwards to us; none when it is not to be asked.
     #[serde(default)]
     pub port_mapping: Option<PortMappingReport>,
+    /// Costly ways to peers between hard NATs.
+    #[serde(default)]
+    pub punching: PunchReport,
 }
 
 /// What the router in front of us does for us.
@@ -75,6 +78,25 @@ pub struct PortMappingReport {
     pub lease_s: Option<u64>,
     /// What the router refused last.
     pub error: Option<String>,
+}
+
+/// What costly ways to peers have cost and brought since the daemon started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PunchReport {
+    /// Whether birthday probing is switched on.
+    pub birthday_probing: bool,
+    /// Runs of it.
+    pub birthday_runs: u64,
+    /// Tries with a fresh local port.
+    pub fresh_ports: u64,
+    /// Of both, those that ended with a direct path.
+    pub found: u64,
+    /// Extra sockets opened so far.
+    pub sockets: u64,
+    /// Extra sockets open now.
+    pub sockets_open: usize,
+    /// Ports probed.
+    pub probes: u64,
 }
 
 /// Offloads in use: many packets per system call.
@@ -122,6 +144,9 @@ pub struct PeerReport {
     pub tx_bytes: u64,
     /// Inner bytes received.
     pub rx_bytes: u64,
+    /// Packets that were too long for the path, and told so to their sender.
+    #[serde(default)]
+    pub too_big: u64,
     /// Seconds since the last WireGuard handshake.
     pub last_handshake_s: Option<u64>,
 }
@@ -137,6 +162,12 @@ pub struct PathReport {
     pub since_s: u64,
     /// Why, in a sentence.
     pub why: String,
+    /// The longest packet that it carries uncut, in bytes.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+    /// Percent of the data of the last seconds that did not arrive; none when little was sent.
+    #[serde(default)]
+    pub loss_percent: Option<f64>,
 }
 
 /// `overlay netcheck --json`.

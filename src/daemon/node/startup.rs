@@ -10,9 +10,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::extra::bind_socket;
-use super::interface::InterfaceError;
+use super::interface::{InterfaceError, widest_mtu};
 use super::local::serve_local;
 use super::portmap::PortMapping;
+use super::roam::Surroundings;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
@@ -21,10 +22,11 @@ use crate::dataplane::UdpBatch;
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
-use crate::io::os::Netlink;
+use crate::io::service::Watchdog;
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
-use crate::types::{NetworkId, NodeName};
+use crate::path::BASE_MTU;
+use crate::types::{NetworkId, NodeName, SecretKey};
 use crate::wire::control::RefusedCode;
 use crate::wire::join::JoinLine;
 
@@ -34,6 +36,13 @@ const ENROL_LIMIT: Duration = Duration::from_secs(20);
 const QUEUE: usize = 1024;
 /// One scratch socket lives at a time; a second answer may be late.
 const SCRATCH_QUEUE: usize = 8;
+
+/// The port mapping to ask the router for, when there is an IPv4 port and somebody to stay for it.
+fn port_mapping(options: &NodeOptions, ports: &Ports, machine: &SecretKey) -> Option<PortMapping> {
+    let lease = options.port_mapping.filter(|_| !options.enrol_only)?;
+    let local = ports.udp_v4.as_ref()?.local_addr().ok()?;
+    Some(PortMapping::new(local.port(), lease, machine))
+}
 
 /// What the daemon is told by flags, variables and files.
 #[derive(Debug, Clone)]
@@ -50,8 +59,8 @@ pub struct NodeOptions {
     pub interface: String,
     /// UDP port; none for the last one or a random one.
     pub listen_port: Option<u16>,
-    /// MTU of the TUN interface in bytes.
-    pub mtu: u16,
+    /// MTU of the TUN interface in bytes; none for what the widest link allows.
+    pub mtu: Option<u16>,
     /// What the core can be told.
     pub settings: NodeSettings,
     /// What the data plane may ask the kernel for.
@@ -60,6 +69,13 @@ pub struct NodeOptions {
     pub port_mapping: Option<Duration>,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
+}
+
+impl NodeOptions {
+    /// MTU of the TUN interface in bytes.
+    pub(super) fn interface_mtu(&self) -> u16 {
+        self.mtu.unwrap_or(BASE_MTU)
+    }
 }
 
 /// Offloads that may be used where the kernel has them.
@@ -163,7 +179,14 @@ impl StopSignals {
 ///
 /// # Errors
 /// When it cannot start; after that only when the interface cannot be remade.
-pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ended, StartError> {
+pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ended, StartError> {
+    if options.mtu.is_none() {
+        options.mtu = widest_mtu(&options.interface)
+            .await
+            .inspect_err(|error| tracing::warn!(%error, "the MTU of the links is not known"))
+            .ok();
+    }
+    options.settings.max_mtu = options.interface_mtu();
     let mut stop = StopSignals::new()?;
     let listener = match LocalListener::bind(&options.socket).await {
         Err(LocalError::AlreadyRunning { path }) => {
@@ -193,23 +216,17 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
     let ports = Arc::new(ports);
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
-    let port_mapping = options
-        .port_mapping
-        .filter(|_| !options.enrol_only)
-        .zip(ports.udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()))
-        .map(|(lease, addr)| PortMapping::new(addr.port(), lease, &keys.machine));
+    let port_mapping = port_mapping(&options, &ports, &keys.machine);
     let uplink = Uplink::new(Destination {
         servers: enrolment.servers.clone(),
         server_keys: enrolment.server_keys.clone(),
         machine_key: keys.machine,
     });
-    let changes = Netlink::changes()
-        .inspect_err(|error| tracing::warn!(%error, "changes of the network are not noticed"))
-        .ok();
     let mut daemon = Daemon {
         node,
         ports: Arc::clone(&ports),
         interface: None,
+        peer_mtus: std::collections::BTreeMap::new(),
         state,
         uplink,
         server: None,
@@ -219,14 +236,14 @@ pub async fn run(options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ende
         notes,
         requests,
         scratch: mpsc::channel(SCRATCH_QUEUE),
-        changes,
+        surroundings: Surroundings::watch(),
         port_mapping,
         pings: std::collections::BTreeMap::new(),
         next_token: 0,
         halves: std::collections::BTreeMap::new(),
         ready: false,
-        rescan_at: None,
         save_at: None,
+        watchdog: Watchdog::new(ports.progress(), now),
         out: UdpBatch::default(),
         options,
         refused: None,

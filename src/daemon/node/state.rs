@@ -3,11 +3,13 @@
 //! - `node.key`: the two secret keys; written once
 //! - `node.json`: which network and server, the UDP port; written when they change
 //! - `netmap.json`: the network as it was last; when it cannot be read, the server has a new one
+//! - `node.key.bak`, `node.json.bak`: the same again, for a file system that loses one of them
 //! - `lock`: one daemon at a time
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -86,11 +88,8 @@ impl StateDir {
     pub(super) fn keys(&self) -> Result<Keys, StateError> {
         let path = self.path.join(KEY_FILE);
         let damaged = |reason: String| StateError::Damaged { path: path.clone(), reason };
-        if let Some(text) = files::read_secret(&path)? {
-            let file: KeyFile =
-                serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
-            let key = |text: &str| text.parse().map_err(|_| damaged("not a key".into()));
-            return Ok(Keys { machine: key(&file.machine_key)?, node: key(&file.node_key)? });
+        if let Some(keys) = self.read_first(KEY_FILE, parse_keys)? {
+            return Ok(keys);
         }
         let machine = SecretKey::from_bytes(rand::random());
         let node = SecretKey::from_bytes(rand::random());
@@ -101,7 +100,7 @@ impl StateDir {
         let text = Zeroizing::new(
             serde_json::to_vec_pretty(&file).map_err(|error| damaged(error.to_string()))?,
         );
-        files::write_atomically(&path, &text, SECRET_MODE)?;
+        files::write_twice(&path, &text, SECRET_MODE)?;
         Ok(Keys { machine, node })
     }
 
@@ -135,12 +134,18 @@ impl StateDir {
 
     /// The server let us in: from here on no join line is needed.
     pub(super) fn note_welcome(&mut self, welcome: &Welcome, used: Option<SocketAddr>) {
+        self.note_addresses(&welcome.server_addresses, used);
+    }
+
+    /// Where the server is found from now on: where it was found, where it says that it is, and
+    /// where it was before, as long as there is place.
+    fn note_addresses(&mut self, told: &[String], used: Option<SocketAddr>) {
         let Some(enrolment) = &mut self.enrolment else { return };
         let before = enrolment.clone();
         enrolment.joined = true;
-        let told = welcome.server_addresses.iter().filter_map(|text| text.parse().ok());
+        let told = told.iter().filter_map(|text| text.parse().ok());
         let mut servers: Vec<ServerAddr> = used.map(ServerAddr::from).into_iter().collect();
-        for server in enrolment.servers.clone().into_iter().chain(told) {
+        for server in told.chain(enrolment.servers.clone()) {
             if !servers.contains(&server) && servers.len() < MAX_ADDRESSES {
                 servers.push(server);
             }
@@ -154,8 +159,10 @@ impl StateDir {
     /// The membership ended: only the keys stay.
     pub(super) fn forget_enrolment(&mut self) {
         self.enrolment = None;
-        for name in [ENROLMENT_FILE, NETMAP_FILE] {
-            let path = self.path.join(name);
+        let files = [ENROLMENT_FILE, NETMAP_FILE].map(|name| self.path.join(name));
+        let others = files.iter().flat_map(|path| files::other_places(path));
+        // The copies first: what is left of a removal on which the power fails is whole.
+        for path in others.chain(files.iter().cloned()) {
             if let Err(error) = std::fs::remove_file(&path)
                 && error.kind() != std::io::ErrorKind::NotFound
             {
@@ -192,15 +199,40 @@ impl StateDir {
         self.write_json(NETMAP_FILE, netmap)
     }
 
-    fn read_json<T: serde::de::DeserializeOwned>(
+    fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
+        self.read_first(name, |text| {
+            serde_json::from_slice(text).map_err(|error| error.to_string())
+        })
+    }
+
+    /// The content of a file, or of the first of its other places that is of use if it is there
+    /// and cannot be read: a file system that loses power may leave a file empty.
+    fn read_first<T>(
         &self,
         name: &str,
+        parse: impl Fn(&[u8]) -> Result<T, String>,
     ) -> Result<Option<T>, StateError> {
         let path = self.path.join(name);
-        let Some(text) = files::read(&path)? else { return Ok(None) };
-        serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|error| StateError::Damaged { path, reason: error.to_string() })
+        let read = |path: &Path| match name {
+            KEY_FILE => files::read_secret(path),
+            _ => Ok(files::read(path)?.map(Zeroizing::new)),
+        };
+        let Some(text) = read(&path)? else { return Ok(None) };
+        let reason = match parse(&text) {
+            Ok(value) => return Ok(Some(value)),
+            Err(reason) => reason,
+        };
+        for other in files::other_places(&path) {
+            if let Ok(Some(text)) = read(&other)
+                && let Ok(value) = parse(&text)
+            {
+                tracing::warn!(path = %path.display(), reason, used = %other.display(),
+                    "a state file cannot be read, its copy is used");
+                files::write_twice(&path, &text, SECRET_MODE)?;
+                return Ok(Some(value));
+            }
+        }
+        Err(StateError::Damaged { path, reason })
     }
 
     fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
@@ -209,6 +241,123 @@ impl StateDir {
             path: path.clone(),
             reason: error.to_string(),
         })?;
-        Ok(files::write_atomically(&path, &text, SECRET_MODE)?)
+        match name {
+            // The server has a new one.
+            NETMAP_FILE => files::write_atomically(&path, &text, SECRET_MODE)?,
+            _ => files::write_twice(&path, &text, SECRET_MODE)?,
+        }
+        Ok(())
+    }
+}
+
+fn parse_keys(text: &[u8]) -> Result<Keys, String> {
+    let file: KeyFile = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    let key = |text: &str| text.parse().map_err(|_| "not a key".to_string());
+    Ok(Keys { machine: key(&file.machine_key)?, node: key(&file.node_key)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line() -> JoinLine {
+        include_str!("../../../tests/golden/join-line.txt").trim().parse().unwrap()
+    }
+
+    fn enrolled(dir: &Path) -> (Keys, Enrolment) {
+        let mut state = StateDir::open(dir).unwrap();
+        let keys = state.keys().unwrap();
+        state.prepare(&line());
+        state.enrolment.as_mut().unwrap().joined = true;
+        state.set_listen_port(4711);
+        (keys, state.enrolment.clone().unwrap())
+    }
+
+    #[test]
+    fn a_file_that_is_cut_anywhere_costs_neither_identity_nor_network() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keys, enrolment) = enrolled(dir.path());
+        for name in [KEY_FILE, ENROLMENT_FILE] {
+            let path = dir.path().join(name);
+            let whole = std::fs::read(&path).unwrap();
+            // Every write waits for the disk; `OVERLAY_TEST_FULL=1` cuts at every byte.
+            let full = std::env::var_os("OVERLAY_TEST_FULL").is_some_and(|value| value == "1");
+            for cut in (0..whole.len()).step_by(if full { 1 } else { 13 }) {
+                // With the copy, and with one that was written and not yet put in place.
+                for place in files::other_places(&path) {
+                    for other in files::other_places(&path) {
+                        let _ = std::fs::remove_file(other);
+                    }
+                    files::write_atomically(&place, &whole, SECRET_MODE).unwrap();
+                    std::fs::write(&path, &whole[..cut]).unwrap();
+                    let state = StateDir::open(dir.path()).unwrap();
+                    let same = state.keys().unwrap();
+                    assert_eq!(same.machine.public(), keys.machine.public(), "{name} cut at {cut}");
+                    assert_eq!(same.node.public(), keys.node.public(), "{name} cut at {cut}");
+                    assert_eq!(state.enrolment(), Some(&enrolment), "{name} cut at {cut}");
+                    assert_eq!(std::fs::read(&path).unwrap(), whole, "and it is whole again");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn without_any_whole_copy_there_is_an_error_and_no_new_identity() {
+        let dir = tempfile::tempdir().unwrap();
+        enrolled(dir.path());
+        for (name, end) in [(ENROLMENT_FILE, ".bak"), (KEY_FILE, ".bak")] {
+            for file in [name.to_string(), format!("{name}{end}")] {
+                let path = dir.path().join(file);
+                let whole = std::fs::read(&path).unwrap();
+                std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+            }
+            let state = StateDir::open(dir.path());
+            let error = match state {
+                Ok(state) => state.keys().map(drop).unwrap_err(),
+                Err(error) => error,
+            };
+            assert!(matches!(error, StateError::Damaged { .. }), "{name}: {error}");
+            // The next file is looked at with this one whole.
+            let _ = std::fs::remove_file(dir.path().join(name));
+        }
+    }
+
+    #[test]
+    fn a_netmap_that_cannot_be_read_is_fetched_again() {
+        let dir = tempfile::tempdir().unwrap();
+        enrolled(dir.path());
+        for content in ["", "{\"ident"] {
+            std::fs::write(dir.path().join(NETMAP_FILE), content).unwrap();
+            let state = StateDir::open(dir.path()).unwrap();
+            assert!(state.netmap().identity.is_none());
+        }
+    }
+
+    #[test]
+    fn a_node_that_left_its_network_does_not_find_it_in_a_copy() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keys, _) = enrolled(dir.path());
+        StateDir::open(dir.path()).unwrap().forget_enrolment();
+        let state = StateDir::open(dir.path()).unwrap();
+        assert!(state.enrolment().is_none());
+        assert_eq!(state.keys().unwrap().machine.public(), keys.machine.public());
+    }
+
+    #[test]
+    fn what_the_server_says_now_is_kept_when_there_is_no_place_for_all() {
+        let dir = tempfile::tempdir().unwrap();
+        enrolled(dir.path());
+        let mut state = StateDir::open(dir.path()).unwrap();
+        let old = |number| format!("192.0.2.{number}:41820").parse().unwrap();
+        let told: Vec<String> = vec!["203.0.113.9:41820".into()];
+        if let Some(enrolment) = &mut state.enrolment {
+            enrolment.servers = (1..=MAX_ADDRESSES).map(old).collect();
+        }
+        let used = "192.0.2.1:41820".parse().unwrap();
+        state.note_addresses(&told, Some(used));
+        let servers = &state.enrolment().unwrap().servers;
+        assert_eq!(servers.len(), MAX_ADDRESSES);
+        assert_eq!(servers[0], used.into());
+        assert_eq!(servers[1].to_string(), told[0], "an old one had to go");
     }
 }

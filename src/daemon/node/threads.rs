@@ -1,43 +1,36 @@
 //! The two threads that move packets, and the ports they share with the control task.
 //!
 //! Each runs to completion: read a batch, call the packet function, write the batch. Nothing is
-//! handed from thread to thread but notes for the control plane. The thread that has just written
-//! to the interface looks for an answer there, which would else wait for the other one to wake.
+//! handed from thread to thread but notes for the control plane.
+//! What they do is in [`pump`].
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwapOption;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc;
 
 use super::extra::ExtraSockets;
 use super::report::OffloadReport;
-use crate::dataplane::{
-    Note, Run, Shared, Source, Target, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
-};
-use crate::io::clock;
+use crate::dataplane::{Note, Run, Shared, Target, TunBatch, UdpBatch};
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
+use crate::io::service::Progress;
 use crate::io::tun::Tun;
-use crate::io::udp::{RecvBuffers, UdpSocket};
-use crate::node::Opener;
+use crate::io::udp::UdpSocket;
+use crate::node::{Opener, WholeProbe};
 use crate::types::{DropReason, SocketId};
 
-/// What the TUN thread reads before it looks at the other descriptors.
-const TUN_BUDGET: Budget = Budget { packets: 64, bytes: 64 * MAX_PACKET };
-/// What the receiving thread looks for: a handful of acknowledgements, no upload.
-const ANSWER_BUDGET: Budget = Budget { packets: 16, bytes: 16_000 };
-/// The largest packet that a TUN interface can hand over, with its header.
-const MAX_PACKET: usize = 65_536 + 64;
-/// Sealed bytes that are sent before more packets are read: one full run.
-const SEND_BYTES: usize = 65_000;
-/// Opened bytes that are written before more datagrams are looked at.
-const WRITE_BYTES: usize = 128 << 10;
+mod pump;
+
+use pump::{NoteSender, Outlet, run_inbound, run_outbound};
+
 /// How long a full socket is waited for before its datagrams are dropped.
 const FULL_SOCKET_WAIT_MS: u8 = 5;
 
@@ -51,8 +44,13 @@ pub(super) struct Ports {
     link: ArcSwapOption<LinkSender>,
     shared: Arc<Shared>,
     stop: EventFd,
-    /// Wakes the TUN thread when there is another interface.
-    tun_changed: EventFd,
+    /// Whether the sending thread watches the interface, and not the receiving one.
+    sender_watches: AtomicBool,
+    /// Tell the threads that there is another interface, or that it is theirs to watch.
+    wake_sender: EventFd,
+    wake_receiver: EventFd,
+    /// How far the two threads have come: out, in.
+    progress: [Arc<Progress>; 2],
 }
 
 impl Ports {
@@ -70,8 +68,17 @@ impl Ports {
             link: ArcSwapOption::empty(),
             shared,
             stop: EventFd::from_value_and_flags(0, flags)?,
-            tun_changed: EventFd::from_value_and_flags(0, flags)?,
+            sender_watches: AtomicBool::new(false),
+            wake_sender: EventFd::from_value_and_flags(0, flags)?,
+            wake_receiver: EventFd::from_value_and_flags(0, flags)?,
+            progress: Default::default(),
         })
+    }
+
+    /// How far the two threads have come.
+    pub(super) fn progress(&self) -> Vec<(String, Arc<Progress>)> {
+        let names = ["tun-to-udp", "udp-to-tun"].map(String::from);
+        names.into_iter().zip(self.progress.iter().cloned()).collect()
     }
 
     pub(super) fn link(&self) -> Option<Arc<LinkSender>> {
@@ -84,8 +91,28 @@ impl Ports {
 
     pub(super) fn set_tun(&self, tun: Option<Arc<Tun>>) {
         self.tun.store(tun);
-        // Fails only when the counter is full, and then the thread is awake anyway.
-        let _ = self.tun_changed.write(1);
+        // These fail only when the counter is full, and then the thread is awake anyway.
+        let _ = self.wake_sender.write(1);
+        let _ = self.wake_receiver.write(1);
+    }
+
+    /// Lets one thread watch the interface, and the other one not.
+    fn let_watch(&self, sender: bool) {
+        self.sender_watches.store(sender, Ordering::Release);
+        let thread = if sender { &self.wake_sender } else { &self.wake_receiver };
+        let _ = thread.write(1);
+    }
+
+    /// The interface, if it is this thread's to watch.
+    fn watched_tun(&self, sender: bool) -> Option<Arc<Tun>> {
+        let is_mine = self.sender_watches.load(Ordering::Acquire) == sender;
+        if is_mine { self.tun.load_full() } else { None }
+    }
+
+    /// The interface was removed. Until the control task has made another one there is nothing to
+    /// wait for.
+    fn forget_tun(&self, broken: &Option<Arc<Tun>>) {
+        self.tun.compare_and_swap(broken, None);
     }
 
     pub(super) fn listen_port(&self) -> u16 {
@@ -169,6 +196,29 @@ pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
     }
 }
 
+/// Sends a datagram that must not be cut. One that does not fit is an answer, too: it stays out.
+pub(super) fn send_whole_probe(ports: &Ports, probe: &WholeProbe) {
+    let sent = ports.with_socket(probe.socket, probe.remote, |socket| {
+        socket.send_whole(probe.remote, &probe.datagram)
+    });
+    if let Some(Err(error)) = sent {
+        tracing::trace!(remote = %probe.remote, %error, "probe not sent");
+    }
+}
+
+/// Writes one packet to the TUN interface.
+pub(super) fn write_packet(ports: &Ports, packet: &[u8]) {
+    let mut batch = TunBatch::default();
+    let copied: Result<(), std::convert::Infallible> = batch.push(packet.len(), |room| {
+        room.copy_from_slice(packet);
+        Ok(packet.len())
+    });
+    match copied {
+        Ok(()) => write_tun(ports, &mut batch),
+        Err(never) => match never {},
+    }
+}
+
 fn send_or_wait(
     socket: &UdpSocket,
     remote: SocketAddr,
@@ -221,7 +271,7 @@ impl Threads {
             ("udp-to-tun", run_inbound),
         ] {
             let (ports, outlet) = (Arc::clone(ports), Arc::clone(&outlet));
-            let notes = NoteSender { notes: notes.clone(), shared: Arc::clone(&ports.shared) };
+            let notes = NoteSender::new(notes.clone(), Arc::clone(&ports.shared));
             let thread = std::thread::Builder::new().name(name.into());
             handles.push(thread.spawn(move || run(&ports, &outlet, &notes))?);
         }
@@ -237,162 +287,6 @@ impl Drop for Threads {
             if handle.join().is_err() {
                 tracing::error!("a packet thread panicked");
             }
-        }
-    }
-}
-
-struct NoteSender {
-    notes: mpsc::Sender<Note>,
-    shared: Arc<Shared>,
-}
-
-impl NoteSender {
-    fn send(&self, notes: &mut Vec<Note>) {
-        for note in notes.drain(..) {
-            if self.notes.try_send(note).is_err() {
-                self.shared.drops().count(DropReason::QueueFull);
-            }
-        }
-    }
-}
-
-/// How much is read in one go.
-#[derive(Clone, Copy)]
-struct Budget {
-    packets: usize,
-    bytes: usize,
-}
-
-/// The way from the interface to the sockets; one thread at a time goes it.
-struct Outlet {
-    buffer: Vec<u8>,
-    batch: UdpBatch,
-    asked: Vec<Note>,
-}
-
-impl Outlet {
-    fn new() -> Self {
-        Self { buffer: vec![0; MAX_PACKET], batch: UdpBatch::default(), asked: Vec::new() }
-    }
-
-    /// Sends what is there, up to `budget`.
-    fn drain(&mut self, ports: &Ports, tun: &Tun, notes: &NoteSender, budget: Budget) {
-        let Self { buffer, batch, asked } = self;
-        let shared = &ports.shared;
-        let table = shared.table();
-        let now = clock::now();
-        batch.clear();
-        let mut bytes = 0;
-        for _ in 0..budget.packets {
-            let Ok(len) = tun.read(buffer) else { break };
-            bytes += len;
-            if tun.has_headers() {
-                outbound_frame(shared, &table, &mut buffer[..len], now, batch, asked);
-            } else {
-                outbound(shared, &table, [&buffer[..len]], now, batch, asked);
-            }
-            if batch.len() > SEND_BYTES {
-                send_runs(ports, batch.closed_runs());
-                batch.keep_open_run();
-            }
-            if bytes > budget.bytes {
-                break;
-            }
-        }
-        send_all(ports, batch);
-        batch.clear();
-        notes.send(asked);
-    }
-}
-
-fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
-    loop {
-        let tun = ports.tun.load_full();
-        let mut fds = vec![
-            PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ports.tun_changed.as_fd(), PollFlags::POLLIN),
-        ];
-        if let Some(tun) = &tun {
-            fds.push(PollFd::new(tun.as_fd(), PollFlags::POLLIN));
-        }
-        if !wait(&mut fds) {
-            return;
-        }
-        if fds[1].any() == Some(true) {
-            let _ = ports.tun_changed.read();
-            continue;
-        }
-        let broken = fds.get(2).and_then(PollFd::revents);
-        if broken.is_some_and(|events| events.contains(PollFlags::POLLERR)) {
-            // The interface was removed. Until the control task has made another one there is
-            // nothing to wait for.
-            ports.tun.compare_and_swap(&tun, None);
-            continue;
-        }
-        let Some(tun) = tun else { continue };
-        // A batch that a panic left behind is cleared before it is used.
-        let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
-        outlet.drain(ports, &tun, notes, TUN_BUDGET);
-    }
-}
-
-fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
-    let mut buffers = RecvBuffers::default();
-    let mut batch = TunBatch::default();
-    let mut asked = Vec::new();
-    loop {
-        let mut fds = vec![
-            PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ports.extra.as_fd(), PollFlags::POLLIN),
-        ];
-        fds.extend(ports.sockets().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds) {
-            return;
-        }
-        let extra = if fds[1].any() == Some(true) { ports.extra.ready() } else { Vec::new() };
-        let main = ports.sockets().map(|socket| (SocketId::MAIN, socket));
-        for (id, socket) in main.chain(extra.iter().map(|(id, socket)| (*id, &**socket))) {
-            if socket.receive(&mut buffers).is_err() {
-                continue;
-            }
-            let shared = &ports.shared;
-            let table = shared.table();
-            let now = clock::now();
-            let tun = ports.tun.load_full();
-            let kinds = tun.as_ref().map(|tun| tun.trains()).unwrap_or_default();
-            batch.clear(kinds);
-            let mut wrote = false;
-            for train in buffers.trains() {
-                let (remote, local) = (train.remote, train.local);
-                let source = Source::Udp { remote, local, socket: id };
-                let (bytes, stride) = (train.bytes, train.stride);
-                inbound_train(shared, &table, source, bytes, stride, now, &mut batch, &mut asked);
-                if batch.len() > WRITE_BYTES {
-                    write_tun(ports, &mut batch);
-                    batch.clear(kinds);
-                    wrote = true;
-                }
-            }
-            wrote |= !batch.is_empty();
-            write_tun(ports, &mut batch);
-            notes.send(&mut asked);
-            if wrote
-                && let Some(tun) = &tun
-                && let Ok(mut outlet) = outlet.try_lock()
-            {
-                outlet.drain(ports, tun, notes, ANSWER_BUDGET);
-            }
-        }
-    }
-}
-
-/// Waits for any of `fds`; `false` when the first one, the stop signal, is set.
-fn wait(fds: &mut [PollFd<'_>]) -> bool {
-    match poll(fds, PollTimeout::NONE) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) => fds[0].any() != Some(true),
-        Err(error) => {
-            tracing::error!(%error, "poll failed, packets stop");
-            false
         }
     }
 }

@@ -84,6 +84,13 @@ impl Uplink {
         self.wait_for(self.wait);
     }
 
+    /// Drops the connection or the attempt that there is, and makes another without a wait: the
+    /// network around us is another one, so nothing that failed in it counts.
+    pub(super) fn try_now(&mut self) {
+        self.wait = MIN_WAIT;
+        self.phase = Phase::Waiting(clock::now());
+    }
+
     /// Drops the connection for a while.
     pub(super) fn pause(&mut self) {
         self.phase = Phase::Waiting(clock::now() + PAUSE);

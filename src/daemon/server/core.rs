@@ -9,16 +9,18 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, info, warn};
 
 use super::addresses::Advertised;
+use super::local::{EventInfo, Question, StoreAnswer};
 use super::relay::Hub;
-use super::state;
+use super::{StartError, backup, state};
 use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::files::DirLock;
 use crate::io::local::Refusal;
+use crate::io::service::Watchdog;
 use crate::server::admin::{Answer, Request, RequestError};
 use crate::server::{Connected, ConnectionId, Decision, Output, Server};
-use crate::store::Store;
-use crate::types::NodeId;
+use crate::store::{Committed, Store, StoreError};
+use crate::types::{NodeId, SecretKey};
 use crate::wire::control::ClientMessage;
 
 /// Events that are handled before the outputs go out.
@@ -33,30 +35,44 @@ pub(super) enum Event {
     Message { id: ConnectionId, message: ClientMessage },
     Disconnected { id: ConnectionId },
     Sighted { node: NodeId, endpoint: SocketAddr },
-    Request { request: Request, answer: oneshot::Sender<Result<Answer, Refusal>> },
+    Request { actor: String, request: Request, answer: oneshot::Sender<Result<Answer, Refusal>> },
+    Look { question: Question, answer: oneshot::Sender<Result<StoreAnswer, Refusal>> },
 }
 
 /// The state machine and what it acts on.
 #[derive(Debug)]
 pub(super) struct Core {
     server: Server,
-    store: Store,
-    hub: Arc<Hub>,
-    advertised: Advertised,
+    parts: Parts,
     next_seen: Instant,
-    _lock: DirLock,
+    watchdog: Watchdog,
+    /// The number of the newest event, for those who follow the log.
+    newest: watch::Sender<u64>,
+}
+
+/// What the state machine acts on.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) store: Store,
+    /// For backups.
+    pub(super) key: SecretKey,
+    pub(super) hub: Arc<Hub>,
+    pub(super) advertised: Advertised,
+    pub(super) lock: DirLock,
 }
 
 impl Core {
-    pub(super) fn new(
-        server: Server,
-        store: Store,
-        hub: Arc<Hub>,
-        advertised: Advertised,
-        lock: DirLock,
-    ) -> Self {
+    pub(super) async fn new(server: Server, parts: Parts) -> Result<Self, StoreError> {
         let next_seen = Instant::from_std(clock::now()) + SEEN_INTERVAL;
-        Self { server, store, hub, advertised, next_seen, _lock: lock }
+        let last = parts.store.events(0, 1).await?;
+        let newest = watch::Sender::new(last.last().map_or(0, |event| event.seq));
+        let watchdog = Watchdog::new(parts.hub.progress(), clock::now());
+        Ok(Self { server, parts, next_seen, watchdog, newest })
+    }
+
+    /// The number of the newest event, as it rises.
+    pub(super) fn newest_event(&self) -> watch::Receiver<u64> {
+        self.newest.subscribe()
     }
 
     pub(super) fn has_no_members(&self) -> bool {
@@ -65,7 +81,7 @@ impl Core {
 
     /// Tells the administrator what will not work.
     pub(super) fn warn(&self) {
-        self.advertised.warn();
+        self.parts.advertised.warn();
     }
 
     /// Runs until told to stop.
@@ -76,7 +92,10 @@ impl Core {
     ) {
         self.drain();
         loop {
-            let wake = Instant::from_std(self.server.poll_timeout()).min(self.next_seen);
+            let mut wake = Instant::from_std(self.server.poll_timeout()).min(self.next_seen);
+            if let Some(look) = self.watchdog.next() {
+                wake = wake.min(Instant::from_std(look));
+            }
             tokio::select! {
                 biased;
                 () = stopped(&mut stopping) => break,
@@ -92,6 +111,11 @@ impl Core {
             }
             let now = clock::now();
             self.server.handle_timeout(now);
+            if self.watchdog.next().is_some_and(|look| look <= now) {
+                // Any answer will do: a full disk is no reason to be started again.
+                let _ = self.parts.store.events(0, 1).await;
+                self.watchdog.look(clock::now());
+            }
             if self.next_seen <= Instant::from_std(now) {
                 self.next_seen += SEEN_INTERVAL;
                 self.write_seen().await;
@@ -99,7 +123,10 @@ impl Core {
             self.drain();
         }
         self.write_seen().await;
-        self.store.close().await;
+        // The lock goes last.
+        let Parts { store, lock, .. } = self.parts;
+        store.close().await;
+        drop(lock);
     }
 
     async fn handle(&mut self, event: Event) {
@@ -111,70 +138,115 @@ impl Core {
             Event::Message { id, message } => {
                 if let Some(decision) = self.server.handle_message(id, message, wall) {
                     // Who waits for it is told by `give_up` when it fails.
-                    let _ = self.commit(decision).await;
+                    let _ = self.commit(decision, "server").await;
                 }
             }
-            Event::Request { request, answer } => {
-                let logged = request.is_write().then(|| format!("{request:?}"));
-                let result = self.answer(request).await;
+            Event::Request { actor, request, answer } => {
+                let logged = request.is_write().then(|| request.to_string());
+                let result = self.answer(request, &actor).await;
                 if let Some(request) = logged.filter(|_| result.is_ok()) {
-                    info!(%request, "done for the administrator");
+                    info!(%request, actor, "done for the administrator");
                 }
                 // The client may have gone; what it asked for is done all the same.
                 let _ = answer.send(result);
+            }
+            Event::Look { question, answer } => {
+                let _ = answer.send(self.look(question).await);
             }
         }
         self.drain();
     }
 
     /// Does what the administrator asks for.
-    pub(super) async fn answer(&mut self, request: Request) -> Result<Answer, Refusal> {
+    pub(super) async fn answer(
+        &mut self,
+        request: Request,
+        actor: &str,
+    ) -> Result<Answer, Refusal> {
         if matches!(request, Request::Invite { .. }) {
             // The machine may have got another address since it was started.
-            self.server.set_addresses(self.advertised.look());
+            self.server.set_addresses(self.parts.advertised.look());
         }
         let decision =
             self.server.decide(request, clock::unix_seconds()).map_err(|error| refusal(&error))?;
-        let answer = self.commit(decision).await?;
+        let answer = self.commit(decision, actor).await?;
         answer.ok_or_else(|| unavailable("the server has no answer", "the question has none"))
     }
 
+    /// Answers a question that only the store can.
+    async fn look(&self, question: Question) -> Result<StoreAnswer, Refusal> {
+        let failed =
+            |error: StoreError| unavailable("the store cannot be read", &error.to_string());
+        match question {
+            Question::Events { after, limit, .. } => {
+                let events = self.parts.store.events(after, limit).await.map_err(failed)?;
+                let events = events.into_iter().map(EventInfo::from).collect();
+                Ok(StoreAnswer::Events(events))
+            }
+            Question::Backup => {
+                let snapshot = self.parts.store.snapshot().await.map_err(failed)?;
+                let network = self.server.network().id;
+                let made = clock::unix_seconds();
+                let text = backup::write(network, made, &self.parts.key, snapshot);
+                text.map(StoreAnswer::Backup).map_err(|error| {
+                    unavailable("the backup cannot be written", &error.to_string())
+                })
+            }
+            Question::Admin(_) => Err(unavailable("the server has no answer", "no such question")),
+        }
+    }
+
     /// Writes a decision down, then makes it true.
-    async fn commit(&mut self, decision: Decision) -> Result<Option<Answer>, Refusal> {
+    async fn commit(&mut self, decision: Decision, actor: &str) -> Result<Option<Answer>, Refusal> {
         let wall = clock::unix_seconds();
         if decision.changes().is_empty() {
             return Ok(self.server.apply(decision, 0, wall));
         }
-        let failure = match state::rows_of(decision.changes()) {
-            Ok(rows) => match self.store.commit(&rows).await {
-                Ok(rev) => return Ok(self.server.apply(decision, rev, wall)),
-                Err(error) => error.to_string(),
-            },
-            Err(error) => error.to_string(),
-        };
-        error!(%failure, "a change could not be stored and was not made");
-        self.server.give_up(decision);
-        Err(unavailable("the change was not made, as it cannot be stored", &failure))
+        match self.write(&decision, actor, wall).await {
+            Ok(committed) => {
+                if let Some(last) = committed.events.last() {
+                    self.newest.send_replace(last.seq);
+                }
+                Ok(self.server.apply(decision, committed.rev, wall))
+            }
+            Err(failure) => {
+                error!(%failure, "a change could not be stored and was not made");
+                self.server.give_up(decision);
+                let cause = failure.to_string();
+                Err(unavailable("the change was not made, as it cannot be stored", &cause))
+            }
+        }
+    }
+
+    async fn write(
+        &self,
+        decision: &Decision,
+        actor: &str,
+        wall: u64,
+    ) -> Result<Committed, StartError> {
+        let rows = state::rows_of(decision.changes())?;
+        let lines = state::lines_of(&self.server.events(decision, actor, wall))?;
+        Ok(self.parts.store.commit(&rows, &lines).await?)
     }
 
     async fn write_seen(&mut self) {
         let decision = self.server.decide_seen(clock::unix_seconds());
         // Soft knowledge: the next time will do.
-        let _ = self.commit(decision).await;
+        let _ = self.commit(decision, "server").await;
     }
 
     /// Does what the state machine wants done.
     fn drain(&mut self) {
         while let Some(output) = self.server.poll_output() {
             match output {
-                Output::Relay(change) => self.hub.apply(change),
+                Output::Relay(change) => self.parts.hub.apply(change),
                 Output::Close { connection } => {
-                    if let Some(sender) = self.hub.sender(connection) {
+                    if let Some(sender) = self.parts.hub.sender(connection) {
                         sender.close();
                     }
                 }
                 Output::Send { connection, message } => {
-                    let Some(sender) = self.hub.sender(connection) else {
+                    let Some(sender) = self.parts.hub.sender(connection) else {
                         debug!(connection = connection.0, "a message to nobody");
                         continue;
                     };
@@ -225,6 +297,16 @@ fn refusal(error: &RequestError) -> Refusal {
             exit::USAGE,
             "its number of uses (--uses) or its time (--ttl) makes no sense",
             "overlay server invite --uses 1 --ttl 1h",
+        ),
+        RequestError::TooManyTags => (
+            exit::USAGE,
+            "tags are for groups of nodes, and each is one more thing to keep in mind",
+            "give it fewer: overlay server tag NODE TAG...",
+        ),
+        RequestError::BadPolicy { reason } => (
+            exit::FAILED,
+            reason.as_str(),
+            "correct the file, then: overlay server policy test FILE; the rules are as before",
         ),
     };
     Refusal { code, error: error.to_string(), cause: cause.into(), help: help.into() }

@@ -1,17 +1,19 @@
 //! The UDP side: one thread for each socket, decisions by the relay table, batches in and out.
 //!
-//! A batch is decided under the lock and sent without it. Datagrams that came as one train and go
-//! to one node leave as one train.
+//! A batch is decided under the lock and sent without it: answers first, then data, in turns for
+//! the nodes that it is for. Datagrams that came as one train and go to one node leave as one
+//! train. What a full socket does not take waits in [`FairQueues`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSockRef};
+use quinn_udp::{RecvMeta, Transmit, UdpSockRef};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, error};
 
@@ -20,7 +22,9 @@ use super::core::Event;
 use super::sockets::UdpPort;
 use crate::io::clock;
 use crate::io::link::LinkSender;
+use crate::io::service::Progress;
 use crate::server::ConnectionId;
+use crate::server::relay::queue::{FairQueues, Train};
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
 use crate::types::{DropCounters, DropReason, NodeId};
 use crate::wire::relay::DATA_HEADER_LEN;
@@ -29,6 +33,8 @@ use crate::wire::relay::DATA_HEADER_LEN;
 const POLL_MS: u16 = 200;
 /// The largest train that the kernel hands over.
 const TRAIN_BYTES: usize = 65_535;
+/// Trains received in one call: full ones are still in the processor's cache when they leave.
+const TRAINS: usize = 8;
 
 /// What the threads and the connections share: the relay table and the ways out.
 #[derive(Debug)]
@@ -38,6 +44,8 @@ pub(super) struct Hub {
     ports: Vec<UdpPort>,
     /// Nobody sends to these, so no NAT takes what they send for an answer.
     knockers: Vec<std::net::UdpSocket>,
+    /// One for the thread of each port.
+    progress: Vec<Arc<Progress>>,
     drops: DropCounters,
     events: mpsc::Sender<Event>,
 }
@@ -51,6 +59,7 @@ struct Exit {
 
 /// Part of a received buffer, and what becomes of it.
 struct Decided {
+    buffer: usize,
     bytes: Range<usize>,
     segment_bytes: usize,
     verdict: Verdict,
@@ -66,6 +75,7 @@ impl Hub {
         Self {
             table: Mutex::default(),
             links: Mutex::default(),
+            progress: ports.iter().map(|_| Arc::default()).collect(),
             ports,
             knockers: knockers(),
             drops: DropCounters::default(),
@@ -75,6 +85,12 @@ impl Hub {
 
     pub(super) fn drops(&self) -> &DropCounters {
         &self.drops
+    }
+
+    /// How far the threads have come.
+    pub(super) fn progress(&self) -> Vec<(String, Arc<Progress>)> {
+        let named = self.progress.iter().enumerate();
+        named.map(|(number, progress)| (format!("relay-{number}"), Arc::clone(progress))).collect()
     }
 
     /// A connection is there and can be sent to.
@@ -124,7 +140,7 @@ impl Hub {
         };
         let verdict = lock(&self.table).handle_from(sender, &mut datagram, clock::now());
         match verdict {
-            Verdict::Forward(way) => self.forward(way, &datagram, datagram.len()),
+            Verdict::Forward(way) => self.forward(way, &datagram, datagram.len(), None),
             Verdict::Drop(reason) => self.drops.count(reason),
             // Only UDP sockets are asked questions.
             Verdict::Reply { .. } | Verdict::Knock { .. } => {
@@ -133,60 +149,52 @@ impl Hub {
         }
     }
 
-    /// Handles one train from a UDP socket.
-    fn handle_train(&self, id: SocketId, buffer: &mut [u8], meta: &RecvMeta) {
-        let arrival = Arrival { socket: id, source: meta.addr, local: meta.dst_ip };
-        let stride = meta.stride.max(1);
+    /// Handles what one call received on a UDP socket.
+    fn handle_batch(
+        &self,
+        id: SocketId,
+        buffers: &mut [Vec<u8>],
+        metas: &[RecvMeta],
+        waiting: &mut FairQueues,
+    ) {
         let now = clock::now();
         let mut decided: Vec<Decided> = Vec::new();
-        // The header of the last datagram as it came, and as it goes on.
-        let mut last_headers: Option<([u8; DATA_HEADER_LEN], [u8; DATA_HEADER_LEN])> = None;
         let mut table = lock(&self.table);
-        for start in (0..meta.len).step_by(stride) {
-            let end = (start + stride).min(meta.len);
-            let Some(datagram) = buffer.get_mut(start..end) else {
-                break;
-            };
-            let came = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
-            // Only the header and the arrival decide, and a train is mostly for one node.
-            if let (Some(came), Some((last_came, goes)), Some(last)) =
-                (came, last_headers, decided.last_mut())
-                && came == last_came
-            {
-                datagram[..DATA_HEADER_LEN].copy_from_slice(&goes);
-                last.bytes.end = end;
-                continue;
-            }
-            let verdict = table.handle_datagram(datagram, arrival, now);
-            let goes = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
-            last_headers = came.zip(goes).filter(|_| matches!(verdict, Verdict::Forward(_)));
-            match decided.last_mut() {
-                Some(last) if last.verdict == verdict && matches!(verdict, Verdict::Forward(_)) => {
-                    last.bytes.end = end;
-                }
-                _ => {
-                    let bytes = start..end;
-                    decided.push(Decided { bytes, segment_bytes: end - start, verdict });
-                }
-            }
+        for (number, (buffer, meta)) in buffers.iter_mut().zip(metas).enumerate() {
+            decide(&mut table, id, number, buffer, meta, now, &mut decided);
         }
         while let Some((node, endpoint)) = table.poll_sighting() {
             // When the core is that busy, the node's own word comes soon enough.
             let _ = self.events.try_send(Event::Sighted { node, endpoint });
         }
         drop(table);
-        for Decided { bytes, segment_bytes, verdict } in decided {
+        // Control goes ahead of data, and the nodes take turns: the first train of each, then the
+        // second of each.
+        let mut turns: BTreeMap<(SocketId, SocketAddr), usize> = BTreeMap::new();
+        let mut forward = Vec::new();
+        for Decided { buffer, bytes, segment_bytes, verdict } in decided {
             match verdict {
                 Verdict::Forward(way) => {
-                    self.forward(way, buffer.get(bytes).unwrap_or_default(), segment_bytes);
+                    let turn = match way {
+                        Way::Udp(exit) => turns.entry((exit.socket, exit.source)).or_insert(0),
+                        Way::Link(_) => &mut 0,
+                    };
+                    forward.push((*turn, way, buffer, bytes, segment_bytes));
+                    *turn += 1;
                 }
                 Verdict::Reply { bytes, from } => {
-                    let exit = Arrival { socket: from, ..arrival };
-                    self.send_udp(exit, &bytes, bytes.len());
+                    let Some(meta) = metas.get(buffer) else { continue };
+                    let exit = Arrival { socket: from, source: meta.addr, local: meta.dst_ip };
+                    self.send_udp(exit, &bytes, bytes.len(), None);
                 }
                 Verdict::Knock { bytes, to } => self.knock(&bytes, to),
                 Verdict::Drop(reason) => self.drops.count(reason),
             }
+        }
+        forward.sort_by_key(|(turn, ..)| *turn);
+        for (_, way, buffer, bytes, segment_bytes) in forward {
+            let bytes = buffers.get(buffer).and_then(|buffer| buffer.get(bytes));
+            self.forward(way, bytes.unwrap_or_default(), segment_bytes, Some(waiting));
         }
     }
 
@@ -202,10 +210,17 @@ impl Hub {
         }
     }
 
-    /// Sends one or more datagrams of `segment_bytes` each (the last may be shorter).
-    fn forward(&self, way: Way, bytes: &[u8], segment_bytes: usize) {
+    /// Sends one or more datagrams of `segment_bytes` each (the last may be shorter). What finds
+    /// the socket full goes to `waiting`, or is lost.
+    fn forward(
+        &self,
+        way: Way,
+        bytes: &[u8],
+        segment_bytes: usize,
+        waiting: Option<&mut FairQueues>,
+    ) {
         match way {
-            Way::Udp(exit) => self.send_udp(exit, bytes, segment_bytes),
+            Way::Udp(exit) => self.send_udp(exit, bytes, segment_bytes, waiting),
             Way::Link(connection) => {
                 let sender = self.sender(connection);
                 for datagram in bytes.chunks(segment_bytes.max(1)) {
@@ -221,22 +236,57 @@ impl Hub {
         }
     }
 
-    fn send_udp(&self, exit: Arrival, bytes: &[u8], segment_bytes: usize) {
-        let Some(port) = self.ports.get(usize::from(exit.socket.0)) else {
-            return self.drops.count(DropReason::SendFailed);
-        };
+    fn send_udp(
+        &self,
+        exit: Arrival,
+        bytes: &[u8],
+        segment_bytes: usize,
+        waiting: Option<&mut FairQueues>,
+    ) {
         let segment_bytes = segment_bytes.max(1);
+        let behind = waiting.as_ref().is_some_and(|waiting| waiting.waits(&exit));
+        let sent = if behind { 0 } else { self.send_trains(exit, bytes, segment_bytes) };
+        let rest = bytes.get(sent..).unwrap_or_default();
+        if rest.is_empty() {
+            return;
+        }
+        let train = Train { exit, bytes: rest.to_vec(), segment_bytes };
+        let (lost, reason) = match waiting {
+            Some(waiting) => (waiting.push(train), DropReason::QueueFull),
+            None => (train.datagrams(), DropReason::SendFailed),
+        };
+        self.drops.count_many(reason, lost as u64);
+    }
+
+    /// Sends until the socket is full; returns how many bytes are done with.
+    fn send_trains(&self, exit: Arrival, bytes: &[u8], segment_bytes: usize) -> usize {
+        let Some(port) = self.ports.get(usize::from(exit.socket.0)) else {
+            self.drops.count(DropReason::SendFailed);
+            return bytes.len();
+        };
         let train_bytes = segment_bytes * port.state.max_gso_segments().max(1);
+        let mut done = 0;
         for train in bytes.chunks(train_bytes) {
             match send(port, exit, train, segment_bytes) {
                 Ok(()) => {}
-                // A full queue has no room for the parts either: the senders slow down by losing.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let datagrams = train.len().div_ceil(segment_bytes);
-                    self.drops.count_many(DropReason::SendFailed, datagrams as u64);
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // A network card or tunnel that takes no trains may take them one by one.
                 Err(_) => self.send_singly(port, exit, train, segment_bytes),
+            }
+            done += train.len();
+        }
+        done
+    }
+
+    /// Sends what waits, in turn, until its sockets are full again.
+    fn flush(&self, waiting: &mut FairQueues) {
+        let mut full = Vec::new();
+        while let Some(mut train) = waiting.pop(&full) {
+            let sent = self.send_trains(train.exit, &train.bytes, train.segment_bytes);
+            if sent < train.bytes.len() {
+                train.bytes.drain(..sent);
+                full.push(train.exit.socket);
+                waiting.put_back(train);
             }
         }
     }
@@ -246,6 +296,51 @@ impl Hub {
             if let Err(error) = send(port, exit, datagram, segment_bytes) {
                 debug!(%error, "cannot send");
                 self.drops.count(DropReason::SendFailed);
+            }
+        }
+    }
+}
+
+/// Decides about the datagrams of one train. Neighbours that go one way stay together.
+fn decide(
+    table: &mut RelayTable,
+    id: SocketId,
+    number: usize,
+    buffer: &mut [u8],
+    meta: &RecvMeta,
+    now: Instant,
+    decided: &mut Vec<Decided>,
+) {
+    let arrival = Arrival { socket: id, source: meta.addr, local: meta.dst_ip };
+    let stride = meta.stride.max(1);
+    // The header of the last datagram as it came, and as it goes on.
+    let mut last_headers: Option<([u8; DATA_HEADER_LEN], [u8; DATA_HEADER_LEN])> = None;
+    for start in (0..meta.len).step_by(stride) {
+        let end = (start + stride).min(meta.len);
+        let Some(datagram) = buffer.get_mut(start..end) else {
+            break;
+        };
+        let came = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
+        // Only the header and the arrival decide, and a train is mostly for one node.
+        if let (Some(came), Some((last_came, goes)), Some(last)) =
+            (came, last_headers, decided.last_mut())
+            && came == last_came
+        {
+            datagram[..DATA_HEADER_LEN].copy_from_slice(&goes);
+            last.bytes.end = end;
+            continue;
+        }
+        let verdict = table.handle_datagram(datagram, arrival, now);
+        let goes = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
+        let forwards = matches!(verdict, Verdict::Forward(_));
+        last_headers = came.zip(goes).filter(|_| forwards);
+        match decided.last_mut() {
+            Some(last) if forwards && last.buffer == number && last.verdict == verdict => {
+                last.bytes.end = end;
+            }
+            _ => {
+                let (bytes, segment_bytes) = (start..end, end - start);
+                decided.push(Decided { buffer: number, bytes, segment_bytes, verdict });
             }
         }
     }
@@ -290,14 +385,24 @@ pub(super) fn spawn(
 }
 
 fn run(hub: &Hub, id: SocketId, stopping: &watch::Receiver<bool>) {
-    let Some(port) = hub.ports.get(usize::from(id.0)) else {
+    let number = usize::from(id.0);
+    let (Some(port), Some(progress)) = (hub.ports.get(number), hub.progress.get(number)) else {
         return;
     };
-    let mut buffers = vec![vec![0; TRAIN_BYTES]; BATCH_SIZE];
-    let mut metas = [RecvMeta::default(); BATCH_SIZE];
+    let mut buffers = vec![vec![0; TRAIN_BYTES]; TRAINS];
+    let mut metas = [RecvMeta::default(); TRAINS];
+    let mut waiting = FairQueues::default();
     while !*stopping.borrow() && stopping.has_changed().is_ok() {
-        let mut wait = [PollFd::new(port.socket.as_fd(), PollFlags::POLLIN)];
+        progress.step();
+        let mut wait = vec![PollFd::new(port.socket.as_fd(), PollFlags::POLLIN)];
+        let full: BTreeSet<SocketId> = waiting.sockets().collect();
+        let full = full.iter().filter_map(|id| hub.ports.get(usize::from(id.0)));
+        wait.extend(full.map(|port| PollFd::new(port.socket.as_fd(), PollFlags::POLLOUT)));
         if poll(&mut wait, PollTimeout::from(POLL_MS)).is_ok_and(|ready| ready == 0) {
+            continue;
+        }
+        hub.flush(&mut waiting);
+        if wait.first().is_some_and(|own| own.any() == Some(false)) {
             continue;
         }
         let mut slices: Vec<IoSliceMut<'_>> =
@@ -314,8 +419,6 @@ fn run(hub: &Hub, id: SocketId, stopping: &watch::Receiver<bool>) {
                 continue;
             }
         };
-        for (buffer, meta) in buffers.iter_mut().zip(&metas).take(count) {
-            hub.handle_train(id, buffer, meta);
-        }
+        hub.handle_batch(id, &mut buffers, &metas[..count], &mut waiting);
     }
 }

@@ -44,21 +44,26 @@ pub(super) struct UdpPort {
     pub(super) state: UdpSocketState,
 }
 
-/// Opens the sockets of `listen`, or the default ones.
-pub(super) fn bind(listen: &[SocketAddr]) -> Result<Bound, StartError> {
+/// Listening TCP sockets that somebody else has opened.
+type Handed = Vec<(SocketAddr, std::net::TcpListener)>;
+
+/// Opens the sockets of `listen`, or the default ones. Those of `handed` with the same address are
+/// taken: connections to them have waited while no server ran.
+pub(super) fn bind(listen: &[SocketAddr], mut handed: Handed) -> Result<Bound, StartError> {
     let mut bound = Bound::default();
     if !listen.is_empty() {
         for address in listen {
-            bind_pair(&mut bound, *address)?;
+            bind_pair(&mut bound, *address, &mut handed)?;
         }
+        leave(handed);
         return Ok(bound);
     }
     let everywhere = [IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
     let [v6, v4] = everywhere.map(|ip| SocketAddr::new(ip, DEFAULT_PORT));
-    match bind_pair(&mut bound, v6) {
+    match bind_pair(&mut bound, v6, &mut handed) {
         Err(StartError::Listen { source, .. }) if has_no_ipv6(&source) => {
             info!("this machine has no IPv6");
-            bind_pair(&mut bound, v4)?;
+            bind_pair(&mut bound, v4, &mut handed)?;
         }
         result => result?,
     }
@@ -67,7 +72,9 @@ pub(super) fn bind(listen: &[SocketAddr]) -> Result<Bound, StartError> {
     };
     let extra = SocketAddr::new(main.address.ip(), EXTRA_TCP_PORT);
     let (relay_port, second_port) = (main.relay_port, main.second_port);
-    match listen::bind(extra) {
+    let opened = open_tcp(extra, &mut handed);
+    leave(handed);
+    match opened {
         Ok(listener) => {
             bound.tcp.push(Listener { listener, address: extra, relay_port, second_port });
         }
@@ -76,18 +83,34 @@ pub(super) fn bind(listen: &[SocketAddr]) -> Result<Bound, StartError> {
     Ok(bound)
 }
 
+/// The socket of this address that was handed over, or a new one.
+fn open_tcp(wished: SocketAddr, handed: &mut Handed) -> io::Result<TcpListener> {
+    match handed.iter().position(|(address, _)| *address == wished) {
+        Some(found) => TcpListener::from_std(handed.swap_remove(found).1),
+        None => listen::bind(wished),
+    }
+}
+
+/// What nobody wanted is closed here; who opened it still has it.
+fn leave(handed: Handed) {
+    for (address, _) in handed {
+        warn!(%address, "the service manager listens there for us, and the configuration does not \
+            name it");
+    }
+}
+
 fn has_no_ipv6(error: &io::Error) -> bool {
     let code = error.raw_os_error();
     code == Some(libc::EAFNOSUPPORT) || code == Some(libc::EADDRNOTAVAIL)
 }
 
 /// Binds one address: TCP, and UDP on the same port and a second one.
-fn bind_pair(bound: &mut Bound, wished: SocketAddr) -> Result<(), StartError> {
+fn bind_pair(bound: &mut Bound, wished: SocketAddr, handed: &mut Handed) -> Result<(), StartError> {
     let mut attempt = 0;
     loop {
         attempt += 1;
         let tcp = |source| StartError::Listen { address: wished, protocol: "TCP", source };
-        let listener = listen::bind(wished).map_err(tcp)?;
+        let listener = open_tcp(wished, handed).map_err(tcp)?;
         let address = listener.local_addr().map_err(tcp)?;
         let main = match bind_udp(address) {
             Ok(main) => main,

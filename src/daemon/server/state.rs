@@ -15,17 +15,22 @@ use zeroize::Zeroizing;
 
 use super::{Options, StartError, addresses};
 use crate::io::files::{self, DirLock, SECRET_MODE};
+use crate::policy::Policy;
 use crate::server::choose_range;
-use crate::server::records::{self, Key, NetworkRecord, Record, Records, Versioned};
-use crate::store::{Change, Store, StoredRecord};
+use crate::server::events::Event;
+use crate::server::records::{self, Key, NetworkRecord, PolicyRecord, Record, Records, Versioned};
+use crate::store::{self, Change, Store, StoreError, StoredRecord};
 use crate::types::{NetworkId, NodeId, OverlayRange, SecretKey};
 
-const KEY_FILE: &str = "server.key";
-const STORE_FILE: &str = "server.db";
+pub(super) const KEY_FILE: &str = "server.key";
+pub(super) const STORE_FILE: &str = "server.db";
+/// It is there while a backup is being put in place.
+pub(super) const RESTORING_FILE: &str = "restoring";
 const NETWORK: &str = "network";
 const MEMBER: &str = "member";
 const INVITE: &str = "invite";
-/// There is one network in a store.
+const POLICY: &str = "policy";
+/// There is one network in a store, and one set of access rules.
 const NETWORK_ID: &str = "0";
 
 /// The state directory, opened.
@@ -44,12 +49,25 @@ pub(super) async fn open(options: &Options) -> Result<State, StartError> {
     files::private_dir(dir)?;
     let lock = DirLock::acquire(dir)?;
     let (key_path, store_path) = (dir.join(KEY_FILE), dir.join(STORE_FILE));
-    let key_text = files::read_secret(&key_path)?;
-    if key_text.is_some() && !store_path.exists() {
-        return Err(StartError::StoreLost { key: key_path, store: store_path });
+    if dir.join(RESTORING_FILE).exists() {
+        return Err(StartError::HalfRestored { state_dir: dir.clone() });
     }
-    let store = Store::open(&store_path).await?;
+    let key_text = files::read_secret(&key_path)?;
+    let lost = || StartError::StoreLost { key: key_path.clone(), store: store_path.clone() };
+    let opened = match key_text {
+        // The key is made last, so a store beside it was filled once.
+        Some(_) if !store_path.exists() => return Err(lost()),
+        Some(_) => Store::open_old(&store_path).await,
+        None => Store::open(&store_path).await,
+    };
+    let store = match opened {
+        Err(StoreError::Empty { .. }) => return Err(lost()),
+        opened => opened?,
+    };
     let rows = store.load().await?;
+    if key_text.is_some() && rows.is_empty() {
+        return Err(lost());
+    }
     let mut rng = StdRng::from_seed(*random()?);
     let mut records = match parse(&rows)? {
         Some(records) => records,
@@ -62,7 +80,11 @@ pub(super) async fn open(options: &Options) -> Result<State, StartError> {
             expected_rev: network.rev,
             record: Some(Record::Network(network.record)),
         };
-        records.network.rev = store.commit(&rows_of(&[change])?).await?;
+        let range = records.network.record.range;
+        let event = Event::new(crate::io::clock::unix_seconds(), "range-changed", "server")
+            .with("ipv4", range.v4())
+            .with("ipv6", range.v6());
+        records.network.rev = store.commit(&rows_of(&[change])?, &lines_of(&[event])?).await?.rev;
     }
     let lost = || StartError::KeyLost { key: key_path.clone() };
     let key = match key_text {
@@ -83,7 +105,7 @@ fn random() -> Result<Zeroizing<[u8; 32]>, StartError> {
     Ok(bytes)
 }
 
-fn parse_key(text: &[u8]) -> Option<SecretKey> {
+pub(super) fn parse_key(text: &[u8]) -> Option<SecretKey> {
     std::str::from_utf8(text).ok()?.trim().parse().ok()
 }
 
@@ -109,9 +131,11 @@ async fn create_network(
         expected_rev: 0,
         record: Some(Record::Network(record.clone())),
     };
-    let rev = store.commit(&rows_of(&[change])?).await?;
+    let event = Event::network_created(created, &record);
+    let rev = store.commit(&rows_of(&[change])?, &lines_of(&[event])?).await?.rev;
     let network = Versioned { rev, record };
-    Ok(Records { network, members: Vec::new(), invites: Vec::new(), highest_node: 0 })
+    let (members, invites) = (Vec::new(), Vec::new());
+    Ok(Records { network, members, invites, policy: None, highest_node: 0 })
 }
 
 /// Gives the network the wished range while it has no nodes; tells whether that was a change.
@@ -136,8 +160,9 @@ fn fix_range(
 }
 
 /// The typed records, or none when the store is new.
-fn parse(rows: &[StoredRecord]) -> Result<Option<Records>, StartError> {
+pub(super) fn parse(rows: &[StoredRecord]) -> Result<Option<Records>, StartError> {
     let (mut network, mut members, mut invites) = (None, Vec::new(), Vec::new());
+    let mut policy: Option<Versioned<PolicyRecord>> = None;
     let mut highest_node = 0;
     for row in rows {
         if row.kind == MEMBER {
@@ -151,11 +176,18 @@ fn parse(rows: &[StoredRecord]) -> Result<Option<Records>, StartError> {
             NETWORK => network = Some(versioned(row, body)?),
             MEMBER => members.push(versioned(row, body)?),
             INVITE => invites.push(versioned(row, body)?),
+            POLICY => {
+                let record: Versioned<PolicyRecord> = versioned(row, body)?;
+                // A server without its rules would open the network.
+                let text = record.record.text.as_deref();
+                text.map(Policy::parse).transpose().map_err(|error| unreadable(row, error))?;
+                policy = Some(record);
+            }
             _ => return Err(unreadable(row, "no such kind of record is known")),
         }
     }
     match network {
-        Some(network) => Ok(Some(Records { network, members, invites, highest_node })),
+        Some(network) => Ok(Some(Records { network, members, invites, policy, highest_node })),
         None if rows.is_empty() => Ok(None),
         None => Err(StartError::Record {
             kind: NETWORK.into(),
@@ -186,16 +218,28 @@ pub(super) fn rows_of(changes: &[records::Change]) -> Result<Vec<Change>, StartE
                 Key::Network => (NETWORK, NETWORK_ID.to_string()),
                 Key::Member(id) => (MEMBER, id.to_string()),
                 Key::Invite(id) => (INVITE, id.to_string()),
+                Key::Policy => (POLICY, NETWORK_ID.to_string()),
             };
             let body = match &change.record {
                 Some(Record::Network(record)) => Some(json(kind, &id, record)?),
                 Some(Record::Member(record)) => Some(json(kind, &id, record)?),
                 Some(Record::Invite(record)) => Some(json(kind, &id, record)?),
+                Some(Record::Policy(record)) => Some(json(kind, &id, record)?),
                 None => None,
             };
             Ok(Change { kind, id, expected_rev: change.expected_rev, body })
         })
         .collect()
+}
+
+/// The events as the store takes them.
+pub(super) fn lines_of(events: &[Event]) -> Result<Vec<store::Event>, StartError> {
+    let line = |event: &Event| {
+        let body = json("event", &event.kind, &event.fields)?;
+        let (kind, actor) = (event.kind.clone(), event.actor.clone());
+        Ok(store::Event { at: event.at, kind, actor, body })
+    };
+    events.iter().map(line).collect()
 }
 
 fn json<T: Serialize>(kind: &str, id: &str, record: &T) -> Result<String, StartError> {

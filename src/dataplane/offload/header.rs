@@ -37,6 +37,25 @@ pub struct Segmentation {
     pub size: u16,
 }
 
+impl Segmentation {
+    /// An upper bound of the length of a segment of the super-packet `packet`, by its headers; the
+    /// whole length where they make no sense.
+    #[must_use]
+    pub fn longest(&self, packet: &[u8]) -> usize {
+        let ip = match self.kind {
+            _ if packet.first().is_some_and(|first| first >> 4 == 6) => 40,
+            _ => packet.first().map_or(0, |first| usize::from(first & 0x0f) * 4),
+        };
+        let transport = match self.kind {
+            SegmentationKind::Udp => Some(8),
+            SegmentationKind::TcpV4 | SegmentationKind::TcpV6 => {
+                packet.get(ip + 12).map(|offset| usize::from(offset >> 4) * 4)
+            }
+        };
+        transport.map_or(packet.len(), |transport| ip + transport + usize::from(self.size))
+    }
+}
+
 /// What the header says of the packet behind it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FrameHeader {

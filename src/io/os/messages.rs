@@ -8,20 +8,30 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage,
 };
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteScope, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteScope, RouteType,
+    RouteVia,
 };
 
-use super::{InterfaceAddress, Link, NetlinkError, Route};
+use super::{InterfaceAddress, Link, LinkKind, NetlinkError, Route};
 
 pub(super) fn link(message: &LinkMessage) -> Link {
     let mut name = String::new();
-    let mut mtu_bytes = 0;
+    let (mut mtu_bytes, mut controller, mut info) = (0, None, None);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(value) => name.clone_from(value),
             LinkAttribute::Mtu(value) => mtu_bytes = *value,
+            LinkAttribute::Controller(index) => controller = Some(*index).filter(|it| *it != 0),
+            LinkAttribute::LinkInfo(all) => {
+                info = all.iter().find_map(|part| match part {
+                    LinkInfo::Kind(kind) => Some(kind),
+                    _ => None,
+                });
+            }
             _ => {}
         }
     }
@@ -31,6 +41,46 @@ pub(super) fn link(message: &LinkMessage) -> Link {
         up: message.header.flags.contains(LinkFlags::Up),
         loopback: message.header.flags.contains(LinkFlags::Loopback),
         mtu_bytes,
+        kind: kind(info, message),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        controller,
+    }
+}
+
+fn kind(info: Option<&InfoKind>, message: &LinkMessage) -> LinkKind {
+    let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
+    match info {
+        Some(InfoKind::Bridge) => LinkKind::Bridge,
+        Some(InfoKind::Veth | InfoKind::Netkit) => LinkKind::Veth,
+        Some(InfoKind::Tun) if ethernet => LinkKind::Tap,
+        Some(
+            InfoKind::Tun
+            | InfoKind::Wireguard
+            | InfoKind::IpIp
+            | InfoKind::Ip6Tnl
+            | InfoKind::SitTun
+            | InfoKind::GreTun
+            | InfoKind::GreTun6
+            | InfoKind::GreTap
+            | InfoKind::GreTap6
+            | InfoKind::ErSpan
+            | InfoKind::Ip6ErSpan
+            | InfoKind::Vti
+            | InfoKind::Vti6
+            | InfoKind::Xfrm
+            | InfoKind::Vxlan
+            | InfoKind::Geneve
+            | InfoKind::BareUdp
+            | InfoKind::Amt,
+        ) => LinkKind::Tunnel,
+        // Tunnels that the library has no name for.
+        Some(InfoKind::Other(name)) if matches!(name.as_str(), "ovpn" | "l2tpeth" | "lisp") => {
+            LinkKind::Tunnel
+        }
+        _ if message.header.flags.contains(LinkFlags::Pointopoint) && !ethernet => {
+            LinkKind::PointToPoint
+        }
+        _ => LinkKind::Device,
     }
 }
 
@@ -84,7 +134,16 @@ pub(super) fn route_message(route: &Route) -> Result<RouteMessage, NetlinkError>
     if let Some(metric) = route.metric {
         builder = builder.priority(metric);
     }
-    Ok(builder.build())
+    let metrics: Vec<RouteMetric> =
+        [route.mtu_bytes.map(RouteMetric::Mtu), route.advmss_bytes.map(RouteMetric::Advmss)]
+            .into_iter()
+            .flatten()
+            .collect();
+    let mut message = builder.build();
+    if !metrics.is_empty() {
+        message.attributes.push(RouteAttribute::Metrics(metrics));
+    }
+    Ok(message)
 }
 
 pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
@@ -109,6 +168,8 @@ pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
         gateway,
         pref_src: facts.pref_src,
         metric: facts.metric,
+        mtu_bytes: facts.mtu_bytes,
+        advmss_bytes: facts.advmss_bytes,
     };
     let mut routes: Vec<Route> =
         facts.next_hops.iter().map(|(index, gateway)| route(*index, *gateway)).collect();
@@ -125,6 +186,8 @@ struct Facts {
     gateway: Option<IpAddr>,
     pref_src: Option<IpAddr>,
     metric: Option<u32>,
+    mtu_bytes: Option<u32>,
+    advmss_bytes: Option<u32>,
     table: Option<u32>,
     next_hops: Vec<(u32, Option<IpAddr>)>,
 }
@@ -139,6 +202,15 @@ impl Facts {
                 RouteAttribute::Via(RouteVia::Inet6(addr)) => self.gateway = Some((*addr).into()),
                 RouteAttribute::PrefSource(addr) => self.pref_src = ip(addr),
                 RouteAttribute::Priority(metric) => self.metric = Some(*metric),
+                RouteAttribute::Metrics(metrics) => {
+                    for metric in metrics {
+                        match metric {
+                            RouteMetric::Mtu(bytes) => self.mtu_bytes = Some(*bytes),
+                            RouteMetric::Advmss(bytes) => self.advmss_bytes = Some(*bytes),
+                            _ => {}
+                        }
+                    }
+                }
                 RouteAttribute::Table(table) => self.table = Some(*table),
                 RouteAttribute::MultiPath(hops) => {
                     for hop in hops {

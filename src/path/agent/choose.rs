@@ -4,25 +4,27 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::opener::Cause;
+use super::proof::Trust;
 use super::{Endpoint, PathAgent, PathEvent, same_path};
 use crate::path::Via;
 use crate::path::liveness::{Doubt, Suspicion};
 use crate::path::score::Score;
 
-/// A path that went silent under traffic may carry data again after this and a new proof.
-const PENALTY: Duration = Duration::from_secs(3);
 /// One switch between paths of the same tier in this time (no flapping).
 const SWITCH_SPACING: Duration = Duration::from_secs(10);
-/// NAT bindings of a two-way flow live 30 s on the worst common routers: 25 s less jitter keeps
-/// them.
-pub(super) const KEEPALIVE: Duration = Duration::from_secs(22);
+/// NAT bindings live 30 s on the worst common routers: this and its jitter of two seconds leave
+/// time for the answer to be asked for again.
+pub(super) const KEEPALIVE: Duration = Duration::from_secs(25);
 
 impl PathAgent {
     /// Makes the best path the primary, if it is better by enough.
     pub(super) fn choose(&mut self, why: &'static str, now: Instant) {
+        let has_relay = self.relay.is_some();
         let usable = |endpoint: &Endpoint| {
-            endpoint.proved(now) && endpoint.penalty_until.is_none_or(|until| until <= now)
+            endpoint.proved(now)
+                && endpoint.penalty_until.is_none_or(|until| until <= now)
+                // Where there is nothing else, a bad path is better than none.
+                && !(has_relay && endpoint.trust == Trust::Distrusted)
         };
         let best = self
             .endpoints
@@ -42,7 +44,12 @@ impl PathAgent {
                 let settled = self
                     .last_switch
                     .is_none_or(|at| now.saturating_duration_since(at) >= SWITCH_SPACING);
-                if better.clearly_beats(score) && settled { Some(via) } else { Some(same) }
+                let nearer = better.is_nearer_than(score);
+                if better.clearly_beats(score) && (settled || nearer) {
+                    Some(via)
+                } else {
+                    self.instead_of_a_doubted(now).or(Some(same))
+                }
             }
             (Some((_, via)), None) => Some(via),
             (None, _) => self.relay,
@@ -58,6 +65,14 @@ impl PathAgent {
         if !moved {
             return;
         }
+        if self.doubt.doubled_since().is_some()
+            && let Some(place) = from.and_then(Via::place)
+            && let Some(endpoint) = self.endpoints.get_mut(&place)
+        {
+            // It still owes an answer, and counts for nothing until it comes.
+            endpoint.heard = None;
+            endpoint.prober.prove_again(now);
+        }
         self.primary_since = now;
         self.why = why;
         self.doubt = Doubt::default();
@@ -66,11 +81,30 @@ impl PathAgent {
             self.retries = 0;
             self.guesses = 0;
             self.retry_at = None;
+            self.stuck_since = None;
             self.postpone_keepalive(now);
+            self.begin_trust(now);
         } else {
             self.keepalive_at = None;
+            self.doubled = false;
         }
         self.events.push_back(PathEvent::Primary { from, to: next, why });
+    }
+
+    /// While the primary owes an answer for so long that data is doubled: the best path that did
+    /// answer in this time.
+    fn instead_of_a_doubted(&self, now: Instant) -> Option<Via> {
+        let since = self.doubt.doubled_since()?;
+        self.endpoints
+            .iter()
+            .filter(|(_, endpoint)| endpoint.penalty_until.is_none_or(|until| until <= now))
+            .filter(|(_, endpoint)| endpoint.prober.last_pong().is_some_and(|at| at >= since))
+            .filter_map(|(place, endpoint)| {
+                let score = Score::of(place.remote, endpoint.prober.srtt()?);
+                Some((score, endpoint.via(*place)))
+            })
+            .min()
+            .map(|(_, via)| via)
     }
 
     pub(super) fn act_on(&mut self, suspicion: Suspicion, now: Instant) {
@@ -91,13 +125,8 @@ impl PathAgent {
                 }
                 if let Some(endpoint) = self.endpoints.get_mut(&place) {
                     endpoint.forget();
-                    endpoint.penalty_until = Some(now + PENALTY);
                 }
-                self.doubt = Doubt::default();
-                self.choose("the direct path went silent", now);
-                self.round_at = None;
-                self.retries = 0;
-                self.start_round(Cause::Wanted, now);
+                self.leave(place, "the direct path went silent", now);
             }
         }
     }

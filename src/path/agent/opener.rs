@@ -93,10 +93,14 @@ impl Endpoint {
             }
             CandidateKind::Host | CandidateKind::PortMapped | CandidateKind::Static => false,
         };
-        let public = match remote.ip() {
-            IpAddr::V4(ip) => !ip.is_private() && !ip.is_link_local(),
-            IpAddr::V6(ip) => !ip.is_unique_local() && !ip.is_unicast_link_local(),
-        };
-        behind_nat && public
+        behind_nat && !is_private(remote.ip())
+    }
+}
+
+/// Whether an address means something in one site only.
+pub(super) fn is_private(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
     }
 }

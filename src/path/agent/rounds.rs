@@ -18,12 +18,18 @@ const ROUND_SPACING: Duration = Duration::from_secs(1);
 /// The peer is asked to probe at most this often.
 const CALL_SPACING: Duration = Duration::from_secs(2);
 /// Waits between rounds while a wanted peer is not direct; the last one repeats.
-const RETRY: [Duration; 4] = [
+const RETRY: [Duration; 6] = [
     Duration::from_secs(5),
     Duration::from_secs(15),
     Duration::from_secs(30),
     Duration::from_secs(60),
+    Duration::from_secs(300),
+    Duration::from_secs(900),
 ];
+/// While data flows by the relay, the waits do not grow beyond this one.
+const IN_USE_RETRY: usize = 3;
+/// Data that was sent this long ago still flows.
+const IN_USE: Duration = Duration::from_secs(180);
 
 /// Guesses miss by chance, and the next ones may hit: they are made again after this,
 const GUESS_AGAIN: Duration = Duration::from_millis(700);
@@ -83,6 +89,9 @@ impl PathAgent {
             }
         }
         if let Some(via) = self.relay {
+            if !self.is_direct() {
+                self.stuck_since.get_or_insert(now);
+            }
             let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
             let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
             if !self.called_at.is_some_and(recent) {
@@ -100,7 +109,12 @@ impl PathAgent {
         self.round_at = Some(now);
         // Without any path nothing else can help, so the rounds stay close enough together to
         // keep our NAT open for a peer that comes back.
-        let last = if self.primary.is_some() { RETRY.len() - 1 } else { 1 };
+        let in_use = self.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
+        let last = match (self.primary, in_use) {
+            (None, _) => 1,
+            (Some(_), true) => IN_USE_RETRY,
+            (Some(_), false) => RETRY.len() - 1,
+        };
         let guessing =
             self.endpoints.values().any(|endpoint| endpoint.kind == CandidateKind::Predicted);
         let wait = if guessing && self.guesses < GUESSES {
@@ -112,9 +126,58 @@ impl PathAgent {
         self.retry_at = Some(now + wait);
     }
 
+    /// Asks the direct path, if it carries data, whether it still leads to the peer; silence moves
+    /// data away within a second.
+    pub fn verify(&mut self, now: Instant) {
+        if let Some(via @ Via::Direct { .. }) = self.primary {
+            self.ping(via, now);
+            self.doubt.handle_keepalive(now);
+        }
+    }
+
+    /// The peer says that it has moved while our path leads to where it was: until something is
+    /// heard there, data goes by the relay too, and the new endpoints are tried.
+    pub(super) fn handle_peer_moved(&mut self, now: Instant) {
+        self.doubt.handle_moved(now);
+        self.round_at = None;
+        self.start_round(Cause::Called, now);
+    }
+
+    /// We can be reached at more addresses than before: there may be a better path, and what was
+    /// proved still holds.
+    pub fn handle_more_addresses(&mut self, now: Instant) {
+        if self.wanted {
+            self.round_at = None;
+            self.start_round(Cause::Wanted, now);
+        }
+    }
+
+    /// Whether a path to this peer is worth probes.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.wanted
+    }
+
+    /// Whether the path in use was asked for a sign of life, and has not answered yet.
+    #[must_use]
+    pub fn is_asking(&self) -> bool {
+        self.is_direct() && self.doubt.is_asking()
+    }
+
+    /// Data to the peer goes by the relay: a pause in the rounds that was meant for an idle peer
+    /// ends.
+    pub(super) fn note_relayed(&mut self, sent: Instant, now: Instant) {
+        self.used_at = self.used_at.max(Some(sent));
+        let longest = now + RETRY[IN_USE_RETRY];
+        if self.retry_at.is_some_and(|at| at > longest) {
+            self.retry_at = Some(longest.min(now + RETRY[0]));
+        }
+    }
+
     /// Our own candidates changed: the peer is told, and probes, unless the pair is direct already.
     pub fn handle_own_candidates(&mut self, now: Instant) {
-        if let (Some(via), false, true) = (self.relay, self.is_direct(), self.wanted) {
+        let settled = self.is_direct() && !self.doubt.is_asking();
+        if let (Some(via), false, true) = (self.relay, settled, self.wanted) {
             self.called_at = Some(now);
             self.transmits.push_back(PathTransmit::CallMeMaybe { via });
             // The peer probes when the call arrives, and wants our NAT open then: a fresh ladder,
@@ -144,7 +207,8 @@ impl PathAgent {
         let guess = |(place, ..): &(Place, _, _)| {
             self.endpoints.get(place).is_some_and(|e| e.kind == CandidateKind::Predicted)
         };
-        let (guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
+        let (mut guesses, sure): (Vec<_>, Vec<_>) = due.into_iter().partition(guess);
+        guesses.sort_by_key(|(place, ..)| self.endpoints.get(place).map(|it| it.rank));
         let guesses = predict::order(guesses, self.signalling.doubles);
         for (place, local, due) in sure.into_iter().chain(guesses) {
             let Place { remote, socket } = place;
@@ -172,11 +236,17 @@ impl PathAgent {
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {
         let tx = TxId(self.rng.random());
-        let endpoint = via.place().map(|place| self.endpoints.get_mut(&place));
-        match endpoint {
-            Some(Some(endpoint)) => endpoint.prober.sent(tx, now),
-            Some(None) => {}
-            None => self.relay_prober.sent(tx, now),
+        match via.place() {
+            Some(place) => {
+                if let Some(endpoint) = self.endpoints.get_mut(&place) {
+                    endpoint.prober.sent(tx, now);
+                    endpoint.delivery.handle_ping(tx, now);
+                }
+            }
+            None => {
+                self.relay_prober.sent(tx, now);
+                self.relay_delivery.handle_ping(tx, now);
+            }
         }
         self.transmits.push_back(PathTransmit::Ping { via, tx });
         tx

@@ -1,9 +1,12 @@
 //! Paths by extra sockets: which of them are still of use, and what ends with one.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use super::PathAgent;
-use crate::types::SocketId;
+use super::opener::{Cause, is_private};
+use super::{Endpoint, PathAgent};
+use crate::path::{Place, ProbeOutcome};
+use crate::types::{CandidateKind, SocketId};
 
 /// A path that was heard this long ago, and is not proved yet, is waited for.
 const PROVING: Duration = Duration::from_secs(6);
@@ -16,6 +19,46 @@ impl PathAgent {
             let heard = |at: Instant| now.saturating_duration_since(at) < PROVING;
             place.socket == socket && (endpoint.proved(now) || endpoint.heard.is_some_and(heard))
         })
+    }
+
+    /// Since when a wanted peer is tried in vain, with nothing but the relay to carry its data.
+    #[must_use]
+    pub fn stuck_since(&self) -> Option<Instant> {
+        self.stuck_since.filter(|_| self.wanted && self.relay.is_some() && !self.is_direct())
+    }
+
+    /// Whether the peer has said that this address is one of its own.
+    #[must_use]
+    pub fn has_address(&self, ip: IpAddr) -> bool {
+        self.endpoints.keys().any(|place| place.remote.ip() == ip)
+    }
+
+    /// Reaches out to the peer's public IPv4 endpoints by a fresh socket too: opens our NAT towards them,
+    /// and pings when a call has had the time to reach the peer.
+    /// What the peer announces meanwhile is taken in, too.
+    pub fn move_to(&mut self, socket: SocketId, now: Instant) {
+        self.fresh = Some(socket);
+        self.open_fresh(now);
+    }
+
+    pub(super) fn open_fresh(&mut self, now: Instant) {
+        let Some(socket) = self.fresh else { return };
+        let hold = self.hold(Cause::Wanted, now);
+        let public: Vec<(Place, CandidateKind)> = self
+            .endpoints
+            .iter()
+            .filter(|(place, _)| place.socket == SocketId::MAIN && place.remote.is_ipv4())
+            .filter(|(place, _)| !is_private(place.remote.ip()))
+            .filter(|(_, endpoint)| endpoint.kind != CandidateKind::Predicted)
+            .map(|(place, endpoint)| (Place { socket, ..*place }, endpoint.kind))
+            .collect();
+        for (place, kind) in public {
+            let endpoint = self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind));
+            if endpoint.prober.outcome() == ProbeOutcome::Untried {
+                endpoint.prober.start_held_round(hold, now);
+            }
+        }
+        self.ping_due(now);
     }
 
     /// An extra socket is closed: its paths are gone.
@@ -32,6 +75,7 @@ impl PathAgent {
     }
 
     fn forget_sockets(&mut self, gone: impl Fn(SocketId) -> bool, now: Instant) {
+        self.fresh = self.fresh.filter(|socket| !gone(*socket));
         let before = self.endpoints.len();
         self.endpoints.retain(|place, _| !gone(place.socket));
         if self.endpoints.len() != before {
@@ -69,8 +113,8 @@ mod tests {
         assert!(sent.contains(&PathTransmit::Pong { via, tx: TxId([0; 12]) }), "{sent:?}");
         assert!(agent.needs_socket(EXTRA, now), "about to be proved");
         let tx = check.expect("a triggered check by the same socket");
-        assert!(agent.handle_pong(tx, Via::direct(remote), now).is_none(), "another path");
-        assert!(agent.handle_pong(tx, via, now).is_some());
+        assert!(agent.handle_pong(tx, Via::direct(remote), None, now).is_none(), "another path");
+        assert!(agent.handle_pong(tx, via, None, now).is_some());
         (agent, via)
     }
 

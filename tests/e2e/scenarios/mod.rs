@@ -2,17 +2,25 @@
 
 use crate::case::Case;
 
+mod candidates;
 mod commands;
+
 mod enrol;
+mod failover;
+mod hard;
 mod lab;
 mod local;
 mod matrix;
 mod members;
+mod mtu;
 mod netcheck;
 mod offload;
+mod places;
+mod policy;
 mod portmap;
 mod recipes;
 mod relay;
+mod roam;
 mod server;
 mod server_loss;
 mod service;
@@ -23,14 +31,21 @@ mod why;
 pub(crate) fn all() -> Vec<Case> {
     let subjects = [
         recipes::cases(),
+        candidates::cases(),
         matrix::cases(),
+        places::cases(),
+        roam::cases(),
+        hard::cases(),
         relay::cases(),
         server_loss::cases(),
         server::cases(),
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        policy::cases(),
         offload::cases(),
+        mtu::cases(),
+        failover::cases(),
         netcheck::cases(),
         portmap::cases(),
         why::cases(),

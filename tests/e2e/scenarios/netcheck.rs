@@ -27,7 +27,7 @@ fn fitting(nat: Nat) -> &'static [&'static str] {
             &["full-cone", "address-restricted", "full-cone-or-address-restricted"]
         }
         Nat::PortRestricted | Nat::OpenInput => &["port-restricted"],
-        Nat::Symmetric | Nat::Sequential => &["symmetric"],
+        Nat::Symmetric | Nat::Sequential | Nat::Decrementing | Nat::ByTwo => &["symmetric"],
     }
 }
 

@@ -69,7 +69,7 @@ fn start(net: &Net, server: &Server, name: &str, off: &[&str]) -> Node {
 }
 
 /// Bytes that repeat nowhere near.
-fn content(len: usize) -> Vec<u8> {
+pub(super) fn content(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -78,7 +78,7 @@ fn content(len: usize) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-fn streams_are_equal(from: &Host, to: &Host, address: IpAddr) {
+pub(super) fn streams_are_equal(from: &Host, to: &Host, address: IpAddr) {
     let sent = content(TRANSFER_BYTES);
     let listener = to.ns.enter(|| TcpListener::bind((address, 0)).unwrap());
     let remote = listener.local_addr().unwrap();

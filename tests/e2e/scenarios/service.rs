@@ -17,6 +17,10 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("service::server_and_node_install_restart_and_uninstall", install),
         Case::new("service::a_bad_join_line_installs_nothing", bad_join_line),
         Case::new("service::secrets_stay_private_and_root_and_service_share_the_state", shared),
+        Case::new(
+            "service::a_stopped_server_stays_so_and_one_that_hangs_does_not",
+            stops_and_hangs,
+        ),
         Case::new("service::a_removed_node_stops_for_good_and_a_purge_leaves_nothing", removed),
     ]
     .map(|case| case.needs(Needs::Systemd))
@@ -70,7 +74,7 @@ fn install() {
     dies_and_comes_back(&node);
     ping::first_answer(&bob.host, &alice_ipv4, now(), Duration::from_secs(10));
 
-    assert_exposure(&server, SERVER_UNIT, 1.5);
+    assert_exposure(&server, SERVER_UNIT, 1.2);
     assert_exposure(&node, NODE_UNIT, 1.8);
     node.ok(&["overlay", "service", "status", "node"]);
     server.ok(&["overlay", "service", "status", "server"]);
@@ -185,6 +189,38 @@ fn shared() {
     let output = container.run(&["overlay", "service", "install", "node", line]);
     assert_error(&output, &[1], &["connect"]);
     assert_eq!(container.ok(&["systemctl", "is-active", NODE_UNIT]).trim(), "active");
+}
+
+/// The ports go with the service, and come back with it.
+fn stops_and_hangs() {
+    let net = Net::new();
+    let container = Container::boot(&net, &net.machine("alice", Nat::None));
+    container.ok(&["overlay", "service", "install", "server"]);
+    for unit in ["overlay-server.socket", "overlay-server-443.socket"] {
+        assert_eq!(container.ok(&["systemctl", "is-active", unit]).trim(), "active");
+    }
+    let pid = || container.ok(&["systemctl", "show", "-P", "MainPID", SERVER_UNIT]);
+    for port in ["41820", "443"] {
+        container.ok(&["bash", "-c", &format!("exec 3<>/dev/tcp/127.0.0.1/{port}")]);
+    }
+
+    // Stopped is stopped: nobody can start it by knocking.
+    container.ok(&["systemctl", "stop", SERVER_UNIT]);
+    let knock = container.run(&["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/41820"]);
+    assert_ne!(knock.code, Some(0), "somebody still listens");
+    std::thread::sleep(Duration::from_millis(500));
+    assert_ne!(container.run(&["systemctl", "is-active", SERVER_UNIT]).stdout.trim(), "active");
+    container.ok(&["systemctl", "start", SERVER_UNIT]);
+    container.ok(&["overlay", "server", "nodes"]);
+
+    // A main thread that hangs is no progress, and systemd ends it.
+    let before = pid();
+    container.ok(&["kill", "-STOP", before.trim()]);
+    wait_for("the watchdog bites", Duration::from_secs(60), || {
+        let active = container.run(&["systemctl", "is-active", SERVER_UNIT]).stdout;
+        let now = pid();
+        (active.trim() == "active" && now != before && now.trim() != "0").then_some(())
+    });
 }
 
 fn removed() {

@@ -1,0 +1,113 @@
+//! `overlay server backup` and `restore`.
+
+use std::io::{IsTerminal, Read};
+use std::path::Path;
+
+use zeroize::Zeroizing;
+
+use crate::cli::fail::{Failure, USAGE};
+use crate::cli::print::hint;
+use crate::cli::{Done, ask, print, runtime};
+use crate::config::paths::Role;
+use crate::daemon::server::{self, BackupError, Question, StoreAnswer};
+use crate::io::clock;
+use crate::io::files::{self, FileError, SECRET_MODE};
+
+const WARNING: &str = "it holds the server's secret key: whoever has this file can be the server";
+
+pub(super) fn write(file: &Path, socket: &Path) -> Done {
+    let to_stdout = file == Path::new("-");
+    if to_stdout && std::io::stdout().is_terminal() {
+        return Err(Failure::new(
+            "the backup is not written to a terminal",
+            WARNING,
+            "overlay server backup FILE; or into a pipe: overlay server backup - | ssh HOST \
+             'umask 077; cat > FILE'",
+        )
+        .code(USAGE));
+    }
+    let answer: StoreAnswer = ask::ask(Role::Server, socket, &Question::Backup)?;
+    let StoreAnswer::Backup(text) = answer else {
+        return Err(Failure::new(
+            "the server gives no backup",
+            "it answers with something else",
+            "use the same version for command and server: overlay version",
+        ));
+    };
+    if to_stdout {
+        print::line(text.expose().trim_end())?;
+        hint(WARNING);
+        return Ok(());
+    }
+    files::write_atomically(file, text.expose().as_bytes(), SECRET_MODE).map_err(|error| {
+        let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let directory = directory.unwrap_or(Path::new(".")).display();
+        Failure::caused_by(
+            "the backup cannot be written",
+            &error,
+            format!("look at the directory: ls -ld {directory}; df -h {directory}"),
+        )
+    })?;
+    hint(format_args!("written to {}; {WARNING}", file.display()));
+    hint("a node that joins after this moment is not in it");
+    Ok(())
+}
+
+pub(super) fn restore(file: &Path, state_dir: &Path, force: bool) -> Done {
+    let text = read(file)?;
+    let restoring = server::restore(&text, state_dir, force, clock::unix_seconds());
+    let restored = runtime::on_this_thread()?
+        .block_on(restoring)
+        .map_err(|error| explain(&error, file, state_dir))?;
+    print::line(format!(
+        "restored network {} with {} nodes, as it was at {}",
+        restored.network, restored.nodes, restored.made
+    ))?;
+    if let Some(replaced) = restored.replaced {
+        hint(format_args!("what was there before is in {}", replaced.display()));
+    }
+    hint(
+        "start it: sudo systemctl start overlay-server, or overlay server; never let two machines \
+         be this server at the same time",
+    );
+    Ok(())
+}
+
+fn read(file: &Path) -> Result<Zeroizing<String>, Failure> {
+    let mut text = Zeroizing::new(String::new());
+    let read = if file == Path::new("-") {
+        std::io::stdin().lock().read_to_string(&mut text)
+    } else {
+        std::fs::File::open(file).and_then(|mut file| file.read_to_string(&mut text))
+    };
+    read.map_err(|error| {
+        let help = format!("look at it: ls -l {}", file.display());
+        Failure::caused_by("the backup cannot be read", &error, help)
+    })?;
+    Ok(text)
+}
+
+fn explain(error: &BackupError, file: &Path, state_dir: &Path) -> Failure {
+    let failure = |help: String| Failure::caused_by("the backup is not restored", error, help);
+    match error {
+        BackupError::Damaged { .. } => {
+            failure(format!("nothing was changed; take another backup than {}", file.display()))
+        }
+        BackupError::Newer { .. } => {
+            failure("install that version of this program here: overlay version".into())
+        }
+        BackupError::Occupied { .. } => failure(format!(
+            "nothing was changed; to replace it by the backup: overlay server restore --force {}",
+            file.display()
+        )),
+        BackupError::File(FileError::Locked { .. }) => failure(
+            "the server runs: sudo systemctl stop overlay-server (or Ctrl-C where it runs), then \
+             type the command again"
+                .into(),
+        ),
+        BackupError::File(_) | BackupError::Store(_) | BackupError::Content(_) => failure(format!(
+            "run it with sudo, and look at the place: df -h {}",
+            state_dir.display()
+        )),
+    }
+}

@@ -1,0 +1,64 @@
+//! `overlay server events`: who changed what.
+
+use std::path::Path;
+
+use clap::Args;
+
+use crate::cli::Done;
+use crate::cli::ask::{self, Answers};
+use crate::cli::fail::Failure;
+use crate::cli::print::{hint, json, line};
+use crate::config::paths::Role;
+use crate::daemon::server::{EventInfo, Question, StoreAnswer};
+
+#[derive(Debug, Args)]
+pub(super) struct EventsArgs {
+    /// Show so many of the newest
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 100)]
+    lines: u32,
+    /// Only those after this number
+    #[arg(long, value_name = "SEQ", default_value_t = 0)]
+    after: u64,
+    /// Go on with those that come, until Ctrl-C
+    #[arg(long, short)]
+    follow: bool,
+    /// Print JSON, one event a line
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: EventsArgs, socket: &Path) -> Done {
+    let EventsArgs { lines, after, follow, json: as_json } = args;
+    let question = Question::Events { after, limit: lines, follow };
+    let mut shown = false;
+    let mut show = |answer: StoreAnswer| {
+        let StoreAnswer::Events(events) = answer else { return Ok(()) };
+        shown |= !events.is_empty();
+        events.iter().try_for_each(|event| print(event, as_json))
+    };
+    if !follow {
+        show(ask::ask(Role::Server, socket, &question)?)?;
+        if !shown {
+            hint("there are no events of that kind");
+        }
+        return Ok(());
+    }
+    let mut answers = Answers::to(Role::Server, socket, &question)?;
+    while let Some(answer) = answers.next_answer()? {
+        show(answer)?;
+    }
+    Err(Failure::new(
+        "there are no more events",
+        "the server has stopped",
+        "systemctl status overlay-server, then type the command again",
+    ))
+}
+
+fn print(event: &EventInfo, as_json: bool) -> Done {
+    if as_json {
+        return json(event);
+    }
+    let fields: Vec<String> =
+        event.fields.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    line(format!("{}  {}  {}  by {}", event.at, event.kind, fields.join(" "), event.actor))
+}

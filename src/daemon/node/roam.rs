@@ -1,0 +1,246 @@
+//! The network around this machine: read again when the kernel says that something about it has
+//! changed, or when we wake up. The core is told what is new, and a control connection that cannot
+//! lead anywhere any more is made anew.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use super::Daemon;
+use super::interface::Interface;
+use super::threads::Ports;
+use crate::io::clock;
+use crate::io::os::{Changes, Netlink, NetlinkError, Underlay};
+use crate::io::udp::source_towards;
+use crate::io::wake::{WakeWatch, Woke};
+
+/// Changes come in groups: a moment after the first one all of it is read.
+const SETTLE: Duration = Duration::from_millis(5);
+/// The shortest time between two looks,
+const SPACING: Duration = Duration::from_millis(20);
+/// as long as these are not used up: in a storm of changes, one look comes back with each
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// up to so many at once.
+const LOOKS: u32 = 8;
+/// A sign of life that was asked for on the control connection comes within this, or within
+/// several round trips: the segment that asks may be lost and sent again.
+const PROOF_LIMIT: Duration = Duration::from_millis(1_500);
+
+/// What is known of the network around us, and what is watched.
+pub(super) struct Surroundings {
+    changes: Option<Changes>,
+    wake: Option<WakeWatch>,
+    underlay: Option<Underlay>,
+    pub(super) rescan_at: Option<Instant>,
+    looked_at: Option<Instant>,
+    /// As if this time had been without changes: what is older than the looks that are left.
+    quiet_since: Option<Instant>,
+    /// When the server was asked for a sign of life, and until when it is waited for.
+    asked: Option<(Instant, Instant)>,
+}
+
+/// What the surroundings did.
+pub(super) enum Surprise {
+    /// Something about links, addresses or routes.
+    Changed,
+    /// We were away.
+    Woke(Woke),
+}
+
+impl Surroundings {
+    /// Starts watching.
+    pub(super) fn watch() -> Self {
+        let changes = Netlink::changes()
+            .inspect_err(|error| tracing::warn!(%error, "changes of the network are not noticed"));
+        let wake = WakeWatch::start()
+            .inspect_err(|error| tracing::warn!(%error, "waking from sleep is not noticed"));
+        Self {
+            changes: changes.ok(),
+            wake: wake.ok(),
+            underlay: None,
+            rescan_at: None,
+            looked_at: None,
+            quiet_since: None,
+            asked: None,
+        }
+    }
+
+    /// The next surprise. Cancel-safe.
+    pub(super) async fn next(&mut self) -> Surprise {
+        let (changes, wake) = (self.changes.as_mut(), self.wake.as_mut());
+        let changed = async {
+            match changes {
+                Some(changes) => changes.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let woke = async {
+            match wake {
+                Some(wake) => wake.woke().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            woke = woke => Surprise::Woke(woke),
+            _ = changed => Surprise::Changed,
+        }
+    }
+
+    /// Plans a look; one that is planned already takes in this change, too.
+    fn plan_look(&mut self, now: Instant) {
+        let spaced = self.looked_at.map_or(now, |at| at + SPACING);
+        let earned = self.quiet_since.map_or(now, |since| since + LOOK_EVERY);
+        self.rescan_at.get_or_insert(earned.max(spaced).max(now + SETTLE));
+    }
+
+    /// A look costs one of those that are left.
+    fn note_look(&mut self, now: Instant) {
+        let full = now.checked_sub(LOOK_EVERY * LOOKS);
+        self.quiet_since = self.quiet_since.max(full).map(|since| since + LOOK_EVERY);
+        self.looked_at = Some(now);
+    }
+
+    /// When a sign of life of the server is overdue.
+    pub(super) fn proof_due(&self) -> Option<Instant> {
+        self.asked.map(|(_, until)| until)
+    }
+}
+
+impl Daemon {
+    pub(super) fn handle_surprise(&mut self, surprise: Surprise, now: Instant) {
+        match surprise {
+            Surprise::Changed => self.surroundings.plan_look(now),
+            Surprise::Woke(Woke { away, suspended }) => {
+                tracing::info!(away_s = away.as_secs(), suspended, "awake again");
+                self.surroundings.rescan_at = Some(now);
+                if self.server.is_none() {
+                    self.uplink.try_now();
+                }
+                // It may have said something that was not read yet.
+                self.heard_server = now;
+                self.node.handle_wake(suspended, now);
+            }
+        }
+    }
+
+    /// The core asks the server for a sign of life.
+    pub(super) fn note_asked(&mut self, now: Instant) {
+        let round_trips = self.node.relay_rtt().unwrap_or_default() * 4;
+        self.surroundings
+            .asked
+            .get_or_insert((now, now + PROOF_LIMIT.max(PROOF_LIMIT / 2 + round_trips)));
+    }
+
+    /// Makes another control connection when the one there is owes a sign of life.
+    pub(super) fn check_proof(&mut self, now: Instant) {
+        let Some((asked_at, until)) = self.surroundings.asked else { return };
+        if self.heard_server > asked_at || self.server.is_none() {
+            self.surroundings.asked = None;
+        } else if until <= now {
+            self.surroundings.asked = None;
+            tracing::info!("the server does not answer on the control connection");
+            self.uplink.try_now();
+            self.handle_link_down();
+        }
+    }
+
+    /// Tells the core at which addresses our sockets can be reached, and by which way packets
+    /// leave.
+    pub(super) async fn scan_interfaces(&mut self) {
+        self.look_for_gateway();
+        self.surroundings.note_look(clock::now());
+        let own = self.interface.as_ref().map(Interface::index);
+        let underlay = match look(own).await {
+            Ok(underlay) => underlay,
+            Err(error) => {
+                tracing::warn!(%error, "the local addresses could not be read");
+                return;
+            }
+        };
+        let now = clock::now();
+        let before = self.surroundings.underlay.replace(underlay.clone());
+        let rerouted = before.as_ref().is_some_and(|before| before.gateways != underlay.gateways);
+        self.check_link(&underlay, rerouted);
+        if before.is_some_and(|before| before != underlay) && self.server.is_none() {
+            // The attempt under way may be one into a network that is gone.
+            self.uplink.try_now();
+        }
+        let ports = &self.ports;
+        let endpoints: Vec<SocketAddr> =
+            underlay.addresses.iter().filter_map(|address| endpoint(ports, *address)).collect();
+        let known = self.node.host_endpoints().to_vec();
+        self.node.handle_host_endpoints(endpoints, now);
+        let told = known.iter().any(|endpoint| !self.node.host_endpoints().contains(endpoint));
+        if rerouted && !told {
+            tracing::info!("the default route has changed");
+            self.node.handle_network_change(now);
+        }
+    }
+
+    /// A connection from an address that is gone, or that packets to the server do not leave from
+    /// any more, cannot answer, and TCP would take its time to say so.
+    fn check_link(&mut self, underlay: &Underlay, rerouted: bool) {
+        let (Some(server), Some(local)) = (self.server, self.link_local) else { return };
+        if local.is_loopback() {
+            return;
+        }
+        let gone = !underlay.present.contains(&local);
+        let elsewhere = || rerouted && source_towards(server).is_ok_and(|source| source != local);
+        if gone || elsewhere() {
+            let why = if gone { "its address is gone" } else { "packets leave another way" };
+            tracing::info!(why, "the control connection is made anew");
+            self.uplink.try_now();
+            self.handle_link_down();
+        }
+    }
+}
+
+async fn look(own: Option<u32>) -> Result<Underlay, NetlinkError> {
+    Netlink::connect()?.underlay(own).await
+}
+
+/// The endpoint of our socket at an address of ours.
+fn endpoint(ports: &Ports, ip: IpAddr) -> Option<SocketAddr> {
+    let socket = if ip.is_ipv4() { &ports.udp_v4 } else { &ports.udp_v6 };
+    let bound = socket.as_ref()?.local_addr().ok()?;
+    Some(SocketAddr::new(ip, bound.port()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unwatched() -> Surroundings {
+        Surroundings {
+            changes: None,
+            wake: None,
+            underlay: None,
+            rescan_at: None,
+            looked_at: None,
+            quiet_since: None,
+            asked: None,
+        }
+    }
+
+    #[test]
+    fn a_storm_of_changes_is_looked_at_ever_more_rarely() {
+        let start = crate::testing::epoch();
+        let mut surroundings = unwatched();
+        let mut looks = Vec::new();
+        for ms in 0..20_000 {
+            let now = start + Duration::from_millis(ms);
+            surroundings.plan_look(now);
+            if surroundings.rescan_at.is_some_and(|at| at <= now) {
+                surroundings.rescan_at = None;
+                surroundings.note_look(now);
+                looks.push(ms);
+            }
+        }
+        assert_eq!(looks[0], 5, "the first change is looked at at once");
+        assert!(looks[5] < 150, "and some more: {looks:?}");
+        assert!(looks.len() < 20 + 10, "{looks:?}");
+        let later = start + Duration::from_secs(40);
+        surroundings.rescan_at = None;
+        surroundings.plan_look(later);
+        assert_eq!(surroundings.rescan_at, Some(later + SETTLE), "and so is one after a pause");
+    }
+}

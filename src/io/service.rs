@@ -1,0 +1,133 @@
+//! The service manager: what it hands over, and what it is told.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::sys;
+
+/// The descriptor is a listening TCP socket when this works.
+fn listening(fd: std::os::fd::OwnedFd) -> Option<(SocketAddr, TcpListener)> {
+    let listener = TcpListener::from(fd);
+    let is_listening = socket2::SockRef::from(&listener).is_listener().ok()?;
+    let address = listener.local_addr().ok().filter(|_| is_listening)?;
+    listener.set_nonblocking(true).ok()?;
+    Some((address, listener))
+}
+
+/// The listening TCP sockets that the service manager opened for this process (`LISTEN_FDS`,
+/// sd_listen_fds(3)). They are handed out once; without a service manager there are none.
+#[must_use]
+pub fn handed_listeners() -> Vec<(SocketAddr, TcpListener)> {
+    let inherited = sys::inherited_descriptors().unwrap_or_else(|error| {
+        tracing::warn!(%error, "what the service manager handed over is not understood");
+        Vec::new()
+    });
+    inherited.into_iter().filter_map(listening).collect()
+}
+
+/// How far somebody has come: it rises as long as that one does its work, also when there is none.
+#[derive(Debug, Default)]
+pub struct Progress(AtomicU64);
+
+impl Progress {
+    /// One round more.
+    pub fn step(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn rounds(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Tells the service manager that all is well, as long as all who are watched come further.
+#[derive(Debug)]
+pub struct Watchdog {
+    /// How often it looks; none when nobody wants to know.
+    interval: Option<Duration>,
+    next: Instant,
+    watched: Vec<Watched>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    name: String,
+    progress: Arc<Progress>,
+    seen: u64,
+}
+
+impl Watchdog {
+    /// Looks four times in the time that the service manager allows (`WatchdogSec=`).
+    #[must_use]
+    pub fn new(watched: Vec<(String, Arc<Progress>)>, now: Instant) -> Self {
+        Self::looking(sd_notify::watchdog_enabled().map(|limit| limit / 4), watched, now)
+    }
+
+    fn looking(
+        interval: Option<Duration>,
+        watched: Vec<(String, Arc<Progress>)>,
+        now: Instant,
+    ) -> Self {
+        let watched = watched
+            .into_iter()
+            .map(|(name, progress)| Watched { name, seen: progress.rounds(), progress })
+            .collect();
+        Self { interval, next: now + interval.unwrap_or_default(), watched }
+    }
+
+    /// When [`Self::look`] has something to do.
+    #[must_use]
+    pub fn next(&self) -> Option<Instant> {
+        self.interval.map(|_| self.next)
+    }
+
+    /// Feeds the watchdog if everybody has come further since it was fed last. Whoever calls this
+    /// has come further by calling it.
+    pub fn look(&mut self, now: Instant) {
+        if self.is_well(now)
+            && let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Watchdog])
+        {
+            tracing::warn!(%error, "cannot tell the service manager");
+        }
+    }
+
+    fn is_well(&mut self, now: Instant) -> bool {
+        let Some(interval) = self.interval.filter(|_| self.next <= now) else { return false };
+        self.next = now + interval;
+        let stuck = self.watched.iter().find(|watched| watched.progress.rounds() == watched.seen);
+        if let Some(stuck) = stuck {
+            tracing::warn!(who = stuck.name, "no progress, the watchdog is not fed");
+            return false;
+        }
+        for watched in &mut self.watched {
+            watched.seen = watched.progress.rounds();
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::clock;
+
+    #[test]
+    fn the_watchdog_is_fed_only_while_everybody_comes_further() {
+        let (now, second) = (clock::now(), Duration::from_secs(1));
+        let [a, b] = [(); 2].map(|()| Arc::new(Progress::default()));
+        let watched = vec![("a".into(), Arc::clone(&a)), ("b".into(), Arc::clone(&b))];
+        let mut dog = Watchdog::looking(Some(second), watched, now);
+        a.step();
+        b.step();
+        assert!(!dog.is_well(now), "it is not time yet");
+        assert!(dog.is_well(now + second));
+        a.step();
+        assert!(!dog.is_well(now + 2 * second), "b stands still");
+        assert!(!dog.is_well(now + 3 * second), "and a has moved since, which does not help");
+        b.step();
+        assert!(dog.is_well(now + 4 * second));
+        assert!(Watchdog::looking(None, Vec::new(), now).next().is_none());
+    }
+}

@@ -1,0 +1,58 @@
+//! What an agent has measured: round trips, loss, and how long a packet a path carries.
+
+use std::time::{Duration, Instant};
+
+use super::{PathAgent, Trust};
+use crate::path::mtu::BASE_MTU;
+use crate::path::{Quality, Via};
+
+impl PathAgent {
+    /// The smoothed round trip on the primary.
+    #[must_use]
+    pub fn rtt(&self) -> Option<Duration> {
+        match self.primary?.place() {
+            Some(place) => self.endpoints.get(&place)?.prober.srtt(),
+            None => self.relay_prober.srtt(),
+        }
+    }
+
+    /// How good each path is on which something is known: the direct ones, then the relay.
+    #[must_use]
+    pub fn quality(&self, now: Instant) -> Vec<Quality> {
+        let direct = self.endpoints.iter().filter_map(|(place, endpoint)| {
+            let rtt = endpoint.prober.srtt()?;
+            Some(Quality {
+                via: endpoint.via(*place),
+                rtt: Some(rtt),
+                loss_permille: endpoint.delivery.loss_permille(),
+                mtu: endpoint.mtu.found(now),
+                trusted: endpoint.trust != Trust::Distrusted,
+            })
+        });
+        let relay = self.relay.map(|via| Quality {
+            via,
+            rtt: self.relay_prober.srtt(),
+            loss_permille: self.relay_delivery.loss_permille(),
+            mtu: None,
+            trusted: true,
+        });
+        direct.chain(relay).collect()
+    }
+
+    /// Of a thousand datagrams sent on this path in the last seconds, so many did not arrive.
+    #[must_use]
+    pub fn loss_permille(&self, via: Via) -> Option<u16> {
+        match via.place() {
+            Some(place) => self.endpoints.get(&place)?.delivery.loss_permille(),
+            None => self.relay_delivery.loss_permille(),
+        }
+    }
+
+    /// The longest inner packet that the primary carries uncut.
+    #[must_use]
+    pub fn mtu(&self, now: Instant) -> u16 {
+        let Some(place) = self.primary.and_then(Via::place) else { return BASE_MTU };
+        let endpoint = self.endpoints.get(&place);
+        endpoint.and_then(|endpoint| endpoint.mtu.found(now)).unwrap_or(BASE_MTU)
+    }
+}

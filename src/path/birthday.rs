@@ -1,0 +1,250 @@
+//! The costly ways to punch, which are tried when nothing else led to a direct path: which one, in
+//! which order, and how long one waits for the next.
+//!
+//! A NAT that gives every destination another random port hides where its node can be reached, and
+//! a NAT that lets only answers in hides who knocks. Between the two a path is found by chance, as
+//! two people in a room are found to share a birthday: one side opens [`SOCKETS`] sockets, each
+//! with a port of its own at the NAT, all opened towards the one endpoint of the other side; that
+//! one sends to random ports, each probe a chance of 256 in 64,512. [`PROBES`] of them hit with
+//! 98 %. Every probe costs an entry in the table of the prober's own NAT, of which small routers
+//! have a few thousand: so there is one run at a time, and [`Budget`] bounds what is alive.
+//!
+//! The other way is a fresh local port, for a pair that should be easy and was spoiled: a router
+//! whose own input is open holds on to a stranger's early datagram (see `agent::opener`), moves the
+//! inside port to another one, and Linux goes on to use that for new destinations of the old port.
+//! Nobody can see which side it was, so both sides take a fresh one.
+
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use rand::seq::SliceRandom;
+
+use crate::wire::punch::{NatHint, Way};
+
+/// Sockets that one side opens.
+pub const SOCKETS: usize = 256;
+/// Ports that the other side probes in a run, at most.
+pub const PROBES: usize = 1024;
+/// Time between two probes.
+pub const PROBE_SPACING: Duration = Duration::from_millis(10);
+/// The cheap ways have this long.
+pub const PATIENCE: Duration = Duration::from_secs(3);
+/// A run with fewer probes is not worth its noise.
+const FEWEST_PROBES: usize = 256;
+/// NATs drop an entry without an answer after this (RFC 4787 asks for more, Linux does this).
+const ENTRY_LIFETIME: Duration = Duration::from_secs(30);
+/// Waits after birthday runs that found nothing; the last one repeats.
+const BACKOFF: [Duration; 3] =
+    [Duration::from_secs(60), Duration::from_secs(300), Duration::from_secs(1800)];
+/// The wait after a fresh port did not help: it costs nothing, and another way is next.
+const NEXT_WAY: Duration = Duration::from_secs(1);
+
+/// Two sides do not end a try at the same instant.
+const SLACK: Duration = Duration::from_secs(1);
+
+/// Which way fits what the two sides know, and may be wrong about. A hint decides who does what
+/// first; only two sides that both give every destination another port are left to the relay: there
+/// are 2^32 pairs of ports. `low` tells whether the lower of the two ids offers, which is the same
+/// whoever offers next.
+#[must_use]
+pub fn way(
+    offerer: NatHint,
+    accepter: NatHint,
+    birthday: bool,
+    tries: u8,
+    low: bool,
+) -> Option<Way> {
+    use NatHint::Varies;
+    let way = match (offerer, accepter) {
+        (Varies, Varies) => return None,
+        (Varies, _) => Way::OffererOpens,
+        (_, Varies) => Way::AccepterOpens,
+        // Both look easy, or nobody knows: spoiled perhaps, or the hint is wrong.
+        _ if tries == 0 => Way::BothMove,
+        _ if tries.is_multiple_of(2) == low => Way::OffererOpens,
+        _ => Way::AccepterOpens,
+    };
+    (birthday || !way.is_birthday()).then_some(way)
+}
+
+/// Random ports, none twice before all had their turn.
+#[derive(Debug)]
+pub struct PortOrder {
+    ports: Vec<u16>,
+    next: usize,
+}
+
+impl PortOrder {
+    /// All ports that a NAT gives out, shuffled.
+    pub fn new(rng: &mut impl Rng) -> Self {
+        let mut ports: Vec<u16> = (1024..=u16::MAX).collect();
+        ports.shuffle(rng);
+        Self { ports, next: 0 }
+    }
+
+    /// The next one.
+    pub fn take(&mut self) -> u16 {
+        let port = self.ports[self.next];
+        self.next = (self.next + 1) % self.ports.len();
+        port
+    }
+}
+
+/// Keeps the entries that our probes leave in our NAT under [`PROBES`], however many runs there are.
+#[derive(Debug, Default)]
+pub struct Budget {
+    /// The end of each recent run, and its probes.
+    spent: Vec<(Instant, usize)>,
+}
+
+impl Budget {
+    /// A run that sent so many probes is over.
+    pub fn spend(&mut self, probes: usize, now: Instant) {
+        self.spent.retain(|(at, _)| now.saturating_duration_since(*at) < ENTRY_LIFETIME);
+        if probes > 0 {
+            self.spent.push((now, probes));
+        }
+    }
+
+    /// The probes that a run may send now; none when there are too few.
+    #[must_use]
+    pub fn probes(&self, now: Instant) -> Option<usize> {
+        let alive = |at: Instant| now.saturating_duration_since(at) < ENTRY_LIFETIME;
+        let spent: usize =
+            self.spent.iter().filter(|(at, _)| alive(*at)).map(|(_, probes)| probes).sum();
+        let left = PROBES.saturating_sub(spent);
+        (left >= FEWEST_PROBES).then_some(left)
+    }
+}
+
+/// How it went with one peer so far.
+#[derive(Debug, Default)]
+pub struct History {
+    tries: u8,
+    failed_runs: usize,
+    not_before: Option<Instant>,
+}
+
+impl History {
+    /// Ways that were tried since the last success.
+    #[must_use]
+    pub fn tries(&self) -> u8 {
+        self.tries
+    }
+
+    /// Whether the peer may start another try now; its clock may have run a little ahead.
+    #[must_use]
+    pub fn allows(&self, now: Instant) -> bool {
+        self.not_before.is_none_or(|at| at <= now + SLACK)
+    }
+
+    /// When another try may start, for a pair that has waited since `stuck`.
+    #[must_use]
+    pub fn due_at(&self, stuck: Instant) -> Instant {
+        (stuck + PATIENCE).max(self.not_before.unwrap_or(stuck))
+    }
+
+    /// Nothing was tried, but it has to wait.
+    pub fn postpone(&mut self, wait: Duration, now: Instant) {
+        self.not_before = Some(now + wait);
+    }
+
+    /// A way starts; the peer has counted so many before.
+    pub fn start(&mut self, peer_tries: u8) {
+        self.tries = self.tries.max(peer_tries).saturating_add(1);
+    }
+
+    /// A way has found nothing.
+    pub fn fail(&mut self, costly: bool, now: Instant) {
+        let wait = if costly {
+            self.failed_runs += 1;
+            BACKOFF[(self.failed_runs - 1).min(BACKOFF.len() - 1)]
+        } else {
+            NEXT_WAY
+        };
+        self.not_before = Some(now + wait);
+    }
+
+    /// There is a direct path. When it is lost soon, the next try still waits until the entries of
+    /// this one are gone.
+    pub fn succeed(&mut self, now: Instant) {
+        *self = Self { not_before: Some(now + ENTRY_LIFETIME), ..Self::default() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+    use crate::testing::epoch;
+
+    #[test]
+    fn the_side_whose_ports_vary_opens_sockets() {
+        use NatHint::{Steady, Unknown, Varies};
+        for other in [Steady, Unknown] {
+            for tries in 0..5 {
+                assert_eq!(way(Varies, other, true, tries, true), Some(Way::OffererOpens));
+                assert_eq!(way(other, Varies, true, tries, true), Some(Way::AccepterOpens));
+                assert_eq!(way(Varies, other, false, tries, true), None, "switched off");
+            }
+        }
+        assert_eq!(way(Varies, Varies, true, 0, true), None);
+    }
+
+    #[test]
+    fn a_hint_never_forbids_a_way() {
+        use NatHint::{Steady, Unknown};
+        for (a, b) in [(Steady, Steady), (Unknown, Steady), (Unknown, Unknown)] {
+            let ways = |low| (0..3).filter_map(|tries| way(a, b, true, tries, low)).collect();
+            let by_low: Vec<Way> = ways(true);
+            assert_eq!(by_low, [Way::BothMove, Way::AccepterOpens, Way::OffererOpens]);
+            let by_high: Vec<Way> = ways(false);
+            assert_eq!(by_high, [Way::BothMove, Way::OffererOpens, Way::AccepterOpens]);
+            assert_eq!(way(a, b, false, 0, true), Some(Way::BothMove), "costs nothing");
+            assert_eq!(way(a, b, false, 1, true), None);
+        }
+    }
+
+    #[test]
+    fn no_port_comes_twice_before_all_have_come() {
+        let mut order = PortOrder::new(&mut StdRng::seed_from_u64(1));
+        let count = usize::from(u16::MAX) - 1024 + 1;
+        let ports: Vec<u16> = (0..count).map(|_| order.take()).collect();
+        assert_eq!(ports.iter().collect::<BTreeSet<_>>().len(), count);
+        assert!(ports.iter().all(|port| *port >= 1024));
+        assert_eq!(order.take(), ports[0]);
+    }
+
+    #[test]
+    fn runs_one_after_the_other_never_leave_more_entries_than_one() {
+        let (mut budget, start) = (Budget::default(), epoch());
+        assert_eq!(budget.probes(start), Some(PROBES));
+        budget.spend(700, start);
+        assert_eq!(budget.probes(start), Some(PROBES - 700));
+        budget.spend(PROBES - 700, start + Duration::from_secs(3));
+        assert_eq!(budget.probes(start + Duration::from_secs(29)), None);
+        assert_eq!(budget.probes(start + Duration::from_secs(30)), Some(700));
+        assert_eq!(budget.probes(start + Duration::from_secs(33)), Some(PROBES));
+    }
+
+    #[test]
+    fn what_fails_waits_longer_each_time() {
+        let (mut history, now) = (History::default(), epoch());
+        assert_eq!(history.due_at(now), now + PATIENCE);
+        history.fail(false, now);
+        assert_eq!(history.due_at(now), now + PATIENCE, "a second way may follow");
+        for minutes in [1, 5, 30, 30] {
+            history.start(0);
+            history.fail(true, now);
+            let at = now + Duration::from_secs(minutes * 60);
+            assert_eq!(history.due_at(now), at);
+            assert!(!history.allows(now) && history.allows(at));
+        }
+        history.succeed(now);
+        assert_eq!(history.tries(), 0);
+    }
+}

@@ -1,0 +1,428 @@
+//! Does what we send on a path arrive? The peer's pongs say how much of our data came by the path
+//! that the ping took; what was sent before the ping and is not in there was lost.
+//!
+//! ```text
+//!   sent so far   10        30        50        70
+//!   pings            p1        p2        p3        p4
+//!   arrived           10        10        10          -> what left before p2 is lost: in doubt
+//! ```
+//!
+//! Probes alone cannot tell: a filter may let them pass and drop data, all of it or long datagrams
+//! only, and in one direction. Counts are compared with a moment's grace, as a ping may overtake
+//! data that was sealed and waits for its turn.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use super::liveness::Suspicion;
+use crate::types::{SizeCounts, TxId};
+
+/// What was sealed this long before a ping left before it.
+const GRACE: Duration = Duration::from_millis(30);
+/// Pings without a pong for this long (or three round trips): double the data.
+const DOUBLE_AFTER: Duration = Duration::from_millis(250);
+/// The path is asked this often while in doubt.
+const ASK_SPACING: Duration = Duration::from_millis(100);
+/// Doubt that nothing ended for this long (or eight round trips): the path is dead. Nothing is lost
+/// meanwhile, as all is doubled.
+const DEAD_AFTER: Duration = Duration::from_millis(1_000);
+/// A path that carries nothing at all of a class has lost so many of it.
+const DEAD_MISSING: u32 = 3;
+/// Loss is counted over this time,
+const LOSS_WINDOW: Duration = Duration::from_secs(3);
+/// at least this long,
+const LOSS_SPAN: Duration = Duration::from_millis(900);
+/// and over so many datagrams.
+const LOSS_DATAGRAMS: u32 = 20;
+/// So much loss, in a thousand, is too much: 30 %, less what the grace hides.
+const LOSSY_PERMILLE: u16 = 280;
+/// An unanswered ping is forgotten after this.
+const PING_LIFETIME: Duration = Duration::from_secs(5);
+/// Moments that are remembered.
+const HISTORY: usize = 64;
+
+/// What is known of the delivery on one path.
+#[derive(Debug, Default)]
+pub(super) struct Delivery {
+    /// What had been sent, at moments of the past.
+    history: VecDeque<(Instant, SizeCounts)>,
+    open: BTreeMap<TxId, Instant>,
+    unanswered_since: Option<Instant>,
+    asked_at: Option<Instant>,
+    last: Option<SizeCounts>,
+    classes: [Class; SizeCounts::CLASSES],
+    window: VecDeque<(Instant, SizeCounts, SizeCounts)>,
+    loss_permille: Option<u16>,
+    lossy_reports: u32,
+    lossy_since: Option<Instant>,
+    /// What had been sent when the proof began.
+    proof_from: SizeCounts,
+}
+
+/// Datagrams of about one size.
+#[derive(Debug, Default, Clone, Copy)]
+struct Class {
+    /// What had been sent when the last one is known to have arrived.
+    base: u32,
+    /// When the last one arrived, so many were missing: by chance, or because the path has died.
+    unsure: u32,
+    /// Sent since, and known not to have arrived.
+    missing: u32,
+    missing_since: Option<Instant>,
+    /// When more were last seen to be missing.
+    grew_at: Option<Instant>,
+    /// Arrived since the proof began.
+    arrived: u32,
+}
+
+impl Delivery {
+    /// Takes what has been sent on the path so far.
+    pub(super) fn handle_sent(&mut self, sent: SizeCounts, now: Instant) {
+        if self.history.back().is_some_and(|(at, _)| *at == now) {
+            self.history.pop_back();
+        }
+        if self.history.len() == HISTORY {
+            self.history.pop_front();
+        }
+        self.history.push_back((now, sent));
+    }
+
+    /// A ping leaves on the path.
+    pub(super) fn handle_ping(&mut self, tx: TxId, now: Instant) {
+        self.open.retain(|_, at| now.saturating_duration_since(*at) < PING_LIFETIME);
+        self.open.insert(tx, now);
+        self.asked_at = Some(now);
+        self.unanswered_since.get_or_insert(now);
+    }
+
+    /// A pong arrived; `report` is what the peer has received, if it says so.
+    pub(super) fn handle_pong(&mut self, tx: TxId, report: Option<SizeCounts>, now: Instant) {
+        let Some(asked_at) = self.open.remove(&tx) else { return };
+        self.open.retain(|_, at| *at > asked_at);
+        self.unanswered_since = self.open.values().min().copied();
+        let Some(arrived) = report else { return };
+        let sent_by = |moment: Option<Instant>| {
+            let before = |(at, _): &&(Instant, SizeCounts)| moment.is_some_and(|m| *at <= m);
+            self.history.iter().rev().find(before).map(|(_, sent)| *sent)
+        };
+        let Some(at_ping) = sent_by(Some(asked_at)) else { return };
+        let surely = sent_by(asked_at.checked_sub(GRACE)).unwrap_or_default();
+        let Some(last) = self.last.filter(|last| arrived.since(*last).total() < u32::MAX / 2)
+        else {
+            // The first report, or the peer has begun to count anew.
+            self.last = Some(arrived);
+            for (class, sent) in self.classes.iter_mut().zip(at_ping.0) {
+                *class = Class { base: sent, ..Class::default() };
+            }
+            self.window.clear();
+            self.window.push_back((asked_at, at_ping, arrived));
+            return;
+        };
+        self.last = Some(arrived);
+        for (number, class) in self.classes.iter_mut().enumerate() {
+            let more = arrived.since(last).0[number];
+            class.handle_report(more, at_ping.0[number], surely.0[number], now);
+        }
+        self.measure_loss(asked_at, at_ping, arrived, now);
+    }
+
+    fn measure_loss(
+        &mut self,
+        asked_at: Instant,
+        sent: SizeCounts,
+        arrived: SizeCounts,
+        now: Instant,
+    ) {
+        self.window.push_back((asked_at, sent, arrived));
+        while let Some((at, ..)) = self.window.front()
+            && (self.window.len() > HISTORY
+                || asked_at.saturating_duration_since(*at) > LOSS_WINDOW)
+        {
+            self.window.pop_front();
+        }
+        let Some((since, sent_before, arrived_before)) = self.window.front().copied() else {
+            return;
+        };
+        let (out, came) = (sent.since(sent_before).total(), arrived.since(arrived_before).total());
+        if out < LOSS_DATAGRAMS || asked_at.saturating_duration_since(since) < LOSS_SPAN {
+            // Too little for a figure; an old one has nothing to say any more.
+            if out == 0 {
+                self.loss_permille = None;
+                (self.lossy_reports, self.lossy_since) = (0, None);
+            }
+            return;
+        }
+        let lost = u64::from(out.saturating_sub(came)) * 1_000 / u64::from(out);
+        let permille = u16::try_from(lost).unwrap_or(1_000);
+        self.loss_permille = Some(permille);
+        if permille < LOSSY_PERMILLE {
+            (self.lossy_reports, self.lossy_since) = (0, None);
+            return;
+        }
+        // A burst that was sealed just before the last ping looks like loss once.
+        self.lossy_reports += 1;
+        if self.lossy_reports >= 2 {
+            self.lossy_since.get_or_insert(now);
+        }
+    }
+
+    /// How many datagrams were sent since [`Self::begin_proof`].
+    pub(super) fn sent_in_proof(&self) -> u32 {
+        let sent = self.history.back().map_or(SizeCounts::default(), |(_, sent)| *sent);
+        sent.since(self.proof_from).total()
+    }
+
+    /// What to do, on a path of this round trip.
+    pub(super) fn suspicion(&self, srtt: Duration, now: Instant) -> Suspicion {
+        let dead = |since: Instant| now >= since + DEAD_AFTER.max(srtt * 8) && self.has_failed();
+        if self.doubted_since(srtt, now).is_some_and(dead) {
+            Suspicion::Dead
+        } else if self.next_at(srtt).is_some_and(|at| at <= now) {
+            Suspicion::Ask
+        } else {
+            Suspicion::None
+        }
+    }
+
+    /// Whether enough is known to leave the path.
+    fn has_failed(&self) -> bool {
+        let missing = |class: usize| self.classes[class].missing >= DEAD_MISSING;
+        self.unanswered_since.is_some()
+            || self.lossy_since.is_some()
+            || missing(SizeCounts::SHORT)
+            || missing(SizeCounts::FULL)
+    }
+
+    fn doubted_since(&self, srtt: Duration, now: Instant) -> Option<Instant> {
+        let patience = DOUBLE_AFTER.max(srtt * 3);
+        let unanswered = self.unanswered_since.filter(|since| now >= *since + patience);
+        let missing = self.classes[..SizeCounts::LARGE].iter().filter_map(|it| it.missing_since);
+        missing.chain(unanswered).chain(self.lossy_since).min()
+    }
+
+    /// Whether data is doubled onto another path.
+    pub(super) fn wants_duplicate(&self, srtt: Duration, now: Instant) -> bool {
+        self.doubted_since(srtt, now).is_some()
+    }
+
+    /// Whether datagrams above the size that every path has do not arrive.
+    pub(super) fn large_missing(&self) -> bool {
+        self.classes[SizeCounts::LARGE].missing >= 2
+    }
+
+    /// What was sent of large ones was too long; a new count begins.
+    pub(super) fn forgive_large(&mut self) {
+        let sent = self.history.back().map_or(0, |(_, sent)| sent.0[SizeCounts::LARGE]);
+        self.classes[SizeCounts::LARGE] = Class { base: sent, ..Class::default() };
+    }
+
+    /// Begins to count what arrives, as a proof.
+    pub(super) fn begin_proof(&mut self) {
+        self.proof_from = self.history.back().map(|(_, sent)| *sent).unwrap_or_default();
+        for class in &mut self.classes {
+            class.arrived = 0;
+        }
+    }
+
+    /// Reports since [`Self::begin_proof`] in which more had arrived, by class of length.
+    pub(super) fn proofs(&self) -> u32 {
+        self.classes.iter().map(|class| class.arrived).sum()
+    }
+
+    /// Whether the peer counts what arrives at all.
+    pub(super) fn is_reported(&self) -> bool {
+        self.last.is_some()
+    }
+
+    /// Of a thousand datagrams, so many were lost lately; none when too few were sent.
+    pub(super) fn loss_permille(&self) -> Option<u16> {
+        self.loss_permille
+    }
+
+    /// When the path was last asked.
+    pub(super) fn asked_at(&self) -> Option<Instant> {
+        self.asked_at
+    }
+
+    /// When the path is to be asked again; none while nothing is in doubt.
+    pub(super) fn next_at(&self, srtt: Duration) -> Option<Instant> {
+        let short = &self.classes[..SizeCounts::LARGE];
+        let missing = short.iter().any(|it| it.missing_since.is_some())
+            || self.classes.iter().any(|it| it.unsure >= 2 && it.missing == 0);
+        let again = self.asked_at.map(|at| at + ASK_SPACING);
+        if missing || self.lossy_since.is_some() {
+            return again;
+        }
+        let patience = ASK_SPACING.max(srtt * 3 / 2);
+        self.unanswered_since
+            .map(|since| again.map_or(since + patience, |at| at.max(since + patience)))
+    }
+}
+
+impl Class {
+    fn handle_report(&mut self, more: u32, at_ping: u32, surely: u32, now: Instant) {
+        // What is known to have left may be less than what the base counted.
+        let open = Some(surely.wrapping_sub(self.base)).filter(|open| *open < u32::MAX / 2);
+        let open = open.unwrap_or_default();
+        if more > 0 {
+            // Some arrived; were they the first ones, and none after them? The next report tells.
+            let unsure = open.saturating_sub(more);
+            *self = Self { base: at_ping, unsure, arrived: self.arrived + 1, ..Self::default() };
+            return;
+        }
+        // Without anything new, what was lost before says nothing about this moment.
+        let missing = if open == 0 { 0 } else { self.unsure.saturating_add(open) };
+        if missing > self.missing {
+            self.missing = missing;
+            self.missing_since.get_or_insert(now);
+            self.grew_at = Some(now);
+        } else if self.grew_at.is_some_and(|at| now.saturating_duration_since(at) >= DEAD_AFTER) {
+            // Nothing more of this size is sent: a loss of one moment proves nothing about this one.
+            *self = Self { base: at_ping, arrived: self.arrived, ..Self::default() };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::epoch;
+
+    const MS: Duration = Duration::from_millis(1);
+    const RTT: Duration = Duration::from_millis(20);
+
+    /// A sender on a path, its clock, and what has arrived at the other end.
+    struct Flow {
+        delivery: Delivery,
+        now: Instant,
+        sent: SizeCounts,
+        arrived: SizeCounts,
+        pings: u8,
+    }
+
+    impl Flow {
+        fn new() -> Self {
+            let (sent, arrived) = (SizeCounts::default(), SizeCounts::default());
+            Self { delivery: Delivery::default(), now: epoch(), sent, arrived, pings: 0 }
+        }
+
+        /// Two hundred milliseconds of traffic, of which `kept` datagrams of each class arrive, and
+        /// a ping at the end, that is answered or not.
+        fn step(&mut self, sent: [u32; 3], kept: [u32; 3], answered: bool) -> Suspicion {
+            self.now += 100 * MS;
+            self.sent.add(SizeCounts(sent));
+            self.delivery.handle_sent(self.sent, self.now);
+            self.now += 100 * MS;
+            let tx = TxId([self.pings; 12]);
+            self.pings = self.pings.wrapping_add(1);
+            self.delivery.handle_ping(tx, self.now);
+            self.delivery.handle_sent(self.sent, self.now);
+            self.arrived.add(SizeCounts(kept));
+            if answered {
+                self.delivery.handle_pong(tx, Some(self.arrived), self.now + RTT);
+            }
+            self.delivery.suspicion(RTT, self.now + RTT)
+        }
+
+        fn doubles(&self) -> bool {
+            self.delivery.wants_duplicate(RTT, self.now + RTT)
+        }
+    }
+
+    #[test]
+    fn what_arrives_is_no_cause_for_doubt_though_some_is_lost() {
+        let mut flow = Flow::new();
+        for round in 0..200 {
+            let kept = if round % 2 == 0 { [9, 10, 0] } else { [10, 9, 0] };
+            assert_eq!(flow.step([10, 10, 0], kept, true), Suspicion::None);
+            assert!(!flow.doubles());
+        }
+        assert_eq!(flow.delivery.loss_permille(), Some(50));
+    }
+
+    #[test]
+    fn data_of_one_size_that_does_not_arrive_is_doubled_at_once_and_then_given_up() {
+        for kept in [[0, 0, 0], [10, 0, 0], [0, 10, 0]] {
+            let mut flow = Flow::new();
+            flow.step([10, 10, 0], [10, 10, 0], true);
+            assert_ne!(flow.step([10, 10, 0], kept, true), Suspicion::Dead);
+            assert!(flow.doubles(), "{kept:?}");
+            let dead = (0..8).any(|_| flow.step([10, 10, 0], kept, true) == Suspicion::Dead);
+            assert!(dead, "{kept:?}");
+        }
+    }
+
+    #[test]
+    fn large_datagrams_alone_are_a_matter_of_the_mtu() {
+        let mut flow = Flow::new();
+        flow.step([5, 0, 5], [5, 0, 5], true);
+        for _ in 0..10 {
+            assert_ne!(flow.step([5, 0, 5], [5, 0, 0], true), Suspicion::Dead);
+        }
+        assert!(flow.delivery.large_missing());
+        flow.delivery.forgive_large();
+        assert!(!flow.delivery.large_missing());
+    }
+
+    #[test]
+    fn a_death_in_the_middle_of_a_burst_is_noticed_by_the_first_retransmission() {
+        let mut flow = Flow::new();
+        flow.step([50, 50, 50], [50, 50, 50], true);
+        flow.step([50, 50, 50], [45, 45, 45], true);
+        assert!(!flow.doubles() && !flow.delivery.large_missing());
+        flow.step([0, 0, 0], [0, 0, 0], true);
+        assert!(!flow.doubles() && !flow.delivery.large_missing(), "only a pause");
+        flow.step([1, 1, 1], [0, 0, 0], true);
+        assert!(flow.doubles() && flow.delivery.large_missing(), "a retransmission is lost, too");
+    }
+
+    #[test]
+    fn one_lost_datagram_of_a_quiet_pair_is_forgotten() {
+        let mut flow = Flow::new();
+        flow.step([5, 5, 0], [5, 5, 0], true);
+        flow.step([0, 1, 0], [0, 0, 0], true);
+        assert!(flow.doubles());
+        for _ in 0..8 {
+            assert_ne!(flow.step([1, 0, 0], [1, 0, 0], true), Suspicion::Dead);
+        }
+        assert!(!flow.doubles(), "it has been forgotten");
+    }
+
+    #[test]
+    fn questions_without_answers_are_doubt_whatever_arrives() {
+        let mut flow = Flow::new();
+        flow.step([10, 0, 0], [10, 0, 0], true);
+        let mut seen = Vec::new();
+        for _ in 0..8 {
+            seen.push((flow.step([10, 0, 0], [10, 0, 0], false), flow.doubles()));
+        }
+        assert!(!seen[0].1 && seen[2].1, "{seen:?}");
+        assert_eq!(seen[7].0, Suspicion::Dead);
+        assert_eq!(flow.step([10, 0, 0], [10, 0, 0], true), Suspicion::None);
+    }
+
+    #[test]
+    fn a_third_of_all_data_lost_is_too_much() {
+        let mut flow = Flow::new();
+        let dead = (0..25).any(|_| flow.step([10, 0, 0], [6, 0, 0], true) == Suspicion::Dead);
+        assert!(dead, "{:?}", flow.delivery.loss_permille());
+        assert_eq!(flow.delivery.loss_permille(), Some(400));
+        let mut flow = Flow::new();
+        for _ in 0..25 {
+            assert_eq!(flow.step([10, 0, 0], [8, 0, 0], true), Suspicion::None);
+        }
+    }
+
+    #[test]
+    fn a_peer_that_counts_anew_has_lost_nothing() {
+        let mut flow = Flow::new();
+        for _ in 0..5 {
+            flow.step([10, 10, 0], [10, 10, 0], true);
+        }
+        flow.arrived = SizeCounts::default();
+        for _ in 0..5 {
+            assert_eq!(flow.step([10, 10, 0], [10, 10, 0], true), Suspicion::None);
+            assert!(!flow.doubles());
+        }
+    }
+}

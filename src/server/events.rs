@@ -1,0 +1,212 @@
+//! What the log says about a decision: who changed what.
+//!
+//! It is read off the changes themselves, so that no change can be made that is not in the log.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::records::{Change, InviteRecord, Key, MemberRecord, NetworkRecord, Record};
+use super::{Act, Decision, Server};
+use crate::types::NodeId;
+
+/// One line of the log. Kinds and fields are added, never changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// When, in Unix seconds.
+    pub at: u64,
+    /// What happened, like `node-joined`.
+    pub kind: String,
+    /// Who did it: an administrator by user id, a node, or the server itself.
+    pub actor: String,
+    /// To what, and what came of it.
+    pub fields: BTreeMap<String, String>,
+}
+
+impl Event {
+    /// An event without fields.
+    #[must_use]
+    pub fn new(at: u64, kind: &str, actor: &str) -> Self {
+        Self { at, kind: kind.into(), actor: actor.into(), fields: BTreeMap::new() }
+    }
+
+    /// The same with one more field.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: impl ToString) -> Self {
+        self.fields.insert(name.into(), value.to_string());
+        self
+    }
+
+    /// A new network.
+    #[must_use]
+    pub fn network_created(at: u64, network: &NetworkRecord) -> Self {
+        let range = network.range;
+        Self::new(at, "network-created", "server")
+            .with("network", network.id)
+            .with("ipv4", range.v4())
+            .with("ipv6", range.v6())
+    }
+}
+
+impl Server {
+    /// What is to be written down with the changes of `decision`, which `administrator` has asked
+    /// for if it was not a node.
+    #[must_use]
+    pub fn events(&self, decision: &Decision, administrator: &str, wall: u64) -> Vec<Event> {
+        let actor = match &decision.act {
+            Act::Welcome(arrival) => self.describe(arrival),
+            Act::Refuse { .. } | Act::Answer(_) | Act::Nothing => administrator.to_string(),
+        };
+        let event = |kind: &str| Event::new(wall, kind, &actor);
+        decision.changes.iter().filter_map(|change| self.event_of(change, event)).collect()
+    }
+
+    fn describe(&self, arrival: &super::enrol::Arrival) -> String {
+        let from = self.connections.get(&arrival.connection).map(|known| known.about.observed);
+        let from = from.map_or_else(|| "nowhere".to_string(), |from| from.to_string());
+        format!("node {} from {from}", arrival.node())
+    }
+
+    fn event_of(&self, change: &Change, event: impl Fn(&str) -> Event) -> Option<Event> {
+        match (&change.key, &change.record) {
+            (Key::Member(id), Some(Record::Member(new))) => self.member_event(*id, new, event),
+            (Key::Member(id), None) => {
+                let member = &self.members.of(*id)?.record;
+                Some(self.about(event("node-removed"), member))
+            }
+            (Key::Invite(id), Some(Record::Invite(new))) => {
+                invite_event(self.invites.of(*id).map(|invite| &invite.record), new, event)
+            }
+            (Key::Network, Some(Record::Network(new))) => {
+                let range = new.range;
+                Some(event("range-changed").with("ipv4", range.v4()).with("ipv6", range.v6()))
+            }
+            (Key::Policy, Some(Record::Policy(new))) => {
+                let kind = if new.text.is_some() { "policy-set" } else { "policy-cleared" };
+                Some(event(kind))
+            }
+            // One that ended long ago is tidied away; a record under another's key is none of ours.
+            (Key::Invite(_), None) | (Key::Network | Key::Policy, None) => None,
+            (Key::Member(_) | Key::Invite(_) | Key::Network | Key::Policy, Some(_)) => None,
+        }
+    }
+
+    fn member_event(
+        &self,
+        id: NodeId,
+        new: &MemberRecord,
+        event: impl Fn(&str) -> Event,
+    ) -> Option<Event> {
+        let Some(old) = self.members.of(id).map(|member| &member.record) else {
+            let joined = event("node-joined").with("invite", new.invite);
+            return Some(self.about(joined, new).with("machine-key", new.machine_key));
+        };
+        if old.node_key != new.node_key {
+            let changed = self.about(event("node-key-changed"), new);
+            return Some(changed.with("old-key", old.node_key).with("new-key", new.node_key));
+        }
+        if old.tags != new.tags {
+            let tags: Vec<String> = new.tags.iter().map(ToString::to_string).collect();
+            return Some(self.about(event("node-tagged"), new).with("tags", tags.join(" ")));
+        }
+        if old.name != new.name {
+            return Some(self.about(event("node-renamed"), new).with("old-name", &old.name));
+        }
+        // When it was last seen, or what it would like to be called, is no change of the network.
+        None
+    }
+
+    fn about(&self, event: Event, member: &MemberRecord) -> Event {
+        let addresses = self.members.addresses(member);
+        event
+            .with("node", member.id)
+            .with("name", &member.name)
+            .with("ipv4", addresses.v4)
+            .with("ipv6", addresses.v6)
+    }
+}
+
+fn invite_event(
+    old: Option<&InviteRecord>,
+    new: &InviteRecord,
+    event: impl Fn(&str) -> Event,
+) -> Option<Event> {
+    let Some(old) = old else {
+        let made = event("invite-made").with("invite", new.id).with("uses", new.uses);
+        return Some(made.with("expires", super::admin::rfc3339(new.expires)));
+    };
+    if new.revoked && !old.revoked {
+        return Some(event("invite-revoked").with("invite", new.id).with("used", new.used));
+    }
+    (new.used != old.used).then(|| {
+        let used = format!("{}/{}", new.used, new.uses);
+        event("invite-used").with("invite", new.id).with("used", used)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::records::{Records, Versioned};
+    use super::super::{Settings, admin::Request};
+    use super::*;
+    use crate::types::{NetworkId, OverlayRange, PublicKey};
+
+    #[test]
+    fn every_change_of_the_administrator_leaves_one_line_and_a_look_leaves_none() {
+        let range: OverlayRange =
+            OverlayRange::new("10.77.0.0/20".parse().unwrap(), "fd00::/48".parse().unwrap())
+                .unwrap();
+        let record = NetworkRecord { id: NetworkId([1; 8]), range, created: 0 };
+        let member = MemberRecord {
+            id: NodeId::new(7).unwrap(),
+            machine_key: PublicKey([1; 32]),
+            node_key: PublicKey([2; 32]),
+            name: "bob".parse().unwrap(),
+            wish: None,
+            host: 1,
+            joined: 0,
+            last_seen: 0,
+            invite: crate::types::InviteId([0; 4]),
+            tags: Vec::new(),
+        };
+        let records = Records {
+            network: Versioned { rev: 1, record },
+            members: vec![Versioned { rev: 2, record: member }],
+            invites: Vec::new(),
+            policy: None,
+            highest_node: 7,
+        };
+        let settings = Settings { server_key: PublicKey([3; 32]), addresses: Vec::new() };
+        let mut server = Server::new(settings, records, [0; 32], crate::io::clock::now(), 0);
+        let node = "bob".to_string();
+        let rename = Request::Rename { node: node.clone(), name: "rob".parse().unwrap() };
+        let cases = [
+            (Request::Nodes, None),
+            (Request::InviteList, None),
+            (
+                Request::Invite { uses: 1, ttl_s: 60, name: None, tags: Vec::new() },
+                Some("invite-made"),
+            ),
+            (
+                Request::Tag { node: node.clone(), tags: vec!["web".parse().unwrap()] },
+                Some("node-tagged"),
+            ),
+            (Request::PolicySet { text: String::new() }, Some("policy-set")),
+            (rename, Some("node-renamed")),
+            (Request::Remove { node }, Some("node-removed")),
+        ];
+        for (request, expected) in cases {
+            let asked = format!("{request:?}");
+            let decision = server.decide(request, 5).unwrap();
+            let events = server.events(&decision, "administrator uid 0", 5);
+            let kinds: Vec<&str> = events.iter().map(|event| event.kind.as_str()).collect();
+            assert_eq!(kinds, expected.into_iter().collect::<Vec<_>>(), "{asked}");
+            for event in events {
+                assert_eq!((event.at, event.actor.as_str()), (5, "administrator uid 0"));
+                assert!(!event.fields.is_empty(), "{event:?}");
+            }
+        }
+        let seen = server.decide_seen(9);
+        assert!(server.events(&seen, "server", 9).is_empty(), "last seen is no event");
+    }
+}

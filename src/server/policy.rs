@@ -1,0 +1,181 @@
+//! The network's access rules: set, shown, and compiled for each node.
+//!
+//! Rules are kept as the text that the administrator wrote. What a node lets in is compiled when
+//! the rules, a name, a tag or the membership changes, and sent to a node only when it is another
+//! thing for that node.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::admin::{Answer, RequestError, SCHEMA, rfc3339};
+use super::members::Members;
+use super::records::{Change, MemberRecord, PolicyRecord, Record, Versioned};
+use super::{Act, Decision, Server};
+use crate::policy::{Compiled, Member, Policy};
+use crate::types::{NodeId, Tag};
+use crate::wire::control::encode;
+use crate::wire::filter::WireFilter;
+
+/// More tags than anybody can keep in mind.
+const MAX_TAGS: usize = 32;
+
+/// `overlay server policy show --json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyInfo {
+    /// See [`SCHEMA`].
+    pub schema: u32,
+    /// The file as it was set; none when there are no access rules.
+    pub text: Option<String>,
+    /// When it was set or taken away (RFC 3339, UTC).
+    pub set: Option<String>,
+    /// How many rules there are.
+    pub rules: usize,
+    /// How many test cases there are.
+    pub tests: usize,
+}
+
+/// The rules, and what each node was told of them.
+#[derive(Debug, Default)]
+pub(super) struct Access {
+    record: Option<Versioned<PolicyRecord>>,
+    policy: Option<Policy>,
+    /// The rules about the members of this moment; none when that has to be found out.
+    compiled: Option<Compiled>,
+    /// The encoded filter that each node has.
+    told: BTreeMap<NodeId, Vec<u8>>,
+}
+
+impl Access {
+    pub(super) fn new(record: Option<Versioned<PolicyRecord>>) -> Self {
+        let mut access = Self::default();
+        access.put(record);
+        access
+    }
+
+    /// Takes other rules, or none.
+    pub(super) fn put(&mut self, record: Option<Versioned<PolicyRecord>>) {
+        // The text was read before it was stored, and when the store was.
+        let text = record.as_ref().and_then(|record| record.record.text.as_deref());
+        self.policy = text.map(|text| Policy::parse(text).expect("stored rules were checked"));
+        self.record = record;
+        self.compiled = None;
+    }
+
+    pub(super) fn forget(&mut self, node: NodeId) {
+        self.told.remove(&node);
+    }
+
+    /// What `node` lets in, encoded; none when there are no rules. It counts as told.
+    pub(super) fn whole_for(&mut self, node: NodeId, members: &Members) -> Option<Vec<u8>> {
+        let filter = self.filter_of(node, members).map(|filter| encode(&filter));
+        match &filter {
+            Some(filter) => self.told.insert(node, filter.clone()),
+            None => self.told.remove(&node),
+        };
+        filter
+    }
+
+    /// What `node` lets in, encoded, when it was told something else before.
+    pub(super) fn news_for(&mut self, node: NodeId, members: &Members) -> Option<Vec<u8>> {
+        match self.filter_of(node, members) {
+            Some(filter) => {
+                let filter = encode(&filter);
+                if self.told.get(&node) == Some(&filter) {
+                    return None;
+                }
+                self.told.insert(node, filter.clone());
+                Some(filter)
+            }
+            None => self.told.remove(&node).map(|_| encode(&WireFilter::default())),
+        }
+    }
+
+    fn filter_of(&mut self, node: NodeId, members: &Members) -> Option<WireFilter> {
+        let policy = self.policy.as_ref()?;
+        let compiled = self.compiled.get_or_insert_with(|| {
+            policy.compile(members.iter().map(|member| Member {
+                id: member.id,
+                name: &member.name,
+                tags: &member.tags,
+            }))
+        });
+        Some(compiled.filter_of(node))
+    }
+
+    fn info(&self) -> PolicyInfo {
+        let record = self.record.as_ref().map(|record| &record.record);
+        PolicyInfo {
+            schema: SCHEMA,
+            text: record.and_then(|record| record.text.clone()),
+            set: record.map(|record| rfc3339(record.set)),
+            rules: self.policy.as_ref().map_or(0, Policy::rule_count),
+            tests: self.policy.as_ref().map_or(0, Policy::case_count),
+        }
+    }
+}
+
+impl Server {
+    /// Somebody came, went, or is called something else: the rules may mean other nodes.
+    pub(super) fn stale_rules(&mut self) {
+        if self.access.policy.is_some() {
+            self.access.compiled = None;
+            self.distribution.set_rules_stale();
+        }
+    }
+
+    pub(super) fn decide_policy_show(&self) -> Decision {
+        let answer = Answer::Policy(self.access.info());
+        Decision { changes: Vec::new(), act: Act::Answer(answer) }
+    }
+
+    /// Sets the rules, whose own tests must pass.
+    pub(super) fn decide_policy_set(
+        &self,
+        text: String,
+        wall: u64,
+    ) -> Result<Decision, RequestError> {
+        let policy = Policy::parse(&text)
+            .map_err(|error| RequestError::BadPolicy { reason: error.to_string() })?;
+        if let Some(failed) = policy.try_cases().iter().find(|case| !case.passed) {
+            let reason = format!(
+                "the test in line {} fails: {}, expected {}",
+                failed.line, failed.question, failed.expected
+            );
+            return Err(RequestError::BadPolicy { reason });
+        }
+        Ok(self.write_policy(PolicyRecord { text: Some(text), set: wall }))
+    }
+
+    /// Takes the rules away: everybody may send everything again.
+    pub(super) fn decide_policy_clear(&self, wall: u64) -> Decision {
+        self.write_policy(PolicyRecord { text: None, set: wall })
+    }
+
+    fn write_policy(&self, record: PolicyRecord) -> Decision {
+        let rev = self.access.record.as_ref().map_or(0, |record| record.rev);
+        let answer = Access::new(Some(Versioned { rev, record: record.clone() })).info();
+        let changes = vec![Change::put(Record::Policy(record), rev)];
+        Decision { changes, act: Act::Answer(Answer::Policy(answer)) }
+    }
+
+    /// Gives a node these tags and no others.
+    pub(super) fn decide_tag(
+        &self,
+        node: &str,
+        tags: Vec<Tag>,
+        wall: u64,
+    ) -> Result<Decision, RequestError> {
+        let mut record: MemberRecord = self.member(node)?;
+        record.tags = checked_tags(tags)?;
+        let answer = Answer::Tagged(self.node_info(&record, wall));
+        Ok(Decision { changes: vec![self.members.write(record)], act: Act::Answer(answer) })
+    }
+}
+
+/// Each tag once, in order.
+pub(super) fn checked_tags(mut tags: Vec<Tag>) -> Result<Vec<Tag>, RequestError> {
+    tags.sort_unstable();
+    tags.dedup();
+    if tags.len() > MAX_TAGS { Err(RequestError::TooManyTags) } else { Ok(tags) }
+}

@@ -1,0 +1,131 @@
+//! Narrow links and wide ones: what fits is found out, used, and told to who sends more.
+
+use std::time::Duration;
+
+use crate::case::Case;
+use crate::lab::{Host, Net};
+use crate::nat::Nat;
+use crate::overlay::{Node, Server, find_peer};
+use crate::process;
+use crate::scenarios::offload::streams_are_equal;
+
+pub(crate) fn cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = [1_124, 1_280, 1_420, 1_500, 9_000]
+        .into_iter()
+        .map(|link| Case::new(format!("mtu::links_of_{link}_carry_bulk"), move || bulk(link)))
+        .collect();
+    cases.push(Case::new("mtu::a_sender_of_too_much_is_told", sender_is_told));
+    cases.push(Case::new("mtu::a_fixed_mtu_is_an_upper_bound", fixed));
+    cases
+}
+
+/// What goes around an inner packet on an IPv4 path.
+const OVERHEAD: u16 = 60;
+const LIMIT: Duration = Duration::from_secs(10);
+
+struct Pair {
+    _net: Net,
+    _server: Server,
+    alice: Node,
+    bob: Node,
+}
+
+/// Two homes whose way to the internet takes packets of up to `link` bytes; what is wider than
+/// Ethernet is so everywhere.
+fn pair(link: u16, args: &[&str]) -> Pair {
+    let net = Net::new();
+    let hosts = ["server", "alice", "bob"].map(|name| {
+        net.machine(name, if name == "server" { Nat::None } else { Nat::PortRestricted })
+    });
+    if link > 1_500 {
+        net.set_internet_mtu(link);
+    }
+    for host in &hosts {
+        let set = |ns: &crate::lab::Namespace, dev: &str| {
+            ns.ip(&format!("link set dev {dev} mtu {link}"));
+        };
+        match &host.router {
+            None => set(&host.ns, "eth0"),
+            Some(router) => {
+                set(&router.ns, "wan");
+                if link > 1_500 {
+                    set(&router.ns, &format!("l{}", host.address.octets()[3]));
+                    set(&router.ns, "lan");
+                    set(&host.ns, "eth0");
+                }
+            }
+        }
+    }
+    let server = Server::start(&net, &hosts[0]);
+    let [mut alice, mut bob] = [&hosts[1], &hosts[2]].map(|host| {
+        let mut node = Node::new(&net, host);
+        node.add_args(args);
+        node.up(&server.join());
+        node
+    });
+    alice.wait_path("bob", "direct", LIMIT);
+    bob.wait_path("alice", "direct", LIMIT);
+    Pair { _net: net, _server: server, alice, bob }
+}
+
+fn wait_mtu(node: &mut Node, peer: &str, mtu: u16) {
+    node.wait_status(&format!("the path to {peer} carries {mtu}"), LIMIT, |status| {
+        find_peer(status, peer)["path"]["mtu"] == mtu
+    });
+}
+
+/// Bulk both ways in both families starts at once, when little is known, and again when all is.
+fn bulk(link: u16) {
+    let Pair { _net, _server, mut alice, mut bob } = pair(link, &[]);
+    let [there, back] = [bob.ipv4(), alice.ipv6()].map(|address| address.parse().unwrap());
+    streams_are_equal(&alice.host, &bob.host, there);
+    streams_are_equal(&bob.host, &alice.host, back);
+    wait_mtu(&mut alice, "bob", link - OVERHEAD);
+    wait_mtu(&mut bob, "alice", link - OVERHEAD);
+    streams_are_equal(&alice.host, &bob.host, bob.ipv6().parse().unwrap());
+    streams_are_equal(&bob.host, &alice.host, alice.ipv4().parse().unwrap());
+    // The kernel knows it, too, and a packet of that size passes whole.
+    let inner = link - OVERHEAD;
+    let routes = alice.host.ns.ip(&format!("route get {there}"));
+    assert!(routes.contains(&format!("mtu {inner}")), "{routes}");
+    assert_eq!(ping_whole(&alice.host, &bob.ipv4(), inner).0, Some(0));
+    if link < 1_340 {
+        // IPv6 has no narrower links: the outer datagram is cut.
+        assert_eq!(ping_whole(&alice.host, &bob.ipv6(), 1_280).0, Some(0));
+    }
+}
+
+/// Three pings of `len` bytes that must not be cut; the exit code and what was said.
+fn ping_whole(host: &Host, address: &str, len: u16) -> (Option<i32>, String) {
+    let headers = if address.contains(':') { 48 } else { 28 };
+    let payload = (len - headers).to_string();
+    let mut command = host.ns.command("ping");
+    command.args(["-n", "-M", "do", "-s", &payload, "-i", "0.1", "-c", "3", "-w", "3", address]);
+    let output = process::run(command, Duration::from_secs(20));
+    (output.code, output.stdout + &output.stderr)
+}
+
+fn sender_is_told() {
+    let Pair { _net, _server, mut alice, bob } = pair(1_420, &[]);
+    wait_mtu(&mut alice, "bob", 1_360);
+    for (address, length, mark) in
+        [(bob.ipv4(), "32", "mtu = 1360"), (bob.ipv6(), "128", "mtu=1360")]
+    {
+        // A route that knows nothing of the path, as a forwarded packet has none.
+        let family = if length == "32" { "-4" } else { "-6" };
+        let host = &alice.host;
+        host.ns.ip(&format!("{family} route replace {address}/{length} dev overlay0 mtu 1440"));
+        let (_, said) = ping_whole(host, &address, 1_440);
+        assert!(said.to_lowercase().contains(mark), "{said}");
+    }
+    let status = alice.status().unwrap();
+    assert!(find_peer(&status, "bob")["too_big"].as_u64() >= Some(2), "{status}");
+}
+
+fn fixed() {
+    let Pair { _net, _server, mut alice, bob } = pair(1_500, &["--mtu", "1380"]);
+    wait_mtu(&mut alice, "bob", 1_380);
+    assert_eq!(alice.status().unwrap()["self"]["mtu"], 1_380);
+    assert_eq!(ping_whole(&alice.host, &bob.ipv4(), 1_380).0, Some(0));
+    assert!(alice.host.ns.ip("-o link show dev overlay0").contains("mtu 1380"));
+}

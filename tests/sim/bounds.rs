@@ -1,0 +1,156 @@
+//! How soon: bounds in round trips, for lines of very different lengths. No loss.
+//!
+//! With `h` the way of a host to the internet and `s` the server's, one way each: a packet takes
+//! D = h + s + s + h by relay and d = h + h directly. R means there and back.
+
+use std::time::{Duration, Instant};
+
+use overlay::lab::nat::NatKind::{self, FullCone, None, PortRestricted};
+use overlay::node::NodeSettings;
+
+use crate::epoch;
+use crate::link::Line;
+use crate::world::World;
+
+const MS: Duration = Duration::from_millis(1);
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// One way, in milliseconds: the first host, the second host, the server.
+const LINES: [(u32, u32, u32); 7] =
+    [(10, 10, 10), (1, 1, 1), (5, 60, 10), (60, 5, 10), (1, 1, 40), (80, 80, 1), (30, 2, 25)];
+
+/// Two hosts and the times of their lines.
+struct Pair {
+    world: World,
+    relay_rtt: Duration,
+    direct_rtt: Duration,
+    server_rtt: [Duration; 2],
+    name: String,
+}
+
+fn pair(kinds: [NatKind; 2], lines: (u32, u32, u32), eager_peers: usize) -> Pair {
+    let (first, second, server) = (lines.0 * MS, lines.1 * MS, lines.2 * MS);
+    let mut world = World::new(7, Line::clean(server), epoch());
+    let settings = NodeSettings { eager_peers, ..NodeSettings::default() };
+    for (kind, line) in kinds.into_iter().zip([first, second]) {
+        let edge = world.add_edge(kind, Line::clean(line));
+        world.add_host(edge, 5000, settings);
+    }
+    Pair {
+        world,
+        relay_rtt: (first + second + server * 2) * 2,
+        direct_rtt: (first + second) * 2,
+        server_rtt: [(first + server) * 2, (second + server) * 2],
+        name: format!("{kinds:?} at {lines:?} ms"),
+    }
+}
+
+impl Pair {
+    /// Both run, know each other, and nothing happens any more.
+    fn settled(kinds: [NatKind; 2], lines: (u32, u32, u32), eager_peers: usize) -> Self {
+        let mut pair = pair(kinds, lines, eager_peers);
+        pair.world.start_host(0);
+        pair.world.start_host(1);
+        pair.world.run_for(LIMIT);
+        pair
+    }
+
+    fn is_direct(&self, from: usize) -> bool {
+        let world = &self.world;
+        world.hosts[1 - from]
+            .id()
+            .is_some_and(|peer| world.hosts[from].path_kind(peer, world.now) == "direct")
+    }
+
+    /// When each side is direct, after `start`.
+    fn direct_after(&mut self, start: Instant) -> [Duration; 2] {
+        let mut took = [Option::None; 2];
+        let step = MS / 2;
+        while took.contains(&Option::None) {
+            for (side, took) in took.iter_mut().enumerate() {
+                if took.is_none() && self.is_direct(side) {
+                    *took = Some(self.world.now - start);
+                }
+            }
+            self.world.run_for(step);
+            assert!(self.world.now - start < LIMIT, "{}: not direct: {took:?}", self.name);
+        }
+        took.map(Option::unwrap_or_default)
+    }
+
+    fn delivered(&self, ping: u64) -> Duration {
+        let took = self.world.ledger.ping(ping).took();
+        took.unwrap_or_else(|| panic!("{}: the first packet was lost", self.name))
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the figures of a run are worth reading")]
+fn hold(what: &str, name: &str, took: Duration, bound: Duration) {
+    println!("{what}: {name}: {took:?}, bound {bound:?}");
+    assert!(took <= bound, "{what}: {name}: {took:?} is over {bound:?}");
+}
+
+#[test]
+fn a_cold_pair_has_its_first_packet_by_relay_and_the_next_ones_directly() {
+    for lines in LINES {
+        let mut pair = Pair::settled([PortRestricted; 2], lines, 0);
+        assert!(!pair.is_direct(0), "nobody has asked for a path");
+        let start = pair.world.now;
+        let first = pair.world.ping(0, 1, 100).expect("both run");
+        let direct = pair.direct_after(start);
+        pair.world.run_for(pair.relay_rtt * 2);
+        let (relay, rtt) = (pair.relay_rtt, pair.direct_rtt);
+        hold("cold first packet", &pair.name, pair.delivered(first), relay * 3 / 2 + 5 * MS);
+        hold("called side direct", &pair.name, direct[1], relay / 2 + rtt + 10 * MS);
+        // The caller hears of the path half a direct round trip later, and checks it.
+        hold("both sides direct", &pair.name, direct[0], relay / 2 + rtt * 3 / 2 + 10 * MS);
+    }
+}
+
+#[test]
+fn a_warm_pair_has_its_first_packet_directly() {
+    for lines in LINES {
+        for kinds in [[PortRestricted; 2], [FullCone, PortRestricted], [None, PortRestricted]] {
+            let mut pair = Pair::settled(kinds, lines, 64);
+            assert!(pair.is_direct(0) && pair.is_direct(1), "{}: not direct", pair.name);
+            let first = pair.world.ping(0, 1, 100).expect("both run");
+            pair.world.run_for(pair.relay_rtt * 2);
+            hold("warm first packet", &pair.name, pair.delivered(first), pair.direct_rtt / 2 + MS);
+        }
+    }
+}
+
+#[test]
+fn who_lets_strangers_in_is_reached_directly_at_once() {
+    for lines in LINES {
+        for target in [None, FullCone] {
+            let mut pair = Pair::settled([PortRestricted, target], lines, 0);
+            let start = pair.world.now;
+            pair.world.ping(0, 1, 100).expect("both run");
+            let direct = pair.direct_after(start);
+            // The peer need not be called, but a reflexive candidate might be behind a NAT that an
+            // early ping spoils: then the peer's own call comes first.
+            let bound = pair.relay_rtt / 2 + pair.direct_rtt * 3 / 2 + 10 * MS;
+            let bound = if target == None { pair.direct_rtt + 10 * MS } else { bound };
+            hold("open target", &pair.name, direct[0], bound);
+        }
+    }
+}
+
+#[test]
+fn a_new_process_is_registered_within_round_trips() {
+    for lines in LINES {
+        let mut pair = pair([PortRestricted; 2], lines, 64);
+        let start = pair.world.now;
+        pair.world.start_host(0);
+        assert!(pair.world.run_until(LIMIT, |world| world.hosts[0].id().is_some()));
+        // TCP, the upgrade with the keys, hello and welcome: a round trip each.
+        let rtt = pair.server_rtt[0];
+        hold("registered", &pair.name, pair.world.now - start, rtt * 3 + 20 * MS);
+        let known = |world: &World| {
+            world.hosts[0].node().is_some_and(|node| node.self_status().server_rtt.is_some())
+        };
+        assert!(pair.world.run_until(LIMIT, known));
+        hold("knows its outer endpoint", &pair.name, pair.world.now - start, rtt * 4 + 20 * MS);
+    }
+}
