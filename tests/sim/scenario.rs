@@ -115,7 +115,7 @@ impl Scenario {
     }
 
     fn add_extras(&mut self, bytes: &mut Bytes<'_>) {
-        let more = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 6][bytes.below(16)];
+        let more = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 6][bytes.below(16)];
         for place in &mut self.places {
             place.spot = place.spot.with_extras(bytes.next());
         }
@@ -128,7 +128,7 @@ impl Scenario {
         while !bytes.is_empty() && added < MAX_EXTRA_STEPS {
             let at = bytes.below(self.steps.len() + 1);
             let step = Self::extra_step(bytes, self.places.len());
-            let wait = [0, 20, 300, 2_000, 5_000, 15_000, 31_000, 60_000][bytes.below(8)];
+            let wait = [0, 20, 300, 1_000, 2_000, 5_000, 8_000, 12_000][bytes.below(8)];
             self.steps.insert(at, (Duration::from_millis(wait), step));
             added += 1;
         }
@@ -264,7 +264,7 @@ impl fmt::Display for Scenario {
 /// Enough to combine any three faults.
 const MAX_STEPS: usize = 10;
 /// The same for what came later.
-const MAX_EXTRA_STEPS: usize = 5;
+const MAX_EXTRA_STEPS: usize = 4;
 /// Enough for six hosts and ten steps.
 pub(crate) const BASE_BYTES: usize = 96;
 /// The prime of the 64-bit Fowler-Noll-Vo hash.

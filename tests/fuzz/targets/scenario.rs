@@ -1,10 +1,12 @@
 //! The simulator's world, played from bytes: the same world that `cargo test --test sim` plays from
 //! seeds.
 #![no_main]
-#![allow(dead_code, reason = "the named scenarios use more of the world than this")]
+#![allow(dead_code, unused_imports, reason = "the named scenarios use more of the world than this")]
 
 use libfuzzer_sys::fuzz_target;
 
+#[path = "../../sim/check.rs"]
+mod check;
 #[path = "../../sim/edge.rs"]
 mod edge;
 #[path = "../../sim/host.rs"]
@@ -15,12 +17,18 @@ mod ledger;
 mod link;
 #[path = "../../sim/oracle.rs"]
 mod oracle;
+#[path = "../../sim/quiet.rs"]
+mod quiet;
 #[path = "../../sim/routing.rs"]
 mod routing;
 #[path = "../../sim/scenario.rs"]
 mod scenario;
 #[path = "../../sim/server.rs"]
 mod server;
+#[path = "../../sim/spot.rs"]
+mod spot;
+#[path = "../../sim/transition.rs"]
+mod transition;
 #[path = "../../sim/uplink.rs"]
 mod uplink;
 #[path = "../../sim/world.rs"]
