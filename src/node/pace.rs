@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 /// So many peers at once.
-pub(super) const BURST: u32 = 6;
+pub(super) const BURST: u32 = 4;
 /// One more after each of these.
-const INTERVAL: Duration = Duration::from_millis(150);
+const INTERVAL: Duration = Duration::from_millis(250);
 
 /// Lets peers start, a few at once and then at a steady pace (the generic cell rate algorithm).
 #[derive(Debug, Default)]
@@ -48,7 +48,7 @@ mod tests {
     fn a_few_start_at_once_and_the_others_in_turn() {
         let mut pace = Pace::default();
         let mut now = epoch();
-        assert_eq!((0..20).filter(|_| pace.take(now)).count(), 6);
+        assert_eq!((0..20).filter(|_| pace.take(now)).count(), 4);
         for _ in 0..10 {
             now = pace.next_at().expect("somebody waits");
             pace.ask_again();

@@ -61,7 +61,7 @@ struct Endpoint {
 
 impl Endpoint {
     fn new(kind: CandidateKind) -> Self {
-        let guess = kind == CandidateKind::Predicted;
+        let guess = matches!(kind, CandidateKind::Predicted | CandidateKind::Static);
         let prober = if guess { Prober::for_guess() } else { Prober::default() };
         Self {
             kind,
@@ -378,6 +378,7 @@ impl PathAgent {
             }
             return;
         };
+        self.used_at = self.used_at.max(traffic.sent);
         let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         if let Some(heard) = traffic.heard {
             endpoint.heard = endpoint.heard.max(Some(heard));

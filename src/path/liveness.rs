@@ -1,7 +1,7 @@
 //! Is the direct path still alive? Told by what is heard while we send, never by probes alone.
 //!
 //! ```text
-//! calm --sent, nothing heard--> waiting --200 ms--> asking --350 ms--> doubling --800 ms--> dead
+//! calm --sent, nothing heard--> waiting --100 ms--> asking --200 ms--> doubling --800 ms--> dead
 //!   ^                              |                  |                   |
 //!   +---------- heard -------------+------------------+-------------------+
 //! ```
@@ -12,9 +12,9 @@
 use std::time::{Duration, Instant};
 
 /// Sent something and heard nothing for this long (or two round trips): ask.
-const ASK_AFTER: Duration = Duration::from_millis(200);
+const ASK_AFTER: Duration = Duration::from_millis(100);
 /// Asked, and heard nothing (or four round trips): double the data.
-const DOUBLE_AFTER: Duration = Duration::from_millis(350);
+const DOUBLE_AFTER: Duration = Duration::from_millis(200);
 /// Heard nothing for this long (or six round trips): the path is dead. A second is what a user
 /// may lose; the traffic tick and the switch need the rest.
 const DEAD_AFTER: Duration = Duration::from_millis(800);

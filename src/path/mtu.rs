@@ -34,8 +34,8 @@ const PATIENCE: Duration = Duration::from_millis(120);
 const TOP_TRIES: u32 = 2;
 /// Questions about all sizes: three in a row are hardly lost by chance.
 const ALL_TRIES: u32 = 3;
-/// What was found is looked at again after this.
-const AGAIN: Duration = Duration::from_secs(600);
+/// What was found is looked at again after this, if the path is in use.
+pub(super) const AGAIN: Duration = Duration::from_secs(600);
 /// Long datagrams that do not arrive although probes of their size do are tried again after this,
 /// twice as long each time.
 const LOWERED: Duration = Duration::from_secs(10);
@@ -111,6 +111,13 @@ impl MtuSearch {
         self.open.clear();
     }
 
+    /// Nobody uses the path: what was found need not be looked at again yet.
+    pub(super) fn rest(&mut self, now: Instant) {
+        if self.phase == Phase::Idle && self.next_at.is_some_and(|at| at <= now) {
+            self.next_at = Some(now + AGAIN);
+        }
+    }
+
     /// When [`Self::take_due`] has something.
     pub(super) fn next_at(&self) -> Option<Instant> {
         self.next_at
@@ -143,7 +150,8 @@ impl MtuSearch {
         }
         self.next_at = Some(now + PATIENCE.max(srtt * 2));
         let mut questions = Vec::new();
-        if self.base != Base::Fits {
+        // The answer to the largest size answers this one, too, and comes from nearly everywhere.
+        if self.base != Base::Fits && self.phase != Phase::Top(0) {
             self.base_asked += 1;
             questions.push(Question { inner: BASE_MTU, whole: false });
         }
@@ -256,9 +264,9 @@ mod tests {
     }
 
     #[test]
-    fn the_usual_path_is_known_after_two_questions() {
+    fn the_usual_path_is_known_after_one_question() {
         let (search, asked, _) = play(false, 1_440, 1_440, 1_440, 0);
-        assert_eq!((search.found(epoch()), search.base(), asked), (Some(1_440), Base::Fits, 2));
+        assert_eq!((search.found(epoch()), search.base(), asked), (Some(1_440), Base::Fits, 1));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::types::{SizeCounts, TxId};
 /// What was sealed this long before a ping left before it.
 const GRACE: Duration = Duration::from_millis(30);
 /// Pings without a pong for this long (or three round trips): double the data.
-const DOUBLE_AFTER: Duration = Duration::from_millis(250);
+const DOUBLE_AFTER: Duration = Duration::from_millis(150);
 /// The path is asked this often while in doubt.
 const ASK_SPACING: Duration = Duration::from_millis(100);
 /// Doubt that nothing ended for this long (or eight round trips): the path is dead. Nothing is lost

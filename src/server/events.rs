@@ -151,6 +151,8 @@ mod tests {
     use super::*;
     use crate::types::{NetworkId, OverlayRange, PublicKey};
 
+    const RULES: &str = "[[rules]]\nfrom = \"any\"\nto = \"any\"\nprotocol = \"any\"\n";
+
     #[test]
     fn every_change_of_the_administrator_leaves_one_line_and_a_look_leaves_none() {
         let range: OverlayRange =
@@ -191,7 +193,7 @@ mod tests {
                 Request::Tag { node: node.clone(), tags: vec!["web".parse().unwrap()] },
                 Some("node-tagged"),
             ),
-            (Request::PolicySet { text: String::new() }, Some("policy-set")),
+            (Request::PolicySet { text: RULES.into() }, Some("policy-set")),
             (rename, Some("node-renamed")),
             (Request::Remove { node }, Some("node-removed")),
         ];

@@ -65,8 +65,8 @@ impl Nat {
 
     /// The words of `overlay why` that fit a settled pair with this kind of path.
     pub(crate) fn verdict(self, other: Self, path: &str) -> &'static str {
-        use Nat::{None, OpenInput, PortRestricted, Sequential, Symmetric};
-        let hard = |nat| matches!(nat, Symmetric | Sequential);
+        use Nat::{ByTwo, Decrementing, None, OpenInput, PortRestricted, Sequential, Symmetric};
+        let hard = |nat| matches!(nat, Symmetric | Sequential | Decrementing | ByTwo);
         let strict = |nat| matches!(nat, PortRestricted | OpenInput);
         let guess = hard(self) && (hard(other) || strict(other)) || strict(self) && hard(other);
         match (path, guess) {

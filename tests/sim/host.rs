@@ -281,6 +281,8 @@ impl Host {
         self.endpoint = endpoint;
         let endpoints = self.endpoints();
         if let Some(node) = &mut self.node {
+            // Two homes may give the same private address, but never without a moment between.
+            node.handle_host_endpoints(Vec::new(), now);
             node.handle_host_endpoints(endpoints, now);
             self.refresh();
         }

@@ -16,6 +16,7 @@
 //! `SIM_SEED=7 cargo test --test sim` replays one seed, `SIM_SCENARIOS=1000` sets how many are
 //! tried. Nothing here reads a clock but this file, which takes the start of time once.
 
+mod bounded;
 mod bounds;
 mod check;
 mod edge;

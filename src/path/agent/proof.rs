@@ -18,16 +18,18 @@ use rand::Rng;
 use super::opener::Cause;
 use super::{PathAgent, PathTransmit};
 use crate::path::liveness::{Doubt, Suspicion};
-use crate::path::mtu::Base;
+use crate::path::mtu::{AGAIN, Base};
 use crate::path::{Place, TRAFFIC_TICK, Via};
 use crate::types::{SizeCounts, TxId};
 
 /// While data flows, the peer is asked this often what has arrived.
-const SAMPLE: Duration = Duration::from_millis(200);
+const SAMPLE: Duration = Duration::from_millis(100);
 /// The same on a relay path, which nothing replaces.
 const RELAY_SAMPLE: Duration = Duration::from_secs(1);
-/// Questions of a proof are this far apart.
+/// Questions of a proof are this far apart,
 const PROOF_SPACING: Duration = Duration::from_millis(100);
+/// and this far while there is no data to be proved for.
+const IDLE_PROOF_SPACING: Duration = Duration::from_millis(450);
 /// A new path that nothing speaks against is trusted after this.
 const NEW_FOR: Duration = Duration::from_secs(1);
 /// A trial lasts at least this long,
@@ -64,6 +66,10 @@ pub(super) enum Trust {
 pub(super) struct Trial {
     pub(super) place: Place,
     since: Instant,
+}
+
+fn proof_spacing(endpoint: &super::Endpoint) -> Duration {
+    if endpoint.delivery.sent_in_proof() == 0 { IDLE_PROOF_SPACING } else { PROOF_SPACING }
 }
 
 impl PathAgent {
@@ -150,17 +156,18 @@ impl PathAgent {
                 Base::Fits | Base::Fails if carries => endpoint.trust = Trust::Trusted,
                 Base::Fits | Base::Fails => {}
             }
-            let asked = endpoint.delivery.asked_at();
+            let (asked, spacing) = (endpoint.delivery.asked_at(), proof_spacing(endpoint));
             ask |= endpoint.trust == Trust::New
-                && asked.is_none_or(|at| now.saturating_duration_since(at) >= PROOF_SPACING);
+                && asked.is_none_or(|at| now.saturating_duration_since(at) >= spacing);
         } else if now.saturating_duration_since(since) >= GOOD_FOR {
             endpoint.failures = 0;
         }
         self.doubled = endpoint.trust == Trust::New || endpoint.delivery.wants_duplicate(srtt, now);
+        let compares = self.doubled && endpoint.delivery.sent_in_proof() > 0;
         if ask {
             self.ask(via, now);
         }
-        if let (true, Some(relay)) = (self.doubled, self.relay) {
+        if let (true, Some(relay)) = (compares, self.relay) {
             // What the relay loses decides whether it is any better.
             let asked = self.relay_delivery.asked_at();
             if asked.is_none_or(|at| now.saturating_duration_since(at) >= RELAY_SAMPLE) {
@@ -291,6 +298,10 @@ impl PathAgent {
         let Some(place) = primary.or(self.trial.map(|trial| trial.place)) else { return };
         let Some(via) = self.direct(place) else { return };
         let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
+        let used = |at: Instant| now.saturating_duration_since(at) < AGAIN;
+        if !self.used_at.is_some_and(used) {
+            endpoint.mtu.rest(now);
+        }
         let srtt = endpoint.prober.srtt().unwrap_or_default();
         for question in endpoint.mtu.take_due(place.remote, srtt, now) {
             let tx = TxId(self.rng.random());
@@ -314,7 +325,8 @@ impl PathAgent {
             let endpoint = of(place)?;
             let srtt = endpoint.prober.srtt().unwrap_or_default();
             let new = endpoint.trust == Trust::New;
-            let ask = spaced(endpoint.delivery.asked_at().filter(|_| new));
+            let asked = endpoint.delivery.asked_at().filter(|_| new);
+            let ask = asked.map(|at| at + proof_spacing(endpoint));
             let doubt = endpoint.delivery.next_at(srtt);
             return [ask, doubt, endpoint.mtu.next_at()].into_iter().flatten().min();
         }

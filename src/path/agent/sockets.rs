@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::opener::{Cause, is_private};
-use super::{Endpoint, PathAgent};
+use super::{Endpoint, PROOF_LIFETIME, PathAgent};
 use crate::path::{Place, ProbeOutcome};
 use crate::types::{CandidateKind, SocketId};
 
@@ -22,9 +22,14 @@ impl PathAgent {
     }
 
     /// Since when a wanted peer is tried in vain, with nothing but the relay to carry its data.
+    /// Where something answers the NATs are open, and it takes no costly way to open them.
     #[must_use]
     pub fn stuck_since(&self) -> Option<Instant> {
-        self.stuck_since.filter(|_| self.wanted && self.relay.is_some() && !self.is_direct())
+        let since = self
+            .stuck_since
+            .filter(|_| self.wanted && self.relay.is_some() && !self.is_direct())?;
+        let answered = self.endpoints.values().filter_map(|it| it.prober.last_pong()).max();
+        Some(answered.map_or(since, |at| since.max(at + PROOF_LIFETIME)))
     }
 
     /// Whether the peer has said that this address is one of its own.

@@ -49,11 +49,12 @@ impl Pair {
     }
 
     fn up(net: Net, server: Server, hosts: [Host; 2], config: &str) -> Self {
-        let nodes = hosts.each_ref().map(|host| {
+        let mut nodes = hosts.each_ref().map(|host| {
             let mut node = Node::with_config(&net, host, &host.name, config);
             node.up(&server.join());
             node
         });
+        nodes.iter_mut().for_each(Node::wait_ready);
         Self { net, _server: server, hosts, nodes }
     }
 
