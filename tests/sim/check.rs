@@ -13,7 +13,7 @@ pub(crate) fn check_paths(world: &World) {
         let kind = world.hosts[from].path_kind(peer, world.now);
         let expected = oracle::expected_path(world, from, to);
         let lucky = kind == "direct" && oracle::may_be_found_by_chance(world, from, to);
-        let open = kind == "relay-udp" && oracle::may_swallow(world, from, to);
+        let open = kind == oracle::relay(world, from) && oracle::may_swallow(world, from, to);
         if kind != expected && !lucky && !open {
             let why = world.hosts[from].why(peer, world.now);
             wrong.push(format!("host {from} to host {to} ({peer}): {kind}, not {expected}: {why}"));
@@ -86,7 +86,10 @@ pub(crate) fn check_removed(world: &mut World) {
 /// Every node that has a server wants to be woken soon: its NAT forgets after 30 s.
 pub(crate) fn check_wakeups(world: &World) {
     for (number, host) in world.hosts.iter().enumerate() {
-        if host.node().is_some() && host.uplink.connection().is_some() {
+        // Hello, welcome and the first bind have been exchanged by then.
+        let long_ago = |at: Instant| world.now.saturating_duration_since(at) > SIGN_ON;
+        let signed_on = host.uplink.connected_since().is_some_and(long_ago);
+        if host.node().is_some() && host.asleep_until.is_none() && signed_on {
             let in_time = host.wake_at().is_some_and(|at| at <= world.now + LONGEST_SLEEP);
             assert!(in_time, "host {number} has lost a wake-up: {:?}", host.wake_at());
         }
@@ -128,6 +131,8 @@ pub(crate) const QUIET: Duration = Duration::from_secs(30);
 /// Rounds of packets, two seconds of them: a path that loses data is left within one.
 const TALK: usize = 40;
 /// One packet a second: the bound for the loss of all UDP is 3 s, and one more for the handshake.
-const TRIES: usize = 6;
+const TRIES: usize = 5;
+/// Three times the slowest round trip to the server.
+const SIGN_ON: Duration = Duration::from_secs(1);
 /// The relay is told every 20 s that we are there.
 const LONGEST_SLEEP: Duration = Duration::from_secs(21);

@@ -90,7 +90,8 @@ pub(crate) struct Host {
     seed: u64,
     from_tun: VecDeque<Vec<u8>>,
     out: UdpBatch,
-    wake_at: Option<Instant>,
+    /// When the node wants to be woken, and what for.
+    due: Option<(Instant, &'static str)>,
     idle_turns: u32,
     /// Ports of sockets that live for one question.
     pub(crate) scratch_ports: u16,
@@ -128,7 +129,7 @@ impl Host {
             seed,
             from_tun: VecDeque::new(),
             out: UdpBatch::default(),
-            wake_at: None,
+            due: None,
             idle_turns: 0,
             scratch_ports: FIRST_SCRATCH_PORT,
             extra_sockets: BTreeSet::new(),
@@ -167,7 +168,7 @@ impl Host {
         self.uplink.stop();
         self.from_tun.clear();
         self.extra_sockets.clear();
-        self.wake_at = None;
+        self.due = None;
     }
 
     /// The running node.
@@ -217,7 +218,7 @@ impl Host {
 
     /// When the node wants to be woken.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
-        self.wake_at
+        self.due.map(|(at, _)| at)
     }
 
     /// The first message on a new connection; what was queued for an older one is in it.
@@ -316,7 +317,7 @@ impl Host {
 
     /// When something has to be done here.
     pub(crate) fn next_at(&self) -> Option<Instant> {
-        let timers = [self.wake_at, self.uplink.poll_timeout()];
+        let timers = [self.wake_at(), self.uplink.poll_timeout()];
         self.asleep_until.or_else(|| timers.into_iter().flatten().min())
     }
 
@@ -328,13 +329,14 @@ impl Host {
         let mut going = Outgoing::default();
         self.send_packets(now);
         let Some(node) = &mut self.node else { return going };
-        let due = node.poll_timeout().filter(|(at, _)| *at <= now);
+        // What has become due since is seen below, and is the next turn's business.
+        let due = self.due.filter(|(at, _)| *at <= now);
         if due.is_some() {
             node.handle_timeout(now);
         }
         self.collect(connection, &mut going);
         let next = self.node.as_ref().and_then(Node::poll_timeout);
-        self.wake_at = next.map(|(at, _)| at);
+        self.due = next;
         let again = next.filter(|(at, _)| *at <= now);
         if let (Some((_, before)), Some((at, after)), true) = (due, again, going.is_empty()) {
             self.idle_turns += 1;
@@ -438,7 +440,7 @@ impl Host {
     }
 
     fn refresh(&mut self) {
-        self.wake_at = self.node.as_ref().and_then(Node::poll_timeout).map(|(at, _)| at);
+        self.due = self.node.as_ref().and_then(Node::poll_timeout);
     }
 
     /// The node's view of the way to a peer, in the word of the JSON contract.

@@ -29,13 +29,12 @@ pub(crate) fn direct_path_possible(world: &World, a: usize, b: usize) -> bool {
 
 /// The word in `path.kind` that host `a` must show for host `b` when all is quiet.
 pub(crate) fn expected_path(world: &World, a: usize, b: usize) -> &'static str {
-    if direct_path_possible(world, a, b) {
-        "direct"
-    } else if world.hosts[a].udp_blocked {
-        "relay-tcp"
-    } else {
-        "relay-udp"
-    }
+    if direct_path_possible(world, a, b) { "direct" } else { relay(world, a) }
+}
+
+/// The word for the relay path of host `a`.
+pub(crate) fn relay(world: &World, a: usize) -> &'static str {
+    if world.hosts[a].udp_blocked { "relay-tcp" } else { "relay-udp" }
 }
 
 /// Whether data may vanish between two hosts where questions do not: nobody can know before there is

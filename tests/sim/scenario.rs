@@ -115,7 +115,7 @@ impl Scenario {
     }
 
     fn add_extras(&mut self, bytes: &mut Bytes<'_>) {
-        let more = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 6][bytes.below(16)];
+        let more = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 6][bytes.below(16)];
         for place in &mut self.places {
             place.spot = place.spot.with_extras(bytes.next());
         }
@@ -264,7 +264,7 @@ impl fmt::Display for Scenario {
 /// Enough to combine any three faults.
 const MAX_STEPS: usize = 10;
 /// The same for what came later.
-const MAX_EXTRA_STEPS: usize = 4;
+const MAX_EXTRA_STEPS: usize = 3;
 /// Enough for six hosts and ten steps.
 pub(crate) const BASE_BYTES: usize = 96;
 /// The prime of the 64-bit Fowler-Noll-Vo hash.
