@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use super::Node;
 use crate::dataplane::{MIN_SEAL_BUFFER, send_datagram};
-use crate::path::{TRAFFIC_TICK, Traffic, Via};
+use crate::path::{Soonest, TRAFFIC_TICK, Traffic, Via};
 use crate::types::NodeId;
 
-/// The engine's timers have a grain of a quarter second; nothing in them is finer than a second.
-const ENGINE_TICK: Duration = Duration::from_millis(250);
+/// The engine's timers are whole seconds: looking more often would only wake an idle machine.
+const ENGINE_TICK: Duration = Duration::from_secs(1);
 /// A peer that was not sent to for this long is not watched.
 const QUIET: Duration = Duration::from_secs(2);
 /// Sent by relay and heard nothing for this long: is the relay still there?
@@ -71,23 +71,21 @@ impl Node {
     /// When [`Self::handle_timeout`] has something to do, and what.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
-        let named = |at: Option<Instant>, what| at.map(|at| (at, what));
-        self.peers
-            .values()
-            .filter_map(|peer| peer.agent.poll_timeout())
-            .chain(self.peers.values().filter_map(|peer| peer.fast.lock().session.poll_timeout()))
-            .chain(
-                self.peers
-                    .values()
-                    .filter_map(|peer| Some((peer.waiting_until?, "packets wait for a path"))),
-            )
-            .chain(named(self.relay.next_at(), "relay bind"))
-            .chain(named(self.pace.next_at(), "next peer that nobody asked for"))
-            .chain(named(self.prediction.next_at(), "look at the NAT's counter"))
-            .chain(named(self.punch_next_at(), "costly way to a peer"))
-            .chain(named(self.traffic_tick_at, "traffic tick"))
-            .chain(named(self.engine_tick_at, "session engine"))
-            .min()
+        let mut soonest = Soonest::default();
+        for peer in self.peers.values() {
+            let timeouts = [peer.agent.poll_timeout(), peer.fast.lock().session.poll_timeout()];
+            for (at, what) in timeouts.into_iter().flatten() {
+                soonest.add(Some(at), what);
+            }
+            soonest.add(peer.waiting_until, "packets wait for a path");
+        }
+        soonest.add(self.relay.next_at(), "relay bind");
+        soonest.add(self.pace.next_at(), "next peer that nobody asked for");
+        soonest.add(self.prediction.next_at(), "look at the NAT's counter");
+        soonest.add(self.punch_next_at(), "costly way to a peer");
+        soonest.add(self.traffic_tick_at, "traffic tick");
+        soonest.add(self.engine_tick_at, "session engine");
+        soonest.get()
     }
 
     fn handle_traffic_tick(&mut self, now: Instant) {

@@ -23,6 +23,7 @@ use super::liveness::Doubt;
 use super::mtu::{BASE_MTU, MtuSearch};
 use super::probe::Prober;
 use super::quality::Delivery;
+use super::soonest::Soonest;
 use super::{Choice, Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
@@ -442,16 +443,16 @@ impl PathAgent {
     /// When [`Self::handle_timeout`] has something to do, and what.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
-        let probes = self.endpoints.values().filter_map(|endpoint| endpoint.prober.next_at());
-        let named = |at: Option<Instant>, what| at.map(|at| (at, what));
-        probes
-            .map(|at| (at, "path probe"))
-            .chain(named(self.relay_prober.next_at(), "relay probe"))
-            .chain(named(self.doubt.next_at(), "path in doubt"))
-            .chain(named(self.keepalive_at, "path keepalive"))
-            .chain(named(self.retry_at, "next round of probes"))
-            .chain(named(self.next_proof(), "path to be proved"))
-            .min()
+        let mut soonest = Soonest::default();
+        for endpoint in self.endpoints.values() {
+            soonest.add(endpoint.prober.next_at(), "path probe");
+        }
+        soonest.add(self.relay_prober.next_at(), "relay probe");
+        soonest.add(self.doubt.next_at(), "path in doubt");
+        soonest.add(self.keepalive_at, "path keepalive");
+        soonest.add(self.retry_at, "next round of probes");
+        soonest.add(self.next_proof(), "path to be proved");
+        soonest.get()
     }
 
     /// The path that a packet sent now takes, and whether it is doubled.

@@ -34,6 +34,7 @@ mod probe;
 mod quality;
 mod score;
 pub mod side;
+mod soonest;
 #[cfg(test)]
 mod tests;
 pub mod verdict;
@@ -42,6 +43,7 @@ pub use agent::{Answer, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalli
 pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};
 pub use probe::ProbeOutcome;
+pub use soonest::Soonest;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

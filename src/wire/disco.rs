@@ -199,7 +199,11 @@ impl Message {
         }
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, DiscoError> {
+    /// Reads what was sealed; bytes behind a message are ignored.
+    ///
+    /// # Errors
+    /// When it is cut short or of no type that we know.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DiscoError> {
         let mut reader = Reader(bytes);
         match reader.u8()? {
             PING => {

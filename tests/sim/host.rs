@@ -11,9 +11,10 @@ use overlay::dataplane::{Note, Source, Target, TunBatch, UdpBatch, inbound, outb
 use overlay::node::{Event, MAX_EXTRA_SOCKETS, Netmap, Node, NodeSettings, SocketOrder};
 use overlay::server::ConnectionId;
 use overlay::types::{NodeId, PublicKey, SecretKey, SocketId};
-use overlay::wire::control::{ClientMessage, InviteUse, ServerMessage};
+use overlay::wire::control::{ClientMessage, InviteUse, RefusedCode, ServerMessage};
 
 use crate::quiet::Meter;
+use crate::server::Frame;
 use crate::uplink::Uplink;
 
 /// What leaves a host.
@@ -33,6 +34,8 @@ pub(crate) struct Outgoing {
     pub(crate) news: Vec<String>,
     /// The server does not want us.
     pub(crate) refused: bool,
+    /// We are no member any more.
+    pub(crate) expelled: bool,
 }
 
 impl Outgoing {
@@ -43,7 +46,7 @@ impl Outgoing {
             && self.messages.is_empty()
             && self.packets.is_empty()
             && self.news.is_empty()
-            && !self.refused
+            && !(self.refused || self.expelled)
     }
 }
 
@@ -54,8 +57,22 @@ pub(crate) struct Host {
     pub(crate) edge: usize,
     /// The endpoint of its UDP socket, as it sees it itself.
     pub(crate) endpoint: SocketAddr,
+    /// Its IPv6 endpoint.
+    pub(crate) ipv6: Option<SocketAddr>,
+    /// The endpoint that its router forwards to it.
+    pub(crate) mapped: Option<SocketAddr>,
     /// Its edge lets no UDP of this host through.
     pub(crate) udp_blocked: bool,
+    /// It is suspended until then,
+    pub(crate) asleep_until: Option<Instant>,
+    /// and has been since; or was woken then.
+    pub(crate) asleep_since: Instant,
+    /// What TCP keeps for it while it is suspended.
+    pub(crate) held_frames: Vec<(ConnectionId, Frame)>,
+    /// When the administrator ended its membership.
+    pub(crate) removed_at: Option<Instant>,
+    /// It has heard of that, and does not start again.
+    pub(crate) expelled: bool,
     /// What it has sent by UDP.
     pub(crate) meter: Meter,
     /// Its control connection.
@@ -73,7 +90,8 @@ pub(crate) struct Host {
     seed: u64,
     from_tun: VecDeque<Vec<u8>>,
     out: UdpBatch,
-    wake_at: Option<Instant>,
+    /// When the node wants to be woken, and what for.
+    due: Option<(Instant, &'static str)>,
     idle_turns: u32,
     /// Ports of sockets that live for one question.
     pub(crate) scratch_ports: u16,
@@ -91,7 +109,14 @@ impl Host {
         Self {
             edge,
             endpoint,
+            ipv6: None,
+            mapped: None,
             udp_blocked: false,
+            asleep_until: None,
+            asleep_since: crate::epoch(),
+            held_frames: Vec::new(),
+            removed_at: None,
+            expelled: false,
             meter: Meter::default(),
             uplink: Uplink::new(seed),
             machine_key: SecretKey::from_bytes(spread(seed, 1)).public(),
@@ -104,7 +129,7 @@ impl Host {
             seed,
             from_tun: VecDeque::new(),
             out: UdpBatch::default(),
-            wake_at: None,
+            due: None,
             idle_turns: 0,
             scratch_ports: FIRST_SCRATCH_PORT,
             extra_sockets: BTreeSet::new(),
@@ -117,6 +142,7 @@ impl Host {
             return;
         }
         self.lives += 1;
+        let endpoints = self.endpoints();
         let mut node = Node::new(
             self.node_key.clone(),
             self.disk.clone(),
@@ -125,7 +151,10 @@ impl Host {
             self.lives << 32,
             now,
         );
-        node.handle_host_endpoints(vec![self.endpoint], now);
+        node.handle_host_endpoints(endpoints, now);
+        if let Some(mapped) = self.mapped {
+            node.handle_mapped(vec![(mapped, true)], now);
+        }
         self.node = Some(node);
         self.uplink.start(now);
         self.refresh();
@@ -139,7 +168,7 @@ impl Host {
         self.uplink.stop();
         self.from_tun.clear();
         self.extra_sockets.clear();
-        self.wake_at = None;
+        self.due = None;
     }
 
     /// The running node.
@@ -169,15 +198,27 @@ impl Host {
         open.then(|| SocketAddr::new(self.endpoint.ip(), port))
     }
 
+    /// The same for datagrams to `remote`: the main socket is one for each family.
+    pub(crate) fn source_of(&self, socket: SocketId, remote: SocketAddr) -> Option<SocketAddr> {
+        match remote {
+            SocketAddr::V6(_) if socket == SocketId::MAIN => self.ipv6,
+            SocketAddr::V6(_) => None,
+            SocketAddr::V4(_) => self.endpoint_of(socket),
+        }
+    }
+
     /// The socket that is bound to this endpoint.
     pub(crate) fn socket_at(&self, endpoint: SocketAddr) -> Option<SocketId> {
+        if self.ipv6 == Some(endpoint) {
+            return Some(SocketId::MAIN);
+        }
         let extra = self.extra_sockets.iter().copied();
         extra.chain([SocketId::MAIN]).find(|it| self.endpoint_of(*it) == Some(endpoint))
     }
 
     /// When the node wants to be woken.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
-        self.wake_at
+        self.due.map(|(at, _)| at)
     }
 
     /// The first message on a new connection; what was queued for an older one is in it.
@@ -192,7 +233,7 @@ impl Host {
         self.from_tun.push_back(packet);
     }
 
-    /// A datagram, or a relay frame on the control connection, arrived.
+    /// A datagram, or a relay frame on the control connection, arrived. A turn must follow.
     pub(crate) fn handle_datagram(
         &mut self,
         source: Source,
@@ -206,18 +247,16 @@ impl Host {
         inbound(&shared, &shared.table(), source, datagram, now, &mut tun, &mut notes);
         going.packets.extend(tun.packets().map(<[u8]>::to_vec));
         hand_over(node, notes, now);
-        self.refresh();
     }
 
-    /// An answer arrived at a scratch socket.
+    /// An answer arrived at a scratch socket. A turn must follow.
     pub(crate) fn handle_scratch(&mut self, remote: SocketAddr, datagram: &[u8], now: Instant) {
         if let Some(node) = &mut self.node {
             node.handle_scratch(remote, datagram, now);
-            self.refresh();
         }
     }
 
-    /// A message of the server arrived.
+    /// A message of the server arrived. A turn must follow.
     pub(crate) fn handle_message(
         &mut self,
         message: &ServerMessage,
@@ -226,7 +265,6 @@ impl Host {
     ) {
         if let Some(node) = &mut self.node {
             node.handle_message(message, server, now);
-            self.refresh();
         }
     }
 
@@ -242,12 +280,45 @@ impl Host {
     pub(crate) fn handle_roam(&mut self, edge: usize, endpoint: SocketAddr, now: Instant) {
         self.edge = edge;
         self.endpoint = endpoint;
+        let endpoints = self.endpoints();
         if let Some(node) = &mut self.node {
             // Two homes may give the same private address, but never without a moment between.
             node.handle_host_endpoints(Vec::new(), now);
-            node.handle_host_endpoints(vec![endpoint], now);
+            node.handle_host_endpoints(endpoints, now);
             self.refresh();
         }
+    }
+
+    /// The machine was suspended for long enough that its daemon noticed.
+    pub(crate) fn handle_wake(&mut self, now: Instant) {
+        if let Some(node) = &mut self.node {
+            node.handle_wake(true, now);
+            self.refresh();
+        }
+    }
+
+    /// The router forwards a port to this machine, or does so no more.
+    pub(crate) fn handle_mapped(&mut self, mapped: Option<SocketAddr>, now: Instant) {
+        self.mapped = mapped;
+        if let Some(node) = &mut self.node {
+            node.handle_mapped(mapped.map(|at| (at, true)).into_iter().collect(), now);
+            self.refresh();
+        }
+    }
+
+    fn endpoints(&self) -> Vec<SocketAddr> {
+        [Some(self.endpoint), self.ipv6].into_iter().flatten().collect()
+    }
+
+    /// Whether a datagram from the internet gets to it.
+    pub(crate) fn hears_udp(&self) -> bool {
+        !self.udp_blocked && self.asleep_until.is_none()
+    }
+
+    /// When something has to be done here.
+    pub(crate) fn next_at(&self) -> Option<Instant> {
+        let timers = [self.wake_at(), self.uplink.poll_timeout()];
+        self.asleep_until.or_else(|| timers.into_iter().flatten().min())
     }
 
     /// Gives the node its turn if it is due, and collects what wants to leave.
@@ -258,13 +329,15 @@ impl Host {
         let mut going = Outgoing::default();
         self.send_packets(now);
         let Some(node) = &mut self.node else { return going };
-        let due = node.poll_timeout().filter(|(at, _)| *at <= now);
+        // What has become due since is seen below, and is the next turn's business.
+        let due = self.due.filter(|(at, _)| *at <= now);
         if due.is_some() {
             node.handle_timeout(now);
         }
         self.collect(connection, &mut going);
-        self.refresh();
-        let again = self.node.as_ref().and_then(Node::poll_timeout).filter(|(at, _)| *at <= now);
+        let next = self.node.as_ref().and_then(Node::poll_timeout);
+        self.due = next;
+        let again = next.filter(|(at, _)| *at <= now);
         if let (Some((_, before)), Some((at, after)), true) = (due, again, going.is_empty()) {
             self.idle_turns += 1;
             assert!(
@@ -343,9 +416,10 @@ impl Host {
                     };
                     going.news.push(format!("{peer}: {} -> {}, {why}", show(from), show(to)));
                 }
-                Event::Refused(_, why) => {
+                Event::Refused(code, why) => {
                     going.news.push(format!("refused: {why}"));
                     going.refused = true;
+                    going.expelled |= code == RefusedCode::NotMember;
                 }
                 Event::Identity(_)
                 | Event::Rules
@@ -356,12 +430,17 @@ impl Host {
                 | Event::Reported(_) => {}
             }
         }
+        if going.expelled && node.netmap().identity.is_some() {
+            assert!(self.removed_at.is_some(), "only who was removed is told so");
+            self.expelled = true;
+        }
+        going.expelled &= self.expelled;
         assert!(going.datagrams.len() <= MAX_DATAGRAMS, "a flood: {}", going.datagrams.len());
         assert!(going.messages.len() <= MAX_MESSAGES, "the message queue has a bound");
     }
 
     fn refresh(&mut self) {
-        self.wake_at = self.node.as_ref().and_then(Node::poll_timeout).map(|(at, _)| at);
+        self.due = self.node.as_ref().and_then(Node::poll_timeout);
     }
 
     /// The node's view of the way to a peer, in the word of the JSON contract.

@@ -28,6 +28,8 @@ impl Ping {
 /// All of them, by number.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
+    /// What TCP has kept for so long may come out.
+    pub(crate) slack: Duration,
     pings: BTreeMap<u64, Ping>,
 }
 
@@ -48,8 +50,8 @@ impl Ledger {
     }
 
     /// Takes a packet that came out at a host: it must be there for the first time, at the right
-    /// host, and unchanged.
-    pub(crate) fn arrive(&mut self, host: usize, packet: &[u8], now: Instant) {
+    /// host, unchanged and not long after it was of any use. Returns who sent it.
+    pub(crate) fn arrive(&mut self, host: usize, packet: &[u8], now: Instant) -> usize {
         let number = packet.get(20..28).and_then(|bytes| bytes.try_into().ok());
         let number = u64::from_be_bytes(number.expect("every inner packet carries a number"));
         let ping = self.pings.get_mut(&number).expect("only what was sent can arrive");
@@ -57,6 +59,12 @@ impl Ledger {
         assert_eq!(ping.packet, packet, "ping {number} was changed on its way");
         assert_eq!(ping.arrived_at, None, "ping {number} arrived twice");
         ping.arrived_at = Some(now);
+        let took = now.saturating_duration_since(ping.sent_at);
+        assert!(
+            took <= STALE + self.slack,
+            "ping {number} came out after {took:?}: some queue kept it"
+        );
+        ping.from
     }
 
     /// What became of a ping.
@@ -64,6 +72,9 @@ impl Ledger {
         &self.pings[&number]
     }
 }
+
+/// What waits for a session or a path is dropped after 3 s; the rest is for the slowest line.
+const STALE: Duration = Duration::from_secs(4);
 
 fn ipv4(src: Ipv4Addr, dst: Ipv4Addr, number: u64, payload_bytes: usize) -> Vec<u8> {
     let payload_bytes = payload_bytes.max(8);

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use overlay::lab::nat::NatKind::{self, FullCone, PortRestricted, Symmetric};
 use overlay::node::NodeSettings;
 
+use crate::check::{check_delivery, check_paths};
 use crate::epoch;
 use crate::link::Line;
-use crate::scenario::{check_delivery, check_paths};
 use crate::world::World;
 
 const MS: Duration = Duration::from_millis(1);

@@ -6,7 +6,7 @@ use crate::world::World;
 
 /// Whether the nodes of two hosts can reach each other without the server.
 pub(crate) fn direct_path_possible(world: &World, a: usize, b: usize) -> bool {
-    if world.is_partitioned(a, b) {
+    if world.is_partitioned(a, b) || world.is_black_hole(a) || world.is_black_hole(b) {
         return false;
     }
     let (a, b) = (&world.hosts[a], &world.hosts[b]);
@@ -16,18 +16,31 @@ pub(crate) fn direct_path_possible(world: &World, a: usize, b: usize) -> bool {
     if a.udp_blocked || b.udp_blocked {
         return false;
     }
+    // A firewall lets in what answers: both sides send, and know each other's address.
+    if a.ipv6.is_some() && b.ipv6.is_some() {
+        return true;
+    }
+    // Whoever sends to a forwarded port is answered from it.
+    if a.mapped.is_some() || b.mapped.is_some() {
+        return true;
+    }
     can_punch(world.edges[a.edge].kind, world.edges[b.edge].kind)
 }
 
 /// The word in `path.kind` that host `a` must show for host `b` when all is quiet.
 pub(crate) fn expected_path(world: &World, a: usize, b: usize) -> &'static str {
-    if direct_path_possible(world, a, b) {
-        "direct"
-    } else if world.hosts[a].udp_blocked {
-        "relay-tcp"
-    } else {
-        "relay-udp"
-    }
+    if direct_path_possible(world, a, b) { "direct" } else { relay(world, a) }
+}
+
+/// The word for the relay path of host `a`.
+pub(crate) fn relay(world: &World, a: usize) -> &'static str {
+    if world.hosts[a].udp_blocked { "relay-tcp" } else { "relay-udp" }
+}
+
+/// Whether data may vanish between two hosts where questions do not: nobody can know before there is
+/// data, so either way is right when all is quiet.
+pub(crate) fn may_swallow(world: &World, a: usize, b: usize) -> bool {
+    world.filters.iter().any(|it| it.from.is_none_or(|from| from == a || from == b))
 }
 
 /// Whether birthday probing may have led to a direct path by now, or may not: it is left to chance

@@ -13,7 +13,7 @@ use overlay::wire::control::{self, ServerMessage};
 use crate::edge::is_private;
 use crate::host::{FIRST_SCRATCH_PORT, Outgoing};
 use crate::link::Line;
-use crate::server::{Frame, SERVER, Sent, control_endpoint};
+use crate::server::{Frame, Sent};
 use crate::world::World;
 
 /// Something under way.
@@ -56,7 +56,11 @@ impl World {
             self.note(&format!("host {host}: {text}"));
         }
         for packet in going.packets {
-            self.ledger.arrive(host, &packet, self.now);
+            let from = self.ledger.arrive(host, &packet, self.now);
+            assert!(
+                !self.must_know_removed(host, from),
+                "host {host} takes a packet of host {from}, which is no member any more"
+            );
         }
         let connection = self.hosts[host].uplink.connection();
         for message in going.messages {
@@ -94,8 +98,8 @@ impl World {
 
     fn send_udp(&mut self, host: usize, socket: SocketId, dst: SocketAddr, bytes: Vec<u8>) {
         let edge = self.hosts[host].edge;
-        let Some(src) = self.hosts[host].endpoint_of(socket) else { return };
-        if is_private(dst.ip()) || dst == src {
+        let Some(src) = self.hosts[host].source_of(socket, dst) else { return };
+        if is_private(dst.ip()) || dst == src || self.edges[edge].owns_ipv6(dst.ip()) {
             // Homes use the same private range: what is meant for another home stays in this one.
             self.send_in_lan(host, src, dst, bytes);
             return;
@@ -114,7 +118,7 @@ impl World {
     /// A datagram that passes the own edge, and dies in the internet.
     fn open(&mut self, host: usize, dst: SocketAddr, socket: SocketId) {
         let edge = self.hosts[host].edge;
-        let Some(src) = self.hosts[host].endpoint_of(socket) else { return };
+        let Some(src) = self.hosts[host].source_of(socket, dst) else { return };
         if !is_private(dst.ip()) && !self.hosts[host].udp_blocked {
             let now = self.now;
             let _ = self.edges[edge].outbound(src, dst, now);
@@ -154,7 +158,7 @@ impl World {
         bytes: Vec<u8>,
     ) {
         let here = self.edges[edge].line;
-        if dst.ip() == SERVER {
+        if dst.ip() == self.server.address() {
             let there = self.server_line;
             self.fly(here, there, &Parcel::Server { src, dst, bytes });
         } else {
@@ -170,7 +174,7 @@ impl World {
         dst: SocketAddr,
         bytes: Vec<u8>,
     ) {
-        let edge = self.edges.iter().position(|edge| edge.external == dst.ip());
+        let edge = self.edges.iter().position(|edge| edge.owns(dst.ip()));
         if let Some(edge) = edge {
             let there = self.edges[edge].line;
             self.fly(here, there, &Parcel::Edge { edge, from, src, dst, bytes });
@@ -254,13 +258,13 @@ impl World {
         match parcel {
             Parcel::Edge { edge, from, src, dst, bytes } => {
                 let Some(flow) = self.edges[edge].inbound(src, dst, now) else { return };
-                if flow.dst.port() > FIRST_SCRATCH_PORT {
+                if flow.dst.is_ipv4() && flow.dst.port() > FIRST_SCRATCH_PORT {
                     let ip = flow.dst.ip();
                     let to = self
                         .hosts
                         .iter()
                         .position(|host| host.edge == edge && host.endpoint.ip() == ip);
-                    if let Some(to) = to.filter(|to| !self.hosts[*to].udp_blocked) {
+                    if let Some(to) = to.filter(|to| self.hosts[*to].hears_udp()) {
                         self.hosts[to].handle_scratch(src, &bytes, now);
                         self.settle(to);
                     }
@@ -270,7 +274,7 @@ impl World {
                     .hosts
                     .iter()
                     .position(|host| host.edge == edge && host.socket_at(flow.dst).is_some());
-                let Some(to) = to.filter(|to| !self.hosts[*to].udp_blocked) else { return };
+                let Some(to) = to.filter(|to| self.hosts[*to].hears_udp()) else { return };
                 if from.is_none_or(|from| self.passes(from, to, &bytes)) {
                     self.hand_in(to, src, flow.dst, &bytes);
                 }
@@ -295,7 +299,9 @@ impl World {
                 self.hosts[host].uplink.handle_failed(attempt, now);
             }
             Parcel::Connected { host, attempt, connection: Some(connection) } => {
-                let wanted = self.hosts[host].uplink.handle_opened(attempt, connection, now);
+                let awake = self.hosts[host].asleep_until.is_none();
+                let wanted =
+                    awake && self.hosts[host].uplink.handle_opened(attempt, connection, now);
                 match self.hosts[host].hello().filter(|_| wanted) {
                     Some(hello) => {
                         let frame = Frame::Control(control::encode(&hello));
@@ -322,8 +328,12 @@ impl World {
         self.route_server();
     }
 
-    fn deliver_down(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
+    pub(super) fn deliver_down(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
         let now = self.now;
+        if self.hosts[host].asleep_until.is_some() {
+            self.hosts[host].held_frames.push((connection, frame));
+            return;
+        }
         if self.hosts[host].uplink.cut || !self.hosts[host].uplink.handle_heard(connection, now) {
             return;
         }
@@ -334,7 +344,8 @@ impl World {
                 if message.welcome.is_some() {
                     self.note(&format!("host {host}: connected to the server"));
                 }
-                self.hosts[host].handle_message(&message, control_endpoint(), now);
+                let server = self.server.control_endpoint();
+                self.hosts[host].handle_message(&message, server, now);
             }
             Frame::Relay(bytes) => self.hand_over(host, Source::Link, &bytes),
             Frame::Closed => {
@@ -347,6 +358,9 @@ impl World {
     }
 
     fn hand_in(&mut self, host: usize, remote: SocketAddr, at: SocketAddr, bytes: &[u8]) {
+        if self.hosts[host].asleep_until.is_some() {
+            return;
+        }
         // The socket may have been closed while the datagram was in the LAN.
         let Some(socket) = self.hosts[host].socket_at(at) else { return };
         let local = Some(at.ip());

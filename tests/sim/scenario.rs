@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 use overlay::lab::nat::NatKind;
 use overlay::node::NodeSettings;
 
+use crate::check::{QUIET, check_delivery, check_paths, check_removed, check_wakeups};
 use crate::link::Line;
-use crate::oracle;
+use crate::spot::Spot;
+use crate::transition::{Swallowed, Transition, apply};
 use crate::world::{EventLog, World};
 
 /// Who is there, and what happens.
@@ -21,40 +23,11 @@ pub(crate) struct Scenario {
 
 #[derive(Debug, Clone, Copy)]
 struct Place {
-    kind: NatKind,
+    spot: Spot,
     line: Line,
     /// In the LAN of the host before it.
     beside: bool,
     port: u16,
-}
-
-/// Something that happens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Transition {
-    /// One sends the other some packets, close together.
-    Pings { from: usize, to: usize, packets: usize, payload_bytes: usize },
-    /// The server dies.
-    KillServer,
-    /// The server comes back.
-    StartServer,
-    /// A node dies.
-    Stop(usize),
-    /// It comes back with its keys and its netmap.
-    Start(usize),
-    /// It does both within an instant.
-    Restart(usize),
-    /// A NAT reboots.
-    FlushNat(usize),
-    /// A host moves to another place.
-    Roam(usize, NatKind),
-    /// The edge of a host lets UDP through no more, or again.
-    UdpBlock(usize, bool),
-    /// Nothing gets through between two hosts, or again.
-    Partition(usize, usize, bool),
-    /// A host's control connection breaks, or may be made again.
-    CutLink(usize, bool),
-    /// Nothing happens for long.
-    Quiet,
 }
 
 /// Bytes, and zeros after them.
@@ -93,8 +66,27 @@ impl Bytes<'_> {
 }
 
 impl Scenario {
-    /// The scenario that these bytes mean.
+    /// The scenario that these bytes mean: the first [`BASE_BYTES`] say what earlier versions of
+    /// this reader knew, so that seeds keep their meaning, the ones behind them all else.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
+        let (base, extras) = bytes.split_at(bytes.len().min(BASE_BYTES));
+        let mut scenario = Self::base(base);
+        scenario.add_extras(&mut Bytes(extras.iter()));
+        scenario
+    }
+
+    /// Plays what bytes mean; they decide the world's own luck, too.
+    ///
+    /// # Panics
+    /// When something is not as it must be.
+    pub(crate) fn play_bytes(bytes: &[u8], now: Instant) {
+        let seed =
+            bytes.iter().fold(7, |seed: u64, byte| (seed ^ u64::from(*byte)).wrapping_mul(FNV));
+        let scenario = Self::from_bytes(bytes);
+        scenario.play(&mut scenario.world(seed & 0xffff_ffff, now));
+    }
+
+    fn base(bytes: &[u8]) -> Self {
         let mut bytes = Bytes(bytes.iter());
         let hosts = 2 + [0, 0, 1, 0, 1, 2, 3, 4][bytes.below(8)];
         let server_latency = Duration::from_millis(1 + bytes.below(40) as u64);
@@ -102,7 +94,7 @@ impl Scenario {
         let settings = NodeSettings {
             rekey_after: Duration::from_secs(rekey_after),
             // Hundreds of probes for one pair are worth their time in some of the scenarios.
-            birthday_probing: rekey_after == 8,
+            birthday_probing: rekey_after == 8 && server_latency.as_millis() % 4 == 0,
             ..NodeSettings::default()
         };
         let places = (0..hosts)
@@ -110,7 +102,7 @@ impl Scenario {
                 let flags = bytes.next();
                 let port = if flags & 1 == 0 { 5000 } else { 5000 + number };
                 let beside = number > 0 && flags & 0b1110 == 0;
-                Place { kind: bytes.kind(), line: bytes.line(), beside, port }
+                Place { spot: Spot::plain(bytes.kind()), line: bytes.line(), beside, port }
             })
             .collect();
         let mut steps = Vec::new();
@@ -120,6 +112,46 @@ impl Scenario {
             steps.push((Duration::from_millis(wait), step));
         }
         Self { server_latency, settings, places, steps }
+    }
+
+    fn add_extras(&mut self, bytes: &mut Bytes<'_>) {
+        let more = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 6][bytes.below(16)];
+        for place in &mut self.places {
+            place.spot = place.spot.with_extras(bytes.next());
+        }
+        for number in 0..more {
+            let spot = Spot::plain(bytes.kind()).with_extras(bytes.next());
+            let line = bytes.line();
+            self.places.push(Place { spot, line, beside: false, port: 6000 + number });
+        }
+        let mut added = 0;
+        while !bytes.is_empty() && added < MAX_EXTRA_STEPS {
+            let at = bytes.below(self.steps.len() + 1);
+            let step = Self::extra_step(bytes, self.places.len());
+            let wait = [0, 20, 300, 1_000, 2_000, 5_000, 8_000, 12_000][bytes.below(8)];
+            self.steps.insert(at, (Duration::from_millis(wait), step));
+            added += 1;
+        }
+    }
+
+    fn extra_step(bytes: &mut Bytes<'_>, hosts: usize) -> Transition {
+        let what = bytes.below(16);
+        let host = bytes.below(hosts);
+        match what {
+            0..=2 => Transition::Sleep(host, Duration::from_secs([1, 10, 45, 120][bytes.below(4)])),
+            3 => Transition::Wake(host),
+            // Two must be left.
+            4 | 5 if hosts > 2 && host > 1 => Transition::Remove(host),
+            4 | 6 => Transition::MoveServer,
+            7 => Transition::SetClock([-48, -1, 1, 48][bytes.below(4)]),
+            8 => Transition::BlackHole(host, true),
+            9 => Transition::BlackHole(host, false),
+            10 => Transition::Swallow(host, Swallowed::Data),
+            11 => Transition::Swallow(host, Swallowed::Large),
+            12 => Transition::Move(host, Spot::plain(bytes.kind()).with_extras(bytes.next())),
+            13 => Transition::Burst { from: host, to: (host + 1 + bytes.below(hosts - 1)) % hosts },
+            _ => Self::step(bytes, hosts),
+        }
     }
 
     fn step(bytes: &mut Bytes<'_>, hosts: usize) -> Transition {
@@ -155,9 +187,12 @@ impl Scenario {
         let mut edge = 0;
         for place in &self.places {
             if !(place.beside && world.edges[edge].kind != NatKind::None) {
-                edge = world.add_edge(place.kind, place.line);
+                edge = world.add_spot(place.spot, place.line);
             }
-            world.add_host(edge, place.port, self.settings);
+            let host = world.add_host(edge, place.port, self.settings);
+            if place.spot.forwards {
+                world.forward_port(host);
+            }
         }
         world
     }
@@ -180,41 +215,10 @@ impl Scenario {
         bring_peace(world);
         world.note("-- quiet from here on");
         world.run_for(QUIET);
+        check_wakeups(world);
         check_paths(world);
         check_delivery(world);
-    }
-}
-
-/// Does one thing.
-pub(crate) fn apply(world: &mut World, step: Transition) {
-    match step {
-        Transition::Pings { from, to, packets, payload_bytes } => {
-            for _ in 0..packets {
-                world.ping(from, to, payload_bytes);
-                world.run_for(Duration::from_millis(2));
-            }
-        }
-        Transition::KillServer => world.kill_server(),
-        Transition::StartServer => world.start_server(),
-        Transition::Stop(host) => world.stop_host(host),
-        Transition::Start(host) => world.start_host(host),
-        Transition::Restart(host) => {
-            world.stop_host(host);
-            world.start_host(host);
-        }
-        Transition::FlushNat(host) => {
-            let edge = world.hosts[host].edge;
-            world.edges[edge].flush();
-        }
-        Transition::Roam(host, kind) => {
-            let line = world.edges[world.hosts[host].edge].line;
-            world.roam(host, kind, line);
-        }
-        Transition::UdpBlock(host, blocked) => world.hosts[host].udp_blocked = blocked,
-        Transition::Partition(a, b, partitioned) => world.set_partitioned(a, b, partitioned),
-        Transition::CutLink(host, true) => world.cut_link(host),
-        Transition::CutLink(host, false) => world.hosts[host].uplink.cut = false,
-        Transition::Quiet => world.run_for(Duration::from_secs(40)),
+        check_removed(world);
     }
 }
 
@@ -229,46 +233,10 @@ fn bring_peace(world: &mut World) {
         world.hosts[host].uplink.cut = false;
         world.start_host(host);
     }
-    let all_up = |world: &World| world.hosts.iter().all(|host| host.uplink.connection().is_some());
+    let all_up = |world: &World| {
+        world.hosts.iter().all(|host| host.expelled || host.uplink.connection().is_some())
+    };
     assert!(world.run_until(Duration::from_secs(15), all_up), "some node does not connect");
-}
-
-/// Every node sees the way to every other that the oracle knows.
-pub(crate) fn check_paths(world: &World) {
-    let mut wrong = Vec::new();
-    for (from, to) in pairs(world) {
-        let peer = world.hosts[to].id().expect("all have joined");
-        let kind = world.hosts[from].path_kind(peer, world.now);
-        let expected = oracle::expected_path(world, from, to);
-        let lucky = kind == "direct" && oracle::may_be_found_by_chance(world, from, to);
-        if kind != expected && !lucky {
-            let why = world.hosts[from].why(peer, world.now);
-            wrong.push(format!("host {from} to host {to} ({peer}): {kind}, not {expected}: {why}"));
-        }
-    }
-    assert!(wrong.is_empty(), "stuck after quiet time:\n{}", wrong.join("\n"));
-}
-
-/// Every node reaches every other, once for each packet.
-pub(crate) fn check_delivery(world: &mut World) {
-    let mut pings = Vec::new();
-    for (from, to) in pairs(world) {
-        pings.push(world.ping(from, to, 64).expect("all have joined and run"));
-    }
-    world.run_for(Duration::from_secs(2));
-    let mut lost = Vec::new();
-    for number in pings {
-        let ping = world.ledger.ping(number);
-        if ping.took().is_none() {
-            lost.push(format!("from host {} to host {}", ping.from, ping.to));
-        }
-    }
-    assert!(lost.is_empty(), "pings lost in quiet time: {}", lost.join(", "));
-}
-
-fn pairs(world: &World) -> impl Iterator<Item = (usize, usize)> + use<> {
-    let hosts = world.hosts.len();
-    (0..hosts).flat_map(move |a| (0..hosts).map(move |b| (a, b))).filter(|(a, b)| a != b)
 }
 
 /// The last lines of a log, as one text.
@@ -283,8 +251,8 @@ impl fmt::Display for Scenario {
         for (number, place) in self.places.iter().enumerate() {
             let beside =
                 if place.beside { ", beside the one before if that has a NAT" } else { "" };
-            let Place { kind, line, port, .. } = place;
-            writeln!(f, "host {number}: {kind}, port {port}, {line}{beside}")?;
+            let Place { spot, line, port, .. } = place;
+            writeln!(f, "host {number}: {spot}, port {port}, {line}{beside}")?;
         }
         for (wait, step) in &self.steps {
             writeln!(f, "  {step}, then {wait:?}")?;
@@ -293,31 +261,11 @@ impl fmt::Display for Scenario {
     }
 }
 
-impl fmt::Display for Transition {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Pings { from, to, packets, payload_bytes } => {
-                write!(f, "{packets} packets of {payload_bytes} bytes from {from} to {to}")
-            }
-            Self::KillServer => f.write_str("the server dies"),
-            Self::StartServer => f.write_str("the server starts"),
-            Self::Stop(host) => write!(f, "node {host} dies"),
-            Self::Start(host) => write!(f, "node {host} starts"),
-            Self::Restart(host) => write!(f, "node {host} restarts"),
-            Self::FlushNat(host) => write!(f, "the NAT of host {host} forgets everything"),
-            Self::Roam(host, kind) => write!(f, "host {host} moves to a new place: {kind}"),
-            Self::UdpBlock(host, true) => write!(f, "UDP of host {host} is blocked"),
-            Self::UdpBlock(host, false) => write!(f, "UDP of host {host} is free"),
-            Self::Partition(a, b, true) => write!(f, "hosts {a} and {b} are parted"),
-            Self::Partition(a, b, false) => write!(f, "hosts {a} and {b} meet again"),
-            Self::CutLink(host, true) => write!(f, "host {host} loses its control connection"),
-            Self::CutLink(host, false) => write!(f, "host {host} may connect"),
-            Self::Quiet => f.write_str("nothing, for 40 s"),
-        }
-    }
-}
-
-/// After so long without news every pair must have the best path there is.
-const QUIET: Duration = Duration::from_secs(30);
 /// Enough to combine any three faults.
 const MAX_STEPS: usize = 10;
+/// The same for what came later.
+const MAX_EXTRA_STEPS: usize = 3;
+/// Enough for six hosts and ten steps.
+pub(crate) const BASE_BYTES: usize = 96;
+/// The prime of the 64-bit Fowler-Noll-Vo hash.
+const FNV: u64 = 0x0100_0000_01b3;

@@ -43,8 +43,8 @@ pub(crate) enum Sent {
     Link(ConnectionId, Frame),
 }
 
-/// The server's address in the simulated internet.
-pub(crate) const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1));
+/// The server's first address in the simulated internet.
+const SERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const MAIN_PORT: u16 = 41820;
 const SECOND_PORT: u16 = 41821;
 const KNOCK_PORT: u16 = 50_000;
@@ -69,7 +69,10 @@ pub(crate) struct ServerHost {
     next_connection: u64,
     lives: u64,
     seed: u64,
+    address: IpAddr,
     epoch: Instant,
+    /// How far its wall clock was set forward or back.
+    clock_shift_s: i64,
     sent: Vec<Sent>,
 }
 
@@ -91,7 +94,9 @@ impl ServerHost {
             next_connection: 1,
             lives: 0,
             seed,
+            address: SERVER.into(),
             epoch: now,
+            clock_shift_s: 0,
             sent: Vec::new(),
         };
         host.start(now);
@@ -142,7 +147,45 @@ impl ServerHost {
     }
 
     fn wall(&self, now: Instant) -> u64 {
-        WALL + now.saturating_duration_since(self.epoch).as_secs()
+        let passed = now.saturating_duration_since(self.epoch).as_secs();
+        (WALL + passed).saturating_add_signed(self.clock_shift_s)
+    }
+
+    /// Sets its wall clock forward or back.
+    pub(crate) fn shift_clock(&mut self, seconds: i64) {
+        self.clock_shift_s = seconds;
+    }
+
+    /// Whether the server runs.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Where it is in the internet.
+    pub(crate) fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// The machine gets the next address.
+    pub(crate) fn relocate(&mut self) {
+        if let IpAddr::V4(address) = self.address {
+            self.address = Ipv4Addr::from(u32::from(address) + 1).into();
+        }
+    }
+
+    /// The endpoint that control connections go to.
+    pub(crate) fn control_endpoint(&self) -> SocketAddr {
+        SocketAddr::new(self.address, MAIN_PORT)
+    }
+
+    /// Ends a membership; tells whether there was a server to do so.
+    pub(crate) fn remove(&mut self, node: NodeId, now: Instant) -> bool {
+        let wall = self.wall(now);
+        let Some(running) = &mut self.running else { return false };
+        let request = Request::Remove { node: node.to_string() };
+        let decision = running.server.decide(request, wall).expect("members can be removed");
+        assert!(matches!(self.commit(decision, now), Some(Answer::Removed(_))));
+        true
     }
 
     /// Makes an invite for `uses` nodes.
@@ -241,7 +284,7 @@ impl ServerHost {
             _ => return,
         };
         let Some(running) = &mut self.running else { return };
-        let arrival = Arrival { socket, source, local: Some(SERVER) };
+        let arrival = Arrival { socket, source, local: Some(self.address) };
         let verdict = running.relay.handle_datagram(&mut bytes, arrival, now);
         while let Some((node, endpoint)) = running.relay.poll_sighting() {
             running.server.note_reflexive(node, endpoint);
@@ -255,14 +298,14 @@ impl ServerHost {
             Verdict::Reply { bytes, from } => {
                 let to = source.expect("only datagrams are answered");
                 let bytes = bytes.to_vec();
-                self.sent.push(Sent::Udp { from: endpoint_of(from), to, bytes });
+                self.sent.push(Sent::Udp { from: self.endpoint_of(from), to, bytes });
             }
             Verdict::Knock { bytes, to } => {
-                let from = SocketAddr::new(SERVER, KNOCK_PORT);
+                let from = SocketAddr::new(self.address, KNOCK_PORT);
                 self.sent.push(Sent::Udp { from, to, bytes: bytes.to_vec() });
             }
             Verdict::Forward(Way::Udp(arrival)) => {
-                let from = endpoint_of(arrival.socket);
+                let from = self.endpoint_of(arrival.socket);
                 self.sent.push(Sent::Udp { from, to: arrival.source, bytes });
             }
             Verdict::Forward(Way::Link(connection)) => {
@@ -270,6 +313,10 @@ impl ServerHost {
             }
             Verdict::Drop(_) => {}
         }
+    }
+
+    fn endpoint_of(&self, socket: SocketId) -> SocketAddr {
+        SocketAddr::new(self.address, if socket == MAIN { MAIN_PORT } else { SECOND_PORT })
     }
 
     fn drain(&mut self, now: Instant) {
@@ -319,15 +366,6 @@ impl ServerHost {
     pub(crate) fn take_sent(&mut self) -> Vec<Sent> {
         std::mem::take(&mut self.sent)
     }
-}
-
-fn endpoint_of(socket: SocketId) -> SocketAddr {
-    SocketAddr::new(SERVER, if socket == MAIN { MAIN_PORT } else { SECOND_PORT })
-}
-
-/// The endpoint that control connections go to.
-pub(crate) fn control_endpoint() -> SocketAddr {
-    SocketAddr::new(SERVER, MAIN_PORT)
 }
 
 /// The wall clock at the start, in Unix seconds.

@@ -29,6 +29,7 @@ pub(crate) struct Uplink {
     phase: Phase,
     wait: Duration,
     attempts: u64,
+    opened_at: Option<Instant>,
     rng: StdRng,
     /// Nothing gets through to the server's TCP port.
     pub(crate) cut: bool,
@@ -43,6 +44,7 @@ impl Uplink {
             phase: Phase::Off,
             wait: MIN_WAIT,
             attempts: 0,
+            opened_at: None,
             rng: StdRng::from_seed(spread(seed, 3)),
             cut: false,
             up_free_at: None,
@@ -65,6 +67,11 @@ impl Uplink {
             Phase::Connected(connection, _) => Some(connection),
             Phase::Off | Phase::Waiting(_) | Phase::Connecting(..) => None,
         }
+    }
+
+    /// Since when there is the connection that is up.
+    pub(crate) fn connected_since(&self) -> Option<Instant> {
+        self.connection().and(self.opened_at)
     }
 
     /// When [`Self::handle_timeout`] has something to do.
@@ -109,6 +116,7 @@ impl Uplink {
         let wanted = matches!(self.phase, Phase::Connecting(current, _) if current == attempt);
         if wanted {
             self.phase = Phase::Connected(connection, now);
+            self.opened_at = Some(now);
         }
         wanted
     }

@@ -9,12 +9,13 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, BinaryHeap, VecDeque};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use overlay::lab::nat::NatKind;
 use overlay::node::NodeSettings;
+use overlay::wire::control::SILENCE_LIMIT_S;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -24,13 +25,14 @@ use crate::ledger::Ledger;
 use crate::link::Line;
 use crate::routing::Flight;
 use crate::server::ServerHost;
+use crate::spot::Spot;
 use crate::uplink::Due;
 
 /// The last things that happened, for whoever has to understand a failure.
 pub(crate) type EventLog = Rc<RefCell<VecDeque<String>>>;
 
 /// Datagrams between hosts that disappear.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Filter {
     /// Only those of this host.
     pub(crate) from: Option<usize>,
@@ -111,9 +113,13 @@ impl World {
 
     /// A place where hosts can be.
     pub(crate) fn add_edge(&mut self, kind: NatKind, line: Line) -> usize {
+        self.add_spot(Spot::plain(kind), line)
+    }
+
+    /// The same with all that a spot can have.
+    pub(crate) fn add_spot(&mut self, spot: Spot, line: Line) -> usize {
         let number = u8::try_from(self.edges.len() + 10).expect("worlds are small");
-        let external = Ipv4Addr::new(198, 51, 100, number);
-        self.edges.push(Edge::new(kind, external, line, self.seed ^ u64::from(number)));
+        self.edges.push(Edge::at(spot, number, line, self.seed ^ u64::from(number)));
         self.edges.len() - 1
     }
 
@@ -123,44 +129,125 @@ impl World {
         let number = self.hosts.len() as u64;
         let endpoint = SocketAddr::new(address, port);
         let mut host = Host::new(self.seed << 8 | number, edge, endpoint, settings);
+        host.ipv6 = self.edges[edge].last_ipv6().map(|address| SocketAddr::new(address, port));
         host.invite = Some(self.server.invite(1, self.now));
         self.hosts.push(host);
         self.hosts.len() - 1
     }
 
-    /// Starts a host's node.
-    pub(crate) fn start_host(&mut self, host: usize) {
-        self.hosts[host].start(self.now);
+    /// Has the router of a host forward a port to it.
+    pub(crate) fn forward_port(&mut self, host: usize) {
+        let endpoint = self.hosts[host].endpoint;
+        let mapped = self.edges[self.hosts[host].edge].forward(endpoint);
+        self.hosts[host].handle_mapped(mapped, self.now);
         self.settle(host);
+    }
+
+    /// Starts a host's node, unless it knows that it is no member any more.
+    pub(crate) fn start_host(&mut self, host: usize) {
+        self.wake(host);
+        if !self.hosts[host].expelled {
+            self.hosts[host].start(self.now);
+            self.settle(host);
+        }
     }
 
     /// Kills a host's node; its operating system ends the control connection.
     pub(crate) fn stop_host(&mut self, host: usize) {
+        self.wake(host);
         self.close_uplink(host);
         self.hosts[host].stop();
     }
 
     /// Moves a host to a new place. The daemon sees new addresses and makes a new connection.
     pub(crate) fn roam(&mut self, host: usize, kind: NatKind, line: Line) {
-        let edge = self.add_edge(kind, line);
-        let endpoint =
-            SocketAddr::new(self.edges[edge].next_address(), self.hosts[host].endpoint.port());
-        self.close_uplink(host);
-        self.hosts[host].uplink.retry(self.now);
+        self.roam_to(host, Spot::plain(kind), line);
+    }
+
+    /// The same to a place of any sort.
+    pub(crate) fn roam_to(&mut self, host: usize, spot: Spot, line: Line) {
+        self.wake(host);
+        let edge = self.add_spot(spot, line);
+        let port = self.hosts[host].endpoint.port();
+        let endpoint = SocketAddr::new(self.edges[edge].next_address(), port);
+        self.hosts[host].ipv6 =
+            self.edges[edge].last_ipv6().map(|address| SocketAddr::new(address, port));
+        self.lose_link(host);
         let now = self.now;
-        self.hosts[host].handle_link_down(now);
+        self.hosts[host].handle_mapped(None, now);
         self.hosts[host].handle_roam(edge, endpoint, now);
         self.settle(host);
+        if spot.forwards {
+            self.forward_port(host);
+        }
     }
 
     /// Breaks a host's control connection, for good or until it is mended.
     pub(crate) fn cut_link(&mut self, host: usize) {
+        self.wake(host);
         self.hosts[host].uplink.cut = true;
+        self.lose_link(host);
+        self.settle(host);
+    }
+
+    fn lose_link(&mut self, host: usize) {
         self.close_uplink(host);
         self.hosts[host].uplink.retry(self.now);
         let now = self.now;
         self.hosts[host].handle_link_down(now);
+    }
+
+    /// Suspends a host: for so long it neither hears nor says anything, and no timer of it runs.
+    pub(crate) fn sleep(&mut self, host: usize, time: Duration) {
+        if self.hosts[host].asleep_until.is_none() {
+            self.hosts[host].asleep_since = self.now;
+            self.hosts[host].asleep_until = Some(self.now + time);
+        }
+    }
+
+    /// Ends a host's sleep. To its node it is as if the clock had jumped.
+    pub(crate) fn wake(&mut self, host: usize) {
+        if self.hosts[host].asleep_until.take().is_none() {
+            return;
+        }
+        self.note(&format!("host {host}: awake"));
+        let slept = self.now.saturating_duration_since(self.hosts[host].asleep_since);
+        self.hosts[host].asleep_since = self.now;
+        let held = std::mem::take(&mut self.hosts[host].held_frames);
+        if slept < Duration::from_secs(SILENCE_LIMIT_S) {
+            self.ledger.slack = slept;
+            for (connection, frame) in held {
+                self.deliver_down(host, connection, frame);
+            }
+            self.ledger.slack = Duration::ZERO;
+        } else if self.hosts[host].uplink.connection().is_some() {
+            self.lose_link(host);
+        }
+        if slept >= NOTICED {
+            let now = self.now;
+            self.hosts[host].handle_wake(now);
+        }
         self.settle(host);
+    }
+
+    /// Ends a host's membership; tells whether it had one and the server could be asked.
+    pub(crate) fn remove(&mut self, host: usize) -> bool {
+        let Some(id) = self.hosts[host].id() else { return false };
+        let removed = self.hosts[host].removed_at.is_none() && self.server.remove(id, self.now);
+        if removed {
+            self.hosts[host].removed_at = Some(self.now);
+            self.route_server();
+        }
+        removed
+    }
+
+    /// Whether `host` has had the time to hear that `other` is no member any more: it has been
+    /// connected to the server for long enough since.
+    pub(crate) fn must_know_removed(&self, host: usize, other: usize) -> bool {
+        let long_ago = |at: Instant| self.now.saturating_duration_since(at) > REVOCATION;
+        self.hosts[other].removed_at.is_some_and(long_ago)
+            && self.hosts[host].uplink.connected_since().is_some_and(long_ago)
+            && self.server.is_running()
     }
 
     /// Kills the server; every connection ends.
@@ -177,6 +264,13 @@ impl World {
         self.route_server();
     }
 
+    /// The server dies and comes back at another address, to which its name leads from now on.
+    pub(crate) fn move_server(&mut self) {
+        self.kill_server();
+        self.server.relocate();
+        self.start_server();
+    }
+
     /// Lets no datagram between two hosts through, or all again.
     pub(crate) fn set_partitioned(&mut self, a: usize, b: usize, partitioned: bool) {
         let pair = (a.min(b), a.max(b));
@@ -189,6 +283,11 @@ impl World {
 
     pub(crate) fn is_partitioned(&self, a: usize, b: usize) -> bool {
         self.partitions.contains(&(a.min(b), a.max(b)))
+    }
+
+    /// Whether nothing that this host sends reaches another host.
+    pub(crate) fn is_black_hole(&self, host: usize) -> bool {
+        self.filters.contains(&Filter { from: Some(host), ..Filter::default() })
     }
 
     /// Whether a datagram from one host to another gets through.
@@ -205,6 +304,9 @@ impl World {
         let src = self.hosts[from].address()?;
         let dst = self.hosts[to].address()?;
         self.hosts[from].node()?;
+        if self.hosts[from].asleep_until.is_some() {
+            return None;
+        }
         let now = self.now;
         let (number, packet) = self.ledger.send((from, src), (to, dst), payload_bytes, now);
         self.hosts[from].handle_packet(packet);
@@ -241,9 +343,8 @@ impl World {
     }
 
     fn next_at(&self) -> Option<Instant> {
-        let hosts = self.hosts.iter().flat_map(|host| [host.wake_at(), host.uplink.poll_timeout()]);
+        let hosts = self.hosts.iter().filter_map(Host::next_at);
         hosts
-            .flatten()
             .chain(self.flights.peek().map(|flight| flight.at))
             .chain(self.server.poll_timeout())
             .min()
@@ -264,6 +365,10 @@ impl World {
         }
         for host in 0..self.hosts.len() {
             let now = self.now;
+            if self.hosts[host].next_at().is_none_or(|at| at > now) {
+                continue;
+            }
+            self.wake(host);
             match self.hosts[host].uplink.handle_timeout(now) {
                 Due::Nothing => {}
                 Due::Connect(attempt) => self.connect(host, attempt),
@@ -285,10 +390,19 @@ impl World {
 
     /// Gives a host turns until it has nothing more to do at this instant.
     pub(super) fn settle(&mut self, host: usize) {
+        if self.hosts[host].asleep_until.is_some() {
+            return;
+        }
         for _ in 0..MAX_TURNS {
             let connection = self.hosts[host].uplink.connection();
             let going = self.hosts[host].turn(connection, self.now);
+            let expelled = going.expelled;
             self.route_host(host, going);
+            if expelled {
+                self.note(&format!("host {host}: no member any more"));
+                self.stop_host(host);
+                return;
+            }
             if self.hosts[host].wake_at().is_none_or(|at| at > self.now) {
                 return;
             }
@@ -297,6 +411,10 @@ impl World {
     }
 }
 
+/// A shorter sleep is not noticed by the daemon.
+const NOTICED: Duration = Duration::from_secs(5);
+/// The longest that a connected node may not know of a removal: the way from the server is a tenth.
+const REVOCATION: Duration = Duration::from_secs(1);
 /// Lines kept for a failure report.
 const LOG_LINES: usize = 80;
 /// More turns of one host at one instant than any chain of events needs.
