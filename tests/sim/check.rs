@@ -5,6 +5,13 @@ use std::time::{Duration, Instant};
 use crate::oracle;
 use crate::world::World;
 
+/// One packet from every member to every other.
+pub(crate) fn talk_once(world: &mut World) {
+    for (from, to) in pairs(world) {
+        world.ping(from, to, 64);
+    }
+}
+
 /// Every node sees the way to every other that the oracle knows.
 pub(crate) fn check_paths(world: &World) {
     let mut wrong = Vec::new();

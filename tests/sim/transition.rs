@@ -118,7 +118,10 @@ pub(crate) fn apply(world: &mut World, step: Transition) {
             };
             world.filters.push(Filter { from: Some(host), ..filter });
         }
-        Transition::BlackHole(host, false) => world.filters.retain(|it| it.from != Some(host)),
+        Transition::BlackHole(host, false) => {
+            world.filters.retain(|it| it.from != Some(host));
+            world.healed = true;
+        }
         Transition::Move(host, spot) => {
             let line = world.edges[world.hosts[host].edge].line;
             world.roam_to(host, spot, line);

@@ -64,6 +64,8 @@ pub(crate) struct World {
     pub(super) next_seq: u64,
     pub(super) rng: StdRng,
     partitions: BTreeSet<(usize, usize)>,
+    /// Something between hosts has let datagrams through again, of which nobody is told.
+    pub(crate) healed: bool,
     /// What does not get through between hosts.
     pub(crate) filters: Vec<Filter>,
     /// Of a thousand datagrams straight between hosts, so many vanish.
@@ -88,6 +90,7 @@ impl World {
             next_seq: 0,
             rng: StdRng::from_seed(spread(seed, 5)),
             partitions: BTreeSet::new(),
+            healed: false,
             filters: Vec::new(),
             loss_between_hosts: 0,
             start: now,
@@ -278,6 +281,7 @@ impl World {
             self.partitions.insert(pair);
         } else {
             self.partitions.remove(&pair);
+            self.healed = true;
         }
     }
 
