@@ -118,7 +118,6 @@ fn seeds_that_once_failed_pass() {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "as above")]
 fn the_scenarios_of_the_fuzzer_pass() {
     let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/corpus/scenario");
     let mut files: Vec<_> = std::fs::read_dir(corpus)

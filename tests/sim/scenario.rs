@@ -94,7 +94,7 @@ impl Scenario {
         let settings = NodeSettings {
             rekey_after: Duration::from_secs(rekey_after),
             // Hundreds of probes for one pair are worth their time in some of the scenarios.
-            birthday_probing: rekey_after == 8 && server_latency.as_millis() % 4 == 0,
+            birthday_probing: rekey_after == 8 && server_latency.as_millis().is_multiple_of(4),
             ..NodeSettings::default()
         };
         let places = (0..hosts)
