@@ -5,7 +5,7 @@
 //!   scenario    bytes -> who is there and what happens; what must be true at the end
 //!   named       scenarios with a name and a time bound; hard: those of hard NATs
 //!   bounds      how soon, in round trips      quiet    how much is sent when nothing happens
-//!   filtered    paths that let questions through and no data      bounded    what queues keep
+//!   filtered    paths that let questions through and no data
 //!   transition  what can happen              check    what must be true
 //!     world       clock, flights, turns        oracle   which path must be found
 //!       routing     lines, NATs, LANs            ledger   every inner packet, once, in time
@@ -26,7 +26,6 @@
 //! | a failed round of probes is never repeated | random scenarios: stuck |
 //! | a ping does not trigger a check back | time bounds of `named` and `bounds` |
 //! | doubt about a path leads to nothing | random scenarios: stuck |
-//! | what waits for a path has no bound and no end | `bounded` |
 //! | no keepalives | random scenarios: stuck |
 //! | data leaves by the wrong socket | random scenarios, and most named ones |
 //! | a removal is not carried out | random scenarios: a packet of no member |
@@ -42,7 +41,6 @@
 //! `SIM_SEED=7 cargo test --test sim` replays one seed, `SIM_SCENARIOS=1000` sets how many are
 //! tried. Nothing here reads a clock but this file, which takes the start of time once.
 
-mod bounded;
 mod bounds;
 mod check;
 mod edge;
