@@ -177,6 +177,7 @@ fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
         socket: args.socket.or(config.socket).unwrap_or(paths.socket),
         network: config.network,
         network_ipv6: config.network_ipv6,
+        metrics: config.metrics,
     };
     crate::telemetry::start();
     runtime::on_all_cores()?.block_on(serve(options))
@@ -234,6 +235,7 @@ fn explain(error: &StartError, options: &Options) -> Failure {
                 .code(fail::USAGE)
         }
         StartError::Record { .. } => failure(&RESTORE),
+        StartError::Metrics { address, .. } => super::up::metrics_failure(address, error),
         StartError::System { .. } => {
             failure(&"see how many threads and open files are allowed: ulimit -u -n")
         }

@@ -183,6 +183,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             udp_gro: file.udp_gro.unwrap_or(true),
         },
         port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
+        metrics: file.metrics,
         enrol_only: args.enrol_only,
     })
 }
@@ -292,6 +293,7 @@ fn failure(error: &StartError) -> Failure {
             error,
             "run it with sudo, or give --state-dir a place that this user may write to",
         ),
+        StartError::Metrics { address, .. } => metrics_failure(address, error),
         StartError::Io { .. } => Failure::caused_by(
             "the node cannot start",
             error,
@@ -304,6 +306,16 @@ fn failure(error: &StartError) -> Failure {
         ),
     };
     if denied { failure.code(PERMISSION) } else { failure }
+}
+
+/// For node and server.
+pub(super) fn metrics_failure(address: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+    let port = address.rsplit(':').next().unwrap_or_default();
+    let help = format!(
+        "choose another port for `metrics` in the configuration; who has this one: sudo ss -tlpn \
+         'sport = :{port}'"
+    );
+    Failure::caused_by("the listener for metrics cannot be opened", error, help)
 }
 
 const NOT_LET_IN: &str = "the server did not let this machine in";

@@ -3,13 +3,15 @@
 //! [`start`] opens everything and returns when the server can be used; the rest runs in tasks and
 //! in one thread for each UDP socket. This file starts and stops the parts:
 //! `state` is what lies on disk, `sockets` what is bound, `connections` the control connections,
-//! `relay` the UDP side, `core` the loop around the state machine, `local` the administrator.
+//! `relay` the UDP side, `core` the loop around the state machine, `local` the administrator,
+//! `metrics` what Prometheus is told.
 
 mod addresses;
 mod backup;
 mod connections;
 mod core;
 mod local;
+mod metrics;
 mod relay;
 mod sockets;
 mod state;
@@ -33,6 +35,7 @@ use tracing::{error, info, warn};
 
 use crate::io::files::FileError;
 use crate::io::local::{LocalError, LocalListener};
+use crate::io::metrics::{LoopbackAddr, MetricsServer};
 use crate::io::service::handed_listeners;
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::{Server, Settings};
@@ -64,6 +67,8 @@ pub struct Options {
     pub network: Option<Ipv4Net>,
     /// The wished IPv6 range.
     pub network_ipv6: Option<Ipv6Net>,
+    /// Where Prometheus may ask; none for nowhere.
+    pub metrics: Option<LoopbackAddr>,
 }
 
 /// Why a server does not start.
@@ -126,6 +131,14 @@ pub enum StartError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The listener for Prometheus.
+    #[error("cannot listen on {address} (metrics)")]
+    Metrics {
+        /// The address.
+        address: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The local socket.
     #[error(transparent)]
     Local(#[from] LocalError),
@@ -168,6 +181,7 @@ pub struct RunningServer {
     advertised: Vec<ServerAddr>,
     first_join_line: Option<JoinText>,
     hub: Arc<Hub>,
+    metrics: Option<MetricsServer>,
     stop: watch::Sender<bool>,
     core: JoinHandle<()>,
     tasks: Vec<JoinHandle<()>>,
@@ -215,6 +229,7 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let newest = core.newest_event();
     let first_join_line = first_join_line(&mut core).await?;
     core.warn();
+    let metrics = options.metrics.map(|at| metrics::start(at, &events)).transpose()?;
     let mut tasks = Vec::new();
     let entrance =
         Arc::new(connections::Entrance::new(state.key, events.clone(), Arc::clone(&hub)));
@@ -226,7 +241,17 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     tasks.push(tokio::spawn(local::serve(local, events, newest)));
     let core = tokio::spawn(core.run(inbox, stopping));
     let advertised = addresses;
-    Ok(RunningServer { listening, advertised, first_join_line, hub, stop, core, tasks, threads })
+    Ok(RunningServer {
+        listening,
+        advertised,
+        first_join_line,
+        hub,
+        metrics,
+        stop,
+        core,
+        tasks,
+        threads,
+    })
 }
 
 /// Takes as many open files as the system allows: every node is one.
@@ -266,6 +291,12 @@ impl RunningServer {
     #[must_use]
     pub fn first_join_line(&self) -> Option<&JoinText> {
         self.first_join_line.as_ref()
+    }
+
+    /// Where Prometheus may ask.
+    #[must_use]
+    pub fn metrics(&self) -> Option<SocketAddr> {
+        self.metrics.as_ref().map(MetricsServer::address)
     }
 
     /// What the relay has dropped, by reason.

@@ -209,6 +209,8 @@ pub struct Node {
     packets: VecDeque<Vec<u8>>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
+    /// Handshakes that made a session.
+    handshakes: u64,
 }
 
 impl Node {
@@ -261,6 +263,7 @@ impl Node {
             packets: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
+            handshakes: 0,
         };
         node.restore(netmap, now);
         node

@@ -4,12 +4,13 @@
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
 //! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `roam`
 //! follows the network around us, `portmap` asks the router for a port, `local` answers the command
-//! line, `explain` has its answers about paths, `netcheck` measures the network in front of us.
+//! line, `metrics` Prometheus, `explain` has its answers about paths, `netcheck` measures the network in front of us.
 
 pub mod explain;
 mod extra;
 mod interface;
 mod local;
+mod metrics;
 mod netcheck;
 mod path_mtu;
 mod portmap;
@@ -92,6 +93,8 @@ struct Daemon {
     ready: bool,
     save_at: Option<Instant>,
     watchdog: Watchdog,
+    /// In seconds since 1970.
+    started: u64,
     out: UdpBatch,
     options: NodeOptions,
     refused: Option<(RefusedCode, String)>,

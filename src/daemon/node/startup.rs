@@ -22,6 +22,7 @@ use crate::dataplane::UdpBatch;
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
+use crate::io::metrics::LoopbackAddr;
 use crate::io::service::Watchdog;
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
@@ -67,6 +68,8 @@ pub struct NodeOptions {
     pub offloads: Offloads,
     /// The lease to ask the router for when it maps a port; none to leave it alone.
     pub port_mapping: Option<Duration>,
+    /// Where Prometheus may ask; none for nowhere.
+    pub metrics: Option<LoopbackAddr>,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
 }
@@ -138,6 +141,14 @@ pub enum StartError {
     /// The TUN interface.
     #[error(transparent)]
     Interface(#[from] InterfaceError),
+    /// The listener for Prometheus.
+    #[error("cannot listen on {address} (metrics)")]
+    Metrics {
+        /// The address.
+        address: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// Anything else that the kernel refuses.
     #[error("{action}")]
     Io {
@@ -244,6 +255,7 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
         ready: false,
         save_at: None,
         watchdog: Watchdog::new(ports.progress(), now),
+        started: clock::unix_seconds(),
         out: UdpBatch::default(),
         options,
         refused: None,
@@ -252,6 +264,8 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
     };
     daemon.scan_interfaces().await;
     // From here on commands are answered, though most of them with "not enrolled yet".
+    let metrics = daemon.options.metrics.filter(|_| !daemon.options.enrol_only);
+    let metrics = metrics.map(|at| super::metrics::start(at, &request_sender)).transpose()?;
     let local = serve_local(listener, request_sender);
     if let Some(identity) = daemon.node.netmap().identity.clone()
         && !daemon.options.enrol_only
@@ -272,6 +286,7 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
     daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;
+    drop(metrics);
     drop(local);
     drop(threads);
     daemon.end_portmap().await;

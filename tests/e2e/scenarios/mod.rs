@@ -12,6 +12,7 @@ mod lab;
 mod local;
 mod matrix;
 mod members;
+mod metrics;
 mod mtu;
 mod netcheck;
 mod offload;
@@ -51,6 +52,7 @@ pub(crate) fn all() -> Vec<Case> {
         why::cases(),
         commands::cases(),
         local::cases(),
+        metrics::cases(),
         lab::cases(),
         service::cases(),
     ];
