@@ -89,11 +89,14 @@ pub struct UpArgs {
 /// # Errors
 /// When the node cannot start, or was removed from its network.
 pub fn run(args: UpArgs) -> Done {
+    // The join line is used once; it may come from standard input.
+    let again = UpArgs { join: None, ..args.clone() };
+    let read = Box::new(move || options(again.clone()).map_err(|failure| failure.to_string()));
     let options = options(args)?;
     telemetry::start();
     let enrol_only = options.enrol_only;
     let end = runtime::on_this_thread()?
-        .block_on(Box::pin(run_node(options, move |node| ready(node, enrol_only))));
+        .block_on(Box::pin(run_node(options, read, move |node| ready(node, enrol_only))));
     // Nobody is told when there is no service manager.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     match end {

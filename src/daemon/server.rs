@@ -37,12 +37,14 @@ use crate::io::files::FileError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::{LoopbackAddr, MetricsServer};
 use crate::io::service::handed_listeners;
+use crate::io::service::reload::{Reload, notify_reloaded, notify_reloading, warn_of_unapplied};
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
 use crate::types::{DropCounters, RangeError};
 use crate::wire::join::ServerAddr;
 use addresses::Advertised;
+use core::Event;
 use relay::Hub;
 
 /// Events that may wait for the core; connections that have more to say wait.
@@ -180,6 +182,8 @@ pub struct RunningServer {
     listening: Vec<SocketAddr>,
     advertised: Vec<ServerAddr>,
     first_join_line: Option<JoinText>,
+    options: Options,
+    events: mpsc::Sender<Event>,
     hub: Arc<Hub>,
     metrics: Option<MetricsServer>,
     stop: watch::Sender<bool>,
@@ -238,13 +242,15 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
         info!(address = %listener.address, udp, second, "listening");
         tasks.push(tokio::spawn(connections::accept(listener, Arc::clone(&entrance))));
     }
-    tasks.push(tokio::spawn(local::serve(local, events, newest)));
+    tasks.push(tokio::spawn(local::serve(local, events.clone(), newest)));
     let core = tokio::spawn(core.run(inbox, stopping));
     let advertised = addresses;
     Ok(RunningServer {
         listening,
         advertised,
         first_join_line,
+        options,
+        events,
         hub,
         metrics,
         stop,
@@ -306,18 +312,31 @@ impl RunningServer {
     }
 
     /// Tells the service manager that the server is ready, waits for SIGTERM or SIGINT, and stops.
+    /// SIGHUP reads the options anew.
     ///
     /// # Errors
     /// When the signals cannot be had, or the server has died.
-    pub async fn run_until_signal(mut self, signals: Signals) -> Result<(), StartError> {
+    pub async fn run_until_signal(
+        mut self,
+        signals: Signals,
+        mut reload: Reload<Options>,
+    ) -> Result<(), StartError> {
         let Signals { mut terminate, mut interrupt } = signals;
         let addresses: Vec<String> = self.advertised.iter().map(ToString::to_string).collect();
         let status = format!("nodes find it at {}", addresses.join(", "));
         notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&status)]);
-        let died = tokio::select! {
-            _ = terminate.recv() => false,
-            _ = interrupt.recv() => false,
-            _ = &mut self.core => true,
+        let died = loop {
+            tokio::select! {
+                _ = terminate.recv() => break false,
+                _ = interrupt.recv() => break false,
+                _ = &mut self.core => break true,
+                () = reload.asked() => {}
+            }
+            notify_reloading();
+            if let Some(new) = reload.read() {
+                self.apply_options(new).await;
+            }
+            notify_reloaded();
         };
         info!("stopping");
         notify(&[sd_notify::NotifyState::Stopping]);
@@ -327,6 +346,29 @@ impl RunningServer {
         }
         self.stop().await;
         Ok(())
+    }
+
+    async fn apply_options(&mut self, new: Options) {
+        let old = &mut self.options;
+        warn_of_unapplied(&[
+            ("listen", new.listen != old.listen),
+            ("state-dir", new.state_dir != old.state_dir),
+            ("socket", new.socket != old.socket),
+            ("network", new.network != old.network),
+            ("network-ipv6", new.network_ipv6 != old.network_ipv6),
+        ]);
+        if new.public_addr != old.public_addr {
+            old.public_addr.clone_from(&new.public_addr);
+            // The core is gone only when the server is about to end.
+            let _ = self.events.send(Event::PublicAddr(new.public_addr)).await;
+        }
+        if new.metrics != old.metrics {
+            match new.metrics.map(|at| metrics::start(at, &self.events)).transpose() {
+                Ok(server) => (self.metrics, old.metrics) = (server, new.metrics),
+                Err(error) => error!(%error, "metrics cannot be moved"),
+            }
+        }
+        info!("the configuration was read again");
     }
 
     /// Writes down what is known and closes everything.

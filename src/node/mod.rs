@@ -275,6 +275,11 @@ impl Node {
         &self.shared
     }
 
+    /// Changes what may change while the node runs; it counts for what is decided from now on.
+    pub fn set_wishes(&mut self, birthday_probing: bool, eager_peers: usize) {
+        self.settings = NodeSettings { birthday_probing, eager_peers, ..self.settings };
+    }
+
     /// The network as it is known, to be saved.
     #[must_use]
     pub fn netmap(&self) -> &Netmap {

@@ -24,6 +24,7 @@ use crate::server::{Connected, ConnectionId, Decision, Output, Server};
 use crate::store::{Committed, Store, StoreError};
 use crate::types::{NodeId, SecretKey};
 use crate::wire::control::ClientMessage;
+use crate::wire::join::ServerAddr;
 
 /// Events that are handled before the outputs go out.
 const BATCH: usize = 256;
@@ -38,6 +39,7 @@ pub(super) enum Event {
     Disconnected { id: ConnectionId },
     Sighted { node: NodeId, endpoint: SocketAddr },
     Request { actor: String, request: Request, answer: oneshot::Sender<Result<Answer, Refusal>> },
+    PublicAddr(Vec<ServerAddr>),
     Metrics { answer: oneshot::Sender<Page> },
     Look { question: Question, answer: oneshot::Sender<Result<StoreAnswer, Refusal>> },
 }
@@ -168,6 +170,11 @@ impl Core {
                 }
                 // The client may have gone; what it asked for is done all the same.
                 let _ = answer.send(result);
+            }
+            Event::PublicAddr(told) => {
+                self.parts.advertised.tell(told);
+                self.server.set_addresses(self.parts.advertised.look());
+                self.warn();
             }
             Event::Metrics { answer } => {
                 let _ = answer.send(self.metrics(waiting));

@@ -21,6 +21,7 @@ mod policy;
 mod portmap;
 mod recipes;
 mod relay;
+mod reload;
 mod roam;
 mod server;
 mod server_loss;
@@ -53,6 +54,7 @@ pub(crate) fn all() -> Vec<Case> {
         commands::cases(),
         local::cases(),
         metrics::cases(),
+        reload::cases(),
         lab::cases(),
         service::cases(),
     ];
