@@ -26,6 +26,7 @@ fn options(dir: &Path) -> Options {
         socket: dir.join("run/server.sock"),
         network: Some("10.77.0.0/20".parse().unwrap()),
         network_ipv6: None,
+        metrics: Some("127.0.0.1:0".parse().unwrap()),
     }
 }
 

@@ -21,6 +21,7 @@ use crate::config::{self, Wanted};
 use crate::daemon::server::{Options, Signals, StartError, start};
 use crate::io::files::FileError;
 use crate::io::local::LocalError;
+use crate::io::service::reload::{Read, Reload};
 use crate::store::StoreError;
 use crate::wire::join::ServerAddr;
 
@@ -163,34 +164,44 @@ fn load(file: &std::path::Path, wanted: Wanted) -> Result<ServerConfig, Failure>
 }
 
 fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
-    let config = match args.config {
-        Some(file) => load(&file, Wanted::Explicitly)?,
-        None => load(&paths.config, Wanted::IfThere)?,
-    };
-    let first = |flags: Vec<_>, file| if flags.is_empty() { file } else { flags };
-    let public_addr =
-        if args.public_addr.is_empty() { config.public_addr } else { args.public_addr };
-    let options = Options {
-        listen: first(args.listen, config.listen),
-        public_addr,
-        state_dir: args.state_dir.or(config.state_dir).unwrap_or(paths.state_dir),
-        socket: args.socket.or(config.socket).unwrap_or(paths.socket),
-        network: config.network,
-        network_ipv6: config.network_ipv6,
-    };
+    let read = move || options(&args, &paths);
+    let options = read()?;
     crate::telemetry::start();
-    runtime::on_all_cores()?.block_on(serve(options))
+    let read = Box::new(move || read().map_err(|failure| failure.to_string()));
+    runtime::on_all_cores()?.block_on(serve(options, read))
 }
 
-async fn serve(options: Options) -> Result<(), Failure> {
+/// Flags and variables over the file over the defaults.
+fn options(args: &ServerArgs, paths: &Paths) -> Result<Options, Failure> {
+    let config = match &args.config {
+        Some(file) => load(file, Wanted::Explicitly)?,
+        None => load(&paths.config, Wanted::IfThere)?,
+    };
+    let place = |flag: &Option<PathBuf>, file: Option<PathBuf>, default: &PathBuf| {
+        flag.clone().or(file).unwrap_or_else(|| default.clone())
+    };
+    let flags = (args.listen.clone(), args.public_addr.clone());
+    Ok(Options {
+        listen: if flags.0.is_empty() { config.listen } else { flags.0 },
+        public_addr: if flags.1.is_empty() { config.public_addr } else { flags.1 },
+        state_dir: place(&args.state_dir, config.state_dir, &paths.state_dir),
+        socket: place(&args.socket, config.socket, &paths.socket),
+        network: config.network,
+        network_ipv6: config.network_ipv6,
+        metrics: config.metrics,
+    })
+}
+
+async fn serve(options: Options, read: Read<Options>) -> Result<(), Failure> {
     let signals = Signals::catch().map_err(|error| explain(&error, &options))?;
+    let reload = Reload::new(read);
     let server = start(options.clone()).await.map_err(|error| explain(&error, &options))?;
     if let Some(line) = server.first_join_line() {
         info!("nobody has joined yet: the join line on stdout lets one node in, within one hour");
         info!("type on that machine: sudo overlay up JOINLINE; new lines: overlay server invite");
         print::line_of_daemon(line.expose())?;
     }
-    server.run_until_signal(signals).await.map_err(|error| explain(&error, &options))
+    server.run_until_signal(signals, reload).await.map_err(|error| explain(&error, &options))
 }
 
 /// Why a server does not start, and what to type next.
@@ -234,6 +245,7 @@ fn explain(error: &StartError, options: &Options) -> Failure {
                 .code(fail::USAGE)
         }
         StartError::Record { .. } => failure(&RESTORE),
+        StartError::Metrics { address, .. } => super::up::metrics_failure(address, error),
         StartError::System { .. } => {
             failure(&"see how many threads and open files are allowed: ulimit -u -n")
         }

@@ -89,11 +89,14 @@ pub struct UpArgs {
 /// # Errors
 /// When the node cannot start, or was removed from its network.
 pub fn run(args: UpArgs) -> Done {
+    // The join line is used once; it may come from standard input.
+    let again = UpArgs { join: None, ..args.clone() };
+    let read = Box::new(move || options(again.clone()).map_err(|failure| failure.to_string()));
     let options = options(args)?;
     telemetry::start();
     let enrol_only = options.enrol_only;
     let end = runtime::on_this_thread()?
-        .block_on(Box::pin(run_node(options, move |node| ready(node, enrol_only))));
+        .block_on(Box::pin(run_node(options, read, move |node| ready(node, enrol_only))));
     // Nobody is told when there is no service manager.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     match end {
@@ -183,6 +186,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             udp_gro: file.udp_gro.unwrap_or(true),
         },
         port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
+        metrics: file.metrics,
         enrol_only: args.enrol_only,
     })
 }
@@ -292,6 +296,7 @@ fn failure(error: &StartError) -> Failure {
             error,
             "run it with sudo, or give --state-dir a place that this user may write to",
         ),
+        StartError::Metrics { address, .. } => metrics_failure(address, error),
         StartError::Io { .. } => Failure::caused_by(
             "the node cannot start",
             error,
@@ -304,6 +309,16 @@ fn failure(error: &StartError) -> Failure {
         ),
     };
     if denied { failure.code(PERMISSION) } else { failure }
+}
+
+/// For node and server.
+pub(super) fn metrics_failure(address: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+    let port = address.rsplit(':').next().unwrap_or_default();
+    let help = format!(
+        "choose another port for `metrics` in the configuration; who has this one: sudo ss -tlpn \
+         'sport = :{port}'"
+    );
+    Failure::caused_by("the listener for metrics cannot be opened", error, help)
 }
 
 const NOT_LET_IN: &str = "the server did not let this machine in";

@@ -124,6 +124,13 @@ mod tests {
     }
 
     #[test]
+    fn metrics_for_others_are_refused_with_the_place_and_the_reason() {
+        let said = error("\nmetrics = \"0.0.0.0:9586\"\n");
+        assert!(said.starts_with("server.toml:2:11: "), "{said}");
+        assert!(said.contains("0.0.0.0:9586 is not an address of this machine alone"), "{said}");
+    }
+
+    #[test]
     fn only_a_file_that_was_asked_for_must_exist() {
         let nowhere = Path::new("/nonexistent/server.toml");
         assert_eq!(

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer};
 
+use crate::io::metrics::LoopbackAddr;
 use crate::types::NodeName;
 
 /// What can be set in `node.toml`. Every key is optional; flags and variables win over it.
@@ -33,6 +34,8 @@ pub struct NodeConfig {
     pub port_mapping_lease_s: Option<u32>,
     /// Look for a path between hard NATs by chance when nothing else has led to one. Default: true.
     pub birthday_probing: Option<bool>,
+    /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
+    pub metrics: Option<LoopbackAddr>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
     pub tun_offload: Option<bool>,
     /// Send many datagrams in one call. Default: true.
@@ -133,6 +136,7 @@ mod tests {
             port_mapping,
             port_mapping_lease_s,
             birthday_probing,
+            metrics,
             tun_offload,
             udp_gso,
             udp_gro,
@@ -141,7 +145,7 @@ mod tests {
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
-        assert!(birthday_probing.is_some());
+        assert!(birthday_probing.is_some() && metrics.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
     }
     #[test]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 
+use crate::io::metrics::LoopbackAddr;
 use crate::wire::join::ServerAddr;
 
 /// The content of `server.toml`; what is not set has the default that `config/server.toml` shows.
@@ -24,6 +25,8 @@ pub struct ServerConfig {
     pub network: Option<Ipv4Net>,
     /// The overlay's IPv6 range; only before the first node has joined.
     pub network_ipv6: Option<Ipv6Net>,
+    /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
+    pub metrics: Option<LoopbackAddr>,
 }
 
 #[cfg(test)]
@@ -53,5 +56,6 @@ mod tests {
         assert!(!config.listen.is_empty() && !config.public_addr.is_empty());
         assert!(config.state_dir.is_some() && config.socket.is_some());
         assert!(config.network.is_some() && config.network_ipv6.is_some());
+        assert!(config.metrics.is_some());
     }
 }

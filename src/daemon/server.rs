@@ -3,13 +3,15 @@
 //! [`start`] opens everything and returns when the server can be used; the rest runs in tasks and
 //! in one thread for each UDP socket. This file starts and stops the parts:
 //! `state` is what lies on disk, `sockets` what is bound, `connections` the control connections,
-//! `relay` the UDP side, `core` the loop around the state machine, `local` the administrator.
+//! `relay` the UDP side, `core` the loop around the state machine, `local` the administrator,
+//! `metrics` what Prometheus is told.
 
 mod addresses;
 mod backup;
 mod connections;
 mod core;
 mod local;
+mod metrics;
 mod relay;
 mod sockets;
 mod state;
@@ -33,13 +35,16 @@ use tracing::{error, info, warn};
 
 use crate::io::files::FileError;
 use crate::io::local::{LocalError, LocalListener};
+use crate::io::metrics::{LoopbackAddr, MetricsServer};
 use crate::io::service::handed_listeners;
+use crate::io::service::reload::{Reload, notify_reloaded, notify_reloading, warn_of_unapplied};
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
 use crate::types::{DropCounters, RangeError};
 use crate::wire::join::ServerAddr;
 use addresses::Advertised;
+use core::Event;
 use relay::Hub;
 
 /// Events that may wait for the core; connections that have more to say wait.
@@ -64,6 +69,8 @@ pub struct Options {
     pub network: Option<Ipv4Net>,
     /// The wished IPv6 range.
     pub network_ipv6: Option<Ipv6Net>,
+    /// Where Prometheus may ask; none for nowhere.
+    pub metrics: Option<LoopbackAddr>,
 }
 
 /// Why a server does not start.
@@ -126,6 +133,14 @@ pub enum StartError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The listener for Prometheus.
+    #[error("cannot listen on {address} (metrics)")]
+    Metrics {
+        /// The address.
+        address: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The local socket.
     #[error(transparent)]
     Local(#[from] LocalError),
@@ -167,7 +182,10 @@ pub struct RunningServer {
     listening: Vec<SocketAddr>,
     advertised: Vec<ServerAddr>,
     first_join_line: Option<JoinText>,
+    options: Options,
+    events: mpsc::Sender<Event>,
     hub: Arc<Hub>,
+    metrics: Option<MetricsServer>,
     stop: watch::Sender<bool>,
     core: JoinHandle<()>,
     tasks: Vec<JoinHandle<()>>,
@@ -215,6 +233,7 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let newest = core.newest_event();
     let first_join_line = first_join_line(&mut core).await?;
     core.warn();
+    let metrics = options.metrics.map(|at| metrics::start(at, &events)).transpose()?;
     let mut tasks = Vec::new();
     let entrance =
         Arc::new(connections::Entrance::new(state.key, events.clone(), Arc::clone(&hub)));
@@ -223,10 +242,22 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
         info!(address = %listener.address, udp, second, "listening");
         tasks.push(tokio::spawn(connections::accept(listener, Arc::clone(&entrance))));
     }
-    tasks.push(tokio::spawn(local::serve(local, events, newest)));
+    tasks.push(tokio::spawn(local::serve(local, events.clone(), newest)));
     let core = tokio::spawn(core.run(inbox, stopping));
     let advertised = addresses;
-    Ok(RunningServer { listening, advertised, first_join_line, hub, stop, core, tasks, threads })
+    Ok(RunningServer {
+        listening,
+        advertised,
+        first_join_line,
+        options,
+        events,
+        hub,
+        metrics,
+        stop,
+        core,
+        tasks,
+        threads,
+    })
 }
 
 /// Takes as many open files as the system allows: every node is one.
@@ -268,6 +299,12 @@ impl RunningServer {
         self.first_join_line.as_ref()
     }
 
+    /// Where Prometheus may ask.
+    #[must_use]
+    pub fn metrics(&self) -> Option<SocketAddr> {
+        self.metrics.as_ref().map(MetricsServer::address)
+    }
+
     /// What the relay has dropped, by reason.
     #[must_use]
     pub fn drops(&self) -> &DropCounters {
@@ -275,18 +312,31 @@ impl RunningServer {
     }
 
     /// Tells the service manager that the server is ready, waits for SIGTERM or SIGINT, and stops.
+    /// SIGHUP reads the options anew.
     ///
     /// # Errors
     /// When the signals cannot be had, or the server has died.
-    pub async fn run_until_signal(mut self, signals: Signals) -> Result<(), StartError> {
+    pub async fn run_until_signal(
+        mut self,
+        signals: Signals,
+        mut reload: Reload<Options>,
+    ) -> Result<(), StartError> {
         let Signals { mut terminate, mut interrupt } = signals;
         let addresses: Vec<String> = self.advertised.iter().map(ToString::to_string).collect();
         let status = format!("nodes find it at {}", addresses.join(", "));
         notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&status)]);
-        let died = tokio::select! {
-            _ = terminate.recv() => false,
-            _ = interrupt.recv() => false,
-            _ = &mut self.core => true,
+        let died = loop {
+            tokio::select! {
+                _ = terminate.recv() => break false,
+                _ = interrupt.recv() => break false,
+                _ = &mut self.core => break true,
+                () = reload.asked() => {}
+            }
+            notify_reloading();
+            if let Some(new) = reload.read() {
+                self.apply_options(new).await;
+            }
+            notify_reloaded();
         };
         info!("stopping");
         notify(&[sd_notify::NotifyState::Stopping]);
@@ -296,6 +346,29 @@ impl RunningServer {
         }
         self.stop().await;
         Ok(())
+    }
+
+    async fn apply_options(&mut self, new: Options) {
+        let old = &mut self.options;
+        warn_of_unapplied(&[
+            ("listen", new.listen != old.listen),
+            ("state-dir", new.state_dir != old.state_dir),
+            ("socket", new.socket != old.socket),
+            ("network", new.network != old.network),
+            ("network-ipv6", new.network_ipv6 != old.network_ipv6),
+        ]);
+        if new.public_addr != old.public_addr {
+            old.public_addr.clone_from(&new.public_addr);
+            // The core is gone only when the server is about to end.
+            let _ = self.events.send(Event::PublicAddr(new.public_addr)).await;
+        }
+        if new.metrics != old.metrics {
+            match new.metrics.map(|at| metrics::start(at, &self.events)).transpose() {
+                Ok(server) => (self.metrics, old.metrics) = (server, new.metrics),
+                Err(error) => error!(%error, "metrics cannot be moved"),
+            }
+        }
+        info!("the configuration was read again");
     }
 
     /// Writes down what is known and closes everything.

@@ -61,6 +61,7 @@ struct Lane<'a> {
     receiver: u32,
     via: Via,
     authentic: bool,
+    rx_packets: u64,
     rx_bytes: usize,
     arrived: SizeCounts,
 }
@@ -143,9 +144,10 @@ impl<'a> Run<'a> {
             self.close_lane();
             let peer = self.table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?;
             let state = peer.lock();
-            let (authentic, rx_bytes) = (false, 0);
+            let (authentic, rx_packets, rx_bytes) = (false, 0, 0);
             let arrived = SizeCounts::default();
-            self.lane = Some(Lane { peer, state, receiver, via, authentic, rx_bytes, arrived });
+            self.lane =
+                Some(Lane { peer, state, receiver, via, authentic, rx_packets, rx_bytes, arrived });
         }
         let Some(lane) = &mut self.lane else { return Err(DropReason::UnknownSession) };
         let (own, now) = (self.table.own, self.now);
@@ -173,6 +175,7 @@ impl<'a> Run<'a> {
                     },
                 )?;
             }
+            lane.rx_packets += 1;
             lane.rx_bytes += view.len;
             Ok(view.len)
         });
@@ -190,13 +193,14 @@ impl<'a> Run<'a> {
     /// Unlocks the session and tells what was heard from the peer.
     fn close_lane(&mut self) {
         let Some(lane) = self.lane.take() else { return };
-        let Lane { peer, mut state, via, authentic, rx_bytes, arrived, .. } = lane;
+        let Lane { peer, mut state, via, authentic, rx_packets, rx_bytes, arrived, .. } = lane;
         state.arrived.add(via, arrived);
         drop(state);
         if !authentic {
             return;
         }
         let stamp = self.shared.stamp(self.now);
+        self.shared.received.add(via, rx_packets, rx_bytes as u64);
         peer.counters.rx_bytes.fetch_add(rx_bytes as u64, Ordering::Relaxed);
         peer.counters.last_heard.store(stamp, Ordering::Relaxed);
         if peer.choice().primary.is_some_and(|primary| primary == via) {

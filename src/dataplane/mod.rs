@@ -18,6 +18,7 @@ mod path_counts;
 mod peer;
 mod session;
 mod table;
+mod traffic;
 mod tun_batch;
 
 pub use batch::{Run, Target, UdpBatch};
@@ -30,6 +31,7 @@ pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
 };
 pub use table::ForwardingTable;
+pub use traffic::Traffic;
 pub use tun_batch::{Frame, TunBatch};
 
 use std::net::{IpAddr, SocketAddr};
@@ -110,6 +112,8 @@ pub enum Note {
 pub struct Shared {
     table: ArcSwap<ForwardingTable>,
     drops: DropCounters,
+    sent: Traffic,
+    received: Traffic,
     base: Instant,
     /// Stamp of the last [`Note::UnknownSession`].
     unknown_noted: AtomicU64,
@@ -124,6 +128,8 @@ impl Shared {
         Arc::new(Self {
             table: ArcSwap::from_pointee(ForwardingTable::default()),
             drops: DropCounters::default(),
+            sent: Traffic::default(),
+            received: Traffic::default(),
             base,
             unknown_noted: AtomicU64::new(0),
             unroutable_answered: AtomicU64::new(0),
@@ -145,6 +151,18 @@ impl Shared {
     #[must_use]
     pub fn drops(&self) -> &DropCounters {
         &self.drops
+    }
+
+    /// Inner packets that were sent.
+    #[must_use]
+    pub fn sent(&self) -> &Traffic {
+        &self.sent
+    }
+
+    /// Inner packets that came in, and were let in.
+    #[must_use]
+    pub fn received(&self) -> &Traffic {
+        &self.received
     }
 
     /// `now` as a number for an atomic: milliseconds since the start, never zero.

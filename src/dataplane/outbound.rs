@@ -92,11 +92,15 @@ struct Train<'t> {
     /// Longest packet that the path carries uncut.
     mtu: usize,
     counts: SizeCounts,
+    bytes: usize,
 }
 
 impl Drop for Train<'_> {
     fn drop(&mut self) {
         self.way.count(&mut self.state.sent, self.counts);
+        if let Some(via) = self.way.choice.primary {
+            self.shared.sent.add(via, self.counts.total().into(), self.bytes as u64);
+        }
     }
 }
 
@@ -132,7 +136,8 @@ impl<'t> Train<'t> {
             Some(filter) => filter.outbound(peer.id, packet, &mut state.flows, now),
             None => state.flows.note_connection(packet, now),
         }
-        Ok((Self { shared, peer, way, state, notes, now, mtu, counts }, view.len))
+        let train = Self { shared, peer, way, state, notes, now, mtu, counts, bytes: 0 };
+        Ok((train, view.len))
     }
 
     /// Tells the sender of `packet` what the path carries. The packet goes on all the same, in
@@ -155,6 +160,7 @@ impl<'t> Train<'t> {
         match send(&mut self.state.session, self.peer, &self.way, packet, self.now, out) {
             Ok(()) => {
                 self.counts.count(packet.len() + SEAL_OVERHEAD, 1);
+                self.bytes += packet.len();
                 Ok(())
             }
             Err(SealError::NoSession | SealError::NoPath) => {
@@ -190,6 +196,9 @@ pub fn flush_pending(
         let mut counts = SizeCounts::default();
         counts.count(packet.len() + SEAL_OVERHEAD, 1);
         way.count(&mut state.sent, counts);
+        if let Some(via) = way.choice.primary {
+            shared.sent.add(via, 1, packet.len() as u64);
+        }
     }
 }
 

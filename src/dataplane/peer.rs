@@ -147,6 +147,12 @@ impl PeerState {
         self.pending.push_back((now, packet.to_vec()));
     }
 
+    /// How many packets wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.pending.len()
+    }
+
     /// Takes the oldest packet that is still worth sending.
     pub(super) fn take_pending(&mut self, drops: &DropCounters, now: Instant) -> Option<Vec<u8>> {
         while let Some((at, packet)) = self.pending.pop_front() {

@@ -1,5 +1,7 @@
 //! The service manager: what it hands over, and what it is told.
 
+pub mod reload;
+
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

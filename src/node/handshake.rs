@@ -60,6 +60,7 @@ impl Node {
         }
         self.drain_agent(id, now);
         if outcome.established {
+            self.handshakes += 1;
             self.handle_session_up(id, now);
         }
         Ok(())

@@ -209,6 +209,8 @@ pub struct Node {
     packets: VecDeque<Vec<u8>>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
+    /// Handshakes that made a session.
+    handshakes: u64,
 }
 
 impl Node {
@@ -261,6 +263,7 @@ impl Node {
             packets: VecDeque::new(),
             messages: VecDeque::new(),
             events: VecDeque::new(),
+            handshakes: 0,
         };
         node.restore(netmap, now);
         node
@@ -270,6 +273,11 @@ impl Node {
     #[must_use]
     pub fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// Changes what may change while the node runs; it counts for what is decided from now on.
+    pub fn set_wishes(&mut self, birthday_probing: bool, eager_peers: usize) {
+        self.settings = NodeSettings { birthday_probing, eager_peers, ..self.settings };
     }
 
     /// The network as it is known, to be saved.

@@ -94,6 +94,18 @@ impl Node {
         }
     }
 
+    /// WireGuard handshakes that made a session, with anybody.
+    #[must_use]
+    pub fn handshakes(&self) -> u64 {
+        self.handshakes
+    }
+
+    /// Packets that wait for a session or a path.
+    #[must_use]
+    pub fn waiting_packets(&self) -> usize {
+        self.peers.values().map(|peer| peer.fast.lock().waiting()).sum()
+    }
+
     /// The endpoints of our sockets on the local interfaces.
     #[must_use]
     pub fn host_endpoints(&self) -> &[SocketAddr] {

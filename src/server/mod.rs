@@ -178,6 +178,12 @@ impl Server {
         self.members.is_empty()
     }
 
+    /// Members, and those of them that are online.
+    #[must_use]
+    pub fn population(&self) -> (usize, usize) {
+        (self.members.iter().count(), self.online.len())
+    }
+
     /// The network.
     #[must_use]
     pub fn network(&self) -> &NetworkRecord {

@@ -132,6 +132,10 @@ impl Server {
         daemon.wait_exit(EXIT_LIMIT);
     }
 
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.daemon.as_ref().expect("the server runs").signal(signal);
+    }
+
     /// Ends it as systemd does.
     pub(crate) fn stop(&mut self) {
         let mut daemon = self.daemon.take().expect("the server runs");

@@ -15,6 +15,7 @@ use super::{Daemon, Ended, explain, netcheck};
 use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
+use crate::io::metrics::Page;
 use crate::path::{Answer, Via};
 use crate::types::NodeId;
 
@@ -84,6 +85,7 @@ pub(super) enum Request {
     /// Why nothing but that can be answered yet, if so.
     Unready(oneshot::Sender<Option<Refusal>>),
     Explain(explain::Request),
+    Metrics(oneshot::Sender<Page>),
     Down,
 }
 
@@ -325,6 +327,9 @@ impl Daemon {
                 let _ = reply.send((!self.ready).then(|| self.not_enrolled_yet()));
             }
             Request::Explain(request) => self.handle_explain(request, now),
+            Request::Metrics(reply) => {
+                let _ = reply.send(self.metrics());
+            }
             Request::Down => {
                 tracing::info!("stopped by a command");
                 self.ended = Some(Ended::Stopped);

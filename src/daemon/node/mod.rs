@@ -4,15 +4,17 @@
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
 //! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `roam`
 //! follows the network around us, `portmap` asks the router for a port, `local` answers the command
-//! line, `explain` has its answers about paths, `netcheck` measures the network in front of us.
+//! line, `metrics` Prometheus, `reload` applies a new configuration, `explain` has its answers about paths, `netcheck` measures the network in front of us.
 
 pub mod explain;
 mod extra;
 mod interface;
 mod local;
+mod metrics;
 mod netcheck;
 mod path_mtu;
 mod portmap;
+mod reload;
 pub mod report;
 mod roam;
 mod scratch;
@@ -36,7 +38,9 @@ use tokio::sync::{mpsc, oneshot};
 use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound};
 use crate::io::clock;
 use crate::io::link::{ConnectError, Inbound};
+use crate::io::metrics::MetricsServer;
 use crate::io::service::Watchdog;
+use crate::io::service::reload::Reload;
 use crate::node::{Event, Node};
 use crate::path::Answer;
 use crate::types::{NodeId, OverlayAddrs};
@@ -92,8 +96,15 @@ struct Daemon {
     ready: bool,
     save_at: Option<Instant>,
     watchdog: Watchdog,
+    /// In seconds since 1970.
+    started: u64,
     out: UdpBatch,
     options: NodeOptions,
+    /// The options as they were given.
+    configured: NodeOptions,
+    reload: Reload<NodeOptions>,
+    metrics: Option<MetricsServer>,
+    request_sender: mpsc::Sender<Request>,
     refused: Option<(RefusedCode, String)>,
     connect_error: Option<ConnectError>,
     ended: Option<Ended>,
@@ -133,6 +144,7 @@ impl Daemon {
                 self.node.handle_scratch(from, &answer, clock::now());
             }
             news = portmap::next(self.port_mapping.as_mut()) => self.handle_portmap_news(news),
+            () = self.reload.asked() => self.handle_reload().await,
             () = sleep => {}
         }
         let now = clock::now();

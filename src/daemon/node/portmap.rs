@@ -6,8 +6,9 @@ use blake2::digest::consts::U16;
 use blake2::digest::{KeyInit, Mac};
 use tokio::sync::mpsc;
 
-use super::Daemon;
 use super::report::PortMappingReport;
+use super::threads::Ports;
+use super::{Daemon, NodeOptions};
 use crate::io::clock;
 use crate::io::portmap::{self, Gateway, Keeper, KnockAnswer, Nonce, Order, Outcome, Standing};
 use crate::node::Knocked;
@@ -36,8 +37,20 @@ pub(super) struct PortMapping {
 }
 
 impl PortMapping {
+    /// The port mapping to ask the router for, when there is an IPv4 port and somebody to stay for
+    /// it.
+    pub(super) fn wanted(
+        options: &NodeOptions,
+        ports: &Ports,
+        machine: &SecretKey,
+    ) -> Option<Self> {
+        let lease = options.port_mapping.filter(|_| !options.enrol_only)?;
+        let local = ports.udp_v4.as_ref()?.local_addr().ok()?;
+        Some(Self::new(local.port(), lease, machine))
+    }
+
     /// Keeps the IPv4 UDP `port` mapped with leases of this length.
-    pub(super) fn new(port: u16, lease: Duration, machine: &SecretKey) -> Self {
+    fn new(port: u16, lease: Duration, machine: &SecretKey) -> Self {
         let (sender, news) = mpsc::channel(QUEUE);
         Self { keeper: Keeper::new(port, lease), nonce: nonce(machine), port, sender, news }
     }

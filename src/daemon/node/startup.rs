@@ -22,11 +22,13 @@ use crate::dataplane::UdpBatch;
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
+use crate::io::metrics::LoopbackAddr;
 use crate::io::service::Watchdog;
+use crate::io::service::reload::{Read, Reload};
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
-use crate::types::{NetworkId, NodeName, SecretKey};
+use crate::types::{NetworkId, NodeName};
 use crate::wire::control::RefusedCode;
 use crate::wire::join::JoinLine;
 
@@ -36,13 +38,6 @@ const ENROL_LIMIT: Duration = Duration::from_secs(20);
 const QUEUE: usize = 1024;
 /// One scratch socket lives at a time; a second answer may be late.
 const SCRATCH_QUEUE: usize = 8;
-
-/// The port mapping to ask the router for, when there is an IPv4 port and somebody to stay for it.
-fn port_mapping(options: &NodeOptions, ports: &Ports, machine: &SecretKey) -> Option<PortMapping> {
-    let lease = options.port_mapping.filter(|_| !options.enrol_only)?;
-    let local = ports.udp_v4.as_ref()?.local_addr().ok()?;
-    Some(PortMapping::new(local.port(), lease, machine))
-}
 
 /// What the daemon is told by flags, variables and files.
 #[derive(Debug, Clone)]
@@ -67,6 +62,8 @@ pub struct NodeOptions {
     pub offloads: Offloads,
     /// The lease to ask the router for when it maps a port; none to leave it alone.
     pub port_mapping: Option<Duration>,
+    /// Where Prometheus may ask; none for nowhere.
+    pub metrics: Option<LoopbackAddr>,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
 }
@@ -138,6 +135,14 @@ pub enum StartError {
     /// The TUN interface.
     #[error(transparent)]
     Interface(#[from] InterfaceError),
+    /// The listener for Prometheus.
+    #[error("cannot listen on {address} (metrics)")]
+    Metrics {
+        /// The address.
+        address: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// Anything else that the kernel refuses.
     #[error("{action}")]
     Io {
@@ -175,11 +180,16 @@ impl StopSignals {
 }
 
 /// Runs a node until it is stopped or removed. `ready` is called when the overlay address is
-/// usable.
+/// usable; `read` reads the options anew when SIGHUP comes.
 ///
 /// # Errors
 /// When it cannot start; after that only when the interface cannot be remade.
-pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<Ended, StartError> {
+pub async fn run(
+    mut options: NodeOptions,
+    read: Read<NodeOptions>,
+    ready: impl FnOnce(&Node),
+) -> Result<Ended, StartError> {
+    let (reload, configured) = (Reload::new(read), NodeOptions { join: None, ..options.clone() });
     if options.mtu.is_none() {
         options.mtu = widest_mtu(&options.interface)
             .await
@@ -216,7 +226,7 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
     let ports = Arc::new(ports);
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
-    let port_mapping = port_mapping(&options, &ports, &keys.machine);
+    let port_mapping = PortMapping::wanted(&options, &ports, &keys.machine);
     let uplink = Uplink::new(Destination {
         servers: enrolment.servers.clone(),
         server_keys: enrolment.server_keys.clone(),
@@ -244,14 +254,21 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
         ready: false,
         save_at: None,
         watchdog: Watchdog::new(ports.progress(), now),
+        started: clock::unix_seconds(),
         out: UdpBatch::default(),
         options,
+        configured,
+        reload,
+        metrics: None,
+        request_sender: request_sender.clone(),
         refused: None,
         connect_error: None,
         ended: None,
     };
     daemon.scan_interfaces().await;
     // From here on commands are answered, though most of them with "not enrolled yet".
+    let metrics = daemon.options.metrics.filter(|_| !daemon.options.enrol_only);
+    daemon.metrics = metrics.map(|at| super::metrics::start(at, &request_sender)).transpose()?;
     let local = serve_local(listener, request_sender);
     if let Some(identity) = daemon.node.netmap().identity.clone()
         && !daemon.options.enrol_only
@@ -272,6 +289,7 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
     daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;
+    daemon.metrics = None;
     drop(local);
     drop(threads);
     daemon.end_portmap().await;

@@ -48,6 +48,11 @@ impl Advertised {
         }
     }
 
+    /// Is told other addresses.
+    pub(super) fn tell(&mut self, told: Vec<ServerAddr>) {
+        self.told = told;
+    }
+
     /// Tells the administrator what will not work.
     pub(super) fn warn(&self) {
         let addresses = self.look();

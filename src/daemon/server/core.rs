@@ -10,18 +10,21 @@ use tracing::{debug, error, info, warn};
 
 use super::addresses::Advertised;
 use super::local::{EventInfo, Question, StoreAnswer};
+use super::metrics::Counts;
 use super::relay::Hub;
 use super::{StartError, backup, state};
 use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::files::DirLock;
 use crate::io::local::Refusal;
+use crate::io::metrics::Page;
 use crate::io::service::Watchdog;
 use crate::server::admin::{Answer, Request, RequestError};
 use crate::server::{Connected, ConnectionId, Decision, Output, Server};
 use crate::store::{Committed, Store, StoreError};
 use crate::types::{NodeId, SecretKey};
 use crate::wire::control::ClientMessage;
+use crate::wire::join::ServerAddr;
 
 /// Events that are handled before the outputs go out.
 const BATCH: usize = 256;
@@ -36,6 +39,8 @@ pub(super) enum Event {
     Disconnected { id: ConnectionId },
     Sighted { node: NodeId, endpoint: SocketAddr },
     Request { actor: String, request: Request, answer: oneshot::Sender<Result<Answer, Refusal>> },
+    PublicAddr(Vec<ServerAddr>),
+    Metrics { answer: oneshot::Sender<Page> },
     Look { question: Question, answer: oneshot::Sender<Result<StoreAnswer, Refusal>> },
 }
 
@@ -48,6 +53,7 @@ pub(super) struct Core {
     watchdog: Watchdog,
     /// The number of the newest event, for those who follow the log.
     newest: watch::Sender<u64>,
+    counts: Counts,
 }
 
 /// What the state machine acts on.
@@ -67,12 +73,26 @@ impl Core {
         let last = parts.store.events(0, 1).await?;
         let newest = watch::Sender::new(last.last().map_or(0, |event| event.seq));
         let watchdog = Watchdog::new(parts.hub.progress(), clock::now());
-        Ok(Self { server, parts, next_seen, watchdog, newest })
+        let counts = Counts::new(clock::unix_seconds());
+        Ok(Self { server, parts, next_seen, watchdog, newest, counts })
     }
 
     /// The number of the newest event, as it rises.
     pub(super) fn newest_event(&self) -> watch::Receiver<u64> {
         self.newest.subscribe()
+    }
+
+    pub(super) fn hub(&self) -> &Hub {
+        &self.parts.hub
+    }
+
+    pub(super) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// Members, and those of them that are online.
+    pub(super) fn population(&self) -> (usize, usize) {
+        self.server.population()
     }
 
     pub(super) fn has_no_members(&self) -> bool {
@@ -101,10 +121,10 @@ impl Core {
                 () = stopped(&mut stopping) => break,
                 event = inbox.recv() => {
                     let Some(event) = event else { break };
-                    self.handle(event).await;
+                    self.handle(event, inbox.len()).await;
                     for _ in 1..BATCH {
                         let Ok(event) = inbox.try_recv() else { break };
-                        self.handle(event).await;
+                        self.handle(event, inbox.len()).await;
                     }
                 }
                 () = sleep_until(wake) => {}
@@ -129,7 +149,8 @@ impl Core {
         drop(lock);
     }
 
-    async fn handle(&mut self, event: Event) {
+    /// `waiting` events come after this one.
+    async fn handle(&mut self, event: Event, waiting: usize) {
         let wall = clock::unix_seconds();
         match event {
             Event::Connected { id, about } => self.server.handle_connected(id, about),
@@ -149,6 +170,14 @@ impl Core {
                 }
                 // The client may have gone; what it asked for is done all the same.
                 let _ = answer.send(result);
+            }
+            Event::PublicAddr(told) => {
+                self.parts.advertised.tell(told);
+                self.server.set_addresses(self.parts.advertised.look());
+                self.warn();
+            }
+            Event::Metrics { answer } => {
+                let _ = answer.send(self.metrics(waiting));
             }
             Event::Look { question, answer } => {
                 let _ = answer.send(self.look(question).await);
@@ -204,6 +233,7 @@ impl Core {
         }
         match self.write(&decision, actor, wall).await {
             Ok(committed) => {
+                self.counts.committed(committed.took);
                 if let Some(last) = committed.events.last() {
                     self.newest.send_replace(last.seq);
                 }
@@ -211,6 +241,7 @@ impl Core {
             }
             Err(failure) => {
                 error!(%failure, "a change could not be stored and was not made");
+                self.counts.failed();
                 self.server.give_up(decision);
                 let cause = failure.to_string();
                 Err(unavailable("the change was not made, as it cannot be stored", &cause))

@@ -9,6 +9,7 @@ use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ use tracing::{debug, error};
 
 use super::StartError;
 use super::core::Event;
+use super::metrics::Relayed;
 use super::sockets::UdpPort;
 use crate::io::clock;
 use crate::io::link::LinkSender;
@@ -47,6 +49,12 @@ pub(super) struct Hub {
     /// One for the thread of each port.
     progress: Vec<Arc<Progress>>,
     drops: DropCounters,
+    /// Out by UDP, and out on control connections.
+    relayed: [Relayed; 2],
+    /// Connections so far.
+    links_made: AtomicU64,
+    /// Bytes that wait for each port.
+    waiting: Vec<AtomicUsize>,
     events: mpsc::Sender<Event>,
 }
 
@@ -76,11 +84,34 @@ impl Hub {
             table: Mutex::default(),
             links: Mutex::default(),
             progress: ports.iter().map(|_| Arc::default()).collect(),
+            relayed: Default::default(),
+            links_made: AtomicU64::new(0),
+            waiting: ports.iter().map(|_| AtomicUsize::new(0)).collect(),
             ports,
             knockers: knockers(),
             drops: DropCounters::default(),
             events,
         }
+    }
+
+    /// By the word for the way out.
+    pub(super) fn relayed(&self) -> impl Iterator<Item = (&'static str, &Relayed)> {
+        ["udp", "tcp"].into_iter().zip(&self.relayed)
+    }
+
+    /// Connections now, and ever.
+    pub(super) fn connections(&self) -> (usize, u64) {
+        (lock(&self.links).len(), self.links_made.load(Ordering::Relaxed))
+    }
+
+    /// Messages and datagrams that wait on control connections.
+    pub(super) fn waiting_on_links(&self) -> usize {
+        lock(&self.links).values().map(|exit| exit.sender.waiting()).sum()
+    }
+
+    /// Bytes that wait for a full socket.
+    pub(super) fn waiting_bytes(&self) -> usize {
+        self.waiting.iter().map(|bytes| bytes.load(Ordering::Relaxed)).sum()
     }
 
     pub(super) fn drops(&self) -> &DropCounters {
@@ -95,6 +126,7 @@ impl Hub {
 
     /// A connection is there and can be sent to.
     pub(super) fn add_link(&self, connection: ConnectionId, sender: LinkSender) {
+        self.links_made.fetch_add(1, Ordering::Relaxed);
         lock(&self.links).insert(connection, Exit { sender, node: None });
     }
 
@@ -219,6 +251,9 @@ impl Hub {
         segment_bytes: usize,
         waiting: Option<&mut FairQueues>,
     ) {
+        let [by_udp, by_tcp] = &self.relayed;
+        let relayed = if matches!(way, Way::Udp(_)) { by_udp } else { by_tcp };
+        relayed.add(bytes.len().div_ceil(segment_bytes.max(1)), bytes.len());
         match way {
             Way::Udp(exit) => self.send_udp(exit, bytes, segment_bytes, waiting),
             Way::Link(connection) => {
@@ -394,6 +429,9 @@ fn run(hub: &Hub, id: SocketId, stopping: &watch::Receiver<bool>) {
     let mut waiting = FairQueues::default();
     while !*stopping.borrow() && stopping.has_changed().is_ok() {
         progress.step();
+        if let Some(bytes) = hub.waiting.get(number) {
+            bytes.store(waiting.bytes(), Ordering::Relaxed);
+        }
         let mut wait = vec![PollFd::new(port.socket.as_fd(), PollFlags::POLLIN)];
         let full: BTreeSet<SocketId> = waiting.sockets().collect();
         let full = full.iter().filter_map(|id| hub.ports.get(usize::from(id.0)));

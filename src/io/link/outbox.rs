@@ -83,6 +83,13 @@ impl LinkSender {
         if full { Err(DropReason::QueueFull) } else { Ok(()) }
     }
 
+    /// Messages and datagrams that wait to be written.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        let queues = self.0.lock();
+        queues.control.len() + queues.relay.len()
+    }
+
     /// Takes no more messages; when the queued ones are sent, the link ends.
     pub fn close(&self) {
         self.0.close();

@@ -64,6 +64,12 @@ impl FairQueues {
         self.turns.is_empty()
     }
 
+    /// Bytes that wait.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Whether something waits for this node: what comes later must wait behind it.
     #[must_use]
     pub fn waits(&self, exit: &Arrival) -> bool {

@@ -12,6 +12,7 @@ mod lab;
 mod local;
 mod matrix;
 mod members;
+mod metrics;
 mod mtu;
 mod netcheck;
 mod offload;
@@ -20,6 +21,7 @@ mod policy;
 mod portmap;
 mod recipes;
 mod relay;
+mod reload;
 mod roam;
 mod server;
 mod server_loss;
@@ -51,6 +53,8 @@ pub(crate) fn all() -> Vec<Case> {
         why::cases(),
         commands::cases(),
         local::cases(),
+        metrics::cases(),
+        reload::cases(),
         lab::cases(),
         service::cases(),
     ];

@@ -65,6 +65,14 @@ fn install() {
         container.ok(&["systemctl", "restart", unit]);
         assert_eq!(container.ok(&["systemctl", "is-active", unit]).trim(), "active");
         assert_eq!(container.ok(&["systemctl", "is-enabled", unit]).trim(), "enabled");
+        let process = || container.ok(&["systemctl", "show", "-P", "MainPID", unit]);
+        let before = process();
+        container.ok(&["systemctl", "reload", unit]);
+        wait_for("the unit is active again", Duration::from_secs(5), || {
+            let state = container.run(&["systemctl", "is-active", unit]).stdout;
+            (state.trim() == "active").then_some(())
+        });
+        assert_eq!(process(), before, "a reload is no restart");
     }
     let addresses = node.ok(&["ip", "-o", "addr", "show", "dev", "overlay0"]);
     assert!(addresses.contains(&alice_ipv4), "ready means that the address is there");

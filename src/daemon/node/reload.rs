@@ -1,0 +1,75 @@
+//! A new configuration for a node that runs.
+
+use super::portmap::PortMapping;
+use super::{Daemon, NodeOptions};
+use crate::io::clock;
+use crate::io::metrics::{LoopbackAddr, MetricsServer};
+use crate::io::service::reload::{notify_reloaded, notify_reloading, warn_of_unapplied};
+
+impl Daemon {
+    /// Somebody asks to read the configuration again.
+    pub(super) async fn handle_reload(&mut self) {
+        // Before that the service manager waits for something else.
+        if self.ready {
+            notify_reloading();
+        }
+        if let Some(new) = self.reload.read() {
+            self.apply_options(new).await;
+        }
+        if self.ready {
+            notify_reloaded();
+        }
+    }
+
+    async fn apply_options(&mut self, new: NodeOptions) {
+        let old = self.configured.clone();
+        warn_of_unapplied(&[
+            ("name", new.name != old.name),
+            ("state-dir", new.state_dir != old.state_dir),
+            ("socket", new.socket != old.socket),
+            ("interface", new.interface != old.interface),
+            ("listen-port", new.listen_port != old.listen_port),
+            ("mtu", new.mtu != old.mtu),
+            ("rekey-after-s", new.settings.rekey_after != old.settings.rekey_after),
+            ("tun-offload", new.offloads.tun != old.offloads.tun),
+            ("udp-gso", new.offloads.udp_gso != old.offloads.udp_gso),
+            ("udp-gro", new.offloads.udp_gro != old.offloads.udp_gro),
+        ]);
+        let settings = &mut self.options.settings;
+        settings.birthday_probing = new.settings.birthday_probing;
+        settings.eager_peers = new.settings.eager_peers;
+        self.node.set_wishes(settings.birthday_probing, settings.eager_peers);
+        if new.port_mapping != self.options.port_mapping {
+            self.options.port_mapping = new.port_mapping;
+            self.remake_port_mapping().await;
+        }
+        if new.metrics != self.options.metrics {
+            self.options.metrics = new.metrics;
+            self.serve_metrics(new.metrics);
+        }
+        tracing::info!("the configuration was read again");
+    }
+
+    async fn remake_port_mapping(&mut self) {
+        self.end_portmap().await;
+        self.node.handle_mapped(Vec::new(), clock::now());
+        match self.state.keys() {
+            Ok(keys) => {
+                self.port_mapping = PortMapping::wanted(&self.options, &self.ports, &keys.machine);
+                self.look_for_gateway();
+            }
+            Err(error) => tracing::error!(%error, "no port mapping without the node's keys"),
+        }
+    }
+
+    fn serve_metrics(&mut self, at: Option<LoopbackAddr>) {
+        let start = |at| super::metrics::start(at, &self.request_sender);
+        match at.map(start).transpose() {
+            Ok(server) => self.metrics = server,
+            Err(error) => {
+                let at = self.metrics.as_ref().map(MetricsServer::address);
+                tracing::error!(%error, still_at = ?at, "metrics cannot be moved");
+            }
+        }
+    }
+}
