@@ -62,10 +62,13 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Remove a node from the network
+    /// Remove a node from the network, and tell which nodes have taken note of it
     Remove {
         /// Its name, overlay address or id
         node: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Give a node another name
     Rename {

@@ -95,7 +95,19 @@ impl Node {
         for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
             self.update_peer(id, now);
         }
+        if update.from.is_none() || !update.removed.is_empty() || diff.filter {
+            self.acknowledge();
+        }
         self.events.push_back(Event::Save);
+    }
+
+    /// Tells the server what is in effect here, once for all that has come since the last time.
+    /// Only of what takes something away: who is waited for is who might still let a removed node
+    /// in, and a thousand nodes that come back need no million answers.
+    fn acknowledge(&mut self) {
+        self.messages.retain(|message| message.applied.is_none());
+        let applied = Some(self.netmap.epoch);
+        self.messages.push_back(ClientMessage { applied, ..ClientMessage::default() });
     }
 
     /// The control connection is gone. Direct paths do not care; the relay is checked at once.

@@ -10,6 +10,7 @@ use super::invites::State;
 pub use super::policy::PolicyInfo;
 use super::policy::checked_tags;
 use super::records::MemberRecord;
+pub use super::removal::{Acknowledged, Removal};
 use super::{Act, Decision, Server};
 use crate::types::{InviteId, NodeId, NodeName, Tag};
 use crate::wire::join::JoinLine;
@@ -49,6 +50,11 @@ pub enum Request {
         /// Its name, overlay address or id.
         node: String,
     },
+    /// Look who has taken note of a removal.
+    Acknowledged {
+        /// The one of [`Removal::epoch`].
+        epoch: u64,
+    },
     /// Give a node another name.
     Rename {
         /// Its name, overlay address or id.
@@ -78,7 +84,10 @@ impl Request {
     /// Whether it changes something, or shows a secret.
     #[must_use]
     pub fn is_write(&self) -> bool {
-        !matches!(self, Self::Nodes | Self::InviteList | Self::PolicyShow)
+        !matches!(
+            self,
+            Self::Nodes | Self::InviteList | Self::PolicyShow | Self::Acknowledged { .. }
+        )
     }
 }
 
@@ -140,7 +149,9 @@ pub enum Answer {
     /// All nodes.
     Nodes(NodeList),
     /// A node that is gone.
-    Removed(NodeInfo),
+    Removed(Box<Removal>),
+    /// Who has taken note of it.
+    Acknowledged(Acknowledged),
     /// A node with its new name.
     Renamed(NodeInfo),
     /// A node with its new tags.
@@ -290,8 +301,12 @@ impl Server {
             Request::Remove { node } => {
                 let member = self.member(&node)?;
                 let changes = self.members.delete(member.id).into_iter().collect();
-                let answer = Answer::Removed(self.node_info(&member, wall));
+                let removal = Removal::of(self.node_info(&member, wall));
+                let answer = Answer::Removed(Box::new(removal));
                 Ok(Decision { changes, act: Act::Answer(answer) })
+            }
+            Request::Acknowledged { epoch } => {
+                Ok(read(Answer::Acknowledged(self.acknowledged(epoch))))
             }
             Request::Rename { node, name } => self.decide_rename(&node, name, wall),
             Request::Tag { node, tags } => self.decide_tag(&node, tags, wall),

@@ -82,8 +82,9 @@ impl Server {
                 Some(event("range-changed").with("ipv4", range.v4()).with("ipv6", range.v6()))
             }
             (Key::Policy, Some(Record::Policy(new))) => {
-                let kind = if new.text.is_some() { "policy-set" } else { "policy-cleared" };
-                Some(event(kind))
+                let cleared = || event("policy-cleared");
+                let set = |text: &String| event("policy-set").with("bytes", text.len());
+                Some(new.text.as_ref().map_or_else(cleared, set))
             }
             // One that ended long ago is tidied away; a record under another's key is none of ours.
             (Key::Invite(_), None) | (Key::Network | Key::Policy, None) => None,

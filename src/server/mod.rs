@@ -20,6 +20,7 @@ mod policy;
 pub mod records;
 mod reflect;
 pub mod relay;
+mod removal;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -135,6 +136,8 @@ struct Connection {
     about: Connected,
     /// Once it has been welcomed.
     node: Option<NodeId>,
+    /// The newest epoch that the node says is in effect there.
+    applied: u64,
 }
 
 impl Server {
@@ -197,7 +200,7 @@ impl Server {
 
     /// A connection has been made, and its first frame was genuine.
     pub fn handle_connected(&mut self, connection: ConnectionId, about: Connected) {
-        self.connections.insert(connection, Connection { about, node: None });
+        self.connections.insert(connection, Connection { about, node: None, applied: 0 });
     }
 
     /// A connection has ended, whoever ended it.
@@ -232,6 +235,9 @@ impl Server {
             let usable = self.underlay(&usable_candidates(&candidates));
             self.distribution.set_candidates(node, usable);
         }
+        if let Some(epoch) = message.applied {
+            self.note_applied(connection, epoch);
+        }
         if let Some(ping) = message.ping {
             self.send(connection, &ServerMessage { pong: Some(ping), ..Default::default() });
         }
@@ -246,7 +252,12 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.welcome(arrival, wall),
             Act::Refuse { connection, code } => self.refuse(connection, code),
-            Act::Answer(answer) => return Some(answer),
+            Act::Answer(mut answer) => {
+                if let admin::Answer::Removed(removal) = &mut answer {
+                    self.follow(removal);
+                }
+                return Some(answer);
+            }
             Act::Nothing => {}
         }
         None

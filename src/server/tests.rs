@@ -1,5 +1,7 @@
 //! The server as its driver sees it, with a store of a few lines and nodes that only keep a netmap.
 
+mod removal;
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;

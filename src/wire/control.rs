@@ -35,6 +35,9 @@ pub struct ClientMessage {
     /// Comes back in [`ServerMessage::pong`].
     #[n(2)]
     pub ping: Option<u64>,
+    /// The epoch of a netmap that I have put into effect. Said of those that take something away.
+    #[n(3)]
+    pub applied: Option<u64>,
 }
 
 /// The first message of a node.

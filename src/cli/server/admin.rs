@@ -10,7 +10,9 @@ use crate::cli::fail::Failure;
 use crate::cli::print::{hint, json, line, table, table_text};
 use crate::cli::{Done, ask};
 use crate::config::paths::{Paths, Role};
-use crate::server::admin::{Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Request};
+use crate::server::admin::{
+    Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Removal, Request,
+};
 use crate::types::{InviteId, NodeName, Tag};
 
 /// How long an invite lives if nobody says otherwise; `--ttl` has the same.
@@ -68,7 +70,7 @@ impl Show {
 pub(super) fn run(command: Command, socket: &Path) -> Done {
     let (request, show) = match command {
         Command::Nodes { json } => (Request::Nodes, Show::of(json)),
-        Command::Remove { node } => (Request::Remove { node }, Show::Text),
+        Command::Remove { node, json } => (Request::Remove { node }, Show::of(json)),
         Command::Rename { node, name } => (Request::Rename { node, name }, Show::Text),
         Command::Invite(InviteArgs { command: Some(InviteCommand::List), json, .. }) => {
             (Request::InviteList, Show::of(json))
@@ -115,9 +117,9 @@ fn print(answer: &Answer, show: Show) -> Done {
         (Answer::Invites(list), Show::Json) => json(list),
         (Answer::Revoked(invite), Show::Json) => json(invite),
         (Answer::Nodes(list), Show::Json) => json(list),
-        (Answer::Removed(node) | Answer::Renamed(node) | Answer::Tagged(node), Show::Json) => {
-            json(node)
-        }
+        (Answer::Removed(removal), Show::Json) => json(removal),
+        (Answer::Renamed(node) | Answer::Tagged(node), Show::Json) => json(node),
+        (Answer::Acknowledged(progress), _) => json(progress),
         (Answer::Policy(policy), Show::Json) => json(policy),
         (Answer::Policy(policy), Show::Text) => super::policy::print(policy),
         (Answer::Tagged(node), Show::Text) => {
@@ -128,9 +130,7 @@ fn print(answer: &Answer, show: Show) -> Done {
         (Answer::Invites(list), Show::Text) => print_invites(list),
         (Answer::Revoked(invite), Show::Text) => line(format!("revoked {}", invite.id)),
         (Answer::Nodes(list), Show::Text) => print_nodes(list),
-        (Answer::Removed(node), Show::Text) => {
-            line(format!("removed {} ({})", node.name, node.ipv4))
-        }
+        (Answer::Removed(removal), Show::Text) => line(removal_text(removal)),
         (Answer::Renamed(node), Show::Text) => {
             line(format!("{} is called {} now", node.ipv4, node.name))
         }
@@ -163,6 +163,37 @@ fn print_invites(list: &InviteList) -> Done {
     let mut table = table(&["ID", "STATE", "USED", "EXPIRES", "NAME"]);
     table.add_rows(list.invites.iter().map(row));
     line(table_text(&table))
+}
+
+/// Names in a sentence are no more than this.
+const NAMED: usize = 8;
+
+/// What a removal has done so far.
+fn removal_text(removal: &Removal) -> String {
+    let (node, progress) = (&removal.removed, &removal.progress);
+    let nodes = if progress.online == 1 { "node has" } else { "nodes have" };
+    let mut text = format!("removed {} ({}); ", node.name, node.ipv4);
+    text += &match (progress.acknowledged, progress.online) {
+        (_, 0) => "no other node is online".to_string(),
+        (all, online) if all == online => format!("{all} of {online} {nodes} acknowledged"),
+        (some, online) => {
+            let waiting = names(&progress.waiting);
+            format!("{some} of {online} {nodes} acknowledged, waiting for {waiting}")
+        }
+    };
+    if !progress.offline.is_empty() {
+        let they = if progress.offline.len() == 1 { "it comes" } else { "they come" };
+        text += &format!("; {} will learn it when {they} back", names(&progress.offline));
+    }
+    text
+}
+
+fn names(all: &[String]) -> String {
+    let mut text = all.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if all.len() > NAMED {
+        text += &format!(" and {} more", all.len() - NAMED);
+    }
+    text
 }
 
 fn words(tags: &[Tag]) -> String {

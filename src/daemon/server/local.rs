@@ -13,11 +13,15 @@ use super::backup::SecretText;
 use super::core::Event;
 use crate::daemon::exit;
 use crate::io::local::{LocalConnection, LocalListener, Peer, Refusal, Reply};
-use crate::server::admin::{Answer, Request, SCHEMA, rfc3339};
+use crate::server::admin::{Answer, Removal, Request, SCHEMA, rfc3339};
 use crate::store::StoredEvent;
 
 /// A commit takes milliseconds; a full disk or a locked store takes until here.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+/// So long a removal waits for the nodes to take note of it.
+const ACKNOWLEDGE_LIMIT: Duration = Duration::from_secs(2);
+/// How often it looks.
+const ACKNOWLEDGE_POLL: Duration = Duration::from_millis(20);
 
 /// Events in one answer to a client that follows them.
 const FOLLOWED_AT_ONCE: u32 = 10_000;
@@ -134,8 +138,11 @@ async fn answer_all(
         };
         let answered = match question {
             Question::Admin(request) => {
-                let reply = reply(answer(connection.peer, request, &events).await);
-                connection.answer(&reply).await
+                let mut result = answer(connection.peer, request, &events).await;
+                if let Ok(Answer::Removed(removal)) = &mut result {
+                    wait_for_nodes(connection.peer, removal, &events).await;
+                }
+                connection.answer(&reply(result)).await
             }
             Question::Events { after, limit, follow: true } => {
                 return follow(connection, after, limit, &events, newest).await;
@@ -238,4 +245,20 @@ async fn answer(
     let actor = format!("administrator uid {}", peer.uid);
     events.send(Event::Request { actor, request, answer: sender }).await.map_err(|_| gone())?;
     timeout(ANSWER_LIMIT, receiver).await.map_err(|_| gone())?.map_err(|_| gone())?
+}
+
+/// Waits until every node that is online has put a removal into effect, for a while.
+async fn wait_for_nodes(peer: Peer, removal: &mut Removal, events: &mpsc::Sender<Event>) {
+    let waiting = async {
+        while !removal.progress.waiting.is_empty() {
+            sleep(ACKNOWLEDGE_POLL).await;
+            let request = Request::Acknowledged { epoch: removal.epoch };
+            // The removal itself is done: a server that stops meanwhile makes it no failure.
+            let Ok(Answer::Acknowledged(progress)) = answer(peer, request, events).await else {
+                return;
+            };
+            removal.progress = progress;
+        }
+    };
+    let _ = timeout(ACKNOWLEDGE_LIMIT, waiting).await;
 }

@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
 use crate::case::Case;
-use crate::clock::wait_for;
+use crate::clock::{now, wait_for};
 use crate::lab::Net;
 use crate::nat::Nat;
 use crate::overlay::{Node, PORT, Server, assert_error, find_peer, text};
@@ -14,6 +17,8 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("members::nodes_are_listed", listed),
         Case::new("members::a_rename_reaches_everybody", renamed),
         Case::new("members::a_removed_node_is_cut_off_and_told", removed),
+        Case::new("members::a_removal_names_whom_it_waits_for", acknowledged),
+        Case::new("members::a_removed_node_stays_out_when_all_restart", stays_out),
         Case::new("members::a_node_that_left_is_shown_offline", offline),
         Case::new("members::name_address_and_id_mean_the_same", all_names),
         Case::new("members::two_nodes_of_one_name_can_be_told_apart", one_name),
@@ -105,6 +110,69 @@ fn removed() {
     ping::assert_answers(&dave.host, &addresses[0]);
     assert!(find_peer(&dave.wait_connected(), "carol").is_null());
     assert_error(&server.cli(&["remove", "carol"]), &[5], &["carol"]);
+}
+
+/// A process that stands still is online for the server, and cannot have dropped anything.
+fn acknowledged() {
+    let Trio { server, nodes: [alice, mut bob, carol], net } = trio();
+    let dave = Node::start(&net, &net.machine("dave", Nat::None), &server);
+    let dave_ipv4 = dave.ipv4();
+    let remove = |name: &str| -> Value {
+        let printed = server.cli(&["remove", name, "--json"]).success("remove");
+        serde_json::from_str(&printed).expect("JSON")
+    };
+    let removal = remove("dave");
+    assert_eq!(removal["schema"], 1, "{removal}");
+    assert_eq!(removal["removed"]["ipv4"], dave_ipv4.as_str(), "{removal}");
+    assert_eq!((&removal["acknowledged"], &removal["online"]), (&3.into(), &3.into()), "{removal}");
+    assert_eq!(removal["waiting"], Value::Array(Vec::new()));
+
+    bob.daemon().signal(Signal::SIGSTOP);
+    let started = now();
+    let printed = server.cli(&["remove", "carol"]).success("remove");
+    assert!(printed.contains("1 of 2 nodes have acknowledged, waiting for bob"), "{printed}");
+    assert!(started.elapsed() < Duration::from_secs(4), "it does not wait for ever");
+    bob.daemon().signal(Signal::SIGCONT);
+    bob.wait_status("carol is gone", Duration::from_secs(5), |status| {
+        find_peer(status, "carol").is_null()
+    });
+    drop(carol);
+
+    assert_eq!(bob.stop(), Some(0));
+    let gone = || server.nodes()["nodes"][1]["online"] == false;
+    wait_for("bob is offline", Duration::from_secs(5), || gone().then_some(()));
+    let printed = server.cli(&["remove", "alice"]).success("remove");
+    assert!(printed.contains("no other node is online"), "{printed}");
+    assert!(printed.contains("bob will learn it when it comes back"), "{printed}");
+    drop(alice);
+}
+
+/// Nobody was there when it was removed, and all start from what they have on disk.
+fn stays_out() {
+    let Trio { mut server, nodes: [mut alice, mut bob, mut carol], net: _net } = trio();
+    let addresses = [&alice, &bob, &carol].map(Node::ipv4);
+    for node in [&mut alice, &mut bob, &mut carol] {
+        node.kill();
+    }
+    server.cli(&["remove", "carol"]).success("remove");
+    server.kill();
+    server.run();
+    server.wait_ready();
+    for node in [&mut carol, &mut alice, &mut bob] {
+        node.up_again();
+    }
+    for node in [&mut alice, &mut bob] {
+        node.wait_connected();
+        node.wait_status("carol is gone", Duration::from_secs(5), |status| {
+            find_peer(status, "carol").is_null()
+        });
+    }
+    ping::assert_answers(&alice.host, &addresses[1]);
+    ping::assert_silent(&carol.host, &addresses[0]);
+    ping::assert_silent(&alice.host, &addresses[2]);
+    wait_for("carol is told", Duration::from_secs(5), || {
+        carol.log().to_lowercase().contains("removed").then_some(())
+    });
 }
 
 fn offline() {
