@@ -91,13 +91,10 @@ impl Service {
     fn sockets(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Node => &[],
-            Self::Server => &[
-                ("overlay-server.socket", include_str!("../../systemd/overlay-server.socket")),
-                (
-                    "overlay-server-443.socket",
-                    include_str!("../../systemd/overlay-server-443.socket"),
-                ),
-            ],
+            Self::Server => &[(
+                "overlay-server-443.socket",
+                include_str!("../../systemd/overlay-server-443.socket"),
+            )],
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod reload;
 
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -27,6 +28,31 @@ pub fn handed_listeners() -> Vec<(SocketAddr, TcpListener)> {
         Vec::new()
     });
     inherited.into_iter().filter_map(listening).collect()
+}
+
+/// The service manager's name for the listener of this address; a name has no colon.
+fn stored_name(address: SocketAddr) -> String {
+    format!("tcp-{address}").replace(':', ".")
+}
+
+/// Gives the service manager a copy of a listening socket. It is handed over again after a restart
+/// and a crash, and nobody who connects in between is refused; it is closed when the service is
+/// stopped (`FileDescriptorStoreMax=`, systemd.service(5)).
+pub fn store_listener(address: SocketAddr, listener: &impl AsFd) {
+    let name = stored_name(address);
+    let states = [sd_notify::NotifyState::FdStore, sd_notify::NotifyState::FdName(&name)];
+    if let Err(error) = sd_notify::notify_with_fds(&states, &[listener.as_fd()]) {
+        tracing::warn!(%error, "the service manager keeps no socket for us");
+    }
+}
+
+/// Lets the service manager close what [`store_listener`] gave it in an earlier run.
+pub fn forget_listener(address: SocketAddr) {
+    let name = stored_name(address);
+    let states = [sd_notify::NotifyState::FdStoreRemove, sd_notify::NotifyState::FdName(&name)];
+    if let Err(error) = sd_notify::notify(&states) {
+        tracing::warn!(%error, "cannot tell the service manager");
+    }
 }
 
 /// How far somebody has come: it rises as long as that one does its work, also when there is none.

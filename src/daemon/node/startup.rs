@@ -69,6 +69,17 @@ pub struct NodeOptions {
 }
 
 impl NodeOptions {
+    /// Looks at the links when no MTU is wished.
+    async fn settle_mtu(&mut self) {
+        if self.mtu.is_none() {
+            self.mtu = widest_mtu(&self.interface)
+                .await
+                .inspect_err(|error| tracing::warn!(%error, "the MTU of the links is not known"))
+                .ok();
+        }
+        self.settings.max_mtu = self.interface_mtu();
+    }
+
     /// MTU of the TUN interface in bytes.
     pub(super) fn interface_mtu(&self) -> u16 {
         self.mtu.unwrap_or(BASE_MTU)
@@ -190,13 +201,7 @@ pub async fn run(
     ready: impl FnOnce(&Node),
 ) -> Result<Ended, StartError> {
     let (reload, configured) = (Reload::new(read), NodeOptions { join: None, ..options.clone() });
-    if options.mtu.is_none() {
-        options.mtu = widest_mtu(&options.interface)
-            .await
-            .inspect_err(|error| tracing::warn!(%error, "the MTU of the links is not known"))
-            .ok();
-    }
-    options.settings.max_mtu = options.interface_mtu();
+    options.settle_mtu().await;
     let mut stop = StopSignals::new()?;
     let listener = match LocalListener::bind(&options.socket).await {
         Err(LocalError::AlreadyRunning { path }) => {

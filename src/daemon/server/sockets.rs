@@ -10,6 +10,7 @@ use tracing::{debug, info, warn};
 
 use super::StartError;
 use crate::io::listen;
+use crate::io::service::{forget_listener, store_listener};
 use crate::io::udp::allow_fragments;
 use crate::wire::control::DEFAULT_PORT;
 
@@ -87,13 +88,19 @@ pub(super) fn bind(listen: &[SocketAddr], mut handed: Handed) -> Result<Bound, S
 fn open_tcp(wished: SocketAddr, handed: &mut Handed) -> io::Result<TcpListener> {
     match handed.iter().position(|(address, _)| *address == wished) {
         Some(found) => TcpListener::from_std(handed.swap_remove(found).1),
-        None => listen::bind(wished),
+        None => {
+            let listener = listen::bind(wished)?;
+            store_listener(listener.local_addr()?, &listener);
+            Ok(listener)
+        }
     }
 }
 
-/// What nobody wanted is closed here; who opened it still has it.
+/// What nobody wanted is closed here and, if it is of an earlier run of ours, by the service manager;
+/// a socket unit still has its own.
 fn leave(handed: Handed) {
     for (address, _) in handed {
+        forget_listener(address);
         warn!(%address, "the service manager listens there for us, and the configuration does not \
             name it");
     }

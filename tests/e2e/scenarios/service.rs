@@ -21,6 +21,7 @@ pub(crate) fn cases() -> Vec<Case> {
             "service::a_stopped_server_stays_so_and_one_that_hangs_does_not",
             stops_and_hangs,
         ),
+        Case::new("service::a_restart_and_a_crash_of_the_server_refuse_nobody", refuses_nobody),
         Case::new("service::a_removed_node_stops_for_good_and_a_purge_leaves_nothing", removed),
     ]
     .map(|case| case.needs(Needs::Systemd))
@@ -204,9 +205,8 @@ fn stops_and_hangs() {
     let net = Net::new();
     let container = Container::boot(&net, &net.machine("alice", Nat::None));
     container.ok(&["overlay", "service", "install", "server"]);
-    for unit in ["overlay-server.socket", "overlay-server-443.socket"] {
-        assert_eq!(container.ok(&["systemctl", "is-active", unit]).trim(), "active");
-    }
+    let socket = "overlay-server-443.socket";
+    assert_eq!(container.ok(&["systemctl", "is-active", socket]).trim(), "active");
     let pid = || container.ok(&["systemctl", "show", "-P", "MainPID", SERVER_UNIT]);
     for port in ["41820", "443"] {
         container.ok(&["bash", "-c", &format!("exec 3<>/dev/tcp/127.0.0.1/{port}")]);
@@ -229,6 +229,60 @@ fn stops_and_hangs() {
         let now = pid();
         (active.trim() == "active" && now != before && now.trim() != "0").then_some(())
     });
+}
+
+/// Somebody knocks all the time, and counts how often nobody opens.
+const KNOCKER: &str = "
+import socket, time, os
+tries = refused = 0
+open('/run/knocking', 'w').close()
+while not os.path.exists('/run/enough'):
+    tries += 1
+    try:
+        socket.create_connection(('127.0.0.1', 41820), 5).close()
+    except ConnectionRefusedError:
+        refused += 1
+    time.sleep(0.002)
+open('/run/counted', 'w').write(f'{tries} {refused}')
+";
+
+fn refuses_nobody() {
+    let net = Net::new();
+    let container = Container::boot(&net, &net.machine("alice", Nat::None));
+    container.ok(&["overlay", "service", "install", "server"]);
+    let knocker = ["systemd-run", "--quiet", "--unit=knocker", "python3", "-c", KNOCKER];
+    container.ok(&knocker);
+    wait_for("somebody knocks", Duration::from_secs(10), || {
+        (container.run(&["test", "-e", "/run/knocking"]).code == Some(0)).then_some(())
+    });
+    let pid = || container.ok(&["systemctl", "show", "-P", "MainPID", SERVER_UNIT]);
+    for _ in 0..5 {
+        let before = pid();
+        container.ok(&["systemctl", "restart", SERVER_UNIT]);
+        assert_ne!(pid(), before);
+    }
+    for _ in 0..2 {
+        let before = pid();
+        let kill = ["systemctl", "kill", "--kill-who=main", "--signal=KILL", SERVER_UNIT];
+        container.ok(&kill);
+        wait_for("systemd starts the server again", Duration::from_secs(20), || {
+            let active = container.run(&["systemctl", "is-active", SERVER_UNIT]).stdout;
+            (active.trim() == "active" && pid() != before).then_some(())
+        });
+    }
+    container.ok(&["touch", "/run/enough"]);
+    wait_for("it was counted", Duration::from_secs(10), || {
+        (container.run(&["test", "-s", "/run/counted"]).code == Some(0)).then_some(())
+    });
+    let counted = container.ok(&["cat", "/run/counted"]);
+    eprintln!("five restarts and two crashes, knocks and refusals: {counted}");
+    let (tries, refused) = counted.trim().split_once(' ').unwrap();
+    assert!(tries.parse::<u32>().unwrap() > 100, "{counted}");
+    assert_eq!(refused, "0", "{counted}");
+
+    container.ok(&["systemctl", "stop", SERVER_UNIT]);
+    let knock = container.run(&["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/41820"]);
+    assert_ne!(knock.code, Some(0), "stopped for good, and somebody still listens");
 }
 
 fn removed() {
