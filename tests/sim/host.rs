@@ -353,7 +353,8 @@ impl Host {
                 | Event::Mtu { .. }
                 | Event::Pinged { .. }
                 | Event::Knocked(_)
-                | Event::Reported(_) => {}
+                | Event::Reported(_)
+                | Event::Rival(_) => {}
             }
         }
         assert!(going.datagrams.len() <= MAX_DATAGRAMS, "a flood: {}", going.datagrams.len());

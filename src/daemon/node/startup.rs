@@ -247,6 +247,7 @@ pub async fn run(mut options: NodeOptions, ready: impl FnOnce(&Node)) -> Result<
         out: UdpBatch::default(),
         options,
         refused: None,
+        rival: None,
         connect_error: None,
         ended: None,
     };
