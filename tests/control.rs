@@ -61,6 +61,7 @@ impl Node {
             name: Some(format!("node{}", self.key)),
             invite,
             candidates: Vec::new(),
+            instance: None,
         };
         self.say(&ClientMessage { hello: Some(hello), ..Default::default() });
     }

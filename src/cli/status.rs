@@ -61,6 +61,7 @@ fn text(status: &Status) -> String {
         ),
         String::new(),
     ];
+    lines.splice(2..2, own.warnings.iter().map(|warning| format!("warning: {warning}")));
     if status.peers.is_empty() {
         lines.push(
             "no other node yet; on the server: overlay server invite, here or elsewhere: \

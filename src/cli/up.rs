@@ -391,6 +391,10 @@ fn refused(code: RefusedCode, message: &str) -> Failure {
         RefusedCode::NetworkFull => "on the server, remove nodes: overlay server remove NODE",
         RefusedCode::Version => "install the same version here and on the server: overlay version",
         RefusedCode::Unavailable | RefusedCode::Replaced | RefusedCode::BadRequest => SERVER_LOG,
+        RefusedCode::Cloned => {
+            "give one of the two keys of its own: stop it, remove its state directory, and join \
+             with it anew: sudo overlay up JOINLINE"
+        }
         RefusedCode::NotAccepted
         | RefusedCode::InviteExpired
         | RefusedCode::InviteUsedUp

@@ -26,6 +26,7 @@ impl Node {
                 name,
                 invite,
                 candidates: self.announced.iter().map(|candidate| (*candidate).into()).collect(),
+                instance: Some(self.instance),
             }),
             ..ClientMessage::default()
         }
@@ -38,6 +39,9 @@ impl Node {
         }
         if let Some(update) = &message.netmap {
             self.handle_update(update, now);
+        }
+        if let Some(rival) = message.rival {
+            self.events.push_back(Event::Rival(rival));
         }
         if let Some(refused) = &message.refused {
             let code = RefusedCode::from_code(refused.code);

@@ -59,8 +59,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
 use crate::path::{Answer, BASE_MTU, Via};
@@ -143,6 +143,8 @@ pub enum Event {
     Reported(NodeId),
     /// The server ended this membership, or does not know it.
     Refused(RefusedCode, String),
+    /// Another machine with our keys wanted in, from there; the server turned it away.
+    Rival(SocketAddr),
 }
 
 /// A datagram that opens our own NAT and dies before it reaches the peer's.
@@ -174,6 +176,8 @@ pub struct WholeProbe {
 pub struct Node {
     settings: NodeSettings,
     rng: StdRng,
+    /// Of this run, for the server.
+    instance: u64,
     node_key: SecretKey,
     engine: EngineKeys,
     shared: Arc<Shared>,
@@ -230,6 +234,8 @@ impl Node {
         let mut node = Self {
             settings,
             rng: StdRng::from_seed(seed),
+            // From another stream, so that it tells nothing of the first.
+            instance: StdRng::from_seed(seed.map(|byte| !byte)).random(),
             engine: EngineKeys::new(&node_key),
             node_key,
             shared: Shared::new(now),

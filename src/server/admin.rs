@@ -260,6 +260,9 @@ pub struct NodeInfo {
     /// Its tags.
     #[serde(default)]
     pub tags: Vec<Tag>,
+    /// Whether two running machines have its keys, as it was in the last minutes.
+    #[serde(default)]
+    pub cloned: bool,
 }
 
 /// A time as all answers have it (RFC 3339, UTC).
@@ -397,6 +400,7 @@ impl Server {
             public_key: member.node_key.to_string(),
             remote: connection.map(|connection| connection.about.observed.to_string()),
             tags: member.tags.clone(),
+            cloned: self.clones.is_cloned(member.id, wall),
         }
     }
 }

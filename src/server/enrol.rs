@@ -21,6 +21,7 @@ pub(super) struct Arrival {
     pub(super) connection: ConnectionId,
     node: NodeId,
     candidates: Vec<Candidate>,
+    instance: Option<u64>,
 }
 
 impl Arrival {
@@ -37,13 +38,21 @@ impl Decision {
 
 impl Server {
     pub(super) fn decide_hello(
-        &self,
+        &mut self,
         connection: ConnectionId,
         hello: Hello,
         wall: u64,
     ) -> Decision {
-        self.admit(connection, hello, wall)
-            .unwrap_or_else(|code| Decision::refuse(connection, code))
+        let decision = self
+            .admit(connection, hello, wall)
+            .unwrap_or_else(|code| Decision::refuse(connection, code));
+        if let Act::Welcome(arrival) = &decision.act
+            && let Some(instance) = arrival.instance
+            && let Some(act) = self.rival(connection, arrival.node, instance, wall)
+        {
+            return Decision { changes: Vec::new(), act };
+        }
+        decision
     }
 
     fn admit(
@@ -80,7 +89,7 @@ impl Server {
             }
             None => self.joining(machine_key, node_key, wish, &hello, wall)?,
         };
-        let arrival = Arrival { connection, node, candidates };
+        let arrival = Arrival { connection, node, candidates, instance: hello.instance };
         Ok(Decision { changes, act: Act::Welcome(arrival) })
     }
 
@@ -137,7 +146,7 @@ impl Server {
 
     /// Tells a node that it is in, and everybody that it is online.
     pub(super) fn welcome(&mut self, arrival: Arrival, wall: u64) {
-        let Arrival { connection, node, candidates } = arrival;
+        let Arrival { connection, node, candidates, instance } = arrival;
         let Some(member) = self.members.of(node) else {
             return;
         };
@@ -145,6 +154,7 @@ impl Server {
             return;
         };
         known.node = Some(node);
+        known.instance = instance;
         let key = RelayKey(self.rng.random());
         let range = self.network.record.range;
         let addresses = self.members.addresses(&member.record);

@@ -55,10 +55,24 @@ impl Server {
     pub fn events(&self, decision: &Decision, administrator: &str, wall: u64) -> Vec<Event> {
         let actor = match &decision.act {
             Act::Welcome(arrival) => self.describe(arrival),
-            Act::Refuse { .. } | Act::Answer(_) | Act::Nothing => administrator.to_string(),
+            Act::Refuse { .. } | Act::Rival { .. } | Act::Answer(_) | Act::Nothing => {
+                administrator.to_string()
+            }
         };
         let event = |kind: &str| Event::new(wall, kind, &actor);
-        decision.changes.iter().filter_map(|change| self.event_of(change, event)).collect()
+        let changes = decision.changes.iter().filter_map(|change| self.event_of(change, event));
+        changes.chain(self.clone_event(&decision.act, event)).collect()
+    }
+
+    fn clone_event(&self, act: &Act, event: impl Fn(&str) -> Event) -> Option<Event> {
+        let Act::Rival { connection, node, first: true } = act else { return None };
+        let place = |connection| {
+            let known = self.connections.get(connection);
+            known.map_or_else(String::new, |known| known.about.observed.to_string())
+        };
+        let cloned = self.about(event("node-cloned"), &self.members.of(*node)?.record);
+        let kept = self.online.get(node).map(place).unwrap_or_default();
+        Some(cloned.with("kept", kept).with("refused", place(connection)))
     }
 
     fn describe(&self, arrival: &super::enrol::Arrival) -> String {

@@ -11,6 +11,7 @@
 
 mod addresses;
 pub mod admin;
+mod clones;
 mod distribute;
 mod enrol;
 pub mod events;
@@ -36,6 +37,7 @@ use crate::wire::control::{
     self, ClientMessage, Refused, RefusedCode, ServerMessage, TICK_INTERVAL_S, usable_candidates,
 };
 use crate::wire::join::ServerAddr;
+use clones::Clones;
 use distribute::Distribution;
 use invites::Invites;
 use members::Members;
@@ -99,7 +101,16 @@ pub struct Decision {
 #[derive(Debug)]
 enum Act {
     Welcome(enrol::Arrival),
-    Refuse { connection: ConnectionId, code: RefusedCode },
+    Refuse {
+        connection: ConnectionId,
+        code: RefusedCode,
+    },
+    /// Turn away a machine whose twin is connected.
+    Rival {
+        connection: ConnectionId,
+        node: NodeId,
+        first: bool,
+    },
     Answer(admin::Answer),
     Nothing,
 }
@@ -125,6 +136,7 @@ pub struct Server {
     online: BTreeMap<NodeId, ConnectionId>,
     /// When nodes were last seen that were online since the last write of this.
     seen: BTreeMap<NodeId, u64>,
+    clones: Clones,
     distribution: Distribution,
     outputs: VecDeque<Output>,
     next_tick: Instant,
@@ -138,6 +150,8 @@ struct Connection {
     node: Option<NodeId>,
     /// The newest epoch that the node says is in effect there.
     applied: u64,
+    /// Which run of the node's program it belongs to.
+    instance: Option<u64>,
 }
 
 impl Server {
@@ -168,6 +182,7 @@ impl Server {
             connections: BTreeMap::new(),
             online: BTreeMap::new(),
             seen: BTreeMap::new(),
+            clones: Clones::default(),
             distribution,
             outputs,
             next_tick: now + TICK_INTERVAL,
@@ -200,7 +215,8 @@ impl Server {
 
     /// A connection has been made, and its first frame was genuine.
     pub fn handle_connected(&mut self, connection: ConnectionId, about: Connected) {
-        self.connections.insert(connection, Connection { about, node: None, applied: 0 });
+        self.connections
+            .insert(connection, Connection { about, node: None, applied: 0, instance: None });
     }
 
     /// A connection has ended, whoever ended it.
@@ -252,6 +268,7 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.welcome(arrival, wall),
             Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             Act::Answer(mut answer) => {
                 if let admin::Answer::Removed(removal) = &mut answer {
                     self.follow(removal);
@@ -268,6 +285,7 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.refuse(arrival.connection, RefusedCode::Unavailable),
             Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             Act::Answer(_) | Act::Nothing => {}
         }
     }
@@ -298,6 +316,7 @@ impl Server {
         self.stale_rules();
         self.access.forget(node);
         self.seen.remove(&node);
+        self.clones.forget(node);
         self.distribution.remove(node);
         self.outputs.push_back(Output::Relay(RelayChange::Removed(node)));
         if let Some(connection) = self.online.remove(&node) {

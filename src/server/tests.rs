@@ -1,5 +1,6 @@
 //! The server as its driver sees it, with a store of a few lines and nodes that only keep a netmap.
 
+mod clones;
 mod removal;
 
 use std::collections::BTreeMap;
@@ -35,6 +36,7 @@ struct Node {
     peers: BTreeMap<u32, WirePeer>,
     filter: WireFilter,
     refused: Option<RefusedCode>,
+    rival: Option<SocketAddr>,
     closed: bool,
 }
 
@@ -47,6 +49,7 @@ impl Node {
         if let Some(refused) = message.refused {
             self.refused = Some(RefusedCode::from_code(refused.code));
         }
+        self.rival = message.rival.or(self.rival);
         if let Some(NetmapUpdate { from, to, peers, removed, own_name, filter }) = message.netmap {
             match (from, filter) {
                 (_, Some(filter)) => self.filter = filter,
@@ -198,6 +201,7 @@ fn hello(machine: u8, invite: Option<&InviteUse>) -> Hello {
         name: Some("node".into()),
         invite: invite.cloned(),
         candidates: Vec::new(),
+        instance: None,
     }
 }
 

@@ -66,6 +66,9 @@ pub struct Hello {
     /// Where the node may be reached, so that peers can start at once.
     #[n(6)]
     pub candidates: Vec<WireCandidate>,
+    /// A random number of this run of the program: two that take turns are two machines.
+    #[n(7)]
+    pub instance: Option<u64>,
 }
 
 /// An invite being used.
@@ -104,6 +107,9 @@ pub struct ServerMessage {
     /// Answer to [`ClientMessage::ping`].
     #[n(4)]
     pub pong: Option<u64>,
+    /// Another machine has this node's keys and was turned away; it comes from there.
+    #[n(5)]
+    pub rival: Option<SocketAddr>,
 }
 
 /// What a node is told about itself and the server.
@@ -216,6 +222,8 @@ refused_codes! {
     Replaced = 10, "another connection of this machine took its place";
     /// What was sent makes no sense.
     BadRequest = 11, "the server did not understand the request";
+    /// Two running machines have the same keys, and the other one is connected.
+    Cloned = 12, "another machine has the keys of this one: a copied disk, container or state directory";
 }
 
 impl From<RefusedCode> for Refused {
@@ -344,6 +352,7 @@ mod tests {
                     kind: 1,
                     endpoint: "192.168.1.2:4000".parse().unwrap(),
                 }],
+                instance: None,
             }),
             ..ClientMessage::default()
         }

@@ -222,6 +222,7 @@ pub(crate) async fn join(
                 network: line.network.0,
             }),
             candidates: Vec::new(),
+            instance: None,
         };
         let hello = ClientMessage { hello: Some(hello), ..Default::default() };
         link.sender.try_send_control(encode(&hello)).ok()?;

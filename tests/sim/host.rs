@@ -427,7 +427,8 @@ impl Host {
                 | Event::Mtu { .. }
                 | Event::Pinged { .. }
                 | Event::Knocked(_)
-                | Event::Reported(_) => {}
+                | Event::Reported(_)
+                | Event::Rival(_) => {}
             }
         }
         if going.expelled && node.netmap().identity.is_some() {

@@ -207,7 +207,11 @@ fn print_nodes(list: &NodeList) -> Done {
         return Ok(());
     }
     let row = |node: &NodeInfo| {
-        let state = if node.online { "online" } else { "offline" };
+        let state = match (node.online, node.cloned) {
+            (_, true) => "CLONED",
+            (true, false) => "online",
+            (false, false) => "offline",
+        };
         let seen = if node.online { "now".into() } else { node.last_seen.clone() };
         [
             node.name.clone(),
@@ -221,5 +225,13 @@ fn print_nodes(list: &NodeList) -> Done {
     };
     let mut table = table(&["NAME", "IPV4", "STATE", "LAST SEEN", "IPV6", "ID", "TAGS"]);
     table.add_rows(list.nodes.iter().map(row));
-    line(table_text(&table))
+    line(table_text(&table))?;
+    for node in list.nodes.iter().filter(|node| node.cloned) {
+        hint(format!(
+            "two running machines have the keys of {0}; stop one, remove its state directory, and \
+             join with it anew (where they are: overlay server events, node-cloned)",
+            node.name
+        ));
+    }
+    Ok(())
 }

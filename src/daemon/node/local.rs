@@ -384,6 +384,7 @@ impl Daemon {
                 offloads: self.ports.offloads(),
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
                 punching: self.punching(),
+                warnings: self.warnings(now),
             },
             server: ServerStatus {
                 state: state.into(),

@@ -59,6 +59,9 @@ const SAVE_DELAY: Duration = Duration::from_millis(500);
 /// Notes taken in one turn, so that no flood starves the other sources.
 const NOTES_PER_TURN: usize = 256;
 
+/// Another machine with our keys is spoken of for so long after its last try; it tries once a minute.
+const RIVAL_MEMORY: Duration = Duration::from_secs(300);
+
 /// Why the daemon ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
@@ -106,6 +109,8 @@ struct Daemon {
     metrics: Option<MetricsServer>,
     request_sender: mpsc::Sender<Request>,
     refused: Option<(RefusedCode, String)>,
+    /// When it was last seen that another machine has our keys, and what is known of it.
+    rival: Option<(Instant, String)>,
     connect_error: Option<ConnectError>,
     ended: Option<Ended>,
 }
@@ -339,6 +344,9 @@ impl Daemon {
                 }
             }
             Event::Refused(code, message) => self.handle_refused(code, message),
+            Event::Rival(from) => {
+                self.note_rival(format!("it comes from {} and is kept out", from.ip()));
+            }
         }
         Ok(())
     }
@@ -353,9 +361,35 @@ impl Daemon {
                 self.ended = Some(Ended::Removed);
             }
             RefusedCode::Replaced => self.uplink.pause(),
+            RefusedCode::Cloned => {
+                self.note_rival("it is connected, and this machine is kept out".into());
+                self.uplink.pause();
+            }
             _ => self.uplink.reconnect(),
         }
         self.handle_link_down();
+    }
+
+    fn note_rival(&mut self, what: String) {
+        let first = self.warnings(clock::now()).is_empty();
+        self.rival = Some((clock::now(), what));
+        // The other one tries again and again; the log says it once.
+        for warning in self.warnings(clock::now()).iter().filter(|_| first) {
+            tracing::warn!("{warning}");
+        }
+    }
+
+    /// What the user should do something about.
+    fn warnings(&self, now: Instant) -> Vec<String> {
+        let recent =
+            |(at, _): &&(Instant, String)| now.saturating_duration_since(*at) < RIVAL_MEMORY;
+        let text = |(_, what): &(Instant, String)| {
+            format!(
+                "another machine has the keys of this one: {what}; stop one of the two, remove its \
+                 state directory, and join with it anew: sudo overlay up JOINLINE"
+            )
+        };
+        self.rival.iter().filter(recent).map(text).collect()
     }
 
     fn log_path(

@@ -57,6 +57,9 @@ pub struct OwnStatus {
     /// Costly ways to peers between hard NATs.
     #[serde(default)]
     pub punching: PunchReport,
+    /// What the user should do something about, in sentences.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// What the router in front of us does for us.

@@ -190,6 +190,19 @@ impl StopSignals {
     }
 }
 
+/// A join line makes a state directory one of its network, if it is none of another.
+fn prepare(options: &NodeOptions, state: &mut StateDir) -> Result<(), StartError> {
+    match (&options.join, state.enrolment()) {
+        (None, None) => return Err(StartError::NotEnrolled),
+        (Some(join), Some(enrolment)) if join.network != enrolment.network => {
+            return Err(StartError::OtherNetwork { have: enrolment.network, wanted: join.network });
+        }
+        (Some(join), _) => state.prepare(join),
+        (None, Some(_)) => {}
+    }
+    Ok(())
+}
+
 /// Runs a node until it is stopped or removed. `ready` is called when the overlay address is
 /// usable; `read` reads the options anew when SIGHUP comes.
 ///
@@ -210,14 +223,7 @@ pub async fn run(
         result => result?,
     };
     let mut state = StateDir::open(&options.state_dir)?;
-    match (&options.join, state.enrolment()) {
-        (None, None) => return Err(StartError::NotEnrolled),
-        (Some(join), Some(enrolment)) if join.network != enrolment.network => {
-            return Err(StartError::OtherNetwork { have: enrolment.network, wanted: join.network });
-        }
-        (Some(join), _) => state.prepare(join),
-        (None, Some(_)) => {}
-    }
+    prepare(&options, &mut state)?;
     let keys = state.keys()?;
     let enrolment = state.enrolment().ok_or(StartError::NotEnrolled)?.clone();
     let netmap = if enrolment.joined { state.netmap() } else { crate::node::Netmap::default() };
@@ -267,6 +273,7 @@ pub async fn run(
         metrics: None,
         request_sender: request_sender.clone(),
         refused: None,
+        rival: None,
         connect_error: None,
         ended: None,
     };

@@ -21,8 +21,11 @@ const MIN_WAIT: Duration = Duration::from_millis(200);
 /// A thousand nodes spread over this come back to a restarted server within seconds, and no
 /// faster than it can serve them.
 const MAX_WAIT: Duration = Duration::from_secs(6);
-/// When another machine connected with our key, there is no hurry to throw it out again.
-const PAUSE: Duration = Duration::from_secs(60);
+/// When another machine connected with our key, there is less and less hurry to throw it out again:
+/// twice the last wait, up to this.
+const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// The first of these waits: the server soon sees what is going on.
+const MIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// What became of the connection.
 #[derive(Debug)]
@@ -63,6 +66,7 @@ pub(super) struct Uplink {
     destination: Arc<Destination>,
     phase: Phase,
     wait: Duration,
+    pause: Duration,
 }
 
 impl Uplink {
@@ -71,6 +75,7 @@ impl Uplink {
             destination: Arc::new(destination),
             phase: Phase::Waiting(clock::now()),
             wait: MIN_WAIT,
+            pause: MIN_PAUSE,
         }
     }
 
@@ -91,9 +96,10 @@ impl Uplink {
         self.phase = Phase::Waiting(clock::now());
     }
 
-    /// Drops the connection for a while.
+    /// Drops the connection for a while, and the next time for longer.
     pub(super) fn pause(&mut self) {
-        self.phase = Phase::Waiting(clock::now() + PAUSE);
+        self.phase = Phase::Waiting(clock::now() + self.pause);
+        self.pause = (self.pause * 2).min(MAX_PAUSE);
     }
 
     fn wait_for(&mut self, longest: Duration) {

@@ -228,7 +228,8 @@ impl Core {
     /// Writes a decision down, then makes it true.
     async fn commit(&mut self, decision: Decision, actor: &str) -> Result<Option<Answer>, Refusal> {
         let wall = clock::unix_seconds();
-        if decision.changes().is_empty() {
+        let silent = self.server.events(&decision, actor, wall).is_empty();
+        if decision.changes().is_empty() && silent {
             return Ok(self.server.apply(decision, 0, wall));
         }
         match self.write(&decision, actor, wall).await {

@@ -19,6 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("members::a_removed_node_is_cut_off_and_told", removed),
         Case::new("members::a_removal_names_whom_it_waits_for", acknowledged),
         Case::new("members::a_removed_node_stays_out_when_all_restart", stays_out),
+        Case::new("members::a_cloned_machine_is_named_on_all_sides", cloned),
         Case::new("members::a_node_that_left_is_shown_offline", offline),
         Case::new("members::name_address_and_id_mean_the_same", all_names),
         Case::new("members::two_nodes_of_one_name_can_be_told_apart", one_name),
@@ -173,6 +174,49 @@ fn stays_out() {
     wait_for("carol is told", Duration::from_secs(5), || {
         carol.log().to_lowercase().contains("removed").then_some(())
     });
+}
+
+/// The state directory of one machine starts on another one as well.
+fn cloned() {
+    let Trio { server, nodes: [mut alice, mut bob, _carol], net } = trio();
+    let host = net.machine("copy", Nat::PortRestricted);
+    let mut copy = Node::new(&net, &host);
+    let (from, to) = (alice.dir.join("state"), copy.dir.join("state"));
+    let copied = std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap();
+    assert!(copied.success());
+    copy.call_itself("alice");
+    copy.up_again();
+    let entry = || {
+        let list = server.nodes();
+        let nodes = list["nodes"].as_array().expect("nodes").clone();
+        nodes.into_iter().find(|node| node["name"] == "alice").expect("alice is a member")
+    };
+    wait_for("the clone is found", Duration::from_secs(10), || {
+        (entry()["cloned"] == true).then_some(())
+    });
+    assert!(server.cli(&["nodes"]).success("nodes").contains("CLONED"));
+    let events = server.cli(&["events", "--json"]).success("events");
+    assert_eq!(events.matches("node-cloned").count(), 1, "{events}");
+    for node in [&mut alice, &mut copy] {
+        let status = node.wait_status("it is warned", Duration::from_secs(5), |status| {
+            status["self"]["warnings"][0].is_string()
+        });
+        let warning = text(&status, "/self/warnings/0");
+        assert!(warning.contains("keys of this one") && warning.contains("JOINLINE"), "{warning}");
+        assert!(node.cli(&["status"]).success("status").contains(&warning));
+        assert!(node.log().contains("keys of this one"));
+    }
+    // The network keeps quiet about it: one of the two stays connected.
+    let joined = server.nodes()["nodes"].as_array().map(Vec::len);
+    assert_eq!(joined, Some(3));
+    assert_eq!(entry()["online"], true);
+    assert_eq!(find_peer(&bob.wait_connected(), "alice")["online"], true);
+    // When one is gone, the other is the node.
+    copy.kill();
+    alice.wait_status("it is let in again", Duration::from_secs(70), |status| {
+        status["server"]["state"] == "connected"
+    });
+    ping::assert_answers(&bob.host, &alice.ipv4());
 }
 
 fn offline() {
