@@ -8,6 +8,7 @@ mod commands;
 mod enrol;
 mod failover;
 mod hard;
+mod kept;
 mod lab;
 mod local;
 mod matrix;
@@ -57,6 +58,7 @@ pub(crate) fn all() -> Vec<Case> {
         reload::cases(),
         lab::cases(),
         service::cases(),
+        kept::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }

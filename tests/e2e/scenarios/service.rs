@@ -129,7 +129,7 @@ fn bad_join_line() {
 }
 
 /// Server and node on one machine.
-fn both(net: &Net) -> Container {
+pub(super) fn both(net: &Net) -> Container {
     let container = Container::boot(net, &net.machine("alice", Nat::None));
     let output = container.run(&["overlay", "service", "install", "server"]);
     assert_eq!(output.code, Some(0), "{output:#?}");
