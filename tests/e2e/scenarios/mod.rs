@@ -9,6 +9,7 @@ mod enrol;
 mod failover;
 mod hard;
 mod lab;
+mod limits;
 mod local;
 mod matrix;
 mod members;
@@ -39,6 +40,7 @@ pub(crate) fn all() -> Vec<Case> {
         roam::cases(),
         hard::cases(),
         relay::cases(),
+        limits::cases(),
         server_loss::cases(),
         server::cases(),
         enrol::cases(),
