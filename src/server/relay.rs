@@ -210,6 +210,10 @@ impl RelayTable {
                     None => Verdict::Drop(DropReason::BadRelayFrame),
                 }
             }
+            // Nobody can be answered there (RFC 768).
+            PacketKind::RelayControl if arrival.source.port() == 0 => {
+                Verdict::Drop(DropReason::Malformed)
+            }
             PacketKind::RelayControl => self.handle_control(datagram, arrival, now),
             _ => Verdict::Drop(DropReason::Malformed),
         }

@@ -25,6 +25,7 @@ use super::sockets::UdpPort;
 use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::service::Progress;
+use crate::io::udp::is_no_offload;
 use crate::server::ConnectionId;
 use crate::server::relay::limit::Limits;
 use crate::server::relay::queue::{FairQueues, Train};
@@ -90,6 +91,11 @@ impl Hub {
     /// By the word for the way out.
     pub(super) fn relayed(&self) -> impl Iterator<Item = (&'static str, &Relayed)> {
         ["udp", "tcp"].into_iter().zip(&self.relayed)
+    }
+
+    /// Whether trains are sent in one call.
+    pub(super) fn sends_trains(&self) -> bool {
+        self.ports.iter().all(|port| port.train() > 1)
     }
 
     /// How much it carries.
@@ -317,14 +323,19 @@ impl Hub {
             self.drops.count(DropReason::SendFailed);
             return bytes.len();
         };
-        let train_bytes = segment_bytes * port.state.max_gso_segments().max(1);
+        let train_bytes = segment_bytes * port.train();
         let mut done = 0;
         for train in bytes.chunks(train_bytes) {
             match send(port, exit, train, segment_bytes) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // A network card or tunnel that takes no trains may take them one by one.
-                Err(_) => self.send_singly(port, exit, train, segment_bytes),
+                Err(error) => {
+                    let all = self.send_singly(port, exit, train, segment_bytes);
+                    if all && train.len() > segment_bytes && is_no_offload(&error) {
+                        port.stop_trains();
+                    }
+                }
             }
             done += train.len();
         }
@@ -344,13 +355,23 @@ impl Hub {
         }
     }
 
-    fn send_singly(&self, port: &UdpPort, exit: Arrival, train: &[u8], segment_bytes: usize) {
+    /// Sends the datagrams of a train one by one; tells whether all of them have left.
+    fn send_singly(
+        &self,
+        port: &UdpPort,
+        exit: Arrival,
+        train: &[u8],
+        segment_bytes: usize,
+    ) -> bool {
+        let mut all = true;
         for datagram in train.chunks(segment_bytes) {
             if let Err(error) = send(port, exit, datagram, segment_bytes) {
                 debug!(%error, "cannot send");
                 self.drops.count(DropReason::SendFailed);
+                all = false;
             }
         }
+        all
     }
 }
 

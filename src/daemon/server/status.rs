@@ -41,6 +41,8 @@ pub struct RelayInfo {
     pub tcp: WayInfo,
     /// Bytes that wait for a full socket.
     pub waiting_bytes: usize,
+    /// Whether datagrams leave in trains (UDP segmentation offload).
+    pub udp_gso: bool,
     /// What one node may send.
     pub node_limit: RateInfo,
     /// What all nodes may send.
@@ -96,6 +98,7 @@ impl Core {
                 udp,
                 tcp,
                 waiting_bytes: hub.waiting_bytes(),
+                udp_gso: hub.sends_trains(),
                 node_limit: limits.node.into(),
                 network_limit: limits.network.into(),
             },

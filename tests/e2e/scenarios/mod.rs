@@ -7,6 +7,7 @@ mod commands;
 
 mod enrol;
 mod failover;
+mod fallback;
 mod hard;
 mod lab;
 mod limits;
@@ -48,6 +49,7 @@ pub(crate) fn all() -> Vec<Case> {
         spoof::cases(),
         policy::cases(),
         offload::cases(),
+        fallback::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),
