@@ -9,6 +9,7 @@ mod enrol;
 mod failover;
 mod fallback;
 mod hard;
+mod kept;
 mod lab;
 mod limits;
 mod local;
@@ -61,6 +62,7 @@ pub(crate) fn all() -> Vec<Case> {
         reload::cases(),
         lab::cases(),
         service::cases(),
+        kept::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }
