@@ -81,6 +81,9 @@ impl Interface {
         let tun =
             Tun::open(&TunOptions::named(&options.interface).with_offloads(options.offloads.tun))?;
         let index = tun.index();
+        let mtu = options.interface_mtu();
+        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
+        lead_in(&netlink, &identity, index, mtu).await;
         let mut left_out = Vec::new();
         for prefix in identity.addrs.prefixes() {
             if !add_address(&netlink, index, prefix).await? {
@@ -89,8 +92,6 @@ impl Interface {
                 left_out.push(prefix.addr());
             }
         }
-        let mtu = options.interface_mtu();
-        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
         for route in routes_of(&identity, index, mtu) {
             if route.pref_src.is_none_or(|source| !left_out.contains(&source)) {
                 netlink.add_route(&route).await?;
@@ -117,6 +118,7 @@ impl Interface {
         let mut mended = Vec::new();
         let mut left_out = Vec::new();
         let addresses = netlink.addresses().await?;
+        lead_in(&netlink, &self.identity, index, self.mtu).await;
         for prefix in self.identity.addrs.prefixes() {
             let there = |it: &InterfaceAddress| it.index == index && it.addr == prefix;
             if addresses.iter().any(there) {
@@ -173,6 +175,12 @@ impl Interface {
         Ok(())
     }
 
+    /// Takes the addresses away, before the interface goes: the kernel would take the routes first,
+    /// and what programs send in between would leave by the default route, in the open.
+    async fn withdraw(&self) -> Result<(), NetlinkError> {
+        Netlink::connect()?.del_addresses(self.tun.index()).await
+    }
+
     pub(super) fn tun(&self) -> Arc<Tun> {
         Arc::clone(&self.tun)
     }
@@ -183,6 +191,18 @@ impl Interface {
 
     pub(super) fn identity(&self) -> &Identity {
         &self.identity
+    }
+}
+
+/// Routes into the interface before it has its addresses. Connections of before have these as their
+/// source: with an address and no route, their packets would leave by the default route, in the open.
+async fn lead_in(netlink: &Netlink, identity: &Identity, index: u32, limit: u16) {
+    for route in routes_of(identity, index, limit) {
+        let early = Route { pref_src: None, ..route };
+        // Where the kernel has no IPv6, there is nothing to lead in.
+        if let Err(error) = netlink.add_route(&early).await {
+            tracing::debug!(%error, "no route before the address");
+        }
     }
 }
 
@@ -246,6 +266,14 @@ impl Daemon {
     pub(super) async fn route_peers(&mut self) {
         for (addrs, mtu) in self.peer_mtus.clone().into_values() {
             self.set_peer_mtu(addrs, mtu).await;
+        }
+    }
+
+    /// The interface is about to go for good.
+    pub(super) async fn withdraw_interface(&self) {
+        let Some(interface) = &self.interface else { return };
+        if let Err(error) = interface.withdraw().await {
+            tracing::debug!(%error, "the addresses go with the interface");
         }
     }
 

@@ -303,6 +303,7 @@ pub async fn run(
     let ended = daemon.serve(&mut stop).await;
     daemon.metrics = None;
     drop(local);
+    daemon.withdraw_interface().await;
     drop(threads);
     daemon.end_portmap().await;
     daemon.save();

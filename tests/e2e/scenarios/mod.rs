@@ -10,7 +10,9 @@ mod failover;
 mod fallback;
 mod hard;
 mod lab;
+mod leak;
 mod limits;
+mod line;
 mod local;
 mod matrix;
 mod members;
@@ -50,6 +52,8 @@ pub(crate) fn all() -> Vec<Case> {
         policy::cases(),
         offload::cases(),
         fallback::cases(),
+        line::cases(),
+        leak::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),
