@@ -51,6 +51,8 @@ pub(super) struct Interface {
     mtu: u16,
     /// Somebody has switched it off; told once.
     off: bool,
+    /// The service manager has a copy of its descriptor.
+    is_kept: bool,
 }
 
 /// What the kernel still had of the interface.
@@ -93,6 +95,9 @@ impl Interface {
             None => Tun::open(&wanted)?,
         };
         let index = tun.index();
+        let mtu = options.interface_mtu();
+        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
+        lead_in(&netlink, &identity, index, mtu).await;
         let mut left_out = Vec::new();
         for prefix in identity.addrs.prefixes() {
             if !add_address(&netlink, index, prefix).await? {
@@ -101,8 +106,6 @@ impl Interface {
                 left_out.push(prefix.addr());
             }
         }
-        let mtu = options.interface_mtu();
-        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
         for route in routes_of(&identity, index, mtu) {
             if route.pref_src.is_none_or(|source| !left_out.contains(&source)) {
                 netlink.add_route(&route).await?;
@@ -110,8 +113,8 @@ impl Interface {
         }
         tracing::info!(interface = options.interface, ipv4 = %identity.addrs.v4,
             ipv6 = %identity.addrs.v6, mtu, "interface is up");
-        store_tun(&tun);
-        Ok(Self { tun: Arc::new(tun), identity, mtu, off: false })
+        let is_kept = store_tun(&tun);
+        Ok(Self { tun: Arc::new(tun), identity, mtu, off: false, is_kept })
     }
 
     /// Removes it at once, whoever else has a copy of its descriptor.
@@ -138,6 +141,7 @@ impl Interface {
         let mut mended = Vec::new();
         let mut left_out = Vec::new();
         let addresses = netlink.addresses().await?;
+        lead_in(&netlink, &self.identity, index, self.mtu).await;
         for prefix in self.identity.addrs.prefixes() {
             let there = |it: &InterfaceAddress| it.index == index && it.addr == prefix;
             if addresses.iter().any(there) {
@@ -194,6 +198,16 @@ impl Interface {
         Ok(())
     }
 
+    /// Takes the addresses away, before the interface goes: the kernel would take the routes first,
+    /// and what programs send in between would leave by the default route, in the open.
+    /// One that the service manager keeps stays as it is.
+    async fn withdraw(&self) -> Result<(), NetlinkError> {
+        if self.is_kept {
+            return Ok(());
+        }
+        Netlink::connect()?.del_addresses(self.tun.index()).await
+    }
+
     pub(super) fn tun(&self) -> Arc<Tun> {
         Arc::clone(&self.tun)
     }
@@ -238,7 +252,11 @@ async fn choose(
     Ok(chosen)
 }
 
+/// Addresses first, as in [`Interface::withdraw`].
 async fn delete(netlink: &Netlink, tun: &Tun) {
+    if let Err(error) = netlink.del_addresses(tun.index()).await {
+        tracing::debug!(%error, "the addresses go with the interface");
+    }
     match netlink.delete_link(tun.index()).await {
         // Somebody was faster.
         Err(error) if error.kernel_error() == Some(Errno::ENODEV) => {}
@@ -260,6 +278,18 @@ async fn forget_peers(netlink: &Netlink, identity: &Identity, routes: &[Route], 
     for route in routes.iter().filter(to_peer) {
         if let Err(error) = netlink.del_route(&Route::direct(route.dst, index)).await {
             tracing::debug!(%error, "the route to a peer of before stays");
+        }
+    }
+}
+
+/// Routes into the interface before it has its addresses. Connections of before have these as their
+/// source: with an address and no route, their packets would leave by the default route, in the open.
+async fn lead_in(netlink: &Netlink, identity: &Identity, index: u32, limit: u16) {
+    for route in routes_of(identity, index, limit) {
+        let early = Route { pref_src: None, ..route };
+        // Where the kernel has no IPv6, there is nothing to lead in.
+        if let Err(error) = netlink.add_route(&early).await {
+            tracing::debug!(%error, "no route before the address");
         }
     }
 }
@@ -324,6 +354,14 @@ impl Daemon {
     pub(super) async fn route_peers(&mut self) {
         for (addrs, mtu) in self.peer_mtus.clone().into_values() {
             self.set_peer_mtu(addrs, mtu).await;
+        }
+    }
+
+    /// The interface is about to go for good.
+    pub(super) async fn withdraw_interface(&self) {
+        let Some(interface) = &self.interface else { return };
+        if let Err(error) = interface.withdraw().await {
+            tracing::debug!(%error, "the addresses go with the interface");
         }
     }
 

@@ -307,6 +307,7 @@ pub async fn run(
     }
     daemon.metrics = None;
     drop(local);
+    daemon.withdraw_interface().await;
     drop(threads);
     daemon.end_portmap().await;
     daemon.save();

@@ -11,7 +11,9 @@ mod fallback;
 mod hard;
 mod kept;
 mod lab;
+mod leak;
 mod limits;
+mod line;
 mod local;
 mod matrix;
 mod members;
@@ -51,6 +53,8 @@ pub(crate) fn all() -> Vec<Case> {
         policy::cases(),
         offload::cases(),
         fallback::cases(),
+        line::cases(),
+        leak::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),
