@@ -52,9 +52,13 @@ impl Node {
     ) -> Result<(), DropReason> {
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadHandshake)?;
         let mut reply = [0; MIN_SEAL_BUFFER];
+        let is_cookie = datagram.first() == Some(&3);
         let outcome = peer.fast.lock().session.handle_handshake(datagram, from, &mut reply, now)?;
         let proved = peer.agent.choice().primary == Some(via);
-        peer.agent.handle_authenticated(via, now);
+        // A cookie proves nothing about its sender: who has seen our handshake can make one.
+        if !is_cookie {
+            peer.agent.handle_authenticated(via, now);
+        }
         if let Some(len) = outcome.reply {
             let relay = peer.agent.choice().primary.filter(|it| !proved && it.is_relay());
             let mut ways = vec![via];
