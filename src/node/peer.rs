@@ -107,6 +107,7 @@ impl Node {
         table.filter.clone_from(&self.filter);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
+            table.expect_disco(peer.disco.tag_from_peer(), peer.fast.id);
         }
         self.shared.publish(table);
     }

@@ -23,8 +23,8 @@ use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::LoopbackAddr;
-use crate::io::service::Watchdog;
 use crate::io::service::reload::{Read, Reload};
+use crate::io::service::{Watchdog, handed_tuns};
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
@@ -247,6 +247,7 @@ pub async fn run(
         node,
         ports: Arc::clone(&ports),
         interface: None,
+        kept: handed_tuns(),
         peer_mtus: std::collections::BTreeMap::new(),
         state,
         uplink,
@@ -301,6 +302,9 @@ pub async fn run(
     daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;
+    if matches!(ended, Ok(Ended::Down | Ended::Removed)) {
+        daemon.remove_interface().await;
+    }
     daemon.metrics = None;
     drop(local);
     drop(threads);

@@ -7,8 +7,11 @@ mod commands;
 
 mod enrol;
 mod failover;
+mod fallback;
 mod hard;
+mod kept;
 mod lab;
+mod limits;
 mod local;
 mod matrix;
 mod members;
@@ -39,6 +42,7 @@ pub(crate) fn all() -> Vec<Case> {
         roam::cases(),
         hard::cases(),
         relay::cases(),
+        limits::cases(),
         server_loss::cases(),
         server::cases(),
         enrol::cases(),
@@ -46,6 +50,7 @@ pub(crate) fn all() -> Vec<Case> {
         spoof::cases(),
         policy::cases(),
         offload::cases(),
+        fallback::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),
@@ -57,6 +62,7 @@ pub(crate) fn all() -> Vec<Case> {
         reload::cases(),
         lab::cases(),
         service::cases(),
+        kept::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }
