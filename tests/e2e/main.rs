@@ -18,6 +18,7 @@ mod attack;
 mod case;
 mod clock;
 mod container;
+mod flow;
 mod lab;
 mod nat;
 mod overlay;
@@ -26,6 +27,7 @@ mod probe;
 mod process;
 mod sandbox;
 mod scenarios;
+mod spoofer;
 mod topology;
 mod upnp;
 
