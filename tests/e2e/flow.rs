@@ -1,76 +1,95 @@
-//! A steady one-way flow of UDP between two machines, and how much of it arrives.
+//! Numbered datagrams at a steady rate, as a scale for what arrives, how often, and in what order.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::clock::now;
 use crate::lab::Host;
-use crate::probe::open_socket;
 
-/// Packets of 1200 bytes at a steady rate; over on drop.
+/// Datagrams that are on their way.
 pub(crate) struct Flow {
-    over: Arc<AtomicBool>,
-    sent: Arc<AtomicU64>,
-    received: Arc<AtomicU64>,
-    threads: Vec<thread::JoinHandle<()>>,
+    sender: JoinHandle<u32>,
+    receiver: JoinHandle<Vec<u32>>,
+    stop: Arc<AtomicBool>,
+}
+
+/// What became of them.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    pub(crate) sent: u32,
+    /// Their numbers, as they came.
+    pub(crate) numbers: Vec<u32>,
+}
+
+impl Arrived {
+    /// Different ones that came, as a part of those that were sent.
+    pub(crate) fn part(&self) -> f64 {
+        let mut numbers = self.numbers.clone();
+        numbers.sort_unstable();
+        numbers.dedup();
+        f64::from(u32::try_from(numbers.len()).unwrap()) / f64::from(self.sent.max(1))
+    }
+
+    /// How many came twice, or after a later one.
+    pub(crate) fn out_of_order(&self) -> usize {
+        self.numbers.windows(2).filter(|pair| pair[1] <= pair[0]).count()
+    }
 }
 
 impl Flow {
-    /// From `from` to `address` of `to`. The receiver asked first, as who downloads does.
-    pub(crate) fn start(from: &Host, to: &Host, address: &str, per_second: u64) -> Self {
+    /// Sends datagrams of `bytes` from `from` to `to`, which has `address`, for as long as it lives.
+    pub(crate) fn start(from: &Host, to: &Host, address: &str, bytes: usize, mbit: u64) -> Self {
         let address: IpAddr = address.parse().unwrap();
-        let receiver = open_socket(to, SocketAddr::new(address, 0));
-        let target = receiver.local_addr().unwrap();
-        let unspecified = SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, 0));
-        let sender = open_socket(from, unspecified);
-        let over = Arc::new(AtomicBool::new(false));
-        let [sent, received] = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
-        let mut threads = Vec::new();
-        let (until, count) = (Arc::clone(&over), Arc::clone(&received));
-        threads.push(thread::spawn(move || {
-            let mut packet = [0; 2048];
-            while !until.load(Ordering::Relaxed) {
-                if receiver.recv(&mut packet).is_ok() {
-                    count.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-        }));
-        let (until, count) = (Arc::clone(&over), Arc::clone(&sent));
-        threads.push(thread::spawn(move || {
-            let start = now();
-            let mut next: u64 = 0;
-            while !until.load(Ordering::Relaxed) {
-                let due = start.elapsed().as_millis() as u64 * per_second / 1000;
-                while next < due {
-                    // A full queue here is a packet that is lost, like any other.
-                    let _ = sender.send_to(&[0x5a; 1200], target);
-                    count.fetch_add(1, Ordering::Relaxed);
-                    next += 1;
+        let far = to.ns.enter(|| UdpSocket::bind((address, 0)).unwrap());
+        far.set_read_timeout(Some(SILENCE)).unwrap();
+        let any: SocketAddr =
+            if address.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
+        let near = from.ns.enter(|| UdpSocket::bind(any).unwrap());
+        near.connect(far.local_addr().unwrap()).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (ended, asked) = (Arc::clone(&stop), Arc::clone(&stop));
+        let per_second = mbit * 125_000 / u64::try_from(bytes).unwrap();
+        let sender = thread::spawn(move || {
+            let (start, mut sent) = (now(), 0u32);
+            let mut datagram = vec![0; bytes];
+            while !asked.load(Ordering::Relaxed) {
+                let due = start.elapsed().as_micros() * u128::from(per_second) / 1_000_000;
+                while u128::from(sent) < due {
+                    datagram[..4].copy_from_slice(&sent.to_be_bytes());
+                    // A queue that is full, or a peer that is gone, is a loss like any other.
+                    let _ = near.send(&datagram);
+                    sent += 1;
                 }
                 thread::sleep(Duration::from_millis(1));
             }
-        }));
-        Self { over, sent, received, threads }
+            sent
+        });
+        let receiver = thread::spawn(move || {
+            let (mut numbers, mut buffer) = (Vec::new(), vec![0; bytes]);
+            loop {
+                match far.recv(&mut buffer) {
+                    Ok(got) if got == bytes => {
+                        numbers.push(u32::from_be_bytes(buffer[..4].try_into().unwrap()));
+                    }
+                    Ok(got) => panic!("{got} bytes instead of {bytes}"),
+                    Err(_) if ended.load(Ordering::Relaxed) => return numbers,
+                    Err(_) => {}
+                }
+            }
+        });
+        Self { sender, receiver, stop }
     }
 
-    /// What part of it arrives during `span`.
-    pub(crate) fn share(&self, span: Duration) -> f64 {
-        let both = || [&self.sent, &self.received].map(|count| count.load(Ordering::Relaxed));
-        let before = both();
-        thread::sleep(span);
-        let [sent, received] = [0, 1].map(|i: usize| both()[i].saturating_sub(before[i]));
-        received as f64 / sent.max(1) as f64
+    /// Ends it, and waits for what is still on the way.
+    pub(crate) fn finish(self) -> Arrived {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().unwrap();
+        Arrived { sent, numbers: self.receiver.join().unwrap() }
     }
 }
 
-impl Drop for Flow {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
-    }
-}
+/// After such a silence nothing is on the way any more.
+const SILENCE: Duration = Duration::from_millis(200);

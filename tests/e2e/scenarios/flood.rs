@@ -8,12 +8,12 @@ use std::time::Duration;
 use crate::attack::{self, Recorder};
 use crate::case::Case;
 use crate::clock::now;
-use crate::flow::Flow;
 use crate::lab::Net;
 use crate::nat::Nat;
 use crate::overlay::{Node, PORT, Server};
 use crate::ping;
 use crate::spoofer::Spoofer;
+use crate::steady::Steady;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -74,7 +74,7 @@ fn handshakes() {
     let target = udp_endpoint(&alice);
     server.stop();
 
-    let flow = Flow::start(&carol.host, &alice.host, &alice.ipv4(), FLOW_PACKETS);
+    let flow = Steady::start(&carol.host, &alice.host, &alice.ipv4(), FLOW_PACKETS);
     let calm = flow.share(Duration::from_secs(1));
     let lines_before = alice.log().lines().count();
     let flood = Spoofer::flood(&mallory, target, hostile(&calls), packets_per_second());

@@ -8,9 +8,14 @@ mod crowd;
 
 mod enrol;
 mod failover;
+mod fallback;
 mod flood;
 mod hard;
+mod kept;
 mod lab;
+mod leak;
+mod limits;
+mod line;
 mod local;
 mod matrix;
 mod members;
@@ -41,6 +46,7 @@ pub(crate) fn all() -> Vec<Case> {
         roam::cases(),
         hard::cases(),
         relay::cases(),
+        limits::cases(),
         server_loss::cases(),
         server::cases(),
         enrol::cases(),
@@ -50,6 +56,9 @@ pub(crate) fn all() -> Vec<Case> {
         crowd::cases(),
         policy::cases(),
         offload::cases(),
+        fallback::cases(),
+        line::cases(),
+        leak::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),
@@ -61,6 +70,7 @@ pub(crate) fn all() -> Vec<Case> {
         reload::cases(),
         lab::cases(),
         service::cases(),
+        kept::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }
