@@ -26,6 +26,7 @@ use super::mtu::BASE_MTU;
 use super::probe::Prober;
 use super::quality::Delivery;
 use super::soonest::Soonest;
+use super::trickle::Trickle;
 use super::{Choice, Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
@@ -82,6 +83,7 @@ pub struct PathAgent {
     stuck_since: Option<Instant>,
     /// An extra socket by which the peer is tried, too.
     fresh: Option<SocketId>,
+    trickle: Trickle,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -119,6 +121,7 @@ impl PathAgent {
             keepalive_at: None,
             stuck_since: None,
             fresh: None,
+            trickle: Trickle::default(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -253,7 +256,9 @@ impl PathAgent {
 
     /// A ping of the peer arrived: answer it, and check the path from our side.
     pub fn handle_ping(&mut self, tx: TxId, via: Via, now: Instant) {
-        self.transmits.push_back(PathTransmit::Pong { via, tx });
+        if self.may_send(via, now) {
+            self.transmits.push_back(PathTransmit::Pong { via, tx });
+        }
         let (Some(place), Via::Direct { local, .. }) = (via.place(), via) else { return };
         // One side's keepalive serves both, as long as nothing is in doubt.
         let settled =
@@ -269,7 +274,7 @@ impl PathAgent {
         if !checked {
             // The triggered check: the peer's NAT is open for us at this moment.
             endpoint.prober.start_round(now);
-            if endpoint.prober.take_due(now).is_some() {
+            if endpoint.prober.take_due(now).is_some() && self.may_send(via, now) {
                 self.ping(via, now);
             }
         }

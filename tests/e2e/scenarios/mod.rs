@@ -4,10 +4,12 @@ use crate::case::Case;
 
 mod candidates;
 mod commands;
+mod crowd;
 
 mod enrol;
 mod failover;
 mod fallback;
+mod flood;
 mod hard;
 mod kept;
 mod lab;
@@ -50,6 +52,8 @@ pub(crate) fn all() -> Vec<Case> {
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        flood::cases(),
+        crowd::cases(),
         policy::cases(),
         offload::cases(),
         fallback::cases(),
