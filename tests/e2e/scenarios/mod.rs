@@ -7,6 +7,7 @@ mod commands;
 
 mod enrol;
 mod failover;
+mod fair;
 mod fallback;
 mod hard;
 mod lab;
@@ -52,6 +53,7 @@ pub(crate) fn all() -> Vec<Case> {
         policy::cases(),
         offload::cases(),
         fallback::cases(),
+        fair::cases(),
         line::cases(),
         leak::cases(),
         mtu::cases(),
