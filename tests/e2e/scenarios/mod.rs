@@ -10,6 +10,7 @@ mod failover;
 mod fair;
 mod fallback;
 mod hard;
+mod kept;
 mod lab;
 mod leak;
 mod limits;
@@ -67,6 +68,7 @@ pub(crate) fn all() -> Vec<Case> {
         reload::cases(),
         lab::cases(),
         service::cases(),
+        kept::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }
