@@ -62,7 +62,7 @@ fn three(nat: Nat, block_bob: bool, kinds: [&str; 2]) -> (Net, Server, [Node; 3]
 
 fn assert_kept(what: &str, arrived: &Arrived) {
     eprintln!("{what}: {:.4} of the other flow arrived", arrived.part());
-    assert!(arrived.part() >= 0.98, "{what}: {:.4} arrived", arrived.part());
+    assert!(arrived.part() >= 0.9, "{what}: {:.4} arrived", arrived.part());
     assert_eq!(arrived.out_of_order(), 0, "{what}: in order, once");
 }
 
