@@ -8,6 +8,7 @@ mod crowd;
 
 mod enrol;
 mod failover;
+mod fair;
 mod fallback;
 mod flood;
 mod hard;
@@ -57,6 +58,7 @@ pub(crate) fn all() -> Vec<Case> {
         policy::cases(),
         offload::cases(),
         fallback::cases(),
+        fair::cases(),
         line::cases(),
         leak::cases(),
         mtu::cases(),
