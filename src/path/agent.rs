@@ -44,6 +44,8 @@ use proof::{Trial, Trust};
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
 /// A proved path is not checked again for this long when the peer pings it.
 const RECENT_PROOF: Duration = Duration::from_secs(5);
+/// Pings that come so close together are no keepalives.
+const HASTE: Duration = Duration::from_millis(150);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
 
@@ -271,6 +273,10 @@ impl PathAgent {
             || recently(endpoint.prober.last_pong(), RECENT_PROOF)
             || recently(endpoint.prober.last_sent(), PING_SPACING);
         let reached_out = endpoint.prober.sent_pings() > 0;
+        // A peer that is content asks once in a while. One that does not hear our answers asks again
+        // and again, and its call may have been lost.
+        let hasty = recently(endpoint.pinged_at.replace(now), HASTE);
+        let doubtful = settled && hasty && !recently(endpoint.prober.last_pong(), RECENT_PROOF);
         if !checked {
             // The triggered check: the peer's NAT is open for us at this moment.
             endpoint.prober.start_round(now);
@@ -281,7 +287,9 @@ impl PathAgent {
         if reached_out {
             self.begin_early(place, now);
         }
-        if settled {
+        if doubtful {
+            self.verify(now);
+        } else if settled {
             self.postpone_keepalive(now);
         }
     }

@@ -294,6 +294,29 @@ fn a_path_comes_back_when_it_answers_again() {
 }
 
 #[test]
+fn a_peer_that_asks_again_and_again_does_not_hear_our_answers() {
+    let mut world = World::new([true, true]);
+    world.meet(Some(Via::RelayUdp));
+    world.run(Duration::from_secs(30));
+    let now = world.now;
+    let side = &mut world.sides[0];
+    let via = side.agent.choice().primary.expect("a direct path");
+    assert!(!via.is_relay());
+    side.agent.handle_ping(TxId([1; 12]), via, now);
+    let asked = |agent: &mut PathAgent| {
+        let sent: Vec<_> = std::iter::from_fn(|| agent.poll_transmit()).collect();
+        sent.iter().any(|it| matches!(it, PathTransmit::Ping { via: by, .. } if *by == via))
+    };
+    assert!(!asked(&mut side.agent), "a keepalive serves both sides");
+    side.agent.handle_ping(TxId([2; 12]), via, now + Duration::from_millis(40));
+    assert!(asked(&mut side.agent));
+    for ms in (50..1_200).step_by(10) {
+        side.agent.handle_timeout(now + Duration::from_millis(ms));
+    }
+    assert_eq!(side.agent.choice().primary, Some(Via::RelayUdp), "nothing gets through to it");
+}
+
+#[test]
 fn an_idle_direct_path_costs_one_small_packet_in_twenty_five_seconds() {
     let mut world = World::new([true, true]);
     world.meet(Some(Via::RelayUdp));
