@@ -17,6 +17,7 @@ mod outbound;
 mod path_counts;
 mod peer;
 mod session;
+mod sessions;
 mod table;
 mod traffic;
 mod tun_batch;
@@ -30,6 +31,7 @@ pub use peer::{LockedPeer, Peer, PeerCounters};
 pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
 };
+pub(crate) use sessions::SLOT_MASK;
 pub use table::ForwardingTable;
 pub use traffic::Traffic;
 pub use tun_batch::{Frame, TunBatch};

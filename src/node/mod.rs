@@ -24,12 +24,14 @@
 //! - `nat`: what the network in front of us does
 //! - `report`: both sides' views of a path, asked for and told
 //! - `history`: what became of the paths to a peer
+//! - `keys`: our node key and those of the peers, while they are renewed
 
 mod birthday;
 mod control;
 mod disco;
 mod handshake;
 mod history;
+mod keys;
 mod mapped;
 mod nat;
 mod netmap;
@@ -47,6 +49,7 @@ mod status;
 mod timers;
 
 pub use history::{History, PathChange, PathRecord, PathTimes};
+pub use keys::{NodeKeys, RotateError};
 pub use mapped::Knocked;
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
 pub use punch::PunchCounters;
@@ -62,12 +65,13 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
+use crate::dataplane::{Note, SessionSettings, Shared, UdpBatch};
 use crate::path::{Answer, BASE_MTU, Via};
 use crate::policy::Filter;
-use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SecretKey, SocketId};
+use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
+use keys::OwnKeys;
 use mapped::Mapped;
 use nat::FilterTest;
 use pace::Pace;
@@ -112,6 +116,13 @@ pub enum Event {
     /// The access rules changed: they must be on disk before anything else happens, since a node
     /// that starts without them is open.
     Rules,
+    /// A peer has a new key: it must be on disk before it is used, since the peer may forget the old
+    /// one as soon as it hears from us under the new one.
+    PeerKeys,
+    /// The server has stored our new key.
+    KeyTold,
+    /// Our old key is needed no more.
+    KeyRetired,
     /// Data to a peer goes another way.
     Path {
         /// The peer.
@@ -178,8 +189,7 @@ pub struct Node {
     rng: StdRng,
     /// Of this run, for the server.
     instance: u64,
-    node_key: SecretKey,
-    engine: EngineKeys,
+    keys: OwnKeys,
     shared: Arc<Shared>,
     netmap: Netmap,
     filter: Option<Arc<Filter>>,
@@ -224,7 +234,7 @@ impl Node {
     /// any earlier life of this node: milliseconds of wall-clock time will do.
     #[must_use]
     pub fn new(
-        node_key: SecretKey,
+        keys: impl Into<NodeKeys>,
         netmap: Netmap,
         settings: NodeSettings,
         seed: [u8; 32],
@@ -236,8 +246,7 @@ impl Node {
             rng: StdRng::from_seed(seed),
             // From another stream, so that it tells nothing of the first.
             instance: StdRng::from_seed(seed.map(|byte| !byte)).random(),
-            engine: EngineKeys::new(&node_key),
-            node_key,
+            keys: OwnKeys::new(keys.into(), now),
             shared: Shared::new(now),
             netmap: Netmap::default(),
             filter: None,
