@@ -23,6 +23,7 @@ mod recipes;
 mod relay;
 mod reload;
 mod roam;
+mod rotation;
 mod server;
 mod server_loss;
 mod service;
@@ -37,6 +38,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        rotation::cases(),
         hard::cases(),
         relay::cases(),
         server_loss::cases(),
