@@ -75,8 +75,8 @@ fn keys_that_are_renewed_a_moment_apart_cost_nothing_either() {
 
 #[test]
 fn a_session_that_is_renewed_at_the_same_time_is_no_trouble() {
-    let mut settings = overlay::node::NodeSettings::default();
-    settings.rekey_after = Duration::from_secs(5);
+    let settings =
+        overlay::node::NodeSettings { rekey_after: Duration::from_secs(5), ..Default::default() };
     let mut world = running_with(&[PortRestricted; 2], settings);
     for round in 0..3 {
         for host in [0, 1] {
