@@ -27,6 +27,7 @@ fn options(dir: &Path) -> Options {
         network: Some("10.77.0.0/20".parse().unwrap()),
         network_ipv6: None,
         metrics: Some("127.0.0.1:0".parse().unwrap()),
+        relay_limits: overlay::server::relay::limit::Limits::default(),
     }
 }
 

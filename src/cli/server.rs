@@ -4,10 +4,12 @@ mod admin;
 mod backup;
 mod events;
 mod policy;
+mod status;
 
 use std::fmt::Display;
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -22,6 +24,7 @@ use crate::daemon::server::{Options, Signals, StartError, start};
 use crate::io::files::FileError;
 use crate::io::local::LocalError;
 use crate::io::service::reload::{Read, Reload};
+use crate::server::relay::limit::Limits;
 use crate::store::StoreError;
 use crate::wire::join::ServerAddr;
 
@@ -58,6 +61,12 @@ enum Command {
     Invite(admin::InviteArgs),
     /// List the nodes of the network
     Nodes {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what the server does: nodes, relay, what it has dropped
+    Status {
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -185,6 +194,7 @@ fn options(args: &ServerArgs, paths: &Paths) -> Result<Options, Failure> {
     };
     let flags = (args.listen.clone(), args.public_addr.clone());
     Ok(Options {
+        relay_limits: relay_limits(&config),
         listen: if flags.0.is_empty() { config.listen } else { flags.0 },
         public_addr: if flags.1.is_empty() { config.public_addr } else { flags.1 },
         state_dir: place(&args.state_dir, config.state_dir, &paths.state_dir),
@@ -193,6 +203,20 @@ fn options(args: &ServerArgs, paths: &Paths) -> Result<Options, Failure> {
         network_ipv6: config.network_ipv6,
         metrics: config.metrics,
     })
+}
+
+/// The limits of the file over the defaults.
+fn relay_limits(config: &ServerConfig) -> Limits {
+    let mut limits = Limits::default();
+    for (limit, wished) in [
+        (&mut limits.node.mbit, config.relay_node_mbit),
+        (&mut limits.node.datagrams, config.relay_node_packets),
+        (&mut limits.network.mbit, config.relay_network_mbit),
+        (&mut limits.network.datagrams, config.relay_network_packets),
+    ] {
+        *limit = wished.map_or(*limit, NonZeroU32::get);
+    }
+    limits
 }
 
 async fn serve(options: Options, read: Read<Options>) -> Result<(), Failure> {

@@ -1,6 +1,7 @@
 //! `server.toml`.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -27,6 +28,14 @@ pub struct ServerConfig {
     pub network_ipv6: Option<Ipv6Net>,
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
+    /// Megabits in a second that the relay carries for one node. Default: 10,000.
+    pub relay_node_mbit: Option<NonZeroU32>,
+    /// Datagrams in a second that the relay carries for one node. Default: 2,000,000.
+    pub relay_node_packets: Option<NonZeroU32>,
+    /// Megabits in a second that the relay carries in all. Default: 40,000.
+    pub relay_network_mbit: Option<NonZeroU32>,
+    /// Datagrams in a second that the relay carries in all. Default: 8,000,000.
+    pub relay_network_packets: Option<NonZeroU32>,
 }
 
 #[cfg(test)]
@@ -57,5 +66,7 @@ mod tests {
         assert!(config.state_dir.is_some() && config.socket.is_some());
         assert!(config.network.is_some() && config.network_ipv6.is_some());
         assert!(config.metrics.is_some());
+        assert!(config.relay_node_mbit.is_some() && config.relay_node_packets.is_some());
+        assert!(config.relay_network_mbit.is_some() && config.relay_network_packets.is_some());
     }
 }

@@ -104,7 +104,8 @@ impl Node {
             self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
             self.events.push_back(Event::Rules);
         }
-        if diff.filter || !(diff.removed.is_empty() && diff.replaced.is_empty()) {
+        let others = [&diff.removed, &diff.replaced, &diff.rekeyed];
+        if diff.filter || others.into_iter().any(|ids| !ids.is_empty()) {
             self.publish();
         }
         for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {

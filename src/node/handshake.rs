@@ -63,6 +63,7 @@ impl Node {
     ) -> Result<(), DropReason> {
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadHandshake)?;
         let mut reply = [0; MIN_SEAL_BUFFER];
+        let is_cookie = datagram.first() == Some(&3);
         let mut state = peer.fast.lock();
         let session = match named {
             Named::Keys(own, key) => state.session_of(own, key),
@@ -73,12 +74,15 @@ impl Node {
         let own = session.own_key();
         state.settle(now);
         drop(state);
-        peer.agent.handle_authenticated(via, now);
+        // A cookie proves nothing about its sender: who has seen our handshake can make one.
+        if !is_cookie {
+            peer.agent.handle_authenticated(via, now);
+            self.note_heard_under(id, own, now);
+        }
         if let Some(len) = outcome.reply {
             let table = self.shared.table();
             send_datagram(&table, id, via, &reply[..len], &mut self.datagrams);
         }
-        self.note_heard_under(id, own, now);
         self.drain_agent(id, now);
         if outcome.established {
             self.handshakes += 1;

@@ -11,36 +11,20 @@
 
 use std::time::{Duration, Instant};
 
+use super::keyring::{OwnKey, PeerKeys, Told};
 use super::{Event, Node};
-use crate::dataplane::{EngineKeys, Session, SessionSettings, handshake_sender};
-use crate::types::{DropReason, NodeId, PublicKey, SecretKey};
+use crate::dataplane::{Session, SessionSettings};
+use crate::types::{NodeId, PublicKey, SecretKey};
 use crate::wire::control::ClientMessage;
-use crate::wire::disco::{DiscoKeys, Tag};
+use crate::wire::disco::DiscoKeys;
 
 /// A peer's old key is accepted for so long after we heard of its new one: no session of the old one
 /// lives longer.
 pub(super) const OVERLAP: Duration = Duration::from_secs(180);
 /// A peer that the server sees has heard of our new key so long after the server has.
-const NEWS_TRAVEL: Duration = Duration::from_secs(5);
+pub(super) const NEWS_TRAVEL: Duration = Duration::from_secs(5);
 /// The server is told again when it has not answered; it takes one key a minute.
 const TELL_AGAIN: Duration = Duration::from_secs(65);
-
-/// The node keys of a node that starts.
-#[derive(Debug, Clone)]
-pub struct NodeKeys {
-    /// The newest one.
-    pub current: SecretKey,
-    /// The one before it, as long as some peer may know no other.
-    pub previous: Option<SecretKey>,
-    /// Whether the server has stored the newest.
-    pub told: bool,
-}
-
-impl From<SecretKey> for NodeKeys {
-    fn from(current: SecretKey) -> Self {
-        Self { current, previous: None, told: true }
-    }
-}
 
 /// Why the key cannot be renewed now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -53,37 +37,6 @@ pub enum RotateError {
     UnderWay,
 }
 
-/// Our keys.
-#[derive(Debug)]
-pub(super) struct OwnKeys {
-    newest: OwnKey,
-    old: Option<OwnKey>,
-    told: Told,
-    /// When the newest was made, if that was in this life.
-    since: Option<Instant>,
-    tell_at: Option<Instant>,
-    /// When it is looked at whether the old one can go.
-    look_at: Option<Instant>,
-}
-
-#[derive(Debug)]
-struct OwnKey {
-    secret: SecretKey,
-    public: PublicKey,
-    engine: EngineKeys,
-    rank: u64,
-}
-
-/// Whether the server has stored the newest key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Told {
-    No,
-    /// At this time, and not all peers need have heard of it.
-    At(Instant),
-    /// So long ago that every peer that the server sees has heard of it.
-    Known,
-}
-
 /// Under which of our keys a peer is to be spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Use {
@@ -91,118 +44,6 @@ enum Use {
     Old,
     /// It may know only one of them, and nobody can tell which.
     Both,
-}
-
-impl OwnKey {
-    fn new(secret: SecretKey, rank: u64) -> Self {
-        Self { public: secret.public(), engine: EngineKeys::new(&secret), secret, rank }
-    }
-}
-
-impl OwnKeys {
-    pub(super) fn new(keys: NodeKeys, now: Instant) -> Self {
-        let old = keys.previous.map(|secret| OwnKey::new(secret, 0));
-        Self {
-            newest: OwnKey::new(keys.current, 1),
-            told: if keys.told { Told::Known } else { Told::No },
-            since: None,
-            tell_at: None,
-            look_at: old.is_some().then_some(now + OVERLAP),
-            old,
-        }
-    }
-
-    pub(super) fn public(&self) -> PublicKey {
-        self.newest.public
-    }
-
-    fn all(&self) -> impl Iterator<Item = &OwnKey> {
-        std::iter::once(&self.newest).chain(&self.old)
-    }
-
-    /// Whose handshake initiation this is, and for which of our keys.
-    pub(super) fn sender_of(
-        &self,
-        initiation: &[u8],
-    ) -> Result<(PublicKey, PublicKey), DropReason> {
-        let opened = self
-            .all()
-            .find_map(|own| Some((own.public, handshake_sender(&own.engine, initiation).ok()?)));
-        opened.ok_or(DropReason::BadHandshake)
-    }
-
-    pub(super) fn next_at(&self) -> Option<Instant> {
-        let known_at = match self.told {
-            Told::At(at) => Some(at + NEWS_TRAVEL),
-            Told::No | Told::Known => None,
-        };
-        [self.tell_at, self.look_at, known_at].into_iter().flatten().min()
-    }
-}
-
-/// A peer's keys, and what it makes with ours.
-#[derive(Debug)]
-pub(super) struct PeerKeys {
-    newest: PublicKey,
-    /// Its key before that, and until when it is accepted.
-    old: Option<(PublicKey, Instant)>,
-    /// How often it has changed.
-    rank: u64,
-    sets: Vec<DiscoSet>,
-    /// It was heard under our newest key.
-    knows_newest: bool,
-    /// It was heard under our old one when it should have known better.
-    is_behind: bool,
-}
-
-#[derive(Debug)]
-struct DiscoSet {
-    own: PublicKey,
-    peer: PublicKey,
-    keys: DiscoKeys,
-}
-
-impl PeerKeys {
-    pub(super) fn new(own: &OwnKeys, newest: PublicKey) -> Self {
-        let (sets, knows_newest) = (Vec::new(), own.old.is_none());
-        let mut keys = Self { newest, old: None, rank: 0, sets, knows_newest, is_behind: false };
-        keys.derive(own);
-        keys
-    }
-
-    /// Makes the sets of all pairs of keys that are good now, and no others.
-    fn derive(&mut self, own: &OwnKeys) {
-        let peers: Vec<PublicKey> = self.all().collect();
-        self.sets
-            .retain(|set| own.all().any(|own| own.public == set.own) && peers.contains(&set.peer));
-        for own in own.all() {
-            for peer in &peers {
-                if !self.sets.iter().any(|set| set.own == own.public && set.peer == *peer) {
-                    let keys = DiscoKeys::derive(&own.secret, peer);
-                    self.sets.push(DiscoSet { own: own.public, peer: *peer, keys });
-                }
-            }
-        }
-    }
-
-    fn all(&self) -> impl Iterator<Item = PublicKey> + use<> {
-        std::iter::once(self.newest).chain(self.old.map(|(key, _)| key))
-    }
-
-    /// The keys of the packets of the peer that have this tag, and our node key in them.
-    pub(super) fn tagged(&self, tag: Tag) -> Option<(&DiscoKeys, PublicKey)> {
-        let set = self.sets.iter().find(|set| set.keys.tag_from_peer() == tag)?;
-        Some((&set.keys, set.own))
-    }
-
-    fn sealing(&self, own: PublicKey) -> Option<&DiscoKeys> {
-        let fits = |set: &&DiscoSet| set.own == own && set.peer == self.newest;
-        self.sets.iter().find(fits).map(|set| &set.keys)
-    }
-
-    pub(super) fn next_at(&self) -> Option<Instant> {
-        self.old.map(|(_, until)| until)
-    }
 }
 
 impl Node {
@@ -334,6 +175,8 @@ impl Node {
         for id in ids {
             self.derive(id, now);
         }
+        self.keys.open_gate(&self.shared);
+        self.publish();
     }
 
     /// Makes a peer to be found by its keys.
@@ -448,6 +291,8 @@ impl Node {
             if let Some(peer) = self.peers.get_mut(&id) {
                 peer.keys.old = None;
             }
+            // The data plane may take its packets for known until the table is the next one: here
+            // they are not.
             self.derive(id, now);
         }
         if let Told::At(at) = self.keys.told

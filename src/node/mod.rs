@@ -24,13 +24,14 @@
 //! - `nat`: what the network in front of us does
 //! - `report`: both sides' views of a path, asked for and told
 //! - `history`: what became of the paths to a peer
-//! - `keys`: our node key and those of the peers, while they are renewed
+//! - `keys`: our node key and those of the peers, while they are renewed; `keyring`: what they make
 
 mod birthday;
 mod control;
 mod disco;
 mod handshake;
 mod history;
+mod keyring;
 mod keys;
 mod mapped;
 mod nat;
@@ -49,7 +50,8 @@ mod status;
 mod timers;
 
 pub use history::{History, PathChange, PathRecord, PathTimes};
-pub use keys::{NodeKeys, RotateError};
+pub use keyring::NodeKeys;
+pub use keys::RotateError;
 pub use mapped::Knocked;
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
 pub use punch::PunchCounters;
@@ -65,13 +67,13 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::dataplane::{Note, SessionSettings, Shared, UdpBatch};
+use crate::dataplane::{Note, SessionSettings, Shared, Source, Target, UdpBatch};
 use crate::path::{Answer, BASE_MTU, Via};
 use crate::policy::Filter;
 use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
-use keys::OwnKeys;
+use keyring::OwnKeys;
 use mapped::Mapped;
 use nat::FilterTest;
 use pace::Pace;
@@ -241,13 +243,14 @@ impl Node {
         call_epoch: u64,
         now: Instant,
     ) -> Self {
+        let keys = OwnKeys::new(keys.into(), now);
         let mut node = Self {
             settings,
             rng: StdRng::from_seed(seed),
             // From another stream, so that it tells nothing of the first.
             instance: StdRng::from_seed(seed.map(|byte| !byte)).random(),
-            keys: OwnKeys::new(keys.into(), now),
-            shared: Shared::new(now),
+            shared: keys.new_shared(now),
+            keys,
             netmap: Netmap::default(),
             filter: None,
             peers: BTreeMap::new(),
@@ -314,6 +317,11 @@ impl Node {
             Note::Refused(answer) => self.handle_refused(&answer, now),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
             Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
+            Note::Cookie { source: Source::Udp { remote, local, socket }, reply } => {
+                self.datagrams.push_bytes(Target::Udp { remote, local, socket }, &reply);
+            }
+            // Relayed handshakes are limited by their sender, and asked for no cookie.
+            Note::Cookie { source: Source::Link, .. } => {}
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::keys::PeerKeys;
+use super::keyring::PeerKeys;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
 use crate::dataplane::{ForwardingTable, Peer, SLOT_MASK, flush_pending, send_keepalive};
@@ -103,6 +103,7 @@ impl Node {
         table.filter.clone_from(&self.filter);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
+            peer.keys.tags().for_each(|tag| table.expect_disco(tag, peer.fast.id));
         }
         self.shared.publish(table);
     }

@@ -7,8 +7,10 @@ mod commands;
 
 mod enrol;
 mod failover;
+mod fallback;
 mod hard;
 mod lab;
+mod limits;
 mod local;
 mod matrix;
 mod members;
@@ -41,6 +43,7 @@ pub(crate) fn all() -> Vec<Case> {
         rotation::cases(),
         hard::cases(),
         relay::cases(),
+        limits::cases(),
         server_loss::cases(),
         server::cases(),
         enrol::cases(),
@@ -48,6 +51,7 @@ pub(crate) fn all() -> Vec<Case> {
         spoof::cases(),
         policy::cases(),
         offload::cases(),
+        fallback::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),
