@@ -50,7 +50,7 @@ fn side(own: u32, other: u32) -> Side {
     let key = |host: u32| SecretKey::from_bytes([u8::try_from(host).unwrap(); 32]);
     let endpoint = |host: u32| SocketAddr::from(([203, 0, 113, u8::try_from(host).unwrap()], 4000));
     let peer = peer(other, &key(own), &key(other));
-    peer.set_choice(Choice { primary: Some(Via::direct(endpoint(other))), duplicate: None });
+    peer.set_choice(Choice { primary: Some(Via::direct(endpoint(other))), ..Choice::default() });
     let shared = Shared::new(clock::now(), &EngineKeys::new(&key(own)));
     let mut table = ForwardingTable::new(Some(addrs(own)), None);
     table.insert(Arc::clone(&peer));

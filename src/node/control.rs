@@ -60,6 +60,10 @@ impl Node {
         self.link_up = true;
         // It was in the hello.
         self.handle_key_stored(self.keys.public(), now);
+        if self.sighting.rtt().is_some() {
+            // It was in the hello.
+            self.note_announced(false, now);
+        }
         if self.netmap.identity.as_ref() != Some(&identity) {
             self.netmap.identity = Some(identity.clone());
             self.events.push_back(Event::Save);

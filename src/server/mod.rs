@@ -15,6 +15,7 @@ mod clones;
 mod distribute;
 mod enrol;
 pub mod events;
+mod guesses;
 mod invites;
 mod keys;
 mod members;
@@ -40,6 +41,7 @@ use crate::wire::control::{
 use crate::wire::join::ServerAddr;
 use clones::Clones;
 use distribute::Distribution;
+use guesses::Guesses;
 use invites::Invites;
 use members::Members;
 use policy::Access;
@@ -118,6 +120,11 @@ enum Act {
         node: NodeId,
         key: PublicKey,
     },
+    /// Turn away who presents an invite that does not exist, and write down how many did.
+    Guessed {
+        connection: ConnectionId,
+        tries: u64,
+    },
     Answer(admin::Answer),
     Nothing,
 }
@@ -144,6 +151,7 @@ pub struct Server {
     /// When nodes were last seen that were online since the last write of this.
     seen: BTreeMap<NodeId, u64>,
     clones: Clones,
+    guesses: Guesses,
     distribution: Distribution,
     outputs: VecDeque<Output>,
     next_tick: Instant,
@@ -192,6 +200,7 @@ impl Server {
             online: BTreeMap::new(),
             seen: BTreeMap::new(),
             clones: Clones::default(),
+            guesses: Guesses::default(),
             distribution,
             outputs,
             next_tick: now + TICK_INTERVAL,
@@ -278,6 +287,7 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.welcome(arrival, wall),
             Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             Act::Rekey { connection, key, .. } => self.confirm_key(connection, key),
             Act::Answer(mut answer) => {
@@ -296,6 +306,7 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.refuse(arrival.connection, RefusedCode::Unavailable),
             Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             // The node asks again.
             Act::Rekey { .. } | Act::Answer(_) | Act::Nothing => {}

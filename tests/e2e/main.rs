@@ -15,11 +15,13 @@
 )]
 
 mod attack;
+mod capture;
 mod case;
 mod clock;
 mod container;
 mod flow;
 mod lab;
+mod line;
 mod nat;
 mod overlay;
 mod ping;

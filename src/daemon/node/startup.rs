@@ -24,8 +24,8 @@ use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::LoopbackAddr;
-use crate::io::service::Watchdog;
 use crate::io::service::reload::{Read, Reload};
+use crate::io::service::{Watchdog, handed_tuns};
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
@@ -250,6 +250,7 @@ pub async fn run(
         node,
         ports: Arc::clone(&ports),
         interface: None,
+        kept: handed_tuns(),
         peer_mtus: std::collections::BTreeMap::new(),
         state,
         uplink,
@@ -286,12 +287,27 @@ pub async fn run(
     let metrics = daemon.options.metrics.filter(|_| !daemon.options.enrol_only);
     daemon.metrics = metrics.map(|at| super::metrics::start(at, &request_sender)).transpose()?;
     let local = serve_local(listener, request_sender);
+    let start_threads = || {
+        Threads::start(&ports, &note_sender)
+            .map_err(|source| StartError::Io { action: "starting the packet threads", source })
+    };
+    let mut threads = None;
+    let reflectors = daemon.netcheck_inputs().reflectors();
     if let Some(identity) = daemon.node.netmap().identity.clone()
         && !daemon.options.enrol_only
     {
+        // What peers send must not be read before there is an interface for it.
         daemon.handle_event(Event::Identity(identity), now).await?;
-    } else if let Some(ended) = daemon.enrol(&mut stop).await? {
-        return Ok(ended);
+        daemon.node.ask_reflectors(&reflectors, clock::now());
+    } else {
+        if !daemon.options.enrol_only {
+            // The answers are here before there is a control connection to tell them on.
+            threads = Some(start_threads()?);
+            daemon.node.ask_reflectors(&reflectors, clock::now());
+        }
+        if let Some(ended) = daemon.enrol(&mut stop).await? {
+            return Ok(ended);
+        }
     }
     let port = ports.listen_port();
     daemon.state.set_listen_port(port);
@@ -300,13 +316,19 @@ pub async fn run(
         ready(&daemon.node);
         return Ok(Ended::Stopped);
     }
-    let threads = Threads::start(&ports, &note_sender)
-        .map_err(|source| StartError::Io { action: "starting the packet threads", source })?;
+    let threads = match threads {
+        Some(threads) => threads,
+        None => start_threads()?,
+    };
     daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;
+    if matches!(ended, Ok(Ended::Down | Ended::Removed)) {
+        daemon.remove_interface().await;
+    }
     daemon.metrics = None;
     drop(local);
+    daemon.withdraw_interface().await;
     drop(threads);
     daemon.end_portmap().await;
     daemon.save();

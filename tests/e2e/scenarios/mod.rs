@@ -9,8 +9,11 @@ mod enrol;
 mod failover;
 mod fallback;
 mod hard;
+mod kept;
 mod lab;
+mod leak;
 mod limits;
+mod line;
 mod local;
 mod matrix;
 mod members;
@@ -52,6 +55,8 @@ pub(crate) fn all() -> Vec<Case> {
         policy::cases(),
         offload::cases(),
         fallback::cases(),
+        line::cases(),
+        leak::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),
@@ -63,6 +68,7 @@ pub(crate) fn all() -> Vec<Case> {
         reload::cases(),
         lab::cases(),
         service::cases(),
+        kept::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }
