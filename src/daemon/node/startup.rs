@@ -14,6 +14,7 @@ use super::interface::{InterfaceError, widest_mtu};
 use super::local::serve_local;
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
+use super::rotate::Rotation;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
@@ -64,6 +65,8 @@ pub struct NodeOptions {
     pub port_mapping: Option<Duration>,
     /// Where Prometheus may ask; none for nowhere.
     pub metrics: Option<LoopbackAddr>,
+    /// Renew the node key when it is so old; none for never.
+    pub rotate_key_after: Option<Duration>,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
 }
@@ -266,6 +269,7 @@ pub async fn run(
         ready: false,
         save_at: None,
         watchdog: Watchdog::new(ports.progress(), now),
+        rotation: Rotation::new(now),
         started: clock::unix_seconds(),
         out: UdpBatch::default(),
         options,

@@ -31,6 +31,7 @@ mod recipes;
 mod relay;
 mod reload;
 mod roam;
+mod rotation;
 mod server;
 mod server_loss;
 mod service;
@@ -45,6 +46,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        rotation::cases(),
         hard::cases(),
         relay::cases(),
         limits::cases(),
