@@ -44,8 +44,8 @@ fn addrs(host: u32) -> OverlayAddrs {
 
 fn peer(host: u32, key: &SecretKey, other: &SecretKey) -> Arc<Peer> {
     let engine = EngineKeys::new(key);
-    let session = Session::new(&engine, &other.public(), host, SessionSettings::default());
-    Peer::new(NodeId::new(host).unwrap(), addrs(host), host, session)
+    let session = Session::new(&engine, &other.public(), host << 2, SessionSettings::default());
+    Peer::new(NodeId::new(host).unwrap(), addrs(host), host << 2, session)
 }
 
 fn side(own: u32, other: u32) -> Side {

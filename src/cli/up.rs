@@ -27,6 +27,8 @@ use crate::wire::join::{JoinError, JoinLine};
 
 const DEFAULT_INTERFACE: &str = "overlay0";
 /// The IPv6 minimum; fits every path with all headers on top.
+/// A node key is renewed after so many days, unless the file says otherwise.
+const ROTATE_DAYS: u16 = 30;
 const REKEY_RANGE: &str = "it has to be 5 to 120: a new key each so many seconds";
 /// What RFC 6886 section 3.3 recommends.
 const DEFAULT_LEASE: Duration = Duration::from_secs(7200);
@@ -148,6 +150,14 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             return Err(unusable(&path, format!("rekey-after-s = {seconds}"), REKEY_RANGE));
         }
     };
+    let rotate_key_after = match file.rotate_key_after_d.unwrap_or(ROTATE_DAYS) {
+        0 => None,
+        days @ 1..=3650 => Some(Duration::from_secs(u64::from(days) * 86_400)),
+        days => {
+            let setting = format!("rotate-key-after-d = {days}");
+            return Err(unusable(&path, setting, "it is a number of days up to 3650; 0 is never"));
+        }
+    };
     let port_mapping = match file.port_mapping_lease_s {
         None => DEFAULT_LEASE,
         Some(seconds @ 20..=86_400) => Duration::from_secs(u64::from(seconds)),
@@ -187,6 +197,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         },
         port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
         metrics: file.metrics,
+        rotate_key_after,
         enrol_only: args.enrol_only,
     })
 }

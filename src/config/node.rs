@@ -26,6 +26,8 @@ pub struct NodeConfig {
     pub mtu: Option<MtuSetting>,
     /// Renew WireGuard keys after so many seconds, 5 to 120. Default: 120.
     pub rekey_after_s: Option<u16>,
+    /// Renew the node key after so many days; 0 is never. Default: 30.
+    pub rotate_key_after_d: Option<u16>,
     /// Make paths before they are used in networks of up to so many peers. Default: 64.
     pub eager_peers: Option<u16>,
     /// Ask the router to forward a port, by UPnP, NAT-PMP or PCP. Default: true.
@@ -132,6 +134,7 @@ mod tests {
             listen_port,
             mtu,
             rekey_after_s,
+            rotate_key_after_d,
             eager_peers,
             port_mapping,
             port_mapping_lease_s,
@@ -144,6 +147,7 @@ mod tests {
         assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
+        assert!(rotate_key_after_d.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
         assert!(birthday_probing.is_some() && metrics.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());

@@ -39,8 +39,10 @@ pub struct PeerCounters {
 /// What stands behind the peer's lock.
 #[derive(Debug)]
 pub struct PeerState {
-    /// The WireGuard session.
+    /// The WireGuard session that data leaves under.
     pub session: Session,
+    /// Those of other keys, while some are renewed.
+    pub(super) others: Vec<Session>,
     /// Data sent, by path.
     pub sent: PathCounts,
     /// Data that arrived, by path.
@@ -61,7 +63,7 @@ pub struct Peer {
     pub id: NodeId,
     /// Its overlay addresses: what it may send from, and what is routed to it.
     pub addrs: OverlayAddrs,
-    /// Our receiver index for its sessions (24 bits).
+    /// Our receiver index for its sessions (24 bits, of which the lowest two count them).
     pub index: u32,
     /// Counters and stamps.
     pub counters: PeerCounters,
@@ -89,6 +91,7 @@ impl Peer {
             session_wanted: AtomicBool::new(false),
             state: Mutex::new(PeerState {
                 session,
+                others: Vec::new(),
                 sent: PathCounts::default(),
                 arrived: PathCounts::default(),
                 flows: Flows::default(),

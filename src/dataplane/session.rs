@@ -73,6 +73,12 @@ impl EngineKeys {
         Self { secret, public, limiter }
     }
 
+    /// The public half.
+    #[must_use]
+    pub fn public(&self) -> PublicKey {
+        PublicKey(self.public.to_bytes())
+    }
+
     /// A number that nobody else can guess.
     pub(super) fn place_seed(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
@@ -167,6 +173,12 @@ struct Attempt {
 /// WireGuard keys with one peer, and the timers around them.
 pub struct Session {
     engine: Tunn,
+    /// Our receiver index without the count of sessions: 24 bits.
+    index: u32,
+    own: PublicKey,
+    peer: PublicKey,
+    /// How new its keys are: of two sessions that work, data takes the one of the higher rank.
+    rank: u64,
     settings: SessionSettings,
     established: Option<Instant>,
     initiator: bool,
@@ -198,6 +210,10 @@ impl Session {
         );
         Self {
             engine,
+            index: index & 0x00ff_ffff,
+            own: keys.public(),
+            peer: *peer,
+            rank: 0,
             settings,
             established: None,
             initiator: false,
@@ -206,6 +222,46 @@ impl Session {
             last_data: None,
             engine_tick_at: None,
         }
+    }
+
+    /// The same session, to be preferred to all of a lower rank.
+    #[must_use]
+    pub fn with_rank(self, rank: u64) -> Self {
+        Self { rank, ..self }
+    }
+
+    /// Sets how new its keys are.
+    pub fn set_rank(&mut self, rank: u64) {
+        self.rank = rank;
+    }
+
+    /// How new its keys are.
+    #[must_use]
+    pub fn rank(&self) -> u64 {
+        self.rank
+    }
+
+    /// Our receiver index, 24 bits.
+    pub(super) fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Our node key in it.
+    #[must_use]
+    pub fn own_key(&self) -> PublicKey {
+        self.own
+    }
+
+    /// The peer's node key in it.
+    #[must_use]
+    pub fn peer_key(&self) -> PublicKey {
+        self.peer
+    }
+
+    /// Whether a handshake is under way, from whichever side.
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        self.attempt.is_some()
     }
 
     /// Whether data can be sealed now.
@@ -373,6 +429,12 @@ impl Session {
             Some(attempt) => Some((attempt.next_at, "handshake retry")),
             None => self.rekey_at().map(|at| (at, "key renewal")),
         }
+    }
+
+    /// Whether a handshake is to be repeated or keys are to be renewed now.
+    #[must_use]
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.poll_timeout().is_some_and(|(at, _)| at <= now)
     }
 
     /// When keys are renewed, if data flows; none when it does not.

@@ -87,7 +87,7 @@ impl Node {
     pub fn self_status(&self) -> SelfStatus {
         SelfStatus {
             identity: self.netmap.identity.clone(),
-            public_key: self.node_key.public(),
+            public_key: self.keys.public(),
             link_up: self.link_up,
             server_rtt: self.relay.rtt(),
             drops: self.shared.drops().snapshot(),

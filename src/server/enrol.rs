@@ -83,19 +83,15 @@ impl Server {
         let machine_key = known.about.machine_key;
         let node_key = PublicKey(hello.node_key);
         let member = self.members.with_machine_key(&machine_key);
-        let other_has_key = self
-            .members
-            .with_node_key(&node_key)
-            .is_some_and(|owner| member.is_none_or(|member| member.record.id != owner));
-        // A key of zeros is no key; with another node's key one could take its packets.
-        if node_key.0 == [0; 32] || other_has_key {
+        let own = member.map(|member| member.record.id);
+        if !self.may_have_key(own, node_key) {
             return Err(RefusedCode::BadRequest);
         }
         let wish = hello.name.as_deref().map(NodeName::from_hostname);
         let candidates = self.underlay(&usable_candidates(&hello.candidates));
         let (node, changes) = match member {
             Some(member) => {
-                let record = self.returning(&member.record, node_key, wish);
+                let record = self.returning(&member.record, node_key, wish, wall);
                 let changed = record != member.record;
                 (record.id, if changed { vec![self.members.write(record)] } else { Vec::new() })
             }
@@ -116,8 +112,12 @@ impl Server {
         member: &MemberRecord,
         node_key: PublicKey,
         wish: Option<NodeName>,
+        wall: u64,
     ) -> MemberRecord {
-        let mut record = MemberRecord { node_key, ..member.clone() };
+        let mut record = member.clone();
+        if record.node_key != node_key {
+            (record.node_key, record.key_since) = (node_key, wall);
+        }
         if wish.is_some() && wish != member.wish {
             if let Some(wish) = &wish {
                 record.name = self.members.free_name(wish, Some(member.id));
@@ -156,6 +156,7 @@ impl Server {
             last_seen: wall,
             invite: invite.id,
             tags: invite.tags.clone(),
+            key_since: wall,
         };
         invite.used += 1;
         Ok((id, vec![self.invites.write(invite), self.members.write(record)]))

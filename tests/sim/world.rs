@@ -236,6 +236,14 @@ impl World {
         self.settle(host);
     }
 
+    /// Has a host renew its node key; tells whether it did.
+    pub(crate) fn rotate(&mut self, host: usize) -> bool {
+        let now = self.now;
+        let rotated = self.hosts[host].asleep_until.is_none() && self.hosts[host].rotate(now);
+        self.settle(host);
+        rotated
+    }
+
     /// Ends a host's membership; tells whether it had one and the server could be asked.
     pub(crate) fn remove(&mut self, host: usize) -> bool {
         let Some(id) = self.hosts[host].id() else { return false };

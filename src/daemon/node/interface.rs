@@ -361,8 +361,11 @@ impl Daemon {
         }
     }
 
-    /// The interface is about to go for good.
-    pub(super) async fn withdraw_interface(&self) {
+    /// The process is about to end; `for_good` when no other run is to follow.
+    pub(super) async fn end_interface(&mut self, for_good: bool) {
+        if for_good {
+            return self.remove_interface().await;
+        }
         let Some(interface) = &self.interface else { return };
         if let Err(error) = interface.withdraw().await {
             tracing::debug!(%error, "the addresses go with the interface");

@@ -4,11 +4,13 @@ use crate::case::Case;
 
 mod candidates;
 mod commands;
+mod crowd;
 
 mod enrol;
 mod failover;
 mod fair;
 mod fallback;
+mod flood;
 mod hard;
 mod kept;
 mod lab;
@@ -29,6 +31,7 @@ mod recipes;
 mod relay;
 mod reload;
 mod roam;
+mod rotation;
 mod server;
 mod server_loss;
 mod service;
@@ -43,6 +46,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        rotation::cases(),
         hard::cases(),
         relay::cases(),
         limits::cases(),
@@ -51,6 +55,8 @@ pub(crate) fn all() -> Vec<Case> {
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        flood::cases(),
+        crowd::cases(),
         policy::cases(),
         offload::cases(),
         fallback::cases(),
