@@ -132,7 +132,7 @@ impl Kernel {
             };
             let packet = &self.buffer[..len];
             if is_ours(packet) {
-                packets.push(packet.to_vec());
+                packets.push(one_zero(packet.to_vec()));
             }
         }
         packets
@@ -146,8 +146,20 @@ fn is_ours(packet: &[u8]) -> bool {
     }
 }
 
+/// Zero has two forms in the sum of RFC 1071. The kernel writes the one and we the other, which UDP
+/// needs (RFC 768) and TCP takes as well.
+fn one_zero(mut packet: Vec<u8>) -> Vec<u8> {
+    let v4 = packet[0] >> 4 == 4;
+    let (protocol, start) = if v4 { (packet[9], 20) } else { (packet[6], 40) };
+    if protocol == 6 && packet[start + 16..start + 18] == [0xff, 0xff] {
+        packet[start + 16..start + 18].fill(0);
+    }
+    packet
+}
+
 /// What a router makes of a packet.
-fn forwarded(mut packet: Vec<u8>) -> Vec<u8> {
+fn forwarded(packet: Vec<u8>) -> Vec<u8> {
+    let mut packet = one_zero(packet);
     if packet[0] >> 4 == 6 {
         packet[7] -= 1;
         return packet;

@@ -10,6 +10,7 @@ test once with each of them in random order, so that the drift of the machine hi
 
   --rival K=B another program beside ours: K is gotatun, boringtun, wireguard-go or nebula
   --relay     the nodes can reach only the server, which forwards between them
+  --no-udp    with --relay: the nodes' UDP is dropped, so the relay has their control connections only
   --check MB  before measuring, compare SHA-256 of MB megabytes each way over IPv4 and IPv6, and
               UDP datagrams of odd sizes byte by byte
   --ethtool T settings for both ends of the link, e.g. 'tx off' to try what happens without offloads
@@ -117,6 +118,9 @@ class Pair:
             self.spaces.append(server)
             connect(server, self.a, number * 2, args.ethtool)
             connect(server, self.b, number * 2 + 1, args.ethtool)
+            for space in (self.a, self.b) if args.no_udp else ():
+                space.run("nft", "add table inet no; add chain inet no out { type filter hook output priority 0; }; "
+                          "add rule inet no out oifname bench* meta l4proto udp drop")
             listen, server_of = ["0.0.0.0:41820"], [f"10.200.{number * 2 + i}.1" for i in (0, 1)]
         else:
             connect(self.a, self.b, number * 2, args.ethtool)
@@ -147,7 +151,9 @@ class Pair:
                         "--name", host, "--state-dir", f"{self.dir}/{host}", "--socket",
                         f"{self.dir}/{host}.sock", "--interface", f"ov{host}", "--mtu", str(args.mtu),
                         "--config", f"{self.dir}/node.toml")
-        wanted = "relay-udp" if args.relay else "direct"
+        wanted = "direct"
+        if args.relay:
+            wanted = "relay-tcp" if args.no_udp else "relay-udp"
         wait_for(lambda: self.path() == wanted, f"a {wanted} path")
 
     def status(self, host="a"):
@@ -333,6 +339,7 @@ def main():
     parser.add_argument("--secs", type=int, default=3)
     parser.add_argument("--mtu", type=int, default=1280)
     parser.add_argument("--relay", action="store_true")
+    parser.add_argument("--no-udp", action="store_true")
     parser.add_argument("--check", type=int, default=0)
     parser.add_argument("--ethtool", default="")
     parser.add_argument("--config", action="append", default=[])
