@@ -219,13 +219,13 @@ def test_ping(pair, what="ping"):
     return {f"{what} p50 us": times[len(times) // 2], f"{what} p99 us": times[len(times) * 99 // 100]}
 
 
-def test_half(pair):
+def test_half(pair, what="ping at half load", *extra):
     """Beside one TCP flow of half of what `tcp1` has just reached."""
     rate = str(int(pair.full_load / 2))
-    load = pair.a.start(os.devnull, "iperf3", "-c", pair.v4, "-t", "3", "-b", rate)
+    load = pair.a.start(os.devnull, "iperf3", "-c", pair.v4, "-t", "3", "-b", rate, *extra)
     time.sleep(0.3)
     try:
-        return test_ping(pair, "ping at half load")
+        return test_ping(pair, what)
     finally:
         pair.a.children.remove(load)
         load.wait(20)
@@ -278,6 +278,8 @@ TESTS = {
     "flood1200": lambda pair, secs: {"1200 B, unbounded sender, kpps": test_flood(pair, secs, 1200, 1)},
     "ping": lambda pair, secs: test_ping(pair),
     "half": lambda pair, secs: test_half(pair),
+    # iperf3 sends what is due once a millisecond; here ten times as often.
+    "smooth": lambda pair, secs: test_half(pair, "ping at half load, smooth", "--pacing-timer", "100"),
 }
 
 
@@ -356,6 +358,8 @@ def main():
     if not contenders:
         parser.error("nothing to measure: give NAME=BINARY or --rival KIND=BINARY")
     pairs, results = [], {}
+    # Whoever ends this early, by timeout(1) say, leaves nothing running either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended early"))
     try:
         for number, (name, binary, rival) in enumerate(contenders):
             pairs.append(Pair(name, binary, number, args, rival))
