@@ -25,7 +25,9 @@ mod portmap;
 mod recipes;
 mod relay;
 mod reload;
+mod rights;
 mod roam;
+mod secrets;
 mod server;
 mod server_loss;
 mod service;
@@ -63,6 +65,8 @@ pub(crate) fn all() -> Vec<Case> {
         lab::cases(),
         service::cases(),
         kept::cases(),
+        rights::cases(),
+        secrets::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }
