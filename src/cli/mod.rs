@@ -12,6 +12,7 @@ pub mod man;
 pub mod netcheck;
 pub mod ping;
 mod print;
+pub mod rotate;
 mod runtime;
 pub mod server;
 pub mod service;
@@ -49,6 +50,7 @@ enum Command {
     Server(server::ServerArgs),
     Up(up::UpArgs),
     Down(down::DownArgs),
+    Rotate(rotate::RotateArgs),
     Status(status::StatusArgs),
     Ping(ping::PingArgs),
     Why(why::WhyArgs),
@@ -75,6 +77,7 @@ pub fn run() -> ExitCode {
         Command::Server(args) => server::run(args),
         Command::Up(args) => up::run(args),
         Command::Down(args) => down::run(&args),
+        Command::Rotate(args) => rotate::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Ping(args) => ping::run(&args),
         Command::Why(args) => why::run(&args),

@@ -27,6 +27,8 @@ use crate::wire::control::RefusedCode;
 use crate::wire::join::{JoinError, JoinLine};
 
 const DEFAULT_INTERFACE: &str = "overlay0";
+/// A node key is renewed after so many days, unless the file says otherwise.
+const ROTATE_DAYS: u32 = 30;
 /// What RFC 6886 section 3.3 recommends.
 const DEFAULT_LEASE: Duration = Duration::from_secs(7200);
 /// More than any join line has, in bytes.
@@ -141,6 +143,10 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
     let defaults = NodeSettings::default();
     let seconds = |number: u32| Duration::from_secs(u64::from(number));
     let rekey_after = file.rekey_after_s.map_or(defaults.rekey_after, seconds);
+    let rotate_key_after = match file.rotate_key_after_d.unwrap_or(ROTATE_DAYS) {
+        0 => None,
+        days => Some(seconds(days * 86_400)),
+    };
     let port_mapping = file.port_mapping_lease_s.map_or(DEFAULT_LEASE, seconds);
     let mtu = args.mtu.or(file.mtu).and_then(MtuSetting::bytes);
     let interface = args.interface.or(file.interface).unwrap_or_else(|| DEFAULT_INTERFACE.into());
@@ -173,6 +179,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         },
         port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
         metrics: file.metrics,
+        rotate_key_after,
         enrol_only: args.enrol_only,
     })
 }

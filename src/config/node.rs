@@ -30,6 +30,9 @@ pub struct NodeConfig {
     /// Renew WireGuard keys after so many seconds, 5 to 120. Default: 120.
     #[serde(deserialize_with = "rekey_after")]
     pub rekey_after_s: Option<u32>,
+    /// Renew the node key after so many days, up to 3650; 0 is never. Default: 30.
+    #[serde(deserialize_with = "rotate_key_after")]
+    pub rotate_key_after_d: Option<u32>,
     /// Make paths before they are used in networks of up to so many peers. Default: 64.
     pub eager_peers: Option<u16>,
     /// Ask the router to forward a port, by UPnP, NAT-PMP or PCP. Default: true.
@@ -119,14 +122,18 @@ fn interface<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String
 }
 
 fn rekey_after<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
-    seconds(deserializer, 5..=120, "a new key each so many seconds")
+    number(deserializer, 5..=120, "a new key each so many seconds")
+}
+
+fn rotate_key_after<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    number(deserializer, 0..=3650, "so many days, and 0 is never")
 }
 
 fn lease<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
-    seconds(deserializer, 20..=86_400, "a shorter lease could end before it is renewed")
+    number(deserializer, 20..=86_400, "a shorter lease could end before it is renewed")
 }
 
-fn seconds<'de, D: Deserializer<'de>>(
+fn number<'de, D: Deserializer<'de>>(
     deserializer: D,
     range: RangeInclusive<u32>,
     why: &str,
@@ -166,6 +173,7 @@ mod tests {
             listen_port,
             mtu,
             rekey_after_s,
+            rotate_key_after_d,
             eager_peers,
             port_mapping,
             port_mapping_lease_s,
@@ -178,6 +186,7 @@ mod tests {
         assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
+        assert!(rotate_key_after_d.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
         assert!(birthday_probing.is_some() && metrics.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());

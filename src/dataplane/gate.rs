@@ -11,7 +11,10 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
 
 use super::session::{EngineKeys, HandshakeMacs, SecondMac};
 use crate::types::{DropReason, NodeId, source_of};
@@ -52,7 +55,8 @@ pub(super) enum Entry {
 
 /// The first look; see the module.
 pub(super) struct Gate {
-    macs: HandshakeMacs,
+    /// Of each key of ours: two while one is renewed.
+    macs: ArcSwap<Vec<HandshakeMacs>>,
     /// Chooses the places.
     seed: u64,
     unproved: Bucket,
@@ -72,7 +76,7 @@ impl Gate {
     pub(super) fn new(keys: &EngineKeys) -> Self {
         let places = || (0..PLACES).map(|_| Bucket::default()).collect();
         Self {
-            macs: HandshakeMacs::new(keys),
+            macs: ArcSwap::from_pointee(vec![HandshakeMacs::new(keys)]),
             seed: keys.place_seed(),
             unproved: Bucket::default(),
             proved: Bucket::default(),
@@ -82,11 +86,17 @@ impl Gate {
         }
     }
 
+    /// From here on handshakes for these keys may pass, and for no others.
+    pub(super) fn let_in<'k>(&self, keys: impl Iterator<Item = &'k EngineKeys>) {
+        self.macs.store(Arc::new(keys.map(HandshakeMacs::new).collect()));
+    }
+
     /// Looks at a handshake initiation; `now_us` is the time in microseconds since any moment.
     pub(super) fn initiation(&self, sender: Sender, datagram: &[u8], now_us: u64) -> Entry {
-        if !self.macs.first_is_ours(datagram) {
+        let macs = self.macs.load();
+        let Some(macs) = macs.iter().find(|macs| macs.first_is_ours(datagram)) else {
             return Entry::Out(DropReason::BadHandshake);
-        }
+        };
         let ip = match sender {
             Sender::Member(id) => {
                 let within = self.senders[self.place(id)].take(ONE_SENDER, now_us);
@@ -97,7 +107,7 @@ impl Gate {
         if self.unproved.take(UNPROVED, now_us) {
             return Entry::In;
         }
-        match self.macs.second(ip, datagram) {
+        match macs.second(ip, datagram) {
             SecondMac::Missing(reply) => Entry::Ask(reply),
             SecondMac::Good => {
                 let place = self.place(source_of(ip));
@@ -112,8 +122,8 @@ impl Gate {
     /// Whether an answer to a handshake of ours may pass, which `receiver` says.
     pub(super) fn may_answer(&self, receiver: u32, datagram: &[u8], now_us: u64) -> bool {
         let is_cookie = datagram.len() == COOKIE_LEN;
-        (is_cookie || self.macs.first_is_ours(datagram))
-            && self.senders[self.place(receiver)].take(ONE_SENDER, now_us)
+        let for_us = || self.macs.load().iter().any(|macs| macs.first_is_ours(datagram));
+        (is_cookie || for_us()) && self.senders[self.place(receiver)].take(ONE_SENDER, now_us)
     }
 
     /// Whether one more disco message with the tag of this peer may pass.
@@ -197,6 +207,18 @@ mod tests {
         call[40] ^= 1;
         let out = Entry::Out(DropReason::BadHandshake);
         assert_eq!(two.gate.initiation(address("192.0.2.1"), &call, 0), out);
+    }
+
+    #[test]
+    fn while_a_key_is_renewed_handshakes_for_both_pass() {
+        let mut two = two();
+        let [own, next] = [1, 3].map(|key| EngineKeys::new(&SecretKey::from_bytes([key; 32])));
+        let call = two.call();
+        let passes = |gate: &Gate| gate.initiation(address("192.0.2.1"), &call, 0) == Entry::In;
+        two.gate.let_in([&next, &own].into_iter());
+        assert!(passes(&two.gate));
+        two.gate.let_in(std::iter::once(&next));
+        assert!(!passes(&two.gate));
     }
 
     #[test]

@@ -186,7 +186,7 @@ impl<'a> Run<'a> {
         let (own, now) = (self.table.own, self.now);
         let (mut confirmed, mut refused) = (false, None);
         let taken = self.tun.push(datagram.len(), |room| {
-            let opened = lane.state.session.open(receiver, datagram, room, now)?;
+            let opened = lane.state.open(receiver, datagram, room, now)?;
             lane.authentic = true;
             confirmed = opened.confirms_session;
             if opened.len == 0 {

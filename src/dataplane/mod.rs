@@ -18,6 +18,7 @@ mod outbound;
 mod path_counts;
 mod peer;
 mod session;
+mod sessions;
 mod table;
 mod traffic;
 mod tun_batch;
@@ -31,6 +32,7 @@ pub use peer::{LockedPeer, Peer, PeerCounters};
 pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
 };
+pub(crate) use sessions::SLOT_MASK;
 pub use table::ForwardingTable;
 pub use traffic::Traffic;
 pub use tun_batch::{Frame, TunBatch};
@@ -147,6 +149,11 @@ impl Shared {
             unroutable_answered: AtomicU64::new(0),
             gate: Gate::new(keys),
         })
+    }
+
+    /// Lets handshakes for these keys of ours in, and for no others.
+    pub(crate) fn let_in<'k>(&self, keys: impl Iterator<Item = &'k EngineKeys>) {
+        self.gate.let_in(keys);
     }
 
     /// The table of this moment; take it once per batch.

@@ -8,6 +8,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
 use super::Peer;
+use super::sessions::SLOT_BITS;
 use crate::policy::Filter;
 use crate::types::{NodeId, OverlayAddrs};
 use crate::wire::disco::Tag;
@@ -49,7 +50,7 @@ impl ForwardingTable {
                 IpNet::V6(prefix) => drop(self.routes_v6.insert(prefix, Arc::clone(&peer))),
             }
         }
-        self.by_index.insert(peer.index, Arc::clone(&peer));
+        self.by_index.insert(peer.index >> SLOT_BITS, Arc::clone(&peer));
         self.by_id.insert(peer.id, peer);
     }
 
@@ -79,11 +80,11 @@ impl ForwardingTable {
         }
     }
 
-    /// The peer whose session has this receiver index: the upper 24 bits are ours per peer, the
-    /// lower 8 count its sessions.
+    /// The peer whose session has this receiver index: the upper 22 bits are ours per peer, two
+    /// tell its sessions of different keys apart, the lower 8 count the handshakes of each.
     #[must_use]
     pub fn by_receiver(&self, receiver: u32) -> Option<&Arc<Peer>> {
-        self.by_index.get(&(receiver >> 8))
+        self.by_index.get(&(receiver >> (8 + SLOT_BITS)))
     }
 
     /// The peer with this id.
@@ -92,9 +93,9 @@ impl ForwardingTable {
         self.by_id.get(&id)
     }
 
-    /// Whether a session index is taken.
+    /// Whether a session index is one of a peer's.
     #[must_use]
     pub fn has_index(&self, index: u32) -> bool {
-        self.by_index.contains_key(&index)
+        self.by_index.contains_key(&(index >> SLOT_BITS))
     }
 }

@@ -26,11 +26,14 @@ fn handed() -> Vec<(String, OwnedFd)> {
 
 /// Gives the service manager a copy of a descriptor. It is handed over again after a restart and a
 /// crash, and closed when the service is stopped (`FileDescriptorStoreMax=`, systemd.service(5)).
-fn store(name: &str, descriptor: &impl AsFd) {
+/// Whether there is a service manager that was told so.
+fn store(name: &str, descriptor: &impl AsFd) -> bool {
     let states = [sd_notify::NotifyState::FdStore, sd_notify::NotifyState::FdName(name)];
-    if let Err(error) = sd_notify::notify_with_fds(&states, &[descriptor.as_fd()]) {
+    let told = sd_notify::notify_with_fds(&states, &[descriptor.as_fd()]);
+    if let Err(error) = &told {
         tracing::warn!(%error, name, "the service manager keeps no descriptor for us");
     }
+    told.is_ok() && std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
 /// Lets the service manager close what [`store`] gave it, in this run or an earlier one.
@@ -77,7 +80,7 @@ fn stored_name(address: SocketAddr) -> String {
 /// Has the service manager keep a listening socket: nobody who connects while the server is
 /// restarted is refused.
 pub fn store_listener(address: SocketAddr, listener: &impl AsFd) {
-    store(&stored_name(address), listener);
+    let _ = store(&stored_name(address), listener);
 }
 
 /// Lets the service manager close what [`store_listener`] gave it in an earlier run.
@@ -95,10 +98,10 @@ pub fn handed_tuns() -> Vec<Tun> {
 }
 
 /// Has the service manager keep this TUN device and no other: the interface stays while the node is
-/// restarted.
-pub fn store_tun(tun: &Tun) {
+/// restarted. Whether it does.
+pub fn store_tun(tun: &Tun) -> bool {
     forget_tun();
-    store(TUN_NAME, tun);
+    store(TUN_NAME, tun)
 }
 
 /// Lets the service manager close the TUN device that it keeps.

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::{Event, Identity, Node, PeerInfo};
 use crate::policy::Filter;
-use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, NodeId, usable_underlay};
+use crate::types::{Candidate, CandidateKind, MAX_CANDIDATES, NodeId, PublicKey, usable_underlay};
 use crate::wire::control::{
     ClientMessage, Hello, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, VERSION, Welcome,
 };
@@ -22,7 +22,7 @@ impl Node {
                 min_version: VERSION,
                 max_version: VERSION,
                 software: concat!("overlay ", env!("CARGO_PKG_VERSION")).into(),
-                node_key: self.node_key.public().0,
+                node_key: self.keys.public().0,
                 name,
                 invite,
                 candidates: self.announced.iter().map(|candidate| (*candidate).into()).collect(),
@@ -40,6 +40,9 @@ impl Node {
         if let Some(update) = &message.netmap {
             self.handle_update(update, now);
         }
+        if let Some(key) = message.node_key {
+            self.handle_key_stored(PublicKey(key), now);
+        }
         if let Some(rival) = message.rival {
             self.events.push_back(Event::Rival(rival));
         }
@@ -55,6 +58,12 @@ impl Node {
             return;
         };
         self.link_up = true;
+        // It was in the hello.
+        self.handle_key_stored(self.keys.public(), now);
+        if self.sighting.rtt().is_some() {
+            // It was in the hello.
+            self.note_announced(false, now);
+        }
         if self.netmap.identity.as_ref() != Some(&identity) {
             self.netmap.identity = Some(identity.clone());
             self.events.push_back(Event::Save);
@@ -89,11 +98,18 @@ impl Node {
         for id in &diff.replaced {
             self.make_peer(*id, now);
         }
+        for id in &diff.rekeyed {
+            self.rekey_peer(*id, now);
+        }
+        if !diff.rekeyed.is_empty() {
+            self.events.push_back(Event::PeerKeys);
+        }
         if diff.filter {
             self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
             self.events.push_back(Event::Rules);
         }
-        if diff.filter || !(diff.removed.is_empty() && diff.replaced.is_empty()) {
+        let others = [&diff.removed, &diff.replaced, &diff.rekeyed];
+        if diff.filter || others.into_iter().any(|ids| !ids.is_empty()) {
             self.publish();
         }
         for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
@@ -117,6 +133,7 @@ impl Node {
     /// The control connection is gone. Direct paths do not care; the relay is checked at once.
     pub fn handle_link_down(&mut self, now: Instant) {
         self.link_up = false;
+        self.note_no_server();
         self.relay.hurry(now);
         self.handle_relay_timeout(now);
         self.update_peers(now);

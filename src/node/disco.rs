@@ -1,5 +1,6 @@
 //! Probes in and out, and every other datagram that is not data.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Instant;
 
@@ -11,6 +12,28 @@ use crate::path::{SEAL_OVERHEAD, Via};
 use crate::types::{DropReason, NodeId, TxId};
 use crate::wire::PacketKind;
 use crate::wire::disco::{self, Message};
+
+/// The last pings of one peer, and the ways by which they came first. Who has recorded some must not
+/// have us answer them again to whatever address they seem to come from; what the network has doubled
+/// comes by the same way.
+#[derive(Debug, Default)]
+pub(super) struct RecentPings(VecDeque<(TxId, Via)>);
+
+impl RecentPings {
+    fn may_answer(&mut self, tx: TxId, via: Via) -> bool {
+        if let Some((_, first)) = self.0.iter().find(|(seen, _)| *seen == tx) {
+            return *first == via;
+        }
+        if self.0.len() >= RECENT_PINGS {
+            self.0.pop_front();
+        }
+        self.0.push_back((tx, via));
+        true
+    }
+}
+
+/// Some minutes of an honest peer's pings.
+const RECENT_PINGS: usize = 256;
 
 impl Node {
     /// Takes a datagram that the data plane did not decide.
@@ -61,10 +84,18 @@ impl Node {
         if relayed.is_some_and(|from| from != id) {
             return Err(DropReason::BadRelayFrame);
         }
+        let peer = self.peers.get(&id).ok_or(DropReason::BadDisco)?;
+        let (keys, own) = peer.keys.tagged(tag).ok_or(DropReason::BadDisco)?;
+        let message = keys.open(packet).map_err(|_| DropReason::BadDisco)?;
+        self.note_heard_under(id, own, now);
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadDisco)?;
-        let message = peer.disco.open(packet).map_err(|_| DropReason::BadDisco)?;
         match message {
-            Message::Ping { tx, padding: _ } => peer.agent.handle_ping(tx, via, now),
+            Message::Ping { tx, padding: _ } => {
+                if !peer.pings.may_answer(tx, via) {
+                    return Err(DropReason::Replayed);
+                }
+                peer.agent.handle_ping(tx, via, now);
+            }
             Message::Pong { tx, observed: _, arrived } => {
                 let answer = peer.agent.handle_pong(tx, via, arrived, now);
                 if let Some(answer) = answer {
@@ -96,16 +127,22 @@ impl Node {
 
     /// Seals a message for a peer.
     pub(super) fn seal_disco(&mut self, id: NodeId, message: &Message) -> Option<Vec<u8>> {
-        let peer = self.peers.get(&id)?;
-        Some(peer.disco.seal(message, self.rng.random()))
+        let nonce = self.rng.random();
+        let own = *self.keys_for(id).first()?;
+        Some(self.disco_keys(id, own)?.seal(message, nonce))
     }
 
-    /// Seals a message for a peer and sends it on a path.
+    /// Seals a message for a peer and sends it on a path; twice to one that may know only one of our
+    /// keys.
     pub(super) fn send_disco(&mut self, id: NodeId, via: Via, message: &Message) {
-        let Some(packet) = self.seal_disco(id, message) else { return };
         let table = self.shared.table();
-        if !send_datagram(&table, id, via, &packet, &mut self.datagrams) {
-            self.shared.drops().count(DropReason::NoPath);
+        for own in self.keys_for(id) {
+            let nonce = self.rng.random();
+            let Some(keys) = self.disco_keys(id, own) else { continue };
+            let packet = keys.seal(message, nonce);
+            if !send_datagram(&table, id, via, &packet, &mut self.datagrams) {
+                self.shared.drops().count(DropReason::NoPath);
+            }
         }
     }
 
@@ -116,10 +153,9 @@ impl Node {
         if !whole {
             return self.send_disco(id, via, &ping);
         }
-        let nonce = self.rng.random();
-        let Some(peer) = self.peers.get(&id) else { return };
-        let datagram = peer.disco.seal(&ping, nonce);
-        self.whole_probes.push_back(WholeProbe { remote, socket, datagram });
+        if let Some(datagram) = self.seal_disco(id, &ping) {
+            self.whole_probes.push_back(WholeProbe { remote, socket, datagram });
+        }
     }
 
     /// Pings a peer on the path that data takes; the answer comes as [`Event::Pinged`] with

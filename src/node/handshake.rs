@@ -5,9 +5,18 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::Node;
-use crate::dataplane::{MIN_SEAL_BUFFER, handshake_sender, send_datagram};
+use crate::dataplane::{MIN_SEAL_BUFFER, send_datagram};
 use crate::path::{TRAFFIC_TICK, Via};
-use crate::types::{DropReason, NodeId};
+use crate::types::{DropReason, NodeId, PublicKey};
+
+/// How a handshake message names its session.
+#[derive(Debug, Clone, Copy)]
+enum Named {
+    /// By our node key and the peer's: it starts a handshake.
+    Keys(PublicKey, PublicKey),
+    /// By our receiver index.
+    Receiver(u32),
+}
 
 /// A handshake because of an unknown session is started at most this often per peer.
 const STALE_SPACING: Duration = Duration::from_secs(1);
@@ -21,12 +30,13 @@ impl Node {
         datagram: &[u8],
         now: Instant,
     ) -> Result<(), DropReason> {
-        let key = handshake_sender(&self.engine, datagram)?;
+        let (own, key) = self.keys.sender_of(datagram)?;
         let id = *self.peers_by_key.get(&key).ok_or(DropReason::BadHandshake)?;
         if relayed.is_some_and(|from| from != id) {
             return Err(DropReason::BadRelayFrame);
         }
-        self.handle_handshake(id, via, from, datagram, now)
+        self.prepare_session_of(id, own, key, now);
+        self.handle_handshake(id, Named::Keys(own, key), via, from, datagram, now)
     }
 
     pub(super) fn handle_handshake_reply(
@@ -39,12 +49,13 @@ impl Node {
     ) -> Result<(), DropReason> {
         let table = self.shared.table();
         let id = table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?.id;
-        self.handle_handshake(id, via, from, datagram, now)
+        self.handle_handshake(id, Named::Receiver(receiver), via, from, datagram, now)
     }
 
     fn handle_handshake(
         &mut self,
         id: NodeId,
+        named: Named,
         via: Via,
         from: IpAddr,
         datagram: &[u8],
@@ -53,14 +64,33 @@ impl Node {
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadHandshake)?;
         let mut reply = [0; MIN_SEAL_BUFFER];
         let is_cookie = datagram.first() == Some(&3);
-        let outcome = peer.fast.lock().session.handle_handshake(datagram, from, &mut reply, now)?;
+        let mut state = peer.fast.lock();
+        let session = match named {
+            Named::Keys(own, key) => state.session_of(own, key),
+            Named::Receiver(receiver) => state.session_at(receiver),
+        };
+        let session = session.ok_or(DropReason::UnknownSession)?;
+        let outcome = session.handle_handshake(datagram, from, &mut reply, now)?;
+        let own = session.own_key();
+        state.settle(now);
+        drop(state);
+        let proved = peer.agent.choice().primary == Some(via);
         // A cookie proves nothing about its sender: who has seen our handshake can make one.
         if !is_cookie {
             peer.agent.handle_authenticated(via, now);
+            self.note_heard_under(id, own, now);
         }
+        let peer = self.peers.get_mut(&id).ok_or(DropReason::BadHandshake)?;
         if let Some(len) = outcome.reply {
-            let table = self.shared.table();
-            send_datagram(&table, id, via, &reply[..len], &mut self.datagrams);
+            let relay = peer.agent.choice().primary.filter(|it| !proved && it.is_relay());
+            let mut ways = vec![via];
+            if via.is_relay() {
+                ways.extend(peer.agent.beside_pings(now));
+            } else {
+                // It may be a way in only, and the copy by relay is not answered any more.
+                ways.extend(relay);
+            }
+            self.send_on_all(id, &ways, &reply[..len]);
         }
         self.drain_agent(id, now);
         if outcome.established {
@@ -75,6 +105,8 @@ impl Node {
         if let Some(peer) = self.peers.get_mut(&id) {
             peer.session_wanted = false;
             peer.fast.session_request_heard();
+            let own = peer.fast.lock().session.own_key();
+            self.note_heard_under(id, own, now);
         }
         self.engine_tick_at.get_or_insert(now);
         self.flush(id, now);
@@ -157,11 +189,26 @@ impl Node {
     pub(super) fn try_handshake(&mut self, id: NodeId, now: Instant) {
         let Some(peer) = self.peers.get(&id) else { return };
         let Some(via) = peer.agent.choice().primary else { return };
-        let mut initiation = [0; MIN_SEAL_BUFFER];
-        let sent = peer.fast.lock().session.initiate(&mut initiation, now);
-        if let Some(len) = sent {
-            let table = self.shared.table();
-            send_datagram(&table, id, via, &initiation[..len], &mut self.datagrams);
+        for (own, key) in self.wanted_sessions(id, now) {
+            let Some(peer) = self.peers.get(&id) else { return };
+            let mut initiation = [0; MIN_SEAL_BUFFER];
+            let mut state = peer.fast.lock();
+            let session = state.session_of(own, key);
+            let sent = session.and_then(|session| session.initiate(&mut initiation, now));
+            drop(state);
+            if let Some(len) = sent {
+                let mut ways = vec![via];
+                ways.extend(peer.agent.beside_pings(now));
+                self.send_on_all(id, &ways, &initiation[..len]);
+            }
+        }
+    }
+
+    /// Sends a handshake message by several ways: the first copy that arrives counts.
+    fn send_on_all(&mut self, id: NodeId, ways: &[Via], message: &[u8]) {
+        let table = self.shared.table();
+        for via in ways {
+            send_datagram(&table, id, *via, message, &mut self.datagrams);
         }
     }
 }

@@ -7,6 +7,7 @@
 //!
 //! - `control`: what the server says, and what it is told
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
+//! - `sighting`: the same address, asked for before there is a control connection
 //! - `disco`: probes in and out
 //! - `mapped`: endpoints that the router forwards to us, and the proof that it does
 //! - `predict`: which ports our NAT will give us next
@@ -24,12 +25,15 @@
 //! - `nat`: what the network in front of us does
 //! - `report`: both sides' views of a path, asked for and told
 //! - `history`: what became of the paths to a peer
+//! - `keys`: our node key and those of the peers, while they are renewed; `keyring`: what they make
 
 mod birthday;
 mod control;
 mod disco;
 mod handshake;
 mod history;
+mod keyring;
+mod keys;
 mod mapped;
 mod nat;
 mod netmap;
@@ -41,12 +45,15 @@ mod reach;
 mod relay;
 mod report;
 mod roam;
+mod sighting;
 mod signalling;
 mod sockets;
 mod status;
 mod timers;
 
 pub use history::{History, PathChange, PathRecord, PathTimes};
+pub use keyring::NodeKeys;
+pub use keys::RotateError;
 pub use mapped::Knocked;
 pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
 pub use punch::PunchCounters;
@@ -62,12 +69,13 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, Source, Target, UdpBatch};
+use crate::dataplane::{Note, SessionSettings, Shared, Source, Target, UdpBatch};
 use crate::path::{Answer, BASE_MTU, Via};
 use crate::policy::Filter;
-use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SecretKey, SocketId};
+use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
+use keyring::OwnKeys;
 use mapped::Mapped;
 use nat::FilterTest;
 use pace::Pace;
@@ -76,6 +84,7 @@ use predict::Prediction;
 use punch::Punching;
 use relay::RelayClient;
 use report::Removed;
+use sighting::Sighting;
 use sockets::Sockets;
 
 /// What can be set about a node.
@@ -112,6 +121,13 @@ pub enum Event {
     /// The access rules changed: they must be on disk before anything else happens, since a node
     /// that starts without them is open.
     Rules,
+    /// A peer has a new key: it must be on disk before it is used, since the peer may forget the old
+    /// one as soon as it hears from us under the new one.
+    PeerKeys,
+    /// The server has stored our new key.
+    KeyTold,
+    /// Our old key is needed no more.
+    KeyRetired,
     /// Data to a peer goes another way.
     Path {
         /// The peer.
@@ -178,8 +194,7 @@ pub struct Node {
     rng: StdRng,
     /// Of this run, for the server.
     instance: u64,
-    node_key: SecretKey,
-    engine: EngineKeys,
+    keys: OwnKeys,
     shared: Arc<Shared>,
     netmap: Netmap,
     filter: Option<Arc<Filter>>,
@@ -202,6 +217,7 @@ pub struct Node {
     traffic_tick_at: Option<Instant>,
     engine_tick_at: Option<Instant>,
     datagrams: UdpBatch,
+    sighting: Sighting,
     prediction: Prediction,
     filter_test: FilterTest,
     removed: Removed,
@@ -224,22 +240,21 @@ impl Node {
     /// any earlier life of this node: milliseconds of wall-clock time will do.
     #[must_use]
     pub fn new(
-        node_key: SecretKey,
+        keys: impl Into<NodeKeys>,
         netmap: Netmap,
         settings: NodeSettings,
         seed: [u8; 32],
         call_epoch: u64,
         now: Instant,
     ) -> Self {
-        let engine = EngineKeys::new(&node_key);
+        let keys = OwnKeys::new(keys.into(), now);
         let mut node = Self {
             settings,
             rng: StdRng::from_seed(seed),
             // From another stream, so that it tells nothing of the first.
             instance: StdRng::from_seed(seed.map(|byte| !byte)).random(),
-            shared: Shared::new(now, &engine),
-            engine,
-            node_key,
+            shared: keys.new_shared(now),
+            keys,
             netmap: Netmap::default(),
             filter: None,
             peers: BTreeMap::new(),
@@ -259,6 +274,7 @@ impl Node {
             traffic_tick_at: None,
             engine_tick_at: None,
             datagrams: UdpBatch::default(),
+            sighting: Sighting::default(),
             prediction: Prediction::default(),
             filter_test: FilterTest::default(),
             removed: Removed::default(),

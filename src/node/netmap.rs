@@ -63,8 +63,10 @@ pub struct Netmap {
 /// What an update changed.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct NetmapDiff {
-    /// New, or with another key or other addresses: to be made anew.
+    /// New, or with other addresses: to be made anew.
     pub replaced: Vec<NodeId>,
+    /// With another key: the old one is good beside it for a while.
+    pub rekeyed: Vec<NodeId>,
     /// Other name, candidates or presence.
     pub changed: Vec<NodeId>,
     /// Gone.
@@ -132,8 +134,11 @@ impl Netmap {
             let Some((id, info)) = self.read_peer(peer) else { continue };
             seen.push(id);
             match self.peers.get_mut(&id) {
-                Some(old) if old.node_key == info.node_key && old.addrs == info.addrs => {
+                Some(old) if old.addrs == info.addrs => {
                     let info = PeerInfo { last_direct: old.last_direct, ..info };
+                    if old.node_key != info.node_key {
+                        diff.rekeyed.push(id);
+                    }
                     if *old != info {
                         *old = info;
                         diff.changed.push(id);

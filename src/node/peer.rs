@@ -5,15 +5,15 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
+use super::disco::RecentPings;
+use super::keyring::PeerKeys;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
-use crate::dataplane::{
-    ForwardingTable, Peer, Session, SessionSettings, flush_pending, send_keepalive,
-};
+use crate::dataplane::{ForwardingTable, Peer, SLOT_MASK, flush_pending, send_keepalive};
 use crate::path::{BASE_MTU, PathAgent, PathEvent, PathTransmit, Via};
 use crate::policy::Filter;
 use crate::types::{Candidate, CandidateKind, NodeId};
-use crate::wire::disco::{DiscoKeys, Message};
+use crate::wire::disco::Message;
 
 /// A peer that was sent to this long ago is still in use.
 const IN_USE: Duration = Duration::from_secs(180);
@@ -22,7 +22,9 @@ const IN_USE: Duration = Duration::from_secs(180);
 pub(super) struct PeerControl {
     pub(super) fast: Arc<Peer>,
     pub(super) agent: PathAgent,
-    pub(super) disco: DiscoKeys,
+    /// What of its pings was answered lately.
+    pub(super) pings: RecentPings,
+    pub(super) keys: PeerKeys,
     /// Somebody waits for a session with it.
     pub(super) session_wanted: bool,
     /// Stamp of the last packet sent to it, when the traffic tick looked last.
@@ -54,30 +56,28 @@ impl Node {
         self.update_peers(now);
     }
 
-    /// Makes the control state of a peer that is new in the netmap, or whose key changed.
+    /// Makes the control state of a peer that is new in the netmap, or whose addresses changed.
     pub(super) fn make_peer(&mut self, id: NodeId, now: Instant) {
         self.drop_peer(id);
         let Some(info) = self.netmap.peers.get(&id) else { return };
-        let disco = DiscoKeys::derive(&self.node_key, &info.node_key);
+        let keys = PeerKeys::new(&self.keys, info.node_key);
         let table = self.shared.table();
         let index = loop {
-            let index = self.rng.random_range(1..1 << 24);
+            let index = self.rng.random_range(1..1 << 24) & !SLOT_MASK;
             let taken =
                 table.has_index(index) || self.peers.values().any(|peer| peer.fast.index == index);
             if !taken {
                 break index;
             }
         };
-        let settings = SessionSettings { rekey_after: self.settings.rekey_after };
-        let session = Session::new(&self.engine, &info.node_key, index, settings);
-        self.peers_by_tag.insert(disco.tag_from_peer(), id);
-        self.peers_by_key.insert(info.node_key, id);
+        let session = self.first_session(&keys, index);
         let mut agent = PathAgent::new(self.rng.random(), now);
         agent.set_mtu_limit(self.settings.max_mtu);
         let peer = PeerControl {
             fast: Peer::new(id, info.addrs, index, session),
             agent,
-            disco,
+            pings: RecentPings::default(),
+            keys,
             session_wanted: false,
             used_at: None,
             stale_at: None,
@@ -85,16 +85,16 @@ impl Node {
             waiting_until: None,
         };
         self.peers.insert(id, peer);
+        self.index_keys(id);
     }
 
     /// Forgets a peer, its session included.
     pub(super) fn drop_peer(&mut self, id: NodeId) {
+        self.unindex_keys(id);
         if let Some(peer) = self.peers.remove(&id) {
             if peer.fast.set_mtu(BASE_MTU) {
                 self.events.push_back(Event::Mtu { addrs: peer.fast.addrs, mtu: BASE_MTU });
             }
-            self.peers_by_tag.retain(|_, peer| *peer != id);
-            self.peers_by_key.retain(|_, peer| *peer != id);
             self.close_sockets_of(id);
             self.punching.forget_peer(id);
         }
@@ -107,7 +107,7 @@ impl Node {
         table.filter.clone_from(&self.filter);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
-            table.expect_disco(peer.disco.tag_from_peer(), peer.fast.id);
+            peer.keys.tags().for_each(|tag| table.expect_disco(tag, peer.fast.id));
         }
         self.shared.publish(table);
     }
@@ -191,7 +191,7 @@ impl Node {
             peer.insight.note_path(&peer.agent, from, to, why, now);
             if !is_upgrade(from, to) {
                 // What is under way on the old path is lost.
-                peer.fast.lock().session.hurry(now);
+                peer.fast.lock().sessions_mut().for_each(|session| session.hurry(now));
             }
             if let (Some(Via::Direct { remote, .. }), Some(info)) =
                 (to, self.netmap.peers.get_mut(&id))

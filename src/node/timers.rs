@@ -3,6 +3,7 @@
 //! - each path agent: probes, doubt, keepalives, retries
 //! - each session: a handshake to repeat, keys to renew, the engine's own timers
 //! - the relay: binds
+//! - old node keys, ours and those of peers, which go when they are no longer needed
 //! - the traffic tick: tells the agents of busy peers what the data plane counted
 //! - a costly way to a peer that is due, or under way
 //! - packets that have waited for a path for too long
@@ -12,7 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Node;
-use crate::dataplane::{MIN_SEAL_BUFFER, send_datagram};
+use crate::dataplane::{MIN_SEAL_BUFFER, Session, send_datagram};
 use crate::path::{Soonest, TRAFFIC_TICK, Traffic, Via};
 use crate::types::NodeId;
 
@@ -29,10 +30,12 @@ impl Node {
     /// Does all that is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.handle_relay_timeout(now);
+        self.handle_sighting_timeout(now);
         self.handle_look_timeout(now);
         self.handle_pace_timeout(now);
         self.handle_punch_timeout(now);
         self.handle_waiting_timeout(now);
+        self.handle_keys_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -54,7 +57,7 @@ impl Node {
             .peers
             .iter()
             .filter(|(_, peer)| {
-                engine_due || due(peer.fast.lock().session.poll_timeout().map(|(at, _)| at))
+                engine_due || due(peer.fast.lock().poll_timeout().map(|(at, _)| at))
             })
             .map(|(id, _)| *id)
             .collect();
@@ -73,13 +76,16 @@ impl Node {
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
         let mut soonest = Soonest::default();
         for peer in self.peers.values() {
-            let timeouts = [peer.agent.poll_timeout(), peer.fast.lock().session.poll_timeout()];
+            let timeouts = [peer.agent.poll_timeout(), peer.fast.lock().poll_timeout()];
             for (at, what) in timeouts.into_iter().flatten() {
                 soonest.add(Some(at), what);
             }
             soonest.add(peer.waiting_until, "packets wait for a path");
+            soonest.add(peer.keys.next_at(), "a peer's old key");
         }
         soonest.add(self.relay.next_at(), "relay bind");
+        soonest.add(self.keys.next_at(), "our own keys");
+        soonest.add(self.sighting.next_at(), "where are we seen");
         soonest.add(self.pace.next_at(), "next peer that nobody asked for");
         soonest.add(self.prediction.next_at(), "look at the NAT's counter");
         soonest.add(self.punch_next_at(), "costly way to a peer");
@@ -119,24 +125,43 @@ impl Node {
     }
 
     fn handle_session_timeout(&mut self, id: NodeId, now: Instant) {
+        let wanted = self.wanted_keys(id);
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let mut state = peer.fast.lock();
         let waiting = state.expire_pending(self.shared.drops(), now);
         let Some(via) = peer.agent.choice().primary else {
             // Without a path an initiation would only use up its waits; the next path hurries it.
-            state.session.give_up();
+            state.sessions_mut().for_each(Session::give_up);
             return;
         };
-        let mut datagram = [0; MIN_SEAL_BUFFER];
-        let sent = state.session.handle_timeout(&mut datagram, now);
+        state.settle(now);
+        state.retire_sessions(now);
+        let newest = state.newest_usable(now);
+        let mut renewed = false;
+        let table = self.shared.table();
+        for session in state.sessions_mut() {
+            // Nothing is renewed of keys that are on their way out.
+            let outranked = newest.is_some_and(|newest| newest > session.rank());
+            let outdated = !wanted.contains(&(session.own_key(), session.peer_key()));
+            renewed |= outdated && !outranked && session.is_due(now);
+            if outranked || outdated {
+                session.give_up();
+            }
+            let mut datagram = [0; MIN_SEAL_BUFFER];
+            let sent = session.handle_timeout(&mut datagram, now);
+            if outranked || outdated {
+                session.give_up();
+            } else if let Some(len) = sent {
+                send_datagram(&table, id, via, &datagram[..len], &mut self.datagrams);
+            }
+        }
         let usable = state.session.is_usable(now);
         drop(state);
-        if let Some(len) = sent {
-            let table = self.shared.table();
-            send_datagram(&table, id, via, &datagram[..len], &mut self.datagrams);
-        }
         if !usable && waiting {
             peer.session_wanted = true;
+        }
+        if renewed {
+            self.renew_session(id, now);
         }
     }
 

@@ -260,6 +260,9 @@ pub struct NodeInfo {
     /// Its tags.
     #[serde(default)]
     pub tags: Vec<Tag>,
+    /// Since when it has its node key (RFC 3339, UTC); none when that is not known.
+    #[serde(default)]
+    pub key_since: Option<String>,
     /// Whether two running machines have its keys, as it was in the last minutes.
     #[serde(default)]
     pub cloned: bool,
@@ -400,6 +403,7 @@ impl Server {
             public_key: member.node_key.to_string(),
             remote: connection.map(|connection| connection.about.observed.to_string()),
             tags: member.tags.clone(),
+            key_since: Some(member.key_since).filter(|at| *at != 0).map(rfc3339),
             cloned: self.clones.is_cloned(member.id, wall),
         }
     }

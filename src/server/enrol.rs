@@ -9,7 +9,7 @@ use super::distribute::Presence;
 use super::records::MemberRecord;
 use super::relay::RelayChange;
 use super::{Act, ConnectionId, Decision, Output, Server};
-use crate::types::{Candidate, NodeId, NodeName, PublicKey};
+use crate::types::{Candidate, NodeId, NodeName, PublicKey, source_of};
 use crate::wire::control::{
     Hello, RefusedCode, ServerMessage, VERSION, Welcome, usable_candidates,
 };
@@ -43,9 +43,11 @@ impl Server {
         hello: Hello,
         wall: u64,
     ) -> Decision {
-        let decision = self
-            .admit(connection, hello, wall)
-            .unwrap_or_else(|code| Decision::refuse(connection, code));
+        let decision = match self.admit(connection, hello, wall) {
+            Ok(decision) => decision,
+            Err(RefusedCode::NotAccepted) => return self.not_accepted(connection, wall),
+            Err(code) => Decision::refuse(connection, code),
+        };
         if let Act::Welcome(arrival) = &decision.act
             && let Some(instance) = arrival.instance
             && let Some(act) = self.rival(connection, arrival.node, instance, wall)
@@ -53,6 +55,16 @@ impl Server {
             return Decision { changes: Vec::new(), act };
         }
         decision
+    }
+
+    /// An invite that does not exist; some of these are written down.
+    fn not_accepted(&mut self, connection: ConnectionId, wall: u64) -> Decision {
+        let source = self.connections.get(&connection).map(|known| known.about.observed.ip());
+        let tries = source.and_then(|ip| self.guesses.note(source_of(ip), wall));
+        let Some(tries) = tries else {
+            return Decision::refuse(connection, RefusedCode::NotAccepted);
+        };
+        Decision { changes: Vec::new(), act: Act::Guessed { connection, tries } }
     }
 
     fn admit(
@@ -71,21 +83,22 @@ impl Server {
         let machine_key = known.about.machine_key;
         let node_key = PublicKey(hello.node_key);
         let member = self.members.with_machine_key(&machine_key);
-        let other_has_key = self
-            .members
-            .with_node_key(&node_key)
-            .is_some_and(|owner| member.is_none_or(|member| member.record.id != owner));
-        // A key of zeros is no key; with another node's key one could take its packets.
-        if node_key.0 == [0; 32] || other_has_key {
+        let own = member.map(|member| member.record.id);
+        if !self.may_have_key(own, node_key) {
             return Err(RefusedCode::BadRequest);
         }
         let wish = hello.name.as_deref().map(NodeName::from_hostname);
         let candidates = self.underlay(&usable_candidates(&hello.candidates));
         let (node, changes) = match member {
             Some(member) => {
-                let record = self.returning(&member.record, node_key, wish);
+                let record = self.returning(&member.record, node_key, wish, wall);
                 let changed = record != member.record;
                 (record.id, if changed { vec![self.members.write(record)] } else { Vec::new() })
+            }
+            None if hello.invite.is_some()
+                && !self.guesses.allows(source_of(known.about.observed.ip()), wall) =>
+            {
+                return Err(RefusedCode::NotAccepted);
             }
             None => self.joining(machine_key, node_key, wish, &hello, wall)?,
         };
@@ -99,8 +112,12 @@ impl Server {
         member: &MemberRecord,
         node_key: PublicKey,
         wish: Option<NodeName>,
+        wall: u64,
     ) -> MemberRecord {
-        let mut record = MemberRecord { node_key, ..member.clone() };
+        let mut record = member.clone();
+        if record.node_key != node_key {
+            (record.node_key, record.key_since) = (node_key, wall);
+        }
         if wish.is_some() && wish != member.wish {
             if let Some(wish) = &wish {
                 record.name = self.members.free_name(wish, Some(member.id));
@@ -139,6 +156,7 @@ impl Server {
             last_seen: wall,
             invite: invite.id,
             tags: invite.tags.clone(),
+            key_since: wall,
         };
         invite.used += 1;
         Ok((id, vec![self.invites.write(invite), self.members.write(record)]))

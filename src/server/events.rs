@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::records::{Change, InviteRecord, Key, MemberRecord, NetworkRecord, Record};
-use super::{Act, Decision, Server};
+use super::{Act, ConnectionId, Decision, Server};
 use crate::types::NodeId;
 
 /// One line of the log. Kinds and fields are added, never changed.
@@ -54,14 +54,24 @@ impl Server {
     #[must_use]
     pub fn events(&self, decision: &Decision, administrator: &str, wall: u64) -> Vec<Event> {
         let actor = match &decision.act {
-            Act::Welcome(arrival) => self.describe(arrival),
-            Act::Refuse { .. } | Act::Rival { .. } | Act::Answer(_) | Act::Nothing => {
-                administrator.to_string()
-            }
+            Act::Welcome(arrival) => self.describe(arrival.connection, arrival.node()),
+            Act::Rekey { connection, node, .. } => self.describe(*connection, *node),
+            Act::Refuse { .. }
+            | Act::Guessed { .. }
+            | Act::Rival { .. }
+            | Act::Answer(_)
+            | Act::Nothing => administrator.to_string(),
         };
         let event = |kind: &str| Event::new(wall, kind, &actor);
         let changes = decision.changes.iter().filter_map(|change| self.event_of(change, event));
-        changes.chain(self.clone_event(&decision.act, event)).collect()
+        let changes = changes.chain(self.clone_event(&decision.act, event));
+        changes.chain(self.guess_event(&decision.act, event)).collect()
+    }
+
+    fn guess_event(&self, act: &Act, event: impl Fn(&str) -> Event) -> Option<Event> {
+        let Act::Guessed { connection, tries } = act else { return None };
+        let from = self.connections.get(connection)?.about.observed;
+        Some(event("invite-not-accepted").with("tries", tries).with("last-from", from))
     }
 
     fn clone_event(&self, act: &Act, event: impl Fn(&str) -> Event) -> Option<Event> {
@@ -75,10 +85,10 @@ impl Server {
         Some(cloned.with("kept", kept).with("refused", place(connection)))
     }
 
-    fn describe(&self, arrival: &super::enrol::Arrival) -> String {
-        let from = self.connections.get(&arrival.connection).map(|known| known.about.observed);
+    fn describe(&self, connection: ConnectionId, node: NodeId) -> String {
+        let from = self.connections.get(&connection).map(|known| known.about.observed);
         let from = from.map_or_else(|| "nowhere".to_string(), |from| from.to_string());
-        format!("node {} from {from}", arrival.node())
+        format!("node {node} from {from}")
     }
 
     fn event_of(&self, change: &Change, event: impl Fn(&str) -> Event) -> Option<Event> {
@@ -185,6 +195,7 @@ mod tests {
             last_seen: 0,
             invite: crate::types::InviteId([0; 4]),
             tags: Vec::new(),
+            key_since: 0,
         };
         let records = Records {
             network: Versioned { rev: 1, record },

@@ -155,6 +155,7 @@ mod tests {
             last_seen: 0,
             invite: InviteId([0; 4]),
             tags: Vec::new(),
+            key_since: 0,
         };
         Versioned { rev: 1, record }
     }

@@ -15,7 +15,9 @@ mod clones;
 mod distribute;
 mod enrol;
 pub mod events;
+mod guesses;
 mod invites;
+mod keys;
 mod members;
 mod policy;
 pub mod records;
@@ -39,6 +41,7 @@ use crate::wire::control::{
 use crate::wire::join::ServerAddr;
 use clones::Clones;
 use distribute::Distribution;
+use guesses::Guesses;
 use invites::Invites;
 use members::Members;
 use policy::Access;
@@ -111,6 +114,17 @@ enum Act {
         node: NodeId,
         first: bool,
     },
+    /// A member has another node key.
+    Rekey {
+        connection: ConnectionId,
+        node: NodeId,
+        key: PublicKey,
+    },
+    /// Turn away who presents an invite that does not exist, and write down how many did.
+    Guessed {
+        connection: ConnectionId,
+        tries: u64,
+    },
     Answer(admin::Answer),
     Nothing,
 }
@@ -137,6 +151,7 @@ pub struct Server {
     /// When nodes were last seen that were online since the last write of this.
     seen: BTreeMap<NodeId, u64>,
     clones: Clones,
+    guesses: Guesses,
     distribution: Distribution,
     outputs: VecDeque<Output>,
     next_tick: Instant,
@@ -152,6 +167,8 @@ struct Connection {
     applied: u64,
     /// Which run of the node's program it belongs to.
     instance: Option<u64>,
+    /// When the node last renewed its key on it, in Unix seconds.
+    rekeyed: Option<u64>,
 }
 
 impl Server {
@@ -183,6 +200,7 @@ impl Server {
             online: BTreeMap::new(),
             seen: BTreeMap::new(),
             clones: Clones::default(),
+            guesses: Guesses::default(),
             distribution,
             outputs,
             next_tick: now + TICK_INTERVAL,
@@ -215,8 +233,8 @@ impl Server {
 
     /// A connection has been made, and its first frame was genuine.
     pub fn handle_connected(&mut self, connection: ConnectionId, about: Connected) {
-        self.connections
-            .insert(connection, Connection { about, node: None, applied: 0, instance: None });
+        let known = Connection { about, node: None, applied: 0, instance: None, rekeyed: None };
+        self.connections.insert(connection, known);
     }
 
     /// A connection has ended, whoever ended it.
@@ -233,7 +251,7 @@ impl Server {
         }
     }
 
-    /// Takes a message; a hello leads to a decision, everything else is done at once.
+    /// Takes a message; a hello and a new key lead to a decision, everything else is done at once.
     pub fn handle_message(
         &mut self,
         connection: ConnectionId,
@@ -257,7 +275,8 @@ impl Server {
         if let Some(ping) = message.ping {
             self.send(connection, &ServerMessage { pong: Some(ping), ..Default::default() });
         }
-        None
+        let key = PublicKey(message.node_key?);
+        self.decide_key(connection, node, key, wall)
     }
 
     /// Makes a decision true whose changes are on disk at revision `rev`.
@@ -268,7 +287,9 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.welcome(arrival, wall),
             Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
+            Act::Rekey { connection, key, .. } => self.confirm_key(connection, key),
             Act::Answer(mut answer) => {
                 if let admin::Answer::Removed(removal) = &mut answer {
                     self.follow(removal);
@@ -285,8 +306,10 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.refuse(arrival.connection, RefusedCode::Unavailable),
             Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
-            Act::Answer(_) | Act::Nothing => {}
+            // The node asks again.
+            Act::Rekey { .. } | Act::Answer(_) | Act::Nothing => {}
         }
     }
 

@@ -40,6 +40,9 @@ pub struct MemberRecord {
     /// What access rules know it by, beside its name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tags: Vec<Tag>,
+    /// Since when it has its node key, in Unix seconds; 0 when that is not known.
+    #[serde(default)]
+    pub key_since: u64,
 }
 
 /// A right to join, for whoever holds the secret.

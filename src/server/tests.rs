@@ -1,6 +1,7 @@
 //! The server as its driver sees it, with a store of a few lines and nodes that only keep a netmap.
 
 mod clones;
+mod keys;
 mod removal;
 
 use std::collections::BTreeMap;
@@ -37,6 +38,7 @@ struct Node {
     filter: WireFilter,
     refused: Option<RefusedCode>,
     rival: Option<SocketAddr>,
+    node_key: Option<[u8; 32]>,
     closed: bool,
 }
 
@@ -50,6 +52,7 @@ impl Node {
             self.refused = Some(RefusedCode::from_code(refused.code));
         }
         self.rival = message.rival.or(self.rival);
+        self.node_key = message.node_key.or(self.node_key);
         if let Some(NetmapUpdate { from, to, peers, removed, own_name, filter }) = message.netmap {
             match (from, filter) {
                 (_, Some(filter)) => self.filter = filter,

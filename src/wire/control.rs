@@ -38,6 +38,10 @@ pub struct ClientMessage {
     /// The epoch of a netmap that I have put into effect. Said of those that take something away.
     #[n(3)]
     pub applied: Option<u64>,
+    /// My node key from now on; the one before it stays good until everybody has changed over.
+    #[n(4)]
+    #[cbor(with = "minicbor::bytes")]
+    pub node_key: Option<[u8; 32]>,
 }
 
 /// The first message of a node.
@@ -110,6 +114,10 @@ pub struct ServerMessage {
     /// Another machine has this node's keys and was turned away; it comes from there.
     #[n(5)]
     pub rival: Option<SocketAddr>,
+    /// The node key of this node that has just been stored.
+    #[n(6)]
+    #[cbor(with = "minicbor::bytes")]
+    pub node_key: Option<[u8; 32]>,
 }
 
 /// What a node is told about itself and the server.

@@ -50,7 +50,7 @@ pub(crate) fn answers_once(host: &Host, address: &str, seconds: &str) -> bool {
     process::run(command, TOOL_LIMIT).code == Some(0)
 }
 
-/// A ping every 10 ms in the background.
+/// Pings in the background.
 pub(crate) struct Stream {
     daemon: Daemon,
     what: String,
@@ -66,11 +66,17 @@ pub(crate) struct Received {
 }
 
 impl Stream {
+    /// A ping every 10 ms.
     pub(crate) fn start(net: &Net, host: &Host, address: &str) -> Self {
+        Self::every(net, host, address, "0.01")
+    }
+
+    /// A ping every so many seconds.
+    pub(crate) fn every(net: &Net, host: &Host, address: &str, seconds: &str) -> Self {
         let log = net.dir().join(format!("ping-{}-{address}.txt", host.name));
         let _ = std::fs::remove_file(&log);
         let mut command: Command = host.ns.command("ping");
-        command.args(["-n", "-i", "0.01", address]);
+        command.args(["-n", "-i", seconds, address]);
         let what = format!("ping from {} to {address}", host.name);
         Self { daemon: Daemon::start(command, &log), what, log }
     }

@@ -90,6 +90,25 @@ pub(crate) fn check_removed(world: &mut World) {
     }
 }
 
+/// The server knows every running member by the newest key on its disk, and so does who is told.
+pub(crate) fn check_keys(world: &World) {
+    for (number, host) in world.hosts.iter().enumerate() {
+        let member = host.removed_at.is_none() && host.node().is_some();
+        let (true, Some(id)) = (member && host.uplink.connection().is_some(), host.id()) else {
+            continue;
+        };
+        let keys = host.keys();
+        assert!(keys.told, "host {number}: the server has not answered");
+        let (stored, own) = (world.server.node_key(id), keys.current.public());
+        assert_eq!(stored, Some(own), "host {number}: another key than the server's");
+        for (other, peer) in world.hosts.iter().enumerate().filter(|(other, _)| *other != number) {
+            let settled = peer.node().filter(|_| peer.uplink.connection().is_some());
+            let known = settled.and_then(|node| node.peer_info(id)).map(|info| info.node_key);
+            assert!(known.is_none_or(|key| key == own), "host {other} has an old key of {number}");
+        }
+    }
+}
+
 /// Every node that has a server wants to be woken soon: its NAT forgets after 30 s.
 pub(crate) fn check_wakeups(world: &World) {
     for (number, host) in world.hosts.iter().enumerate() {

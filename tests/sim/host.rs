@@ -8,10 +8,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use overlay::dataplane::{Note, Source, Target, TunBatch, UdpBatch, inbound, outbound};
-use overlay::node::{Event, MAX_EXTRA_SOCKETS, Netmap, Node, NodeSettings, SocketOrder};
+use overlay::node::{Event, MAX_EXTRA_SOCKETS, Netmap, Node, NodeKeys, NodeSettings, SocketOrder};
 use overlay::server::ConnectionId;
 use overlay::types::{NodeId, PublicKey, SecretKey, SocketId};
-use overlay::wire::control::{ClientMessage, InviteUse, RefusedCode, ServerMessage};
+use overlay::wire::control::{
+    ClientMessage, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, WirePeer,
+};
 
 use crate::quiet::Meter;
 use crate::server::Frame;
@@ -73,6 +75,8 @@ pub(crate) struct Host {
     pub(crate) removed_at: Option<Instant>,
     /// It has heard of that, and does not start again.
     pub(crate) expelled: bool,
+    /// It is of a version that knows no second key of a peer: one that has another is made anew.
+    pub(crate) forgets_old_keys: bool,
     /// What it has sent by UDP.
     pub(crate) meter: Meter,
     /// Its control connection.
@@ -81,7 +85,9 @@ pub(crate) struct Host {
     pub(crate) machine_key: PublicKey,
     /// With what it joins.
     pub(crate) invite: Option<InviteUse>,
-    node_key: SecretKey,
+    /// On its disk.
+    keys: NodeKeys,
+    rotations: u64,
     /// What its node is told.
     pub(crate) settings: NodeSettings,
     node: Option<Node>,
@@ -117,11 +123,13 @@ impl Host {
             held_frames: Vec::new(),
             removed_at: None,
             expelled: false,
+            forgets_old_keys: false,
             meter: Meter::default(),
             uplink: Uplink::new(seed),
             machine_key: SecretKey::from_bytes(spread(seed, 1)).public(),
             invite: None,
-            node_key: SecretKey::from_bytes(spread(seed, 2)),
+            keys: SecretKey::from_bytes(spread(seed, 2)).into(),
+            rotations: 0,
             settings,
             node: None,
             disk: Netmap::default(),
@@ -137,14 +145,14 @@ impl Host {
     }
 
     /// Starts the node with what it had saved.
-    pub(crate) fn start(&mut self, now: Instant) {
+    pub(crate) fn start(&mut self, server: SocketAddr, now: Instant) {
         if self.node.is_some() {
             return;
         }
         self.lives += 1;
         let endpoints = self.endpoints();
         let mut node = Node::new(
-            self.node_key.clone(),
+            self.keys.clone(),
             self.disk.clone(),
             self.settings,
             spread(self.seed, 100 + self.lives),
@@ -155,6 +163,7 @@ impl Host {
         if let Some(mapped) = self.mapped {
             node.handle_mapped(vec![(mapped, true)], now);
         }
+        node.ask_reflectors(&[server], now);
         self.node = Some(node);
         self.uplink.start(now);
         self.refresh();
@@ -264,7 +273,10 @@ impl Host {
         now: Instant,
     ) {
         if let Some(node) = &mut self.node {
-            node.handle_message(message, server, now);
+            let forgotten = self.forgets_old_keys.then(|| gone_first(node, message)).flatten();
+            for message in forgotten.iter().chain([message]) {
+                node.handle_message(message, server, now);
+            }
         }
     }
 
@@ -287,6 +299,26 @@ impl Host {
             node.handle_host_endpoints(endpoints, now);
             self.refresh();
         }
+    }
+
+    /// The node renews its key, if it may: first on disk, then in the node. Tells whether it did.
+    pub(crate) fn rotate(&mut self, now: Instant) -> bool {
+        let Some(node) = &mut self.node else { return false };
+        if node.may_rotate(now).is_err() {
+            return false;
+        }
+        self.rotations += 1;
+        let current = SecretKey::from_bytes(spread(self.seed, 1_000 + self.rotations));
+        let previous = Some(std::mem::replace(&mut self.keys.current, current.clone()));
+        self.keys = NodeKeys { current: current.clone(), previous, told: false };
+        node.rotate(current, now).expect("it may");
+        self.refresh();
+        true
+    }
+
+    /// The keys on its disk.
+    pub(crate) fn keys(&self) -> &NodeKeys {
+        &self.keys
     }
 
     /// The machine was suspended for long enough that its daemon noticed.
@@ -410,6 +442,8 @@ impl Host {
         }
         while let Some(event) = node.poll_event() {
             match event {
+                Event::KeyTold => self.keys.told = true,
+                Event::KeyRetired => self.keys.previous = None,
                 Event::Path { peer, from, to, why } => {
                     let show = |via: Option<overlay::path::Via>| {
                         via.map_or_else(|| "nothing".to_string(), |via| via.to_string())
@@ -423,6 +457,7 @@ impl Host {
                 }
                 Event::Identity(_)
                 | Event::Rules
+                | Event::PeerKeys
                 | Event::Save
                 | Event::Mtu { .. }
                 | Event::Pinged { .. }
@@ -457,6 +492,18 @@ impl Host {
             format!("{}, for {:?}, online {}", status.why, status.since, status.online)
         })
     }
+}
+
+/// The same as a removal: what a node that knows one key of each peer makes of another key.
+fn gone_first(node: &Node, message: &ServerMessage) -> Option<ServerMessage> {
+    let (update, epoch) = (message.netmap.as_ref()?, node.netmap().epoch);
+    let other_key = |peer: &&WirePeer| {
+        let known = NodeId::new(peer.id).and_then(|id| node.peer_info(id));
+        known.is_some_and(|known| known.node_key.0 != peer.node_key)
+    };
+    let removed = update.peers.iter().filter(other_key).map(|peer| peer.id).collect();
+    let netmap = NetmapUpdate { from: Some(epoch), to: epoch, removed, ..Default::default() };
+    Some(ServerMessage { netmap: Some(netmap), ..Default::default() })
 }
 
 /// What the data plane leaves to the control plane.

@@ -6,6 +6,7 @@
 //!   named       scenarios with a name and a time bound; hard: those of hard NATs
 //!   bounds      how soon, in round trips      quiet    how much is sent when nothing happens
 //!   filtered    paths that let questions through and no data
+//!   rotation    node keys are renewed
 //!   transition  what can happen              check    what must be true
 //!     world       clock, flights, turns        oracle   which path must be found
 //!       routing     lines, NATs, LANs            ledger   every inner packet, once, in time
@@ -52,6 +53,7 @@ mod link;
 mod named;
 mod oracle;
 mod quiet;
+mod rotation;
 mod routing;
 mod scenario;
 mod server;

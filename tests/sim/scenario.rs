@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use overlay::lab::nat::NatKind;
 use overlay::node::NodeSettings;
 
-use crate::check::{QUIET, check_delivery, check_paths, check_removed, check_wakeups, talk_once};
+use crate::check::{
+    QUIET, check_delivery, check_keys, check_paths, check_removed, check_wakeups, talk_once,
+};
 use crate::link::Line;
 use crate::spot::Spot;
 use crate::transition::{Swallowed, Transition, apply};
@@ -151,6 +153,7 @@ impl Scenario {
             11 => Transition::Swallow(host, Swallowed::Large),
             12 => Transition::Move(host, Spot::plain(bytes.kind()).with_extras(bytes.next())),
             13 => Transition::Burst { from: host, to: (host + 1 + bytes.below(hosts - 1)) % hosts },
+            14 => Transition::Rotate(host),
             _ => Self::step(bytes, hosts),
         }
     }
@@ -222,6 +225,7 @@ impl Scenario {
         }
         world.run_for(QUIET);
         check_wakeups(world);
+        check_keys(world);
         check_paths(world);
         check_delivery(world);
         check_removed(world);

@@ -188,6 +188,14 @@ impl ServerHost {
         true
     }
 
+    /// The node key that is written down for a node.
+    pub(crate) fn node_key(&self, node: NodeId) -> Option<PublicKey> {
+        match &self.records.get(&Key::Member(node))?.record {
+            Record::Member(member) => Some(member.node_key),
+            _ => None,
+        }
+    }
+
     /// Makes an invite for `uses` nodes.
     pub(crate) fn invite(&mut self, uses: u32, now: Instant) -> InviteUse {
         let wall = self.wall(now);

@@ -54,6 +54,8 @@ pub(crate) enum Transition {
     Swallow(usize, Swallowed),
     /// A host moves to another place of any sort.
     Move(usize, Spot),
+    /// A node renews its key, if it may at this moment.
+    Rotate(usize),
 }
 
 /// What a filter on the way takes.
@@ -122,6 +124,7 @@ pub(crate) fn apply(world: &mut World, step: Transition) {
             world.filters.retain(|it| it.from != Some(host));
             world.healed = true;
         }
+        Transition::Rotate(host) => drop(world.rotate(host)),
         Transition::Move(host, spot) => {
             let line = world.edges[world.hosts[host].edge].line;
             world.roam_to(host, spot, line);
@@ -158,6 +161,7 @@ impl fmt::Display for Transition {
             Self::BlackHole(host, true) => write!(f, "nobody hears host {host} directly"),
             Self::BlackHole(host, false) => write!(f, "host {host} is heard again"),
             Self::Swallow(host, what) => write!(f, "{what:?} of host {host} is swallowed"),
+            Self::Rotate(host) => write!(f, "host {host} renews its node key"),
             Self::Move(host, spot) => write!(f, "host {host} moves to a new place: {spot}"),
         }
     }

@@ -51,6 +51,8 @@ pub(super) struct Interface {
     mtu: u16,
     /// Somebody has switched it off; told once.
     off: bool,
+    /// The service manager has a copy of its descriptor.
+    is_kept: bool,
 }
 
 /// What the kernel still had of the interface.
@@ -93,6 +95,11 @@ impl Interface {
             None => Tun::open(&wanted)?,
         };
         let index = tun.index();
+        let mtu = options.interface_mtu();
+        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
+        for way in routes_of(&identity, index, mtu) {
+            lead_in(&netlink, way).await;
+        }
         let mut left_out = Vec::new();
         for prefix in identity.addrs.prefixes() {
             if !add_address(&netlink, index, prefix).await? {
@@ -101,8 +108,6 @@ impl Interface {
                 left_out.push(prefix.addr());
             }
         }
-        let mtu = options.interface_mtu();
-        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
         for route in routes_of(&identity, index, mtu) {
             if route.pref_src.is_none_or(|source| !left_out.contains(&source)) {
                 netlink.add_route(&route).await?;
@@ -110,8 +115,8 @@ impl Interface {
         }
         tracing::info!(interface = options.interface, ipv4 = %identity.addrs.v4,
             ipv6 = %identity.addrs.v6, mtu, "interface is up");
-        store_tun(&tun);
-        Ok(Self { tun: Arc::new(tun), identity, mtu, off: false })
+        let is_kept = store_tun(&tun);
+        Ok(Self { tun: Arc::new(tun), identity, mtu, off: false, is_kept })
     }
 
     /// Removes it at once, whoever else has a copy of its descriptor.
@@ -138,13 +143,17 @@ impl Interface {
         let mut mended = Vec::new();
         let mut left_out = Vec::new();
         let addresses = netlink.addresses().await?;
-        for prefix in self.identity.addrs.prefixes() {
+        let mut restored = Vec::new();
+        let ways = routes_of(&self.identity, index, self.mtu);
+        for (prefix, way) in self.identity.addrs.prefixes().into_iter().zip(ways) {
             let there = |it: &InterfaceAddress| it.index == index && it.addr == prefix;
             if addresses.iter().any(there) {
                 continue;
             }
+            lead_in(&netlink, way).await;
             if add_address(&netlink, index, prefix).await? {
                 mended.push(prefix.to_string());
+                restored.push(prefix.addr());
             } else {
                 left_out.push(prefix.addr());
             }
@@ -153,7 +162,9 @@ impl Interface {
         let routes = netlink.routes().await?;
         let to_peers = peers.values().flat_map(|(addrs, mtu)| self.routes_to(*addrs, *mtu));
         for route in routes_of(&self.identity, index, self.mtu).chain(to_peers) {
-            let there = |it: &Route| it.index == index && it.dst == route.dst;
+            // One that led in before the address was back does not name it.
+            let old = route.pref_src.is_none_or(|source| !restored.contains(&source));
+            let there = |it: &Route| it.index == index && it.dst == route.dst && old;
             let possible = route.pref_src.is_none_or(|source| !left_out.contains(&source));
             if possible && !routes.iter().any(there) {
                 netlink.add_route(&route).await?;
@@ -192,6 +203,16 @@ impl Interface {
             }
         }
         Ok(())
+    }
+
+    /// Takes the addresses away, before the interface goes: the kernel would take the routes first,
+    /// and what programs send in between would leave by the default route, in the open.
+    /// One that the service manager keeps stays as it is.
+    async fn withdraw(&self) -> Result<(), NetlinkError> {
+        if self.is_kept {
+            return Ok(());
+        }
+        Netlink::connect()?.del_addresses(self.tun.index()).await
     }
 
     pub(super) fn tun(&self) -> Arc<Tun> {
@@ -238,7 +259,11 @@ async fn choose(
     Ok(chosen)
 }
 
+/// Addresses first, as in [`Interface::withdraw`].
 async fn delete(netlink: &Netlink, tun: &Tun) {
+    if let Err(error) = netlink.del_addresses(tun.index()).await {
+        tracing::debug!(%error, "the addresses go with the interface");
+    }
     match netlink.delete_link(tun.index()).await {
         // Somebody was faster.
         Err(error) if error.kernel_error() == Some(Errno::ENODEV) => {}
@@ -261,6 +286,15 @@ async fn forget_peers(netlink: &Netlink, identity: &Identity, routes: &[Route], 
         if let Err(error) = netlink.del_route(&Route::direct(route.dst, index)).await {
             tracing::debug!(%error, "the route to a peer of before stays");
         }
+    }
+}
+
+/// A route into the interface before it has its address. Connections of before have that as their
+/// source: with an address and no route, their packets would leave by the default route, in the open.
+async fn lead_in(netlink: &Netlink, way: Route) {
+    // Where the kernel has no IPv6, there is nothing to lead in.
+    if let Err(error) = netlink.add_route(&Route { pref_src: None, ..way }).await {
+        tracing::debug!(%error, "no route before the address");
     }
 }
 
@@ -324,6 +358,17 @@ impl Daemon {
     pub(super) async fn route_peers(&mut self) {
         for (addrs, mtu) in self.peer_mtus.clone().into_values() {
             self.set_peer_mtu(addrs, mtu).await;
+        }
+    }
+
+    /// The process is about to end; `for_good` when no other run is to follow.
+    pub(super) async fn end_interface(&mut self, for_good: bool) {
+        if for_good {
+            return self.remove_interface().await;
+        }
+        let Some(interface) = &self.interface else { return };
+        if let Err(error) = interface.withdraw().await {
+            tracing::debug!(%error, "the addresses go with the interface");
         }
     }
 

@@ -11,6 +11,7 @@ use super::portmap::PortMapping;
 use super::report::{
     OwnStatus, PathReport, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis,
 };
+use super::rotate::Rotated;
 use super::{Daemon, Ended, explain, netcheck};
 use crate::daemon::exit;
 use crate::io::clock;
@@ -21,6 +22,8 @@ use crate::types::NodeId;
 
 /// How long one reply to a ping is waited for.
 const REPLY_LIMIT: Duration = Duration::from_secs(2);
+/// How long the server is waited for when the node key is renewed.
+const ROTATE_LIMIT: Duration = Duration::from_secs(6);
 /// Between pings of a person.
 const CALM: Duration = Duration::from_secs(1);
 /// Between pings of somebody who waits for the direct path.
@@ -55,6 +58,8 @@ pub enum Question {
     },
     /// Measure the network in front of us.
     Netcheck,
+    /// Renew the node key.
+    Rotate,
     /// Stop the daemon.
     Down,
 }
@@ -86,6 +91,7 @@ pub(super) enum Request {
     Unready(oneshot::Sender<Option<Refusal>>),
     Explain(explain::Request),
     Metrics(oneshot::Sender<Page>),
+    Rotate(oneshot::Sender<Result<Rotated, Refusal>>),
     Down,
 }
 
@@ -168,17 +174,45 @@ async fn serve(
                 return Ok(());
             }
             Question::Down => {
-                let refusal = Refusal {
-                    code: exit::PERMISSION,
-                    error: "this user may not stop the node".into(),
-                    cause: "only root and the node's own user may; others may only look".into(),
-                    help: "sudo overlay down".into(),
-                };
+                let refusal = not_allowed("stop the node", "sudo overlay down");
+                connection.answer(&Reply::<()>::Error(refusal)).await?;
+            }
+            Question::Rotate if connection.peer.may_write => {
+                connection.answer(&rotate(requests).await).await?;
+            }
+            Question::Rotate => {
+                let refusal = not_allowed("renew the node's key", "sudo overlay rotate");
                 connection.answer(&Reply::<()>::Error(refusal)).await?;
             }
         }
     }
     Ok(())
+}
+
+fn not_allowed(what: &str, help: &str) -> Refusal {
+    Refusal {
+        code: exit::PERMISSION,
+        error: format!("this user may not {what}"),
+        cause: "only root and the node's own user may; others may only look".into(),
+        help: help.into(),
+    }
+}
+
+/// Waits until the server has stored the new key, or for so long that it must be cut off.
+async fn rotate(requests: &mpsc::Sender<Request>) -> Reply<Rotated> {
+    match tokio::time::timeout(ROTATE_LIMIT, ask(requests, Request::Rotate)).await {
+        Ok(Some(Ok(rotated))) => Reply::Ok(rotated),
+        Ok(Some(Err(refusal))) => Reply::Error(refusal),
+        Ok(None) => or_stopping(None),
+        Err(_) => Reply::Error(Refusal {
+            code: exit::FAILED,
+            error: "the server has not confirmed the new node key yet".into(),
+            cause: "it does not answer, or cannot write to its disk".into(),
+            help: "nothing is lost: the new key is stored here, the old one is good until the \
+                   server has the new one, and it is told again by itself; overlay status shows it"
+                .into(),
+        }),
+    }
 }
 
 fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
@@ -327,6 +361,7 @@ impl Daemon {
                 let _ = reply.send((!self.ready).then(|| self.not_enrolled_yet()));
             }
             Request::Explain(request) => self.handle_explain(request, now),
+            Request::Rotate(reply) => self.handle_rotate(reply),
             Request::Metrics(reply) => {
                 let _ = reply.send(self.metrics());
             }
@@ -384,6 +419,7 @@ impl Daemon {
                 offloads: self.ports.offloads(),
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
                 punching: self.punching(),
+                node_key: self.key_report(),
                 warnings: self.warnings(now),
             },
             server: ServerStatus {

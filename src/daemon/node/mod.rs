@@ -4,7 +4,7 @@
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
 //! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `roam`
 //! follows the network around us, `portmap` asks the router for a port, `local` answers the command
-//! line, `metrics` Prometheus, `reload` applies a new configuration, `explain` has its answers about paths, `netcheck` measures the network in front of us.
+//! line, `metrics` Prometheus, `rotate` renews the node key, `reload` applies a new configuration, `explain` has its answers about paths, `netcheck` measures the network in front of us.
 
 pub mod explain;
 mod extra;
@@ -17,6 +17,7 @@ mod portmap;
 mod reload;
 pub mod report;
 mod roam;
+pub mod rotate;
 mod scratch;
 mod startup;
 mod state;
@@ -50,6 +51,7 @@ use interface::Interface;
 use local::Request;
 use portmap::PortMapping;
 use roam::Surroundings;
+use rotate::Rotation;
 use scratch::ScratchAnswer;
 use state::StateDir;
 use threads::{Ports, send_all, send_opener, send_whole_probe, write_packet, write_tun};
@@ -104,6 +106,7 @@ struct Daemon {
     ready: bool,
     save_at: Option<Instant>,
     watchdog: Watchdog,
+    rotation: Rotation,
     /// In seconds since 1970.
     started: u64,
     out: UdpBatch,
@@ -166,6 +169,7 @@ impl Daemon {
         }
         self.check_proof(now);
         self.node.handle_timeout(now);
+        self.look_at_key(now);
         self.watchdog.look(now);
     }
 
@@ -181,6 +185,7 @@ impl Daemon {
             silence,
             self.portmap_deadline(),
             self.watchdog.next(),
+            Some(self.rotation.deadline()),
         ]
         .into_iter()
         .flatten()
@@ -324,7 +329,9 @@ impl Daemon {
                     self.scan_interfaces().await;
                 }
             }
-            Event::Rules => self.save(),
+            Event::Rules | Event::PeerKeys => self.save(),
+            Event::KeyTold => self.note_key_told(),
+            Event::KeyRetired => self.forget_old_key(),
             Event::Save => {
                 self.save_at.get_or_insert(now + SAVE_DELAY);
             }

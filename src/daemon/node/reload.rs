@@ -47,6 +47,7 @@ impl Daemon {
             self.options.metrics = new.metrics;
             self.serve_metrics(new.metrics);
         }
+        self.options.rotate_key_after = new.rotate_key_after;
         tracing::info!("the configuration was read again");
     }
 

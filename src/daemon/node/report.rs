@@ -57,9 +57,23 @@ pub struct OwnStatus {
     /// Costly ways to peers between hard NATs.
     #[serde(default)]
     pub punching: PunchReport,
+    /// How old the node key is, and whether it is being renewed.
+    #[serde(default)]
+    pub node_key: NodeKeyReport,
     /// What the user should do something about, in sentences.
     #[serde(default)]
     pub warnings: Vec<String>,
+}
+
+/// The node key.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeKeyReport {
+    /// Seconds since it was made, by this machine's clock.
+    pub age_s: u64,
+    /// Whether the server has it.
+    pub stored: bool,
+    /// Whether the one before it is still accepted, for peers that may know no other.
+    pub old_accepted: bool,
 }
 
 /// What the router in front of us does for us.

@@ -14,6 +14,7 @@ use super::interface::{InterfaceError, widest_mtu};
 use super::local::serve_local;
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
+use super::rotate::Rotation;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
@@ -64,6 +65,8 @@ pub struct NodeOptions {
     pub port_mapping: Option<Duration>,
     /// Where Prometheus may ask; none for nowhere.
     pub metrics: Option<LoopbackAddr>,
+    /// Renew the node key when it is so old; none for never.
+    pub rotate_key_after: Option<Duration>,
     /// Stop as soon as the server has let us in.
     pub enrol_only: bool,
 }
@@ -266,6 +269,7 @@ pub async fn run(
         ready: false,
         save_at: None,
         watchdog: Watchdog::new(ports.progress(), now),
+        rotation: Rotation::new(now),
         started: clock::unix_seconds(),
         out: UdpBatch::default(),
         options,
@@ -283,11 +287,12 @@ pub async fn run(
     let metrics = daemon.options.metrics.filter(|_| !daemon.options.enrol_only);
     daemon.metrics = metrics.map(|at| super::metrics::start(at, &request_sender)).transpose()?;
     let local = serve_local(listener, request_sender);
-    if let Some(identity) = daemon.node.netmap().identity.clone()
-        && !daemon.options.enrol_only
-    {
-        daemon.handle_event(Event::Identity(identity), now).await?;
-    } else if let Some(ended) = daemon.enrol(&mut stop).await? {
+    let start_threads = || {
+        Threads::start(&ports, &note_sender)
+            .map_err(|source| StartError::Io { action: "starting the packet threads", source })
+    };
+    let (threads, ended) = daemon.come_up(&mut stop, &start_threads).await?;
+    if let Some(ended) = ended {
         return Ok(ended);
     }
     let port = ports.listen_port();
@@ -297,16 +302,16 @@ pub async fn run(
         ready(&daemon.node);
         return Ok(Ended::Stopped);
     }
-    let threads = Threads::start(&ports, &note_sender)
-        .map_err(|source| StartError::Io { action: "starting the packet threads", source })?;
+    let threads = match threads {
+        Some(threads) => threads,
+        None => start_threads()?,
+    };
     daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;
-    if matches!(ended, Ok(Ended::Down | Ended::Removed)) {
-        daemon.remove_interface().await;
-    }
     daemon.metrics = None;
     drop(local);
+    daemon.end_interface(matches!(ended, Ok(Ended::Down | Ended::Removed))).await;
     drop(threads);
     daemon.end_portmap().await;
     daemon.save();
@@ -314,6 +319,29 @@ pub async fn run(
 }
 
 impl Daemon {
+    /// Makes the interface of a member, or has a new node enrol, unless it ends before. The packet
+    /// threads of a new node, if it is to send packets, run from then on.
+    async fn come_up(
+        &mut self,
+        stop: &mut StopSignals,
+        start_threads: &impl Fn() -> Result<Threads, StartError>,
+    ) -> Result<(Option<Threads>, Option<Ended>), StartError> {
+        let reflectors = self.netcheck_inputs().reflectors();
+        if self.options.enrol_only {
+            return Ok((None, self.enrol(stop).await?));
+        }
+        if let Some(identity) = self.node.netmap().identity.clone() {
+            // What peers send must not be read before there is an interface for it.
+            self.handle_event(Event::Identity(identity), clock::now()).await?;
+            self.node.ask_reflectors(&reflectors, clock::now());
+            return Ok((None, None));
+        }
+        // The answers are here before there is a control connection to tell them on.
+        let threads = start_threads()?;
+        self.node.ask_reflectors(&reflectors, clock::now());
+        Ok((Some(threads), self.enrol(stop).await?))
+    }
+
     /// Serves until the server has let us in, or will not.
     async fn enrol(&mut self, stop: &mut StopSignals) -> Result<Option<Ended>, StartError> {
         let deadline = clock::now() + ENROL_LIMIT;

@@ -1,6 +1,6 @@
 //! What a node keeps on disk, in a directory of mode 0700:
 //!
-//! - `node.key`: the two secret keys; written once
+//! - `node.key`: the secret keys of machine and node, and while the node key is renewed its old one
 //! - `node.json`: which network and server, the UDP port; written when they change
 //! - `netmap.json`: the network as it was last; when it cannot be read, the server has a new one
 //! - `node.key.bak`, `node.json.bak`: the same again, for a file system that loses one of them
@@ -8,13 +8,15 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use crate::io::clock;
 use crate::io::files::{self, DirLock, FileError, SECRET_MODE};
-use crate::node::Netmap;
+use crate::node::{Netmap, NodeKeys};
 use crate::types::{NetworkId, PublicKey, SecretKey};
 use crate::wire::control::Welcome;
 use crate::wire::join::{JoinLine, MAX_ADDRESSES, ServerAddr};
@@ -44,6 +46,15 @@ pub enum StateError {
 struct KeyFile {
     machine_key: String,
     node_key: String,
+    /// The one before it, as long as some peer may know no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    old_node_key: Option<String>,
+    /// When the node key was made, in Unix seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    since: Option<u64>,
+    /// The server has not stored the node key yet, as far as we know.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    untold: bool,
 }
 
 /// Which network this node belongs to, and how its server is reached.
@@ -65,13 +76,30 @@ pub(super) struct Enrolment {
 pub(super) struct StateDir {
     path: PathBuf,
     enrolment: Option<Enrolment>,
+    /// When the node key was made, in Unix seconds.
+    key_since: u64,
     _lock: DirLock,
 }
 
 /// The secret keys of this machine.
 pub(super) struct Keys {
     pub(super) machine: SecretKey,
-    pub(super) node: SecretKey,
+    pub(super) node: NodeKeys,
+    /// When the node key was made, in Unix seconds; none in a file of an older version.
+    pub(super) since: Option<u64>,
+}
+
+impl Keys {
+    fn to_file(&self) -> KeyFile {
+        let text = |key: &SecretKey| key.expose_base64().to_string();
+        KeyFile {
+            machine_key: text(&self.machine),
+            node_key: text(&self.node.current),
+            old_node_key: self.node.previous.as_ref().map(text),
+            since: self.since,
+            untold: !self.node.told,
+        }
+    }
 }
 
 impl StateDir {
@@ -79,29 +107,75 @@ impl StateDir {
     pub(super) fn open(path: &Path) -> Result<Self, StateError> {
         files::private_dir(path)?;
         let lock = DirLock::acquire(path)?;
-        let mut dir = Self { path: path.to_path_buf(), enrolment: None, _lock: lock };
+        let mut dir = Self { path: path.to_path_buf(), enrolment: None, key_since: 0, _lock: lock };
         dir.enrolment = dir.read_json(ENROLMENT_FILE)?;
+        dir.key_since = dir.key_made();
         Ok(dir)
     }
 
     /// The keys, made at the first start.
     pub(super) fn keys(&self) -> Result<Keys, StateError> {
-        let path = self.path.join(KEY_FILE);
-        let damaged = |reason: String| StateError::Damaged { path: path.clone(), reason };
         if let Some(keys) = self.read_first(KEY_FILE, parse_keys)? {
             return Ok(keys);
         }
         let machine = SecretKey::from_bytes(rand::random());
-        let node = SecretKey::from_bytes(rand::random());
-        let file = KeyFile {
-            machine_key: machine.expose_base64().to_string(),
-            node_key: node.expose_base64().to_string(),
+        let node = NodeKeys::from(SecretKey::from_bytes(rand::random()));
+        let keys = Keys { machine, node, since: Some(clock::unix_seconds()) };
+        self.write_keys(&keys)?;
+        Ok(keys)
+    }
+
+    fn write_keys(&self, keys: &Keys) -> Result<(), StateError> {
+        let path = self.path.join(KEY_FILE);
+        let text = serde_json::to_vec_pretty(&keys.to_file());
+        let damaged = |error: serde_json::Error| StateError::Damaged {
+            path: path.clone(),
+            reason: error.to_string(),
         };
-        let text = Zeroizing::new(
-            serde_json::to_vec_pretty(&file).map_err(|error| damaged(error.to_string()))?,
-        );
-        files::write_twice(&path, &text, SECRET_MODE)?;
-        Ok(Keys { machine, node })
+        files::write_twice(&path, &Zeroizing::new(text.map_err(damaged)?), SECRET_MODE)?;
+        Ok(())
+    }
+
+    /// When the node key was made, as its file says, or at least the age of the file.
+    fn key_made(&self) -> u64 {
+        let written = self.read_first(KEY_FILE, parse_keys).ok().flatten();
+        let modified = std::fs::metadata(self.path.join(KEY_FILE)).and_then(|it| it.modified());
+        let modified = modified.ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        let since = written.and_then(|keys| keys.since);
+        since.or(modified.map(|at| at.as_secs())).unwrap_or_else(clock::unix_seconds)
+    }
+
+    /// When the node key was made, in Unix seconds.
+    pub(super) fn key_since(&self) -> u64 {
+        self.key_since
+    }
+
+    /// Stores a new node key, and keeps the present one beside it.
+    pub(super) fn store_new_key(&mut self, key: &SecretKey) -> Result<(), StateError> {
+        let keys = self.keys()?;
+        let since = clock::unix_seconds();
+        let node = NodeKeys {
+            current: key.clone(),
+            previous: Some(keys.node.current.clone()),
+            told: false,
+        };
+        self.write_keys(&Keys { machine: keys.machine, node, since: Some(since) })?;
+        self.key_since = since;
+        Ok(())
+    }
+
+    /// The server has stored the node key.
+    pub(super) fn note_key_told(&self) -> Result<(), StateError> {
+        let mut keys = self.keys()?;
+        keys.node.told = true;
+        self.write_keys(&keys)
+    }
+
+    /// Nobody needs the old node key any more.
+    pub(super) fn forget_old_key(&self) -> Result<(), StateError> {
+        let mut keys = self.keys()?;
+        keys.node.previous = None;
+        self.write_keys(&keys)
     }
 
     pub(super) fn enrolment(&self) -> Option<&Enrolment> {
@@ -253,7 +327,12 @@ impl StateDir {
 fn parse_keys(text: &[u8]) -> Result<Keys, String> {
     let file: KeyFile = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     let key = |text: &str| text.parse().map_err(|_| "not a key".to_string());
-    Ok(Keys { machine: key(&file.machine_key)?, node: key(&file.node_key)? })
+    let node = NodeKeys {
+        current: key(&file.node_key)?,
+        previous: file.old_node_key.as_deref().map(key).transpose()?,
+        told: !file.untold,
+    };
+    Ok(Keys { machine: key(&file.machine_key)?, node, since: file.since })
 }
 
 #[cfg(test)]
@@ -293,7 +372,7 @@ mod tests {
                     let state = StateDir::open(dir.path()).unwrap();
                     let same = state.keys().unwrap();
                     assert_eq!(same.machine.public(), keys.machine.public(), "{name} cut at {cut}");
-                    assert_eq!(same.node.public(), keys.node.public(), "{name} cut at {cut}");
+                    assert_eq!(same.node.current.public(), keys.node.current.public());
                     assert_eq!(state.enrolment(), Some(&enrolment), "{name} cut at {cut}");
                     assert_eq!(std::fs::read(&path).unwrap(), whole, "and it is whole again");
                 }
@@ -320,6 +399,41 @@ mod tests {
             // The next file is looked at with this one whole.
             let _ = std::fs::remove_file(dir.path().join(name));
         }
+    }
+
+    #[test]
+    fn a_new_key_is_there_with_the_old_one_until_that_is_needed_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let (before, _) = enrolled(dir.path());
+        let new = SecretKey::from_bytes([7; 32]);
+        StateDir::open(dir.path()).unwrap().store_new_key(&new).unwrap();
+        let read = || StateDir::open(dir.path()).unwrap().keys().unwrap();
+        let keys = read();
+        assert_eq!(keys.machine.public(), before.machine.public());
+        assert_eq!(keys.node.current.public(), new.public());
+        let old = keys.node.previous.as_ref().map(SecretKey::public);
+        assert_eq!(old, Some(before.node.current.public()));
+        assert!(!keys.node.told);
+        StateDir::open(dir.path()).unwrap().note_key_told().unwrap();
+        assert!(read().node.told && read().node.previous.is_some());
+        StateDir::open(dir.path()).unwrap().forget_old_key().unwrap();
+        assert!(read().node.previous.is_none() && read().node.told);
+        assert_eq!(read().node.current.public(), new.public());
+    }
+
+    #[test]
+    fn a_key_file_of_an_older_version_is_as_old_as_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keys, _) = enrolled(dir.path());
+        let mut file = keys.to_file();
+        file.since = None;
+        let path = dir.path().join(KEY_FILE);
+        std::fs::write(&path, serde_json::to_vec(&file).unwrap()).unwrap();
+        let made = UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(made).unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        assert_eq!(state.key_since(), 1_700_000_000);
+        assert!(state.keys().unwrap().node.told, "it was told in its hello");
     }
 
     #[test]

@@ -66,14 +66,14 @@ fn unfilter(at: &Host) {
 }
 
 /// A TCP connection that is in use all the time, and its longest silence.
-struct Connection {
+pub(super) struct Connection {
     stop: Arc<AtomicBool>,
     sender: JoinHandle<usize>,
     receiver: JoinHandle<(usize, Duration)>,
 }
 
 impl Connection {
-    fn start(from: &Host, to: &Host, address: &str) -> Self {
+    pub(super) fn start(from: &Host, to: &Host, address: &str) -> Self {
         let address: IpAddr = address.parse().unwrap();
         let listener = to.ns.enter(|| TcpListener::bind((address, 0)).unwrap());
         let remote = listener.local_addr().unwrap();
@@ -115,7 +115,7 @@ impl Connection {
     }
 
     /// Ends it; nothing may be missing. Returns the longest silence.
-    fn finish(self) -> Duration {
+    pub(super) fn finish(self) -> Duration {
         self.stop.store(true, Ordering::Relaxed);
         let sent = self.sender.join().unwrap();
         let (got, longest) = self.receiver.join().unwrap();

@@ -4,14 +4,19 @@ use crate::case::Case;
 
 mod candidates;
 mod commands;
+mod crowd;
 
 mod enrol;
 mod failover;
+mod fair;
 mod fallback;
+mod flood;
 mod hard;
 mod kept;
 mod lab;
+mod leak;
 mod limits;
+mod line;
 mod local;
 mod matrix;
 mod members;
@@ -27,6 +32,7 @@ mod relay;
 mod reload;
 mod rights;
 mod roam;
+mod rotation;
 mod secrets;
 mod server;
 mod server_loss;
@@ -42,6 +48,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        rotation::cases(),
         hard::cases(),
         relay::cases(),
         limits::cases(),
@@ -50,9 +57,14 @@ pub(crate) fn all() -> Vec<Case> {
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        flood::cases(),
+        crowd::cases(),
         policy::cases(),
         offload::cases(),
         fallback::cases(),
+        fair::cases(),
+        line::cases(),
+        leak::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),

@@ -1,0 +1,119 @@
+//! Members that renew their node key.
+
+use super::*;
+
+const NEW: [u8; 32] = [42; 32];
+
+fn announce(world: &mut World, connection: ConnectionId, key: [u8; 32], wall: u64) -> Vec<String> {
+    let message = ClientMessage { node_key: Some(key), ..Default::default() };
+    let decision = world.server.handle_message(connection, message, wall);
+    let Some(decision) = decision else { return Vec::new() };
+    let events = world.server.events(&decision, "server", wall);
+    world.commit(decision);
+    events.into_iter().map(|event| format!("{} {}", event.kind, event.actor)).collect()
+}
+
+fn pair() -> (World, ConnectionId, ConnectionId) {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(3);
+    let first = world.enter(1, hello(1, Some(&invite)));
+    let second = world.enter(2, hello(2, Some(&invite)));
+    world.pass(Duration::from_secs(1));
+    (world, first, second)
+}
+
+fn key_seen_by(world: &World, connection: ConnectionId) -> Vec<[u8; 32]> {
+    world.node(connection).peers.values().map(|peer| peer.node_key).collect()
+}
+
+#[test]
+fn a_new_key_is_written_then_confirmed_and_told_to_the_others() {
+    let (mut world, first, second) = pair();
+    let events = announce(&mut world, first, NEW, WALL);
+    assert_eq!(events, ["node-key-changed node 00000001 from 203.0.113.9:1234"]);
+    assert_eq!(world.node(first).node_key, Some(NEW), "confirmed");
+    world.pass(Duration::from_secs(1));
+    assert_eq!(key_seen_by(&world, second), [NEW]);
+    assert_eq!(world.server.members.iter().next().unwrap().key_since, WALL);
+    assert_eq!(world.node(second).node_key, None);
+    // The same again is confirmed again, and is no change.
+    assert_eq!(announce(&mut world, first, NEW, WALL), Vec::<String>::new());
+    let back = world.enter(1, Hello { node_key: NEW, ..hello(1, None) });
+    assert_eq!(world.node(back).refused, None);
+}
+
+#[test]
+fn what_is_not_on_disk_is_neither_confirmed_nor_told() {
+    let (mut world, first, second) = pair();
+    world.store_works = false;
+    announce(&mut world, first, NEW, WALL);
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(first).node_key, None);
+    assert_eq!(key_seen_by(&world, second), [[101; 32]]);
+    assert!(!world.node(first).closed, "it goes on with its old key");
+    world.store_works = true;
+    announce(&mut world, first, NEW, WALL + 65);
+    assert_eq!(world.node(first).node_key, Some(NEW), "it asks again");
+}
+
+#[test]
+fn keys_of_others_and_no_keys_are_not_taken_nor_more_than_one_a_minute() {
+    let (mut world, first, second) = pair();
+    for bad in [[0; 32], [102; 32]] {
+        assert_eq!(announce(&mut world, first, bad, WALL), Vec::<String>::new());
+        assert_eq!(world.node(first).node_key, None);
+    }
+    announce(&mut world, first, NEW, WALL);
+    for (key, wall, taken) in [(7, 30, false), (7, 59, false), (7, 60, true), (8, 0, true)] {
+        announce(&mut world, first, [key; 32], WALL + wall);
+        assert_eq!(world.node(first).node_key == Some([key; 32]), taken, "{key} after {wall} s");
+    }
+    world.pass(Duration::from_secs(1));
+    assert_eq!(
+        key_seen_by(&world, second),
+        [[8; 32]],
+        "a clock that was set back keeps nobody out"
+    );
+}
+
+#[test]
+fn who_has_not_been_let_in_or_has_been_replaced_changes_no_key() {
+    let (mut world, first, second) = pair();
+    let stranger = world.connect(3);
+    announce(&mut world, stranger, NEW, WALL);
+    assert_eq!(world.node(stranger).refused, Some(RefusedCode::BadRequest));
+    // What was under way on a connection that another one has replaced comes too late.
+    world.enter(1, Hello { node_key: [50; 32], ..hello(1, None) });
+    announce(&mut world, first, NEW, WALL);
+    world.pass(Duration::from_secs(1));
+    assert_eq!(key_seen_by(&world, second), [[50; 32]]);
+}
+
+#[test]
+fn a_new_key_is_no_second_machine_and_a_second_machine_does_not_change_the_key() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(3);
+    let run = |key: u8, instance| Hello {
+        node_key: [key; 32],
+        instance: Some(instance),
+        ..hello(1, Some(&invite))
+    };
+    let connection = world.enter(1, run(10, 1));
+    for key in 11..30 {
+        let wall = WALL + u64::from(key) * 100;
+        announce(&mut world, connection, [key; 32], wall);
+        assert_eq!(world.node(connection).node_key, Some([key; 32]));
+    }
+    let again = world.enter(1, run(30, 1));
+    assert_eq!(world.node(again).refused, None, "the same machine with its newest key");
+
+    // Two machines of one identity, each of which has renewed its key.
+    world.enter(1, run(40, 2));
+    let staying = world.enter(1, run(30, 1));
+    let turned_away = world.enter(1, run(40, 2));
+    assert_eq!(world.node(turned_away).refused, Some(RefusedCode::Cloned));
+    assert!(!world.node(staying).closed);
+    announce(&mut world, turned_away, [41; 32], WALL + 1_000_000);
+    let stored = world.server.members.iter().next().unwrap().node_key;
+    assert_eq!(stored.0, [30; 32], "that of the machine which stays");
+}
