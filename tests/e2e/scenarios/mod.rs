@@ -30,8 +30,10 @@ mod portmap;
 mod recipes;
 mod relay;
 mod reload;
+mod rights;
 mod roam;
 mod rotation;
+mod secrets;
 mod server;
 mod server_loss;
 mod service;
@@ -75,6 +77,8 @@ pub(crate) fn all() -> Vec<Case> {
         lab::cases(),
         service::cases(),
         kept::cases(),
+        rights::cases(),
+        secrets::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }
