@@ -22,6 +22,7 @@ use crate::daemon::server::{Options, Signals, StartError, start};
 use crate::io::files::FileError;
 use crate::io::local::LocalError;
 use crate::io::service::reload::{Read, Reload};
+use crate::server::WHOLE_NETMAP_UP_TO;
 use crate::store::StoreError;
 use crate::wire::join::ServerAddr;
 
@@ -192,6 +193,7 @@ fn options(args: &ServerArgs, paths: &Paths) -> Result<Options, Failure> {
         network: config.network,
         network_ipv6: config.network_ipv6,
         metrics: config.metrics,
+        whole_netmap_up_to: config.whole_netmap_up_to.unwrap_or(WHOLE_NETMAP_UP_TO),
     })
 }
 

@@ -27,6 +27,9 @@ pub struct ServerConfig {
     pub network_ipv6: Option<Ipv6Net>,
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
+    /// In a network of up to so many nodes each is told of every other, in a larger one of the
+    /// peers that it uses. Default: [`crate::server::WHOLE_NETMAP_UP_TO`].
+    pub whole_netmap_up_to: Option<usize>,
 }
 
 #[cfg(test)]
@@ -57,5 +60,6 @@ mod tests {
         assert!(config.state_dir.is_some() && config.socket.is_some());
         assert!(config.network.is_some() && config.network_ipv6.is_some());
         assert!(config.metrics.is_some());
+        assert_eq!(config.whole_netmap_up_to, Some(crate::server::WHOLE_NETMAP_UP_TO));
     }
 }

@@ -27,6 +27,7 @@ impl Node {
                 invite,
                 candidates: self.announced.iter().map(|candidate| (*candidate).into()).collect(),
                 instance: Some(self.instance),
+                known: Some(self.netmap.peers.keys().map(|id| id.number()).collect()),
             }),
             ..ClientMessage::default()
         }
@@ -39,6 +40,12 @@ impl Node {
         }
         if let Some(update) = &message.netmap {
             self.handle_update(update, now);
+        }
+        if self.netmap.members.is_some() {
+            self.netmap.members = message.members.or(self.netmap.members);
+        }
+        for text in message.unknown.iter().flatten() {
+            self.handle_unknown_peer(text, now);
         }
         if let Some(rival) = message.rival {
             self.events.push_back(Event::Rival(rival));
@@ -69,10 +76,12 @@ impl Node {
         }
         self.publish();
         self.update_peers(now);
+        self.ask_again();
     }
 
     fn handle_update(&mut self, update: &NetmapUpdate, now: Instant) {
         let leaving = self.leaving(update, now);
+        let was_part = self.netmap.members.is_some();
         let diff = match self.netmap.apply(update) {
             Ok(diff) => diff,
             Err(error) => {
@@ -83,7 +92,7 @@ impl Node {
             }
         };
         self.note_removed(leaving);
-        for id in &diff.removed {
+        for id in diff.removed.iter().chain(&diff.forgotten) {
             self.drop_peer(*id);
         }
         for id in &diff.replaced {
@@ -93,12 +102,15 @@ impl Node {
             self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
             self.events.push_back(Event::Rules);
         }
-        if diff.filter || !(diff.removed.is_empty() && diff.replaced.is_empty()) {
+        let same_peers =
+            diff.removed.is_empty() && diff.forgotten.is_empty() && diff.replaced.is_empty();
+        if diff.filter || !same_peers || self.netmap.members.is_some() != was_part {
             self.publish();
         }
         for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
             self.update_peer(id, now);
         }
+        self.handle_found_peers(&diff.replaced, now);
         if update.from.is_none() || !update.removed.is_empty() || diff.filter {
             self.acknowledge();
         }

@@ -33,6 +33,7 @@ impl Node {
         self.handle_pace_timeout(now);
         self.handle_punch_timeout(now);
         self.handle_waiting_timeout(now);
+        self.handle_wanted_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -79,6 +80,7 @@ impl Node {
             }
             soonest.add(peer.waiting_until, "packets wait for a path");
         }
+        soonest.add(self.wanted.next_at(), "peers of a large network");
         soonest.add(self.relay.next_at(), "relay bind");
         soonest.add(self.pace.next_at(), "next peer that nobody asked for");
         soonest.add(self.prediction.next_at(), "look at the NAT's counter");

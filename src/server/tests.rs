@@ -1,6 +1,7 @@
 //! The server as its driver sees it, with a store of a few lines and nodes that only keep a netmap.
 
 mod clones;
+mod parts;
 mod removal;
 
 use std::collections::BTreeMap;
@@ -37,6 +38,8 @@ struct Node {
     filter: WireFilter,
     refused: Option<RefusedCode>,
     rival: Option<SocketAddr>,
+    members: Option<u32>,
+    unknown: Vec<String>,
     closed: bool,
 }
 
@@ -50,7 +53,23 @@ impl Node {
             self.refused = Some(RefusedCode::from_code(refused.code));
         }
         self.rival = message.rival.or(self.rival);
-        if let Some(NetmapUpdate { from, to, peers, removed, own_name, filter }) = message.netmap {
+        self.members = message.members.or(self.members);
+        self.unknown.extend(message.unknown.into_iter().flatten());
+        if let Some(NetmapUpdate {
+            from,
+            to,
+            peers,
+            removed,
+            own_name,
+            filter,
+            members,
+            forgotten,
+        }) = message.netmap
+        {
+            self.members = members.or(self.members);
+            for gone in forgotten.into_iter().flatten() {
+                self.peers.remove(&gone);
+            }
             match (from, filter) {
                 (_, Some(filter)) => self.filter = filter,
                 (None, None) => self.filter = WireFilter::default(),
@@ -88,6 +107,7 @@ impl World {
         let settings = Settings {
             server_key: SecretKey::from_bytes([1; 32]).public(),
             addresses: vec!["192.0.2.1".parse().unwrap()],
+            whole_netmap_up_to: WHOLE_NETMAP_UP_TO,
         };
         Self {
             server: Server::new(settings, records, [3; 32], epoch(), WALL),
@@ -202,6 +222,7 @@ fn hello(machine: u8, invite: Option<&InviteUse>) -> Hello {
         invite: invite.cloned(),
         candidates: Vec::new(),
         instance: None,
+        known: None,
     }
 }
 

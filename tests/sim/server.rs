@@ -112,6 +112,7 @@ impl ServerHost {
         let settings = Settings {
             server_key: SecretKey::from_bytes(spread(self.seed, 4)).public(),
             addresses: vec!["203.0.113.1".parse().expect("an address")],
+            whole_netmap_up_to: overlay::server::WHOLE_NETMAP_UP_TO,
         };
         let seed = spread(self.seed, 200 + self.lives);
         let server = Server::new(settings, self.read_records(), seed, now, self.wall(now));
