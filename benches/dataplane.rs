@@ -51,7 +51,7 @@ fn side(own: u32, other: u32) -> Side {
     let endpoint = |host: u32| SocketAddr::from(([203, 0, 113, u8::try_from(host).unwrap()], 4000));
     let peer = peer(other, &key(own), &key(other));
     peer.set_choice(Choice { primary: Some(Via::direct(endpoint(other))), duplicate: None });
-    let shared = Shared::new(clock::now());
+    let shared = Shared::new(clock::now(), &EngineKeys::new(&key(own)));
     let mut table = ForwardingTable::new(Some(addrs(own)), None);
     table.insert(Arc::clone(&peer));
     shared.publish(table);

@@ -28,6 +28,7 @@ fn options(dir: &Path) -> Options {
         network_ipv6: None,
         metrics: Some("127.0.0.1:0".parse().unwrap()),
         whole_netmap_up_to: overlay::server::WHOLE_NETMAP_UP_TO,
+        relay_limits: overlay::server::relay::limit::Limits::default(),
     }
 }
 

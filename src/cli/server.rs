@@ -4,10 +4,12 @@ mod admin;
 mod backup;
 mod events;
 mod policy;
+mod status;
 
 use std::fmt::Display;
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -23,6 +25,7 @@ use crate::io::files::FileError;
 use crate::io::local::LocalError;
 use crate::io::service::reload::{Read, Reload};
 use crate::server::WHOLE_NETMAP_UP_TO;
+use crate::server::relay::limit::Limits;
 use crate::store::StoreError;
 use crate::wire::join::ServerAddr;
 
@@ -59,6 +62,12 @@ enum Command {
     Invite(admin::InviteArgs),
     /// List the nodes of the network
     Nodes {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what the server does: nodes, relay, what it has dropped
+    Status {
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -186,6 +195,7 @@ fn options(args: &ServerArgs, paths: &Paths) -> Result<Options, Failure> {
     };
     let flags = (args.listen.clone(), args.public_addr.clone());
     Ok(Options {
+        relay_limits: relay_limits(&config),
         listen: if flags.0.is_empty() { config.listen } else { flags.0 },
         public_addr: if flags.1.is_empty() { config.public_addr } else { flags.1 },
         state_dir: place(&args.state_dir, config.state_dir, &paths.state_dir),
@@ -195,6 +205,20 @@ fn options(args: &ServerArgs, paths: &Paths) -> Result<Options, Failure> {
         metrics: config.metrics,
         whole_netmap_up_to: config.whole_netmap_up_to.unwrap_or(WHOLE_NETMAP_UP_TO),
     })
+}
+
+/// The limits of the file over the defaults.
+fn relay_limits(config: &ServerConfig) -> Limits {
+    let mut limits = Limits::default();
+    for (limit, wished) in [
+        (&mut limits.node.mbit, config.relay_node_mbit),
+        (&mut limits.node.datagrams, config.relay_node_packets),
+        (&mut limits.network.mbit, config.relay_network_mbit),
+        (&mut limits.network.datagrams, config.relay_network_packets),
+    ] {
+        *limit = wished.map_or(*limit, NonZeroU32::get);
+    }
+    limits
 }
 
 async fn serve(options: Options, read: Read<Options>) -> Result<(), Failure> {

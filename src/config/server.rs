@@ -1,6 +1,7 @@
 //! `server.toml`.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -30,6 +31,14 @@ pub struct ServerConfig {
     /// In a network of up to so many nodes each is told of every other, in a larger one of the
     /// peers that it uses. Default: [`crate::server::WHOLE_NETMAP_UP_TO`].
     pub whole_netmap_up_to: Option<usize>,
+    /// Megabits in a second that the relay carries for one node. Default: 10,000.
+    pub relay_node_mbit: Option<NonZeroU32>,
+    /// Datagrams in a second that the relay carries for one node. Default: 2,000,000.
+    pub relay_node_packets: Option<NonZeroU32>,
+    /// Megabits in a second that the relay carries in all. Default: 40,000.
+    pub relay_network_mbit: Option<NonZeroU32>,
+    /// Datagrams in a second that the relay carries in all. Default: 8,000,000.
+    pub relay_network_packets: Option<NonZeroU32>,
 }
 
 #[cfg(test)]
@@ -61,5 +70,7 @@ mod tests {
         assert!(config.network.is_some() && config.network_ipv6.is_some());
         assert!(config.metrics.is_some());
         assert_eq!(config.whole_netmap_up_to, Some(crate::server::WHOLE_NETMAP_UP_TO));
+        assert!(config.relay_node_mbit.is_some() && config.relay_node_packets.is_some());
+        assert!(config.relay_network_mbit.is_some() && config.relay_network_packets.is_some());
     }
 }

@@ -4,7 +4,7 @@
 //! in one thread for each UDP socket. This file starts and stops the parts:
 //! `state` is what lies on disk, `sockets` what is bound, `connections` the control connections,
 //! `relay` the UDP side, `core` the loop around the state machine, `local` the administrator,
-//! `metrics` what Prometheus is told.
+//! `metrics` what Prometheus is told, `status` what a person is.
 
 mod addresses;
 mod backup;
@@ -15,9 +15,11 @@ mod metrics;
 mod relay;
 mod sockets;
 mod state;
+mod status;
 
 pub use backup::{BackupError, Restored, restore};
 pub use local::{EventInfo, Question, StoreAnswer};
+pub use status::{RateInfo, RelayInfo, ServerStatus, WayInfo};
 
 use std::io;
 use std::net::SocketAddr;
@@ -39,6 +41,7 @@ use crate::io::metrics::{LoopbackAddr, MetricsServer};
 use crate::io::service::handed_listeners;
 use crate::io::service::reload::{Reload, notify_reloaded, notify_reloading, warn_of_unapplied};
 use crate::server::admin::{Answer, JoinText, Request};
+use crate::server::relay::limit::Limits;
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
 use crate::types::{DropCounters, RangeError};
@@ -73,6 +76,8 @@ pub struct Options {
     pub metrics: Option<LoopbackAddr>,
     /// In a network of up to so many nodes each is told of every other.
     pub whole_netmap_up_to: usize,
+    /// How much the relay carries.
+    pub relay_limits: Limits,
 }
 
 /// Why a server does not start.
@@ -226,7 +231,7 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
 
     let (stop, stopping) = watch::channel(false);
     let (events, inbox) = mpsc::channel(EVENT_QUEUE);
-    let hub = Arc::new(Hub::new(bound.udp, events.clone()));
+    let hub = Arc::new(Hub::new(bound.udp, options.relay_limits, events.clone()));
     let threads = relay::spawn(&hub, &stopping)?;
     let parts = core::Parts {
         store: state.store,
@@ -368,6 +373,10 @@ impl RunningServer {
             old.public_addr.clone_from(&new.public_addr);
             // The core is gone only when the server is about to end.
             let _ = self.events.send(Event::PublicAddr(new.public_addr)).await;
+        }
+        if new.relay_limits != old.relay_limits {
+            old.relay_limits = new.relay_limits;
+            self.hub.set_limits(new.relay_limits);
         }
         if new.metrics != old.metrics {
             match new.metrics.map(|at| metrics::start(at, &self.events)).transpose() {

@@ -4,12 +4,13 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::filter::admit;
+use super::gate::{Entry, Sender};
 use super::peer::LockedPeer;
 use super::{ForwardingTable, Note, Peer, Shared, Source, TunBatch};
 use crate::path::Via;
 use crate::types::{DropReason, NodeId, SizeCounts};
 use crate::wire::ip::IpView;
-use crate::wire::{PacketKind, relay};
+use crate::wire::{PacketKind, disco, relay};
 
 /// Takes one datagram. Data ends in `tun`; all else becomes a note or a counted drop.
 pub fn inbound(
@@ -80,15 +81,12 @@ impl<'a> Run<'a> {
                 self.data(Via::Direct { remote, local, socket }, receiver, datagram)
             }
             (
-                PacketKind::HandshakeInitiation
+                kind @ (PacketKind::HandshakeInitiation
                 | PacketKind::HandshakeReply { .. }
                 | PacketKind::Disco
-                | PacketKind::RelayControl,
-                Source::Udp { .. },
-            ) => {
-                self.note_control(None, datagram);
-                Ok(())
-            }
+                | PacketKind::RelayControl),
+                Source::Udp { remote, .. },
+            ) => self.control(kind, Sender::Address(remote.ip()), datagram),
             (PacketKind::Unknown, _) | (_, Source::Link) => Err(DropReason::Malformed),
         };
         if let Err(reason) = taken {
@@ -99,9 +97,47 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn note_control(&mut self, relayed: Option<NodeId>, datagram: &[u8]) {
-        let source = self.source;
+    /// A message for the control plane, if it is worth a place in its queue: anybody can send these.
+    fn control(
+        &mut self,
+        kind: PacketKind,
+        sender: Sender,
+        datagram: &[u8],
+    ) -> Result<(), DropReason> {
+        let (source, shared) = (self.source, self.shared);
+        let (gate, now_us) = (&shared.gate, shared.micros(self.now));
+        let within = match kind {
+            PacketKind::HandshakeInitiation => match gate.initiation(sender, datagram, now_us) {
+                Entry::In => true,
+                Entry::Out(reason) => return Err(reason),
+                Entry::Ask(reply) => {
+                    self.notes.push(Note::Cookie { source, reply });
+                    false
+                }
+            },
+            PacketKind::HandshakeReply { receiver } => {
+                let peer = self.table.by_receiver(receiver).ok_or(DropReason::BadHandshake)?;
+                if matches!(sender, Sender::Member(from) if from != peer.id) {
+                    return Err(DropReason::BadRelayFrame);
+                }
+                gate.may_answer(receiver, datagram, now_us)
+            }
+            PacketKind::Disco => {
+                let tag = disco::peek_tag(datagram).map_err(|_| DropReason::BadDisco)?;
+                let peer = self.table.by_tag(tag).ok_or(DropReason::BadDisco)?;
+                gate.may_disco(peer, now_us)
+            }
+            _ => gate.may_relay_control(now_us),
+        };
+        if !within {
+            return Err(DropReason::RateLimited);
+        }
+        let relayed = match sender {
+            Sender::Member(from) => Some(from),
+            Sender::Address(_) => None,
+        };
         self.notes.push(Note::Control { source, relayed, datagram: datagram.to_vec() });
+        Ok(())
     }
 
     /// A datagram in a relay frame: from the server's relay port or the control connection only.
@@ -117,12 +153,9 @@ impl<'a> Run<'a> {
                 self.check_sender(receiver, from)?;
                 self.data(via, receiver, payload)
             }
-            PacketKind::HandshakeInitiation
+            kind @ (PacketKind::HandshakeInitiation
             | PacketKind::HandshakeReply { .. }
-            | PacketKind::Disco => {
-                self.note_control(Some(from), payload);
-                Ok(())
-            }
+            | PacketKind::Disco) => self.control(kind, Sender::Member(from), payload),
             PacketKind::Relay | PacketKind::RelayControl | PacketKind::Unknown => {
                 Err(DropReason::BadRelayFrame)
             }

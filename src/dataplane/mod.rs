@@ -10,6 +10,7 @@
 
 mod batch;
 mod filter;
+mod gate;
 pub mod icmp;
 mod inbound;
 pub mod offload;
@@ -43,6 +44,7 @@ use arc_swap::ArcSwap;
 
 use crate::path::Via;
 use crate::types::{DropCounters, NodeId, SocketId};
+use gate::Gate;
 
 /// Where a datagram came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +102,14 @@ pub enum Note {
         /// Through the relay, from whom.
         relayed: Option<NodeId>,
     },
+    /// What a sender of handshakes gets in a flood of them: whoever has a socket sends it back at
+    /// once, since there may be many.
+    Cookie {
+        /// Where the handshake came from.
+        source: Source,
+        /// The datagram.
+        reply: [u8; 64],
+    },
     /// Authenticated data arrived by another way than the primary.
     HeardOn {
         /// The peer.
@@ -123,12 +133,14 @@ pub struct Shared {
     unroutable_answered: AtomicU64,
     /// How many packets to unknown peers may still wait in this time slot, and which slot that is.
     wanted_slot: AtomicU64,
+    gate: Gate,
 }
 
 impl Shared {
-    /// Shared state with an empty table. `base` is where activity stamps start.
+    /// Shared state with an empty table. `base` is where activity stamps start, `keys` are whose
+    /// handshakes are let in.
     #[must_use]
-    pub fn new(base: Instant) -> Arc<Self> {
+    pub fn new(base: Instant, keys: &EngineKeys) -> Arc<Self> {
         Arc::new(Self {
             table: ArcSwap::from_pointee(ForwardingTable::default()),
             drops: DropCounters::default(),
@@ -138,6 +150,7 @@ impl Shared {
             unknown_noted: AtomicU64::new(0),
             unroutable_answered: AtomicU64::new(0),
             wanted_slot: AtomicU64::new(0),
+            gate: Gate::new(keys),
         })
     }
 
@@ -175,6 +188,11 @@ impl Shared {
     pub fn stamp(&self, now: Instant) -> u64 {
         let since = now.saturating_duration_since(self.base).as_millis();
         u64::try_from(since).unwrap_or(u64::MAX - 1) + 1
+    }
+
+    /// `now` in microseconds since the start.
+    fn micros(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.base).as_micros()).unwrap_or(u64::MAX / 2)
     }
 
     /// Whether an unknown session may be noted now: ten times a second at most, since anybody can

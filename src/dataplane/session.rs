@@ -4,8 +4,9 @@
 //! are given, so that a handshake lost on a fresh path is repeated after a quarter of a second and
 //! not after five. What of WireGuard the engine leaves to its caller, and where that is done:
 //! inner source addresses (`inbound`), padding (not done: allowed), giving up and key lifetimes
-//! (here), limits on handshakes (`node`).
+//! (here), limits on handshakes (`gate`).
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use boringtun::x25519;
 
+use super::gate::COOKIE_LEN;
 use crate::types::{DropReason, PublicKey, SecretKey};
 
 /// Bytes that sealing adds: 16 of header and 16 of authentication tag.
@@ -63,9 +65,54 @@ impl EngineKeys {
         let secret = x25519::StaticSecret::from(*node_key.expose());
         let public = x25519::PublicKey::from(&secret);
         // The engine's limiter is one counter for all sources, which lets one flooder lock all
-        // others out; handshakes are limited per source before they come here.
+        // others out; handshakes are limited per source before they come here (`gate`).
         let limiter = Arc::new(RateLimiter::new(&public, u64::MAX));
         Self { secret, public, limiter }
+    }
+
+    /// A number that nobody else can guess.
+    pub(super) fn place_seed(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        ("gate", self.secret.as_bytes()).hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// The two MACs of handshake messages, which are checked before any Diffie-Hellman.
+pub(super) struct HandshakeMacs {
+    /// Asks for the first MAC only.
+    first: Arc<RateLimiter>,
+    /// Asks for both: the engine takes itself to be under load from the first message on.
+    both: RateLimiter,
+}
+
+/// What a look at the second MAC says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SecondMac {
+    Good,
+    Bad,
+    /// It is not that of this address; a reply with the cookie that makes one.
+    Missing([u8; COOKIE_LEN]),
+}
+
+impl HandshakeMacs {
+    pub(super) fn new(keys: &EngineKeys) -> Self {
+        Self { first: Arc::clone(&keys.limiter), both: RateLimiter::new(&keys.public, 0) }
+    }
+
+    /// Whether a handshake message is made for our public key.
+    pub(super) fn first_is_ours(&self, datagram: &[u8]) -> bool {
+        self.first.verify_packet(None, datagram, &mut [0; COOKIE_LEN]).is_ok()
+    }
+
+    /// Whether the sender has shown that it receives at its address.
+    pub(super) fn second(&self, from: IpAddr, datagram: &[u8]) -> SecondMac {
+        let mut reply = [0; COOKIE_LEN];
+        match self.both.verify_packet(Some(from), datagram, &mut reply) {
+            Ok(_) => SecondMac::Good,
+            Err(TunnResult::WriteToNetwork(_)) => SecondMac::Missing(reply),
+            Err(_) => SecondMac::Bad,
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use prefix_trie::PrefixMap;
 use super::Peer;
 use crate::policy::Filter;
 use crate::types::{NodeId, OverlayAddrs, OverlayRange};
+use crate::wire::disco::Tag;
 
 /// Immutable once published; the control plane makes a new one for each change of the netmap.
 #[derive(Debug, Default)]
@@ -29,6 +30,7 @@ pub struct ForwardingTable {
     hosts: HashMap<IpAddr, Arc<Peer>>,
     by_index: HashMap<u32, Arc<Peer>>,
     by_id: HashMap<NodeId, Arc<Peer>>,
+    by_tag: HashMap<Tag, NodeId>,
 }
 
 impl ForwardingTable {
@@ -51,6 +53,17 @@ impl ForwardingTable {
         }
         self.by_index.insert(peer.index, Arc::clone(&peer));
         self.by_id.insert(peer.id, peer);
+    }
+
+    /// Expects disco messages with this tag, from this peer.
+    pub fn expect_disco(&mut self, tag: Tag, peer: NodeId) {
+        self.by_tag.insert(tag, peer);
+    }
+
+    /// Whose disco messages have this tag.
+    #[must_use]
+    pub fn by_tag(&self, tag: Tag) -> Option<NodeId> {
+        self.by_tag.get(&tag).copied()
     }
 
     /// The peer that packets to `dst` go to: the longest prefix wins.

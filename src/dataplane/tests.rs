@@ -40,7 +40,7 @@ fn side(own: u32, other: u32) -> Side {
     let peer = Peer::new(NodeId::new(other).unwrap(), addrs(other), 100 + own, session);
     let via = Via::direct(endpoint(other));
     peer.set_choice(Choice { primary: Some(via), duplicate: None });
-    let shared = Shared::new(epoch());
+    let shared = Shared::new(epoch(), &engine);
     let mut table = ForwardingTable::new(Some(addrs(own)), Some(RELAY.parse().unwrap()));
     table.insert(Arc::clone(&peer));
     shared.publish(table);

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
 use super::link::{self, Answered, Link, LinkError, Responder};
-use crate::types::SecretKey;
+use crate::types::{SecretKey, source_of};
 use crate::wire::frame::{HANDSHAKE_HEADER, UPGRADE_PATH, UPGRADE_PROTOCOL};
 
 /// From the first byte to the end of the upgrade.
@@ -128,14 +128,6 @@ impl Drop for Admission {
                 strangers.by_source.remove(&self.source);
             }
         }
-    }
-}
-
-/// What counts as one source: a home has one IPv4 address or one IPv6 /64.
-fn source_of(remote: IpAddr) -> IpAddr {
-    match remote.to_canonical() {
-        IpAddr::V4(ip) => IpAddr::V4(ip),
-        IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from(u128::from(ip) >> 64 << 64)),
     }
 }
 

@@ -177,7 +177,7 @@ pub fn source_towards(remote: SocketAddr) -> io::Result<IpAddr> {
 
 /// The device has no checksum offload, or something on the way takes no trains. An address of ours
 /// that is gone looks the same; then single datagrams fail, too.
-fn is_no_offload(error: &io::Error) -> bool {
+pub fn is_no_offload(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL))
 }
 

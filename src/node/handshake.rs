@@ -52,8 +52,12 @@ impl Node {
     ) -> Result<(), DropReason> {
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadHandshake)?;
         let mut reply = [0; MIN_SEAL_BUFFER];
+        let is_cookie = datagram.first() == Some(&3);
         let outcome = peer.fast.lock().session.handle_handshake(datagram, from, &mut reply, now)?;
-        peer.agent.handle_authenticated(via, now);
+        // A cookie proves nothing about its sender: who has seen our handshake can make one.
+        if !is_cookie {
+            peer.agent.handle_authenticated(via, now);
+        }
         if let Some(len) = outcome.reply {
             let table = self.shared.table();
             send_datagram(&table, id, via, &reply[..len], &mut self.datagrams);

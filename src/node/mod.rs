@@ -64,7 +64,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, UdpBatch};
+use crate::dataplane::{EngineKeys, Note, SessionSettings, Shared, Source, Target, UdpBatch};
 use crate::path::{Answer, BASE_MTU, Via};
 use crate::policy::Filter;
 use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SecretKey, SocketId};
@@ -235,14 +235,15 @@ impl Node {
         call_epoch: u64,
         now: Instant,
     ) -> Self {
+        let engine = EngineKeys::new(&node_key);
         let mut node = Self {
             settings,
             rng: StdRng::from_seed(seed),
             // From another stream, so that it tells nothing of the first.
             instance: StdRng::from_seed(seed.map(|byte| !byte)).random(),
-            engine: EngineKeys::new(&node_key),
+            shared: Shared::new(now, &engine),
+            engine,
             node_key,
-            shared: Shared::new(now),
             netmap: Netmap::default(),
             filter: None,
             peers: BTreeMap::new(),
@@ -311,6 +312,11 @@ impl Node {
             Note::Refused(answer) => self.handle_refused(&answer, now),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
             Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
+            Note::Cookie { source: Source::Udp { remote, local, socket }, reply } => {
+                self.datagrams.push_bytes(Target::Udp { remote, local, socket }, &reply);
+            }
+            // Relayed handshakes are limited by their sender, and asked for no cookie.
+            Note::Cookie { source: Source::Link, .. } => {}
         }
     }
 

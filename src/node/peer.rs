@@ -112,6 +112,7 @@ impl Node {
         table.part_of = identity.filter(|_| self.netmap.members.is_some()).map(|own| own.range);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
+            table.expect_disco(peer.disco.tag_from_peer(), peer.fast.id);
         }
         self.shared.publish(table);
     }

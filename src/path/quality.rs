@@ -36,6 +36,10 @@ const LOSS_SPAN: Duration = Duration::from_millis(900);
 const LOSS_DATAGRAMS: u32 = 20;
 /// So much loss, in a thousand, is too much: 30 %, less what the grace hides.
 const LOSSY_PERMILLE: u16 = 280;
+/// A path by which so many datagrams arrive in a second is not broken but full: somebody sends more
+/// than it carries, or than the peer opens. A second copy of each, by a relay that has less room,
+/// would take from what arrives.
+const FULL_PER_SECOND: u32 = 5_000;
 /// An unanswered ping is forgotten after this.
 const PING_LIFETIME: Duration = Duration::from_secs(5);
 /// Moments that are remembered.
@@ -155,7 +159,9 @@ impl Delivery {
         let lost = u64::from(out.saturating_sub(came)) * 1_000 / u64::from(out);
         let permille = u16::try_from(lost).unwrap_or(1_000);
         self.loss_permille = Some(permille);
-        if permille < LOSSY_PERMILLE {
+        let span = asked_at.saturating_duration_since(since).as_secs_f64();
+        let is_full = f64::from(came) >= f64::from(FULL_PER_SECOND) * span;
+        if permille < LOSSY_PERMILLE || is_full {
             (self.lossy_reports, self.lossy_since) = (0, None);
             return;
         }
@@ -411,6 +417,18 @@ mod tests {
         for _ in 0..25 {
             assert_eq!(flow.step([10, 0, 0], [8, 0, 0], true), Suspicion::None);
         }
+    }
+
+    #[test]
+    fn a_path_that_is_full_is_not_left() {
+        let mut flow = Flow::new();
+        for _ in 0..25 {
+            assert_eq!(flow.step([9_000, 0, 0], [2_000, 0, 0], true), Suspicion::None);
+            assert!(!flow.doubles());
+        }
+        assert_eq!(flow.delivery.loss_permille(), Some(777), "it is told all the same");
+        let dead = (0..25).any(|_| flow.step([900, 0, 0], [200, 0, 0], true) == Suspicion::Dead);
+        assert!(dead, "the same loss where little is sent");
     }
 
     #[test]

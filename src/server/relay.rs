@@ -4,6 +4,7 @@
 //! four bytes that say whom a packet is for, then whom it is from. Who is not a member can neither
 //! send nor be sent to; who did not sign on with its key has no address here.
 
+pub mod limit;
 pub mod queue;
 
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use crate::wire::PacketKind;
 use crate::wire::relay::{
     self as wire, CONTROL_LEN, Control, DATA_HEADER_LEN, RelayKey, data_header, parse_data,
 };
+use limit::{Admitted, Allowance, Limits, Meter};
 
 /// A node is sent to by UDP for this long after its last bind. It binds every 20 seconds, and six
 /// times more in the next ten when it is not answered.
@@ -114,6 +116,7 @@ pub struct RelayTable {
     nodes: BTreeMap<NodeId, Entry>,
     by_source: BTreeMap<(SocketId, SocketAddr), NodeId>,
     sightings: BTreeMap<NodeId, SocketAddr>,
+    meter: Meter,
 }
 
 #[derive(Debug, Default)]
@@ -123,6 +126,7 @@ struct Entry {
     bound: Option<Binding>,
     connection: Option<ConnectionId>,
     sighted_at: Option<Instant>,
+    allowance: Allowance,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -132,6 +136,38 @@ struct Binding {
 }
 
 impl RelayTable {
+    /// A table without nodes.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self { meter: Meter::new(limits), ..Self::default() }
+    }
+
+    /// The limits that hold.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.meter.limits()
+    }
+
+    /// Other limits from now on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.meter.set_limits(limits);
+    }
+
+    /// Decides how much of what is to be forwarded is within the limits: `datagrams` of `bytes`
+    /// each (the last may be shorter) that `sender` has sent.
+    pub fn admit(
+        &mut self,
+        sender: NodeId,
+        datagrams: usize,
+        bytes: usize,
+        now: Instant,
+    ) -> Admitted {
+        match self.nodes.get_mut(&sender) {
+            Some(entry) => self.meter.admit(&mut entry.allowance, datagrams, bytes, now),
+            None => Admitted { datagrams: 0, refused: DropReason::BadRelayFrame },
+        }
+    }
+
     /// Takes a change from the control plane.
     pub fn apply(&mut self, change: RelayChange) {
         match change {
@@ -173,6 +209,10 @@ impl RelayTable {
                     Some(sender) => self.forward(sender, datagram, now),
                     None => Verdict::Drop(DropReason::BadRelayFrame),
                 }
+            }
+            // Nobody can be answered there (RFC 768).
+            PacketKind::RelayControl if arrival.source.port() == 0 => {
+                Verdict::Drop(DropReason::Malformed)
             }
             PacketKind::RelayControl => self.handle_control(datagram, arrival, now),
             _ => Verdict::Drop(DropReason::Malformed),

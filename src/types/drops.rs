@@ -52,6 +52,10 @@ drop_reasons! {
     NoPath => "no-path",
     /// The peer is not connected to the relay.
     RelayPeerAbsent => "relay-peer-absent",
+    /// The sender is over the relay's limit for one node.
+    RelayNodeLimit => "relay-node-limit",
+    /// All nodes together are over the relay's limit, and the sender over its part of it.
+    RelayNetworkLimit => "relay-network-limit",
     /// A bounded queue was full.
     QueueFull => "queue-full",
     /// The packet is larger than the tunnel or a frame may carry.

@@ -17,5 +17,5 @@ pub use drops::{DropCounters, DropReason};
 pub use id::{InviteId, NetworkId, NodeId, ParseIdError, SocketId, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
-pub use net::{OverlayAddrs, OverlayRange, RangeError};
+pub use net::{OverlayAddrs, OverlayRange, RangeError, source_of};
 pub use tag::{Tag, TagError};

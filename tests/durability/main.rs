@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         test("kills::acknowledged_is_kept_and_a_retry_is_the_same", kills::running),
         test("kills::a_first_start_that_is_killed_is_followed_by_one_that_works", kills::starting),
         test("power::what_was_acknowledged_was_on_disk", power::cuts),
+        test("power::a_call_that_was_interrupted_is_seen", power::interrupted),
         test("migration::killed_at_every_step_it_goes_on", migration::killed),
         test("migration::a_newer_store_is_left_alone", migration::newer),
         test("faults::a_damaged_store_is_an_error_and_stays_as_it_is", faults::mutations),

@@ -90,6 +90,15 @@ pub(crate) fn hostile_datagrams(recorded: &[Vec<u8>]) -> Vec<Vec<u8>> {
     all
 }
 
+/// Sends one datagram from a port that no socket can be bound to.
+pub(crate) fn send_from_port(host: &Host, port: u16, to: SocketAddr, payload: &[u8]) {
+    let raw = || Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::UDP));
+    let socket = host.ns.enter(raw).unwrap();
+    let length = u16::try_from(8 + payload.len()).unwrap();
+    let header = [port, to.port(), length, 0].map(u16::to_be_bytes).concat();
+    socket.send_to(&[&header, payload].concat(), &to.into()).unwrap();
+}
+
 /// Sends every datagram from a new port of `host`, at a pace that a receiver's queue can hold:
 /// what the kernel drops for want of room says nothing about the program.
 pub(crate) fn flood(host: &Host, to: SocketAddr, datagrams: &[Vec<u8>]) {

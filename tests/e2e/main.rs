@@ -18,6 +18,7 @@ mod attack;
 mod case;
 mod clock;
 mod container;
+mod flow;
 mod lab;
 mod nat;
 mod overlay;

@@ -58,6 +58,8 @@ pub(crate) struct Server {
     dir: PathBuf,
     log: PathBuf,
     args: Vec<String>,
+    /// More variables for its process.
+    pub(crate) env: Vec<(&'static str, String)>,
     daemon: Option<Daemon>,
 }
 
@@ -100,13 +102,15 @@ impl Server {
         args.extend(["--socket".to_owned(), path(&dir.join("socket"))]);
         args.extend(config_args(&dir, "server.toml", config));
         let log = net.log_file(name);
-        Self { host: host.clone(), dir, log, args, daemon: None }
+        Self { host: host.clone(), dir, log, args, env: Vec::new(), daemon: None }
     }
 
     /// Starts the process; see `wait_ready`.
     pub(crate) fn run(&mut self) {
         let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
-        self.daemon = Some(Daemon::start(overlay(&self.host, &args), &self.log));
+        let mut command = overlay(&self.host, &args);
+        command.envs(self.env.iter().cloned());
+        self.daemon = Some(Daemon::start(command, &self.log));
     }
 
     /// Runs the server in the foreground until it ends by itself.
@@ -175,6 +179,8 @@ pub(crate) struct Node {
     pub(crate) dir: PathBuf,
     log: PathBuf,
     args: Vec<String>,
+    /// More variables for its process.
+    pub(crate) env: Vec<(&'static str, String)>,
     daemon: Option<Daemon>,
     /// When `overlay up` was started last.
     pub(crate) started: Instant,
@@ -195,7 +201,8 @@ impl Node {
         args.extend(config_args(&dir, "node.toml", config));
         let log = net.log_file(name);
         let host = host.clone();
-        Self { host, name: name.to_owned(), dir, log, args, daemon: None, started: now() }
+        let (name, env) = (name.to_owned(), Vec::new());
+        Self { host, name, dir, log, args, env, daemon: None, started: now() }
     }
 
     /// Enrols, starts, and waits until the node is connected.
@@ -233,7 +240,8 @@ impl Node {
     pub(crate) fn up(&mut self, join: &str) {
         let args = self.up_args(join);
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let command = overlay(&self.host, &args);
+        let mut command = overlay(&self.host, &args);
+        command.envs(self.env.iter().cloned());
         self.up_by(command);
     }
 

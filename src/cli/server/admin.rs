@@ -78,6 +78,7 @@ pub(super) fn run(command: Command, socket: &Path) -> Done {
         Command::Invite(InviteArgs {
             command: Some(InviteCommand::Revoke { id }), json, ..
         }) => (Request::InviteRevoke { id }, Show::of(json)),
+        Command::Status { json } => return super::status::run(json, socket),
         Command::Events(args) => return super::events::run(args, socket),
         Command::Backup { file } => return super::backup::write(&file, socket),
         Command::Restore { file, force, place } => {

@@ -185,6 +185,16 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
     }
 }
 
+/// Sends one datagram that nobody waits for: a full socket has better things to do.
+fn send_now(ports: &Ports, target: Target, datagram: &[u8]) {
+    let Target::Udp { remote, local, socket } = target else { return };
+    let sent = ports
+        .with_socket(socket, remote, |socket| socket.send(remote, local, datagram, datagram.len()));
+    if !matches!(sent, Some(Ok(()))) {
+        ports.shared.drops().count(DropReason::SendFailed);
+    }
+}
+
 /// Sends a datagram with a short life. What cannot be sent now is not worth waiting for.
 pub(super) fn send_opener(ports: &Ports, opener: &Opener) {
     let sent = ports.with_socket(opener.socket, opener.remote, |socket| {

@@ -95,6 +95,10 @@ impl Core {
         self.server.population()
     }
 
+    pub(super) fn network_id(&self) -> String {
+        self.server.network().id.to_string()
+    }
+
     pub(super) fn has_no_members(&self) -> bool {
         self.server.has_no_members()
     }
@@ -202,7 +206,7 @@ impl Core {
         answer.ok_or_else(|| unavailable("the server has no answer", "the question has none"))
     }
 
-    /// Answers a question that only the store can.
+    /// Answers a question that the state machine has no answer to.
     async fn look(&self, question: Question) -> Result<StoreAnswer, Refusal> {
         let failed =
             |error: StoreError| unavailable("the store cannot be read", &error.to_string());
@@ -221,6 +225,7 @@ impl Core {
                     unavailable("the backup cannot be written", &error.to_string())
                 })
             }
+            Question::Status => Ok(StoreAnswer::Status(self.status())),
             Question::Admin(_) => Err(unavailable("the server has no answer", "no such question")),
         }
     }

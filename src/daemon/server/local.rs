@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use super::backup::SecretText;
 use super::core::Event;
+use super::status::ServerStatus;
 use crate::daemon::exit;
 use crate::io::local::{LocalConnection, LocalListener, Peer, Refusal, Reply};
 use crate::server::admin::{Answer, Removal, Request, SCHEMA, rfc3339};
@@ -41,12 +42,14 @@ pub enum Question {
     },
     /// Everything, for a file.
     Backup,
+    /// What the server does.
+    Status,
     /// What the state machine answers.
     #[serde(untagged)]
     Admin(Request),
 }
 
-/// An answer out of the store.
+/// An answer that is not the state machine's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StoreAnswer {
@@ -54,6 +57,8 @@ pub enum StoreAnswer {
     Events(Vec<EventInfo>),
     /// The text of a backup file.
     Backup(SecretText),
+    /// What the server does.
+    Status(ServerStatus),
 }
 
 /// One line of `overlay server events --json`.

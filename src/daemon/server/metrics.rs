@@ -13,8 +13,8 @@ use crate::types::DropReason;
 /// What the relay has taken to pass on, one way out.
 #[derive(Debug, Default)]
 pub(super) struct Relayed {
-    datagrams: AtomicU64,
-    bytes: AtomicU64,
+    pub(super) datagrams: AtomicU64,
+    pub(super) bytes: AtomicU64,
 }
 
 impl Relayed {
@@ -27,7 +27,7 @@ impl Relayed {
 /// What the core counts of its own work.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
-    started: u64,
+    pub(super) started: u64,
     commits: Durations,
     failed_commits: u64,
 }

@@ -7,16 +7,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, error};
+
+mod decide;
 
 use super::StartError;
 use super::core::Event;
@@ -25,11 +25,13 @@ use super::sockets::UdpPort;
 use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::service::Progress;
+use crate::io::udp::is_no_offload;
 use crate::server::ConnectionId;
+use crate::server::relay::limit::Limits;
 use crate::server::relay::queue::{FairQueues, Train};
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
 use crate::types::{DropCounters, DropReason, NodeId};
-use crate::wire::relay::DATA_HEADER_LEN;
+use decide::{Decided, decide, keep_within_limits};
 
 /// How long a thread may take to notice that it should stop.
 const POLL_MS: u16 = 200;
@@ -65,23 +67,15 @@ struct Exit {
     node: Option<NodeId>,
 }
 
-/// Part of a received buffer, and what becomes of it.
-struct Decided {
-    buffer: usize,
-    bytes: Range<usize>,
-    segment_bytes: usize,
-    verdict: Verdict,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Neither table is left half changed by a panic: each change is one call.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Hub {
-    pub(super) fn new(ports: Vec<UdpPort>, events: mpsc::Sender<Event>) -> Self {
+    pub(super) fn new(ports: Vec<UdpPort>, limits: Limits, events: mpsc::Sender<Event>) -> Self {
         Self {
-            table: Mutex::default(),
+            table: Mutex::new(RelayTable::new(limits)),
             links: Mutex::default(),
             progress: ports.iter().map(|_| Arc::default()).collect(),
             relayed: Default::default(),
@@ -97,6 +91,21 @@ impl Hub {
     /// By the word for the way out.
     pub(super) fn relayed(&self) -> impl Iterator<Item = (&'static str, &Relayed)> {
         ["udp", "tcp"].into_iter().zip(&self.relayed)
+    }
+
+    /// Whether trains are sent in one call.
+    pub(super) fn sends_trains(&self) -> bool {
+        self.ports.iter().all(|port| port.train() > 1)
+    }
+
+    /// How much it carries.
+    pub(super) fn limits(&self) -> Limits {
+        lock(&self.table).limits()
+    }
+
+    /// Carries so much from now on.
+    pub(super) fn set_limits(&self, limits: Limits) {
+        lock(&self.table).set_limits(limits);
     }
 
     /// Connections now, and ever.
@@ -170,7 +179,16 @@ impl Hub {
         let Some(sender) = sender else {
             return self.drops.count(DropReason::BadRelayFrame);
         };
-        let verdict = lock(&self.table).handle_from(sender, &mut datagram, clock::now());
+        let now = clock::now();
+        let mut table = lock(&self.table);
+        let mut verdict = table.handle_from(sender, &mut datagram, now);
+        if matches!(verdict, Verdict::Forward(_)) {
+            let admitted = table.admit(sender, 1, datagram.len(), now);
+            if admitted.datagrams == 0 {
+                verdict = Verdict::Drop(admitted.refused);
+            }
+        }
+        drop(table);
         match verdict {
             Verdict::Forward(way) => self.forward(way, &datagram, datagram.len(), None),
             Verdict::Drop(reason) => self.drops.count(reason),
@@ -193,7 +211,11 @@ impl Hub {
         let mut decided: Vec<Decided> = Vec::new();
         let mut table = lock(&self.table);
         for (number, (buffer, meta)) in buffers.iter_mut().zip(metas).enumerate() {
+            let before = decided.len();
             decide(&mut table, id, number, buffer, meta, now, &mut decided);
+            for part in decided.get_mut(before..).unwrap_or_default() {
+                keep_within_limits(&mut table, buffer, part, now, &self.drops);
+            }
         }
         while let Some((node, endpoint)) = table.poll_sighting() {
             // When the core is that busy, the node's own word comes soon enough.
@@ -206,6 +228,8 @@ impl Hub {
         let mut forward = Vec::new();
         for Decided { buffer, bytes, segment_bytes, verdict } in decided {
             match verdict {
+                // All of it was over a limit.
+                Verdict::Forward(_) if bytes.is_empty() => {}
                 Verdict::Forward(way) => {
                     let turn = match way {
                         Way::Udp(exit) => turns.entry((exit.socket, exit.source)).or_insert(0),
@@ -299,14 +323,19 @@ impl Hub {
             self.drops.count(DropReason::SendFailed);
             return bytes.len();
         };
-        let train_bytes = segment_bytes * port.state.max_gso_segments().max(1);
+        let train_bytes = segment_bytes * port.train();
         let mut done = 0;
         for train in bytes.chunks(train_bytes) {
             match send(port, exit, train, segment_bytes) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // A network card or tunnel that takes no trains may take them one by one.
-                Err(_) => self.send_singly(port, exit, train, segment_bytes),
+                Err(error) => {
+                    let all = self.send_singly(port, exit, train, segment_bytes);
+                    if all && train.len() > segment_bytes && is_no_offload(&error) {
+                        port.stop_trains();
+                    }
+                }
             }
             done += train.len();
         }
@@ -326,58 +355,23 @@ impl Hub {
         }
     }
 
-    fn send_singly(&self, port: &UdpPort, exit: Arrival, train: &[u8], segment_bytes: usize) {
+    /// Sends the datagrams of a train one by one; tells whether all of them have left.
+    fn send_singly(
+        &self,
+        port: &UdpPort,
+        exit: Arrival,
+        train: &[u8],
+        segment_bytes: usize,
+    ) -> bool {
+        let mut all = true;
         for datagram in train.chunks(segment_bytes) {
             if let Err(error) = send(port, exit, datagram, segment_bytes) {
                 debug!(%error, "cannot send");
                 self.drops.count(DropReason::SendFailed);
+                all = false;
             }
         }
-    }
-}
-
-/// Decides about the datagrams of one train. Neighbours that go one way stay together.
-fn decide(
-    table: &mut RelayTable,
-    id: SocketId,
-    number: usize,
-    buffer: &mut [u8],
-    meta: &RecvMeta,
-    now: Instant,
-    decided: &mut Vec<Decided>,
-) {
-    let arrival = Arrival { socket: id, source: meta.addr, local: meta.dst_ip };
-    let stride = meta.stride.max(1);
-    // The header of the last datagram as it came, and as it goes on.
-    let mut last_headers: Option<([u8; DATA_HEADER_LEN], [u8; DATA_HEADER_LEN])> = None;
-    for start in (0..meta.len).step_by(stride) {
-        let end = (start + stride).min(meta.len);
-        let Some(datagram) = buffer.get_mut(start..end) else {
-            break;
-        };
-        let came = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
-        // Only the header and the arrival decide, and a train is mostly for one node.
-        if let (Some(came), Some((last_came, goes)), Some(last)) =
-            (came, last_headers, decided.last_mut())
-            && came == last_came
-        {
-            datagram[..DATA_HEADER_LEN].copy_from_slice(&goes);
-            last.bytes.end = end;
-            continue;
-        }
-        let verdict = table.handle_datagram(datagram, arrival, now);
-        let goes = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
-        let forwards = matches!(verdict, Verdict::Forward(_));
-        last_headers = came.zip(goes).filter(|_| forwards);
-        match decided.last_mut() {
-            Some(last) if forwards && last.buffer == number && last.verdict == verdict => {
-                last.bytes.end = end;
-            }
-            _ => {
-                let (bytes, segment_bytes) = (start..end, end - start);
-                decided.push(Decided { buffer: number, bytes, segment_bytes, verdict });
-            }
-        }
+        all
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -43,6 +44,23 @@ pub(super) struct Listener {
 pub(super) struct UdpPort {
     pub(super) socket: UdpSocket,
     pub(super) state: UdpSocketState,
+    /// Datagrams in the longest train that may be sent. The state has a number of its own, which one
+    /// datagram to an impossible address is enough to change.
+    train: AtomicUsize,
+}
+
+impl UdpPort {
+    /// Datagrams in the longest train that the kernel takes.
+    pub(super) fn train(&self) -> usize {
+        self.train.load(Ordering::Relaxed)
+    }
+
+    /// The kernel has refused a train whose datagrams it takes singly.
+    pub(super) fn stop_trains(&self) {
+        if self.train.swap(1, Ordering::Relaxed) > 1 {
+            warn!("the kernel takes no UDP trains, the relay goes on without");
+        }
+    }
 }
 
 /// Listening TCP sockets that somebody else has opened.
@@ -179,5 +197,6 @@ fn bind_udp_socket(address: SocketAddr) -> io::Result<UdpPort> {
     let socket = UdpSocket::from(socket);
     let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
     allow_fragments(&socket)?;
-    Ok(UdpPort { socket, state })
+    let train = AtomicUsize::new(state.max_gso_segments().max(1));
+    Ok(UdpPort { socket, state, train })
 }

@@ -155,6 +155,17 @@ fn anybody_is_told_where_they_are_seen_from_either_port() {
 }
 
 #[test]
+fn who_cannot_be_answered_is_not() {
+    let (now, mut table) = (epoch(), RelayTable::default());
+    let key = online(&mut table, 1);
+    let malformed = Verdict::Drop(DropReason::Malformed);
+    assert_eq!(bind(&mut table, 1, &key, 1, 0, now), malformed);
+    let tx = crate::types::TxId([1; 12]);
+    let mut question = Control::Reflect { tx, from_other_port: false }.encode(None);
+    assert_eq!(table.handle_datagram(&mut question, arrival(0), now), malformed);
+}
+
+#[test]
 fn a_knock_is_sent_to_the_port_that_was_asked_for() {
     let now = epoch();
     let mut table = RelayTable::default();

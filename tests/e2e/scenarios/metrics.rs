@@ -30,7 +30,7 @@ fn say(host: &Host, port: u16, bytes: &[u8]) -> String {
     })
 }
 
-fn scrape(host: &Host, port: u16) -> String {
+pub(super) fn scrape(host: &Host, port: u16) -> String {
     let request = format!("GET /metrics HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n");
     let answer = say(host, port, request.as_bytes());
     let (head, page) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
@@ -56,7 +56,7 @@ fn assert_well_formed(page: &str) {
 }
 
 /// The value of one series.
-fn value(page: &str, series: &str) -> f64 {
+pub(super) fn value(page: &str, series: &str) -> f64 {
     let found = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     found.unwrap_or_else(|| panic!("no {series} in\n{page}")).parse().unwrap()
 }

@@ -7,8 +7,10 @@ mod commands;
 
 mod enrol;
 mod failover;
+mod fallback;
 mod hard;
 mod lab;
+mod limits;
 mod local;
 mod matrix;
 mod members;
@@ -39,6 +41,7 @@ pub(crate) fn all() -> Vec<Case> {
         roam::cases(),
         hard::cases(),
         relay::cases(),
+        limits::cases(),
         server_loss::cases(),
         server::cases(),
         enrol::cases(),
@@ -46,6 +49,7 @@ pub(crate) fn all() -> Vec<Case> {
         spoof::cases(),
         policy::cases(),
         offload::cases(),
+        fallback::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::mpsc;
 
-use super::{Ports, send_all, send_runs, write_tun};
+use super::{Ports, send_all, send_now, send_runs, write_tun};
 use crate::dataplane::{
-    Note, Shared, Source, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
+    Note, Shared, Source, Target, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
 };
 use crate::io::clock;
 use crate::io::service::Progress;
@@ -263,9 +263,21 @@ impl Inlet {
             write_tun(ports, batch);
             answer(tun.as_deref());
         }
+        send_cookies(ports, asked);
         notes.send(asked);
         received
     }
+}
+
+/// Cookies leave at once: in a flood there are too many for the control task.
+fn send_cookies(ports: &Ports, notes: &mut Vec<Note>) {
+    notes.retain(|note| {
+        let Note::Cookie { source: Source::Udp { remote, local, socket }, reply } = note else {
+            return true;
+        };
+        send_now(ports, Target::Udp { remote: *remote, local: *local, socket: *socket }, reply);
+        false
+    });
 }
 
 fn is_ready(fd: Option<&PollFd<'_>>) -> bool {

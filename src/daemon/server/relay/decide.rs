@@ -1,0 +1,84 @@
+//! What becomes of the datagrams of one batch, while the table is locked.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use quinn_udp::RecvMeta;
+
+use crate::server::relay::{Arrival, RelayTable, SocketId, Verdict};
+use crate::types::DropCounters;
+use crate::wire::relay::{DATA_HEADER_LEN, parse_data};
+
+/// Part of a received buffer, and what becomes of it.
+pub(super) struct Decided {
+    pub(super) buffer: usize,
+    pub(super) bytes: Range<usize>,
+    pub(super) segment_bytes: usize,
+    pub(super) verdict: Verdict,
+}
+
+/// Decides about the datagrams of one train. Neighbours that go one way stay together.
+pub(super) fn decide(
+    table: &mut RelayTable,
+    id: SocketId,
+    number: usize,
+    buffer: &mut [u8],
+    meta: &RecvMeta,
+    now: Instant,
+    decided: &mut Vec<Decided>,
+) {
+    let arrival = Arrival { socket: id, source: meta.addr, local: meta.dst_ip };
+    let stride = meta.stride.max(1);
+    // The header of the last datagram as it came, and as it goes on.
+    let mut last_headers: Option<([u8; DATA_HEADER_LEN], [u8; DATA_HEADER_LEN])> = None;
+    for start in (0..meta.len).step_by(stride) {
+        let end = (start + stride).min(meta.len);
+        let Some(datagram) = buffer.get_mut(start..end) else {
+            break;
+        };
+        let came = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
+        // Only the header and the arrival decide, and a train is mostly for one node.
+        if let (Some(came), Some((last_came, goes)), Some(last)) =
+            (came, last_headers, decided.last_mut())
+            && came == last_came
+        {
+            datagram[..DATA_HEADER_LEN].copy_from_slice(&goes);
+            last.bytes.end = end;
+            continue;
+        }
+        let verdict = table.handle_datagram(datagram, arrival, now);
+        let goes = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
+        let forwards = matches!(verdict, Verdict::Forward(_));
+        last_headers = came.zip(goes).filter(|_| forwards);
+        match decided.last_mut() {
+            Some(last) if forwards && last.buffer == number && last.verdict == verdict => {
+                last.bytes.end = end;
+            }
+            _ => {
+                let (bytes, segment_bytes) = (start..end, end - start);
+                decided.push(Decided { buffer: number, bytes, segment_bytes, verdict });
+            }
+        }
+    }
+}
+
+/// Cuts off what its sender, whom the header now names, may not send any more.
+pub(super) fn keep_within_limits(
+    table: &mut RelayTable,
+    buffer: &[u8],
+    part: &mut Decided,
+    now: Instant,
+    drops: &DropCounters,
+) {
+    let bytes = buffer.get(part.bytes.clone()).unwrap_or_default();
+    let (Verdict::Forward(_), Ok((sender, _))) = (&part.verdict, parse_data(bytes)) else {
+        return;
+    };
+    let wanted = bytes.len().div_ceil(part.segment_bytes.max(1));
+    let admitted = table.admit(sender, wanted, part.segment_bytes, now);
+    if admitted.datagrams < wanted {
+        let refused = wanted - admitted.datagrams;
+        drops.count_many(admitted.refused, refused as u64);
+        part.bytes.end = part.bytes.start + admitted.datagrams * part.segment_bytes;
+    }
+}

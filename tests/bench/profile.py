@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Where the processors' time goes while two nodes on one machine carry a load.
+
+usage: profile.py [--load TEST] [--secs N] [--mtu N] [--config LINE] [--stacks N] BINARY
+
+Brings up what run.py does, records all processors with `perf record -a -g` while TEST of run.py runs
+(tcp1, bidir, half, flood64, train64, ...), and prints the shares of the nodes' packet threads by what
+they did, and of the whole machine by program. Each sample counts once, for the first row that fits.
+
+  --stacks N  the N most frequent functions on top of a stack, too, with the row that they counted for
+
+Needs root, perf, and what run.py needs.
+"""
+import argparse, collections, os, subprocess, sys, tempfile, threading, time
+
+import run
+
+# What a packet thread does, by the names of functions on its stack. The first that fits counts.
+ROWS = [
+    ("sealing and opening (AEAD)", ("chacha20_poly1305", "poly1305", "ChaCha20", "chacha20")),
+    ("interrupts of the machine", ("asm_sysvec_", "asm_common_interrupt", "asm_exc_")),
+    ("writing to the TUN interface, with the receiver's TCP or UDP", ("tun_chr_write_iter", "tun_get_user")),
+    ("reading from the TUN interface", ("tun_chr_read_iter", "tun_do_read")),
+    ("sending by UDP, with the delivery to the other end", ("udp_sendmsg", "udpv6_sendmsg", "__sys_sendmsg", "__sys_sendmmsg")),
+    ("receiving by UDP", ("udp_recvmsg", "udpv6_recvmsg", "__sys_recvmmsg", "__sys_recvmsg")),
+    ("poll", ("do_sys_poll", "__x64_sys_poll")),
+    ("waiting for locks", ("futex",)),
+    ("scheduler", ("schedule", "__schedule")),
+    ("rest of the kernel", ("entry_SYSCALL_64", "do_syscall_64", "ret_from_fork")),
+]
+OWN = "the program itself"
+THREADS = ("tun-to-udp", "udp-to-tun")
+
+
+def row_of(stack):
+    """Only the top counts for AEAD: a lock inside of it would be something else."""
+    name, words = ROWS[0]
+    if any(word in stack[0] for word in words):
+        return name
+    for name, words in ROWS[1:]:
+        if any(word in frame for frame in stack for word in words):
+            return name
+    return OWN
+
+
+def samples(text):
+    """Thread name and stack, the top first, of each sample of `perf script`."""
+    comm, stack = None, []
+    for line in text:
+        if not line.strip():
+            if comm and stack:
+                yield comm, stack
+            comm, stack = None, []
+        elif comm is None:
+            comm = line.strip()
+        else:
+            stack.append(line.strip().split(None, 1)[-1])
+    if comm and stack:
+        yield comm, stack
+
+
+def share(counts, total, title):
+    print(f"\n| {title} | % |\n|---|---|")
+    for name, count in counts.most_common():
+        if count * 200 >= total:
+            print(f"| {name} | {100 * count / total:.1f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--load", default="tcp1", choices=run.TESTS)
+    parser.add_argument("--secs", type=int, default=5)
+    parser.add_argument("--mtu", type=int, default=1420)
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--stacks", type=int, default=0)
+    parser.add_argument("binary")
+    args = parser.parse_args()
+    args.relay, args.ethtool = False, ""
+    pair = run.Pair("overlay", args.binary, 0, args)
+    data = tempfile.NamedTemporaryFile(prefix="perf-", suffix=".data")
+    try:
+        if args.load == "half":
+            print(run.test_tcp1(pair, 1))
+        recorder = threading.Timer(0.5, lambda: run.sh(
+            "perf", "record", "-q", "-a", "-g", "-F", "1999", "-o", data.name, "--",
+            "sleep", str(max(args.secs - 1, 1)), timeout=args.secs + 30))
+        recorder.start()
+        print(run.TESTS[args.load](pair, args.secs))
+        recorder.join()
+    finally:
+        pair.close()
+    script = subprocess.Popen(
+        ["perf", "script", "-i", data.name, "-F", "comm,ip,sym", "--max-stack", "40"],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    threads, programs, tops = collections.Counter(), collections.Counter(), collections.Counter()
+    for comm, stack in samples(script.stdout):
+        programs[comm] += 1
+        if comm in THREADS:
+            row = row_of(stack)
+            threads[row] += 1
+            tops[f"{comm}: {stack[0]} ({row})"] += 1
+    share(threads, sum(threads.values()), "packet threads of both nodes")
+    share(programs, sum(programs.values()), "the whole machine, by thread")
+    for name, count in tops.most_common(args.stacks):
+        print(f"{100 * count / sum(threads.values()):5.1f} % {name}")
+
+
+if __name__ == "__main__":
+    main()
