@@ -18,7 +18,7 @@ use overlay::wire::control::{
 use overlay::wire::join::JoinLine;
 use overlay::wire::relay::{Control, RelayKey};
 use tokio::net::{TcpSocket, UdpSocket};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 use tokio::time::{sleep, sleep_until};
 
 /// As long as a real node waits between two binds when all is well.
@@ -117,10 +117,15 @@ impl Member {
     pub(crate) async fn live(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
         let mut backoff = Backoff::default();
         loop {
+            let common = Arc::clone(&self.common);
+            let place = match self.joined {
+                true => None,
+                false => common.joining.acquire().await.ok(),
+            };
             let end = match self.enter().await {
                 Ok(link) => {
                     backoff.reset();
-                    let end = self.stay(link, &mut orders).await;
+                    let end = self.stay(link, &mut orders, place).await;
                     self.report(News::Lost);
                     end
                 }
@@ -150,18 +155,18 @@ impl Member {
         connect_over(stream, &server, &self.common.line.server_key, &self.machine_key).await
     }
 
-    async fn stay(&mut self, link: Link, orders: &mut mpsc::UnboundedReceiver<Order>) -> End {
-        let common = Arc::clone(&self.common);
-        let _place = match self.joined {
-            true => None,
-            false => common.joining.acquire().await.ok(),
-        };
+    async fn stay(
+        &mut self,
+        link: Link,
+        orders: &mut mpsc::UnboundedReceiver<Order>,
+        place: Option<SemaphorePermit<'_>>,
+    ) -> End {
         let Link { sender, mut receiver, .. } = link;
         if !say(&sender, &ClientMessage { hello: Some(self.hello()), ..Default::default() }) {
             return End::Lost;
         }
         self.report(News::Hello);
-        let end = self.talk(&sender, &mut receiver, orders).await;
+        let end = self.talk(&sender, &mut receiver, orders, place).await;
         drop(sender);
         receiver.close().await;
         end
@@ -172,6 +177,7 @@ impl Member {
         sender: &LinkSender,
         receiver: &mut overlay::io::link::LinkReceiver,
         orders: &mut mpsc::UnboundedReceiver<Order>,
+        mut place: Option<SemaphorePermit<'_>>,
     ) -> End {
         let mut relay: Option<Relay> = None;
         let with_udp = self.common.with_udp;
@@ -187,6 +193,8 @@ impl Member {
                         }
                         if let Some(welcome) = &message.welcome {
                             (self.joined, self.id) = (true, welcome.id);
+                            // The next may join.
+                            drop(place.take());
                             if self.number < with_udp {
                                 let (port, key) = (welcome.relay_port, welcome.relay_key);
                                 relay = Relay::open(self, port, key).await;
