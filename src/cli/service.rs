@@ -91,10 +91,24 @@ impl Service {
     fn sockets(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Node => &[],
-            Self::Server => &[(
-                "overlay-server-443.socket",
-                include_str!("../../systemd/overlay-server-443.socket"),
-            )],
+            Self::Server => &[
+                (
+                    "overlay-server-443.socket",
+                    include_str!("../../systemd/overlay-server-443.socket"),
+                ),
+                (
+                    "overlay-server-443.target",
+                    include_str!("../../systemd/overlay-server-443.target"),
+                ),
+            ],
+        }
+    }
+
+    /// Units of older versions, which would hold ports that the newer ones want.
+    fn stale(self) -> &'static [&'static str] {
+        match self {
+            Self::Node => &[],
+            Self::Server => &["overlay-server.socket"],
         }
     }
 

@@ -100,7 +100,7 @@ pub fn run(args: UpArgs) -> Done {
     // Nobody is told when there is no service manager.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     match end {
-        Ok(Ended::Stopped) => Ok(()),
+        Ok(Ended::Stopped | Ended::Down) => Ok(()),
         Ok(Ended::Removed) => Err(Failure::new(
             "this machine was removed from its network",
             "the server says that it is not a member any more",

@@ -123,12 +123,13 @@ struct Train<'t> {
     /// Longest packet that the path carries uncut.
     mtu: usize,
     counts: SizeCounts,
+    copies: SizeCounts,
     bytes: usize,
 }
 
 impl Drop for Train<'_> {
     fn drop(&mut self) {
-        self.way.count(&mut self.state.sent, self.counts);
+        self.way.count(&mut self.state.sent, self.counts, self.copies);
         if let Some(via) = self.way.choice.primary {
             self.shared.sent.add(via, self.counts.total().into(), self.bytes as u64);
         }
@@ -165,13 +166,14 @@ impl<'t> Train<'t> {
             notes.push(Note::Active(peer.id));
         }
         let way = Way::to(peer, table);
-        let (mtu, counts) = (usize::from(peer.mtu()), SizeCounts::default());
+        let mtu = usize::from(peer.mtu());
+        let (counts, copies) = (SizeCounts::default(), SizeCounts::default());
         let mut state = peer.lock();
         match &table.filter {
             Some(filter) => filter.outbound(peer.id, packet, &mut state.flows, now),
             None => state.flows.note_connection(packet, now),
         }
-        let train = Self { shared, peer, way, state, notes, now, mtu, counts, bytes: 0 };
+        let train = Self { shared, peer, way, state, notes, now, mtu, counts, copies, bytes: 0 };
         Ok((train, view.len))
     }
 
@@ -193,8 +195,9 @@ impl<'t> Train<'t> {
 
     fn send(&mut self, packet: &[u8], out: &mut UdpBatch) -> Result<(), DropReason> {
         match send(&mut self.state.session, self.peer, &self.way, packet, self.now, out) {
-            Ok(()) => {
+            Ok(copied) => {
                 self.counts.count(packet.len() + SEAL_OVERHEAD, 1);
+                self.copies.count(packet.len() + SEAL_OVERHEAD, copied.into());
                 self.bytes += packet.len();
                 Ok(())
             }
@@ -224,13 +227,14 @@ pub fn flush_pending(
     }
     let way = Way::to(peer, table);
     while let Some(packet) = state.take_pending(shared.drops(), now) {
-        if send(&mut state.session, peer, &way, &packet, now, out).is_err() {
+        let Ok(copied) = send(&mut state.session, peer, &way, &packet, now, out) else {
             state.keep(&packet, shared.drops(), now);
             return;
-        }
-        let mut counts = SizeCounts::default();
+        };
+        let (mut counts, mut copies) = (SizeCounts::default(), SizeCounts::default());
         counts.count(packet.len() + SEAL_OVERHEAD, 1);
-        way.count(&mut state.sent, counts);
+        copies.count(packet.len() + SEAL_OVERHEAD, copied.into());
+        way.count(&mut state.sent, counts, copies);
         if let Some(via) = way.choice.primary {
             shared.sent.add(via, 1, packet.len() as u64);
         }
@@ -276,15 +280,17 @@ impl Way {
         Self { choice, primary: way(choice.primary), duplicate: way(choice.duplicate) }
     }
 
-    fn count(&self, sent: &mut PathCounts, counts: SizeCounts) {
-        if counts != SizeCounts::default() {
-            for via in self.choice.primary.into_iter().chain(self.choice.duplicate) {
+    fn count(&self, sent: &mut PathCounts, counts: SizeCounts, copies: SizeCounts) {
+        let ways = [(self.choice.primary, counts), (self.choice.duplicate, copies)];
+        for (via, counts) in ways {
+            if let Some(via) = via.filter(|_| counts != SizeCounts::default()) {
                 sent.add(via, counts);
             }
         }
     }
 }
 
+/// Returns whether a copy went by the second path.
 fn send(
     session: &mut Session,
     peer: &Peer,
@@ -292,7 +298,7 @@ fn send(
     packet: &[u8],
     now: Instant,
     out: &mut UdpBatch,
-) -> Result<(), SealError> {
+) -> Result<bool, SealError> {
     let (target, header) = way.primary.as_ref().ok_or(SealError::NoPath)?;
     let room = header.len() + (packet.len() + SEAL_OVERHEAD).max(MIN_SEAL_BUFFER);
     // A doubled packet is sealed once: the same counter lets the receiver drop the second copy.
@@ -301,18 +307,19 @@ fn send(
         let (head, body) = room.split_at_mut(header.len());
         head.copy_from_slice(header.as_slice());
         let len = session.seal(packet, body, now)?;
-        if way.duplicate.is_some() {
+        if way.duplicate.is_some() && (!way.choice.early || peer.spend_early(len)) {
             copy = Some(body[..len].to_vec());
         }
         Ok(header.len() + len)
     })?;
+    let copied = copy.is_some();
     if let (Some(copy), Some((target, header))) = (copy, &way.duplicate) {
         let mut datagram = header.as_slice().to_vec();
         datagram.extend_from_slice(&copy);
         out.push_bytes(*target, &datagram);
     }
     peer.counters.tx_bytes.fetch_add(packet.len() as u64, Ordering::Relaxed);
-    Ok(())
+    Ok(copied)
 }
 
 /// Where datagrams on this path go; none when the relay is not known.

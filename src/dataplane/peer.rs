@@ -1,7 +1,7 @@
 //! The state of one peer that packets touch: session, path, counters.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use super::icmp::AnswerLimit;
 use super::path_counts::PathCounts;
 use super::session::Session;
-use crate::path::{BASE_MTU, Choice};
+use crate::path::{BASE_MTU, Choice, EARLY_BYTES};
 use crate::policy::Flows;
 use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
 
@@ -66,6 +66,8 @@ pub struct Peer {
     /// Counters and stamps.
     pub counters: PeerCounters,
     choice: ArcSwap<Choice>,
+    /// Bytes that may still go to an endpoint which has not answered yet.
+    early_left: AtomicU32,
     /// Longest inner packet that the path carries uncut.
     mtu: AtomicU16,
     session_wanted: AtomicBool,
@@ -82,6 +84,7 @@ impl Peer {
             index,
             counters: PeerCounters::default(),
             choice: ArcSwap::from_pointee(Choice::default()),
+            early_left: AtomicU32::new(0),
             mtu: AtomicU16::new(BASE_MTU),
             session_wanted: AtomicBool::new(false),
             state: Mutex::new(PeerState {
@@ -110,9 +113,19 @@ impl Peer {
 
     /// Sets the path.
     pub fn set_choice(&self, choice: Choice) {
-        if self.choice() != choice {
+        let before = self.choice();
+        if before != choice {
+            if choice.early && !before.early {
+                self.early_left.store(EARLY_BYTES, Ordering::Relaxed);
+            }
             self.choice.store(Arc::new(choice));
         }
+    }
+
+    /// Whether so many bytes more may go to an endpoint that has not answered yet.
+    pub(super) fn spend_early(&self, bytes: usize) -> bool {
+        let spend = |left: u32| left.checked_sub(u32::try_from(bytes).ok()?);
+        self.early_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend).is_ok()
     }
 
     /// The longest inner packet that the path of this moment carries uncut, in bytes.

@@ -6,6 +6,7 @@
 //! inner source addresses (`inbound`), padding (not done: allowed), giving up and key lifetimes
 //! (here), limits on handshakes (`gate`).
 
+use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ pub(super) const SEAL_OVERHEAD: usize = 32;
 /// The engine wants at least this much room: it may write a handshake instead.
 pub const MIN_SEAL_BUFFER: usize = 148;
 
+/// The engine keeps eight sessions; so many of them may wait for the peer.
+const MAX_UNCONFIRMED: usize = 4;
 /// WireGuard's `REJECT_AFTER_TIME` (180 s), less what clocks and timers may differ by.
 const KEY_LIFETIME: Duration = Duration::from_secs(175);
 /// The side that answered the handshake lets the other start the next one for this long.
@@ -167,8 +170,9 @@ pub struct Session {
     settings: SessionSettings,
     established: Option<Instant>,
     initiator: bool,
-    /// The index under which we answered a handshake that the peer has not yet confirmed.
-    unconfirmed: Option<u32>,
+    /// The indexes under which we answered handshakes that the peer has not confirmed yet, oldest
+    /// first: on a long way an initiation is repeated before its answer is there.
+    unconfirmed: VecDeque<u32>,
     attempt: Option<Attempt>,
     last_data: Option<Instant>,
     engine_tick_at: Option<Instant>,
@@ -197,7 +201,7 @@ impl Session {
             settings,
             established: None,
             initiator: false,
-            unconfirmed: None,
+            unconfirmed: VecDeque::new(),
             attempt: None,
             last_data: None,
             engine_tick_at: None,
@@ -265,14 +269,14 @@ impl Session {
         if len > 0 {
             self.last_data = Some(now);
         }
-        let confirms_session = self.unconfirmed == Some(receiver);
-        if confirms_session {
-            self.unconfirmed = None;
+        let confirmed = self.unconfirmed.iter().position(|index| *index == receiver);
+        if let Some(at) = confirmed {
+            self.unconfirmed.drain(..=at);
             self.established = Some(now);
             self.initiator = false;
             self.attempt = None;
         }
-        Ok(Opened { len, confirms_session })
+        Ok(Opened { len, confirms_session: confirmed.is_some() })
     }
 
     /// Takes a handshake message from the peer; `out` has at least 148 bytes.
@@ -291,7 +295,9 @@ impl Session {
             TunnResult::WriteToNetwork(reply) => {
                 if is_initiation {
                     let index = reply.get(4..8).and_then(|bytes| bytes.try_into().ok());
-                    self.unconfirmed = index.map(u32::from_le_bytes);
+                    self.unconfirmed.extend(index.map(u32::from_le_bytes));
+                    let too_many = self.unconfirmed.len().saturating_sub(MAX_UNCONFIRMED);
+                    self.unconfirmed.drain(..too_many);
                     // Until the peer confirms, data goes on under the old keys, which a restarted
                     // peer has lost. Its confirmation may be lost too; then it is our turn.
                     let next_at = now + CONFIRM_PATIENCE;
@@ -304,6 +310,10 @@ impl Session {
                 Ok(HandshakeOutcome { reply: Some(reply.len()), established: !is_initiation })
             }
             TunnResult::Done => Ok(HandshakeOutcome { reply: None, established: false }),
+            // The second copy of one that was sent on two paths.
+            TunnResult::Err(
+                WireGuardError::WrongTai64nTimestamp | WireGuardError::UnexpectedPacket,
+            ) => Err(DropReason::Replayed),
             TunnResult::Err(_)
             | TunnResult::WriteToTunnelV4(..)
             | TunnResult::WriteToTunnelV6(..) => Err(DropReason::BadHandshake),

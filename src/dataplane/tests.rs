@@ -39,7 +39,7 @@ fn side(own: u32, other: u32) -> Side {
     let session = Session::new(&engine, &key(other).public(), 100 + own, settings);
     let peer = Peer::new(NodeId::new(other).unwrap(), addrs(other), 100 + own, session);
     let via = Via::direct(endpoint(other));
-    peer.set_choice(Choice { primary: Some(via), duplicate: None });
+    peer.set_choice(Choice { primary: Some(via), ..Choice::default() });
     let shared = Shared::new(epoch(), &engine);
     let mut table = ForwardingTable::new(Some(addrs(own)), Some(RELAY.parse().unwrap()));
     table.insert(Arc::clone(&peer));
@@ -263,7 +263,7 @@ fn a_waiting_packet_is_given_up_after_three_seconds() {
 fn relayed_packets_come_only_from_the_relay_and_only_from_their_sender() {
     let now = epoch();
     let (a, b) = pair(now);
-    a.peer.set_choice(Choice { primary: Some(Via::RelayUdp), duplicate: None });
+    a.peer.set_choice(Choice { primary: Some(Via::RelayUdp), ..Choice::default() });
     let frame = |out: &UdpBatch| {
         let mut frame = only_datagram(out);
         assert_eq!(relay::parse_data(&frame).unwrap().0, NodeId::new(2).unwrap(), "for b");
@@ -293,12 +293,38 @@ fn a_doubled_packet_arrives_once() {
     let now = epoch();
     let (a, b) = pair(now);
     let direct = a.peer.choice().primary;
-    a.peer.set_choice(Choice { primary: direct, duplicate: Some(Via::RelayTcp) });
+    a.peer.set_choice(Choice {
+        primary: direct,
+        duplicate: Some(Via::RelayTcp),
+        ..Choice::default()
+    });
     let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, b"twice"), now);
     let datagrams: Vec<Vec<u8>> = out.datagrams().map(|(_, bytes)| bytes.to_vec()).collect();
     assert_eq!(datagrams.len(), 2);
     assert_eq!(deliver(&b, &a, &datagrams[0], now).0.len(), 1);
     assert_eq!(deliver(&b, &a, &datagrams[1][relay::DATA_HEADER_LEN..], now).0.len(), 0);
+}
+
+#[test]
+fn who_has_not_answered_gets_few_copies_and_only_those_count_as_sent() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let direct = a.peer.choice().primary;
+    let early = Choice { primary: Some(Via::RelayTcp), duplicate: direct, early: true };
+    let before = a.peer.lock().sent.of(direct.unwrap()).total();
+    let mut copies = 0;
+    for round in 0..3 {
+        a.peer.set_choice(early);
+        for _ in 0..50 {
+            let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &[7; 1000]), now);
+            copies += out.datagrams().count() - 1;
+        }
+        // 1000 bytes, an IP header of 20, 32 of the seal.
+        let allowed = crate::path::EARLY_BYTES as usize / 1052;
+        assert_eq!(copies, allowed, "round {round}: the same choice again gives no more");
+    }
+    let sent = a.peer.lock().sent.of(direct.unwrap()).total() - before;
+    assert_eq!(sent as usize, copies);
 }
 
 #[test]

@@ -162,6 +162,11 @@ impl LinkReceiver {
         }
     }
 
+    /// Takes no messages of more bytes than this from now on; called before the first one.
+    pub fn limit_messages(&mut self, bytes: usize) {
+        self.assembler = Assembler::with_limit(bytes);
+    }
+
     /// Takes whole frames out of the buffer until one completes a message.
     fn take_frame(&mut self) -> Result<Option<Inbound>, LinkError> {
         loop {

@@ -3,12 +3,13 @@
 //! A stranger costs one small task and two Diffie-Hellman operations, and is shown nothing: no
 //! banner, no version, no page.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -19,6 +20,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::link::{self, Answered, Link, LinkError, Responder};
@@ -30,7 +32,15 @@ pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Connections of one source (an IPv4 address or an IPv6 /64) that have not yet proved who they are.
 const STRANGERS_PER_SOURCE: usize = 64;
 /// Connections of all sources that have not yet proved who they are.
-const STRANGERS: usize = 1024;
+const STRANGERS: usize = 640;
+/// One that came this lately is about to prove itself, and makes no room for others of its source.
+const PROVING: Duration = Duration::from_millis(500);
+/// A source may open so many connections at once: a large network behind one address comes back.
+const CONNECTION_BURST: u32 = 1000;
+/// And one more after each of these.
+const CONNECTION_INTERVAL: Duration = Duration::from_millis(5);
+/// Sources whose pace is known.
+const RATED_SOURCES: usize = 4096;
 /// The least that the HTTP library takes; our request needs 400 bytes.
 const HEADER_BYTES: usize = 8 * 1024;
 /// Connections that the kernel keeps while we are busy: all nodes of a network at once.
@@ -75,7 +85,8 @@ pub fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Counts the connections that have not yet proved who they are, and refuses too many of them.
+/// Counts the connections that have not yet proved who they are. Of too many the oldest has to go:
+/// an honest one needs two round trips, and one that says nothing would hold its place for long.
 #[derive(Debug, Default)]
 pub struct Gate {
     strangers: Mutex<Strangers>,
@@ -83,30 +94,109 @@ pub struct Gate {
 
 #[derive(Debug, Default)]
 struct Strangers {
-    by_source: BTreeMap<IpAddr, usize>,
+    /// Oldest first.
+    by_source: BTreeMap<IpAddr, VecDeque<Stranger>>,
     total: usize,
+    next: u64,
+    /// When all connections of a source would have come at the steady pace.
+    paid_until: HashMap<IpAddr, Instant>,
+}
+
+#[derive(Debug)]
+struct Stranger {
+    number: u64,
+    since: Instant,
+    told: Arc<Notify>,
+}
+
+impl Strangers {
+    /// The oldest connection of this source has to go.
+    fn push_out(&mut self, source: IpAddr) {
+        let Some(oldest) = self.by_source.get_mut(&source).and_then(VecDeque::pop_front) else {
+            return;
+        };
+        oldest.told.notify_one();
+        self.total -= 1;
+        self.forget_if_empty(source);
+    }
+
+    /// Makes room for one more of `source`, if there is none; tells whether there is room now.
+    fn make_room(&mut self, source: IpAddr, now: Instant) -> bool {
+        let is_proving = |waiting: &VecDeque<Stranger>| {
+            waiting.front().is_some_and(|it| now.saturating_duration_since(it.since) < PROVING)
+        };
+        if let Some(own) = self.by_source.get(&source).filter(|it| it.len() >= STRANGERS_PER_SOURCE)
+        {
+            if is_proving(own) {
+                return false;
+            }
+            self.push_out(source);
+        } else if self.total >= STRANGERS {
+            // Of those that are there most, the one that has been for longest.
+            let rank = |waiting: &VecDeque<Stranger>| {
+                (waiting.len(), Reverse(waiting.front().map(|it| it.number)))
+            };
+            let most = self.by_source.iter().max_by_key(|(_, waiting)| rank(waiting));
+            let Some((most, waiting)) = most else { return false };
+            if waiting.len() == 1 && is_proving(waiting) {
+                return false;
+            }
+            self.push_out(*most);
+        }
+        true
+    }
+
+    fn forget_if_empty(&mut self, source: IpAddr) {
+        if self.by_source.get(&source).is_some_and(VecDeque::is_empty) {
+            self.by_source.remove(&source);
+        }
+    }
+
+    /// Whether a source may connect again already: each connection may cost two Diffie-Hellman
+    /// operations. This machine itself has no limit.
+    fn is_in_time(&mut self, source: IpAddr, now: Instant) -> bool {
+        if source.is_loopback() {
+            return true;
+        }
+        if self.paid_until.len() >= RATED_SOURCES && !self.paid_until.contains_key(&source) {
+            self.paid_until.retain(|_, at| *at > now);
+            if self.paid_until.len() >= RATED_SOURCES {
+                self.paid_until.clear();
+            }
+        }
+        let paid_until = self.paid_until.entry(source).or_insert(now);
+        let at = (*paid_until).max(now);
+        if at > now + CONNECTION_INTERVAL * CONNECTION_BURST {
+            return false;
+        }
+        *paid_until = at + CONNECTION_INTERVAL;
+        true
+    }
 }
 
 impl Gate {
-    /// Lets a connection from `remote` in, unless there are too many.
-    pub fn admit(self: &Arc<Self>, remote: IpAddr) -> Option<Admission> {
+    /// Lets a connection from `remote` in, unless that source has had too many lately, or all that
+    /// are there have come just now.
+    pub fn admit(self: &Arc<Self>, remote: IpAddr, now: Instant) -> Option<Admission> {
         let source = source_of(remote);
         let mut strangers = self.lock();
-        if strangers.total >= STRANGERS {
+        if !strangers.is_in_time(source, now) {
             return None;
         }
-        let count = strangers.by_source.entry(source).or_default();
-        if *count >= STRANGERS_PER_SOURCE {
+        if !strangers.make_room(source, now) {
             return None;
         }
-        *count += 1;
+        let (number, told) = (strangers.next, Arc::new(Notify::new()));
+        strangers.next += 1;
         strangers.total += 1;
+        let stranger = Stranger { number, since: now, told: Arc::clone(&told) };
+        strangers.by_source.entry(source).or_default().push_back(stranger);
         drop(strangers);
-        Some(Admission { gate: Arc::clone(self), source })
+        Some(Admission { gate: Arc::clone(self), source, number, told })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Strangers> {
-        // The two counts change together, with nothing between them that could panic.
+        // The counts change together, with nothing between them that could panic.
         self.strangers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -116,18 +206,26 @@ impl Gate {
 pub struct Admission {
     gate: Arc<Gate>,
     source: IpAddr,
+    number: u64,
+    told: Arc<Notify>,
+}
+
+impl Admission {
+    /// Waits until the place is needed for somebody else.
+    pub async fn pushed_out(&self) {
+        self.told.notified().await;
+    }
 }
 
 impl Drop for Admission {
     fn drop(&mut self) {
         let mut strangers = self.gate.lock();
-        strangers.total = strangers.total.saturating_sub(1);
-        if let Some(count) = strangers.by_source.get_mut(&self.source) {
-            *count -= 1;
-            if *count == 0 {
-                strangers.by_source.remove(&self.source);
-            }
-        }
+        let Some(waiting) = strangers.by_source.get_mut(&self.source) else { return };
+        let before = waiting.len();
+        waiting.retain(|stranger| stranger.number != self.number);
+        let gone = before - waiting.len();
+        strangers.total -= gone;
+        strangers.forget_if_empty(self.source);
     }
 }
 
@@ -226,30 +324,60 @@ fn plain(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::epoch;
+
+    fn is_pushed_out(admission: &Admission) -> bool {
+        let strangers = admission.gate.lock();
+        let waiting = strangers.by_source.get(&admission.source);
+        !waiting.is_some_and(|all| all.iter().any(|it| it.number == admission.number))
+    }
 
     #[test]
     fn strangers_are_counted_by_source_and_forgotten_when_they_leave() {
         let gate = Arc::new(Gate::default());
-        let home: IpAddr = "2001:db8:1:2::1".parse().unwrap();
-        let neighbour: IpAddr = "2001:db8:1:2:ffff::9".parse().unwrap();
-        let elsewhere: IpAddr = "192.0.2.1".parse().unwrap();
-        let mut inside: Vec<_> =
-            (0..STRANGERS_PER_SOURCE).map(|_| gate.admit(home).expect("a free place")).collect();
-        assert!(gate.admit(neighbour).is_none(), "the same /64 is the same source");
-        assert!(gate.admit(elsewhere).is_some());
-        inside.pop();
-        assert!(gate.admit(neighbour).is_some());
+        let admit = |ip: &str, now| gate.admit(ip.parse().unwrap(), now);
+        let mut inside: Vec<_> = (0..STRANGERS_PER_SOURCE)
+            .map(|_| admit("2001:db8:1:2::1", epoch()).expect("a free place"))
+            .collect();
+        let neighbour = "2001:db8:1:2:ffff::9";
+        assert!(admit(neighbour, epoch()).is_none(), "the same /64 is the same source");
+        let elsewhere = admit("192.0.2.1", epoch());
+        assert!(elsewhere.is_some() && !inside.iter().any(is_pushed_out));
+        inside.push(admit(neighbour, epoch() + PROVING).expect("the oldest makes room"));
+        let out: Vec<bool> = inside.iter().map(is_pushed_out).collect();
+        assert!(out[0] && !out[1..].contains(&true), "the oldest of the same /64: {out:?}");
         inside.clear();
+        drop(elsewhere);
         assert!(gate.lock().by_source.is_empty(), "nothing is kept of who has left");
         assert_eq!(gate.lock().total, 0);
     }
 
     #[test]
-    fn all_sources_together_have_a_limit_too() {
+    fn who_is_there_most_makes_room_for_the_others() {
         let gate = Arc::new(Gate::default());
         let source = |i: usize| IpAddr::from([10, 0, (i / 32) as u8, 1]);
-        let inside: Vec<_> = (0..STRANGERS).filter_map(|i| gate.admit(source(i))).collect();
-        assert_eq!(inside.len(), STRANGERS);
-        assert!(gate.admit("192.0.2.1".parse().unwrap()).is_none());
+        let inside: Vec<_> = (0..STRANGERS + 500)
+            .filter_map(|i| gate.admit(source(i % STRANGERS), epoch()))
+            .collect();
+        assert_eq!(inside.len(), STRANGERS + 500);
+        assert_eq!(gate.lock().total, STRANGERS);
+        let honest = gate.admit("192.0.2.1".parse().unwrap(), epoch()).expect("a place");
+        let more: Vec<_> =
+            (0..2 * STRANGERS).filter_map(|i| gate.admit(source(i % STRANGERS), epoch())).collect();
+        assert!(!is_pushed_out(&honest), "one of one is not pushed out");
+        assert_eq!(gate.lock().total, STRANGERS);
+        drop((inside, more, honest));
+        assert_eq!(gate.lock().total, 0);
+    }
+
+    #[test]
+    fn a_source_that_connects_too_often_waits_and_others_do_not() {
+        let gate = Arc::new(Gate::default());
+        let loud: IpAddr = "192.0.2.1".parse().unwrap();
+        let count = |ip: IpAddr, now| (0..5000).filter(|_| gate.admit(ip, now).is_some()).count();
+        assert_eq!(count(loud, epoch()), CONNECTION_BURST as usize + 1);
+        assert_eq!(count(loud, epoch() + CONNECTION_INTERVAL * 3), 3);
+        assert!(gate.admit("192.0.2.2".parse().unwrap(), epoch()).is_some());
+        assert_eq!(count("127.0.0.1".parse().unwrap(), epoch()), 5000);
     }
 }

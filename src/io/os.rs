@@ -14,6 +14,7 @@ use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
+use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::link::LinkMessage;
 use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 use tokio::task::JoinHandle;
@@ -203,6 +204,21 @@ impl Netlink {
         result.map_err(refused(|| Request::AddAddress { index, addr }))
     }
 
+    /// Takes all addresses from an interface.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn del_addresses(&self, index: u32) -> Result<(), NetlinkError> {
+        let stream = self.handle.address().get().execute();
+        let messages: Vec<AddressMessage> =
+            stream.try_collect().await.map_err(refused(|| Request::ListAddresses))?;
+        for message in messages.into_iter().filter(|message| message.header.index == index) {
+            let result = self.handle.address().del(message).execute().await;
+            result.map_err(refused(|| Request::DeleteAddresses { index }))?;
+        }
+        Ok(())
+    }
+
     /// All addresses of all interfaces, both families.
     ///
     /// # Errors
@@ -306,6 +322,9 @@ pub enum Request {
     /// Put `addr` on interface `index`.
     #[expect(missing_docs, reason = "the fields are what the request names")]
     AddAddress { index: u32, addr: IpNet },
+    /// Take all addresses from interface `index`.
+    #[expect(missing_docs, reason = "the fields are what the request names")]
+    DeleteAddresses { index: u32 },
     /// Add `route`.
     #[expect(missing_docs, reason = "the fields are what the request names")]
     AddRoute { route: Route },
@@ -323,6 +342,7 @@ impl std::fmt::Display for Request {
             Self::SetLink { index } => write!(f, "setting up interface {index}"),
             Self::DeleteLink { index } => write!(f, "removing interface {index}"),
             Self::AddAddress { index, addr } => write!(f, "adding {addr} to interface {index}"),
+            Self::DeleteAddresses { index } => write!(f, "emptying interface {index}"),
             Self::AddRoute { route } => {
                 write!(f, "adding a route to {} by interface {}", route.dst, route.index)
             }

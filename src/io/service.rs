@@ -3,15 +3,55 @@
 pub mod reload;
 
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::sys;
+use super::tun::Tun;
+
+/// The service manager's name for the TUN device of a node.
+const TUN_NAME: &str = "tun";
+
+/// The descriptors that the service manager has for this process (`LISTEN_FDS`,
+/// sd_listen_fds(3)), with its names for them. They are handed out once; without a service manager
+/// there are none.
+fn handed() -> Vec<(String, OwnedFd)> {
+    sys::inherited_descriptors().unwrap_or_else(|error| {
+        tracing::warn!(%error, "what the service manager handed over is not understood");
+        Vec::new()
+    })
+}
+
+/// Gives the service manager a copy of a descriptor. It is handed over again after a restart and a
+/// crash, and closed when the service is stopped (`FileDescriptorStoreMax=`, systemd.service(5)).
+/// Whether there is a service manager that was told so.
+fn store(name: &str, descriptor: &impl AsFd) -> bool {
+    let states = [sd_notify::NotifyState::FdStore, sd_notify::NotifyState::FdName(name)];
+    let told = sd_notify::notify_with_fds(&states, &[descriptor.as_fd()]);
+    if let Err(error) = &told {
+        tracing::warn!(%error, name, "the service manager keeps no descriptor for us");
+    }
+    told.is_ok() && std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
+/// Lets the service manager close what [`store`] gave it, in this run or an earlier one.
+fn forget(name: &str) {
+    let states = [sd_notify::NotifyState::FdStoreRemove, sd_notify::NotifyState::FdName(name)];
+    if let Err(error) = sd_notify::notify(&states) {
+        tracing::warn!(%error, name, "cannot tell the service manager");
+    }
+}
+
+/// What the service manager keeps and this program has no use for, of another version perhaps.
+fn refuse(name: &str, what: &dyn std::fmt::Display) {
+    tracing::warn!(name, %what, "the service manager hands over what is not used here");
+    forget(name);
+}
 
 /// The descriptor is a listening TCP socket when this works.
-fn listening(fd: std::os::fd::OwnedFd) -> Option<(SocketAddr, TcpListener)> {
+fn listening(fd: OwnedFd) -> Option<(SocketAddr, TcpListener)> {
     let listener = TcpListener::from(fd);
     let is_listening = socket2::SockRef::from(&listener).is_listener().ok()?;
     let address = listener.local_addr().ok().filter(|_| is_listening)?;
@@ -19,15 +59,17 @@ fn listening(fd: std::os::fd::OwnedFd) -> Option<(SocketAddr, TcpListener)> {
     Some((address, listener))
 }
 
-/// The listening TCP sockets that the service manager opened for this process (`LISTEN_FDS`,
-/// sd_listen_fds(3)). They are handed out once; without a service manager there are none.
+/// The listening TCP sockets that the service manager has for this process.
 #[must_use]
 pub fn handed_listeners() -> Vec<(SocketAddr, TcpListener)> {
-    let inherited = sys::inherited_descriptors().unwrap_or_else(|error| {
-        tracing::warn!(%error, "what the service manager handed over is not understood");
-        Vec::new()
-    });
-    inherited.into_iter().filter_map(listening).collect()
+    let listener = |(name, fd): (String, OwnedFd)| {
+        let listener = listening(fd);
+        if listener.is_none() {
+            refuse(&name, &"no listening TCP socket");
+        }
+        listener
+    };
+    handed().into_iter().filter_map(listener).collect()
 }
 
 /// The service manager's name for the listener of this address; a name has no colon.
@@ -35,24 +77,36 @@ fn stored_name(address: SocketAddr) -> String {
     format!("tcp-{address}").replace(':', ".")
 }
 
-/// Gives the service manager a copy of a listening socket. It is handed over again after a restart
-/// and a crash, and nobody who connects in between is refused; it is closed when the service is
-/// stopped (`FileDescriptorStoreMax=`, systemd.service(5)).
+/// Has the service manager keep a listening socket: nobody who connects while the server is
+/// restarted is refused.
 pub fn store_listener(address: SocketAddr, listener: &impl AsFd) {
-    let name = stored_name(address);
-    let states = [sd_notify::NotifyState::FdStore, sd_notify::NotifyState::FdName(&name)];
-    if let Err(error) = sd_notify::notify_with_fds(&states, &[listener.as_fd()]) {
-        tracing::warn!(%error, "the service manager keeps no socket for us");
-    }
+    let _ = store(&stored_name(address), listener);
 }
 
 /// Lets the service manager close what [`store_listener`] gave it in an earlier run.
 pub fn forget_listener(address: SocketAddr) {
-    let name = stored_name(address);
-    let states = [sd_notify::NotifyState::FdStoreRemove, sd_notify::NotifyState::FdName(&name)];
-    if let Err(error) = sd_notify::notify(&states) {
-        tracing::warn!(%error, "cannot tell the service manager");
-    }
+    forget(&stored_name(address));
+}
+
+/// The TUN devices of an earlier run, their interfaces still there with addresses and routes.
+#[must_use]
+pub fn handed_tuns() -> Vec<Tun> {
+    let tun = |(name, fd): (String, OwnedFd)| {
+        Tun::from_descriptor(fd).inspect_err(|error| refuse(&name, error)).ok()
+    };
+    handed().into_iter().filter_map(tun).collect()
+}
+
+/// Has the service manager keep this TUN device and no other: the interface stays while the node is
+/// restarted. Whether it does.
+pub fn store_tun(tun: &Tun) -> bool {
+    forget_tun();
+    store(TUN_NAME, tun)
+}
+
+/// Lets the service manager close the TUN device that it keeps.
+pub fn forget_tun() {
+    forget(TUN_NAME);
 }
 
 /// How far somebody has come: it rises as long as that one does its work, also when there is none.

@@ -2,7 +2,8 @@
 
 #![expect(unsafe_code, reason = "a foreign descriptor is a bare number, and an ioctl has no type")]
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The descriptor of a TUN device, bound to the life of the device.
@@ -12,17 +13,46 @@ pub(crate) fn tun_fd(device: &tun::Device) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) }
 }
 
+/// Major and minor number of `/dev/net/tun`, the same on every Linux.
+const TUN_DEVICE: (libc::c_uint, libc::c_uint) = (10, 200);
+
 mod ioctl {
     // TUNSETOFFLOAD of linux/if_tun.h, whose argument is the mask itself and no pointer.
     nix::ioctl_write_int_bad!(tun_set_offload, nix::request_code_write!(b'T', 208, 4));
+    // TUNGETIFF, which says that it writes an int, and writes an ifreq.
+    nix::ioctl_read_bad!(tun_get_iff, nix::request_code_read!(b'T', 210, 4), libc::ifreq);
 }
 
 /// Tells the kernel which packets it may hand over unfinished or uncut.
-pub(crate) fn tun_set_offload(device: &tun::Device, mask: libc::c_uint) -> nix::Result<()> {
+pub(crate) fn tun_set_offload(device: &impl AsFd, mask: libc::c_uint) -> nix::Result<()> {
     let mask = libc::c_int::try_from(mask).map_err(|_| nix::errno::Errno::EINVAL)?;
-    // SAFETY: the descriptor is open, since the device is; the argument is a number, so the kernel
-    // touches no memory of ours; a mask that it does not know is refused with an error.
-    unsafe { ioctl::tun_set_offload(device.as_raw_fd(), mask) }.map(drop)
+    // SAFETY: the descriptor is open for as long as the borrow; the argument is a number, so the
+    // kernel touches no memory of ours; a mask that it does not know is refused with an error.
+    unsafe { ioctl::tun_set_offload(device.as_fd().as_raw_fd(), mask) }.map(drop)
+}
+
+/// Name and flags (`IFF_TUN`, ...) of the interface that this descriptor holds.
+///
+/// # Errors
+/// What is no TUN device, or one whose interface is gone.
+pub(crate) fn tun_interface(device: &impl AsFd) -> nix::Result<(String, libc::c_int)> {
+    let file = nix::sys::stat::fstat(device)?;
+    let is_device = file.st_mode & libc::S_IFMT == libc::S_IFCHR;
+    if !is_device || file.st_rdev != libc::makedev(TUN_DEVICE.0, TUN_DEVICE.1) {
+        return Err(nix::errno::Errno::ENOTTY);
+    }
+    // SAFETY: an ifreq is bytes, numbers and pointers, and all zeros are a value of each.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open for as long as the borrow; the kernel writes one ifreq, which
+    // `request` is and which outlives the call. No other driver is asked, to which the number could
+    // mean something else.
+    unsafe { ioctl::tun_get_iff(device.as_fd().as_raw_fd(), &raw mut request) }?;
+    // SAFETY: the kernel ends the name with a zero inside of the array, and it was zeroed before.
+    let name = unsafe { CStr::from_ptr(request.ifr_name.as_ptr()) };
+    // SAFETY: TUNGETIFF fills this member of the union; as a number any bytes are a value of it.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    // They are 16 bits, the highest of which is no sign.
+    Ok((name.to_string_lossy().into_owned(), libc::c_int::from(flags.cast_unsigned())))
 }
 
 /// Whether a datagram that is longer than a link of its path takes may be cut.
@@ -63,14 +93,15 @@ pub(crate) fn set_fragments(
     nix::errno::Errno::result(result).map(drop)
 }
 
-/// The descriptors that a service manager has opened for this process; the first caller gets them.
-pub(crate) fn inherited_descriptors() -> std::io::Result<Vec<OwnedFd>> {
+/// The descriptors that a service manager has opened for this process, and its names for them; the
+/// first caller gets them.
+pub(crate) fn inherited_descriptors() -> std::io::Result<Vec<(String, OwnedFd)>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
-    let descriptors = sd_notify::listen_fds()?;
+    let descriptors = sd_notify::listen_fds_with_names()?;
     if TAKEN.swap(true, Ordering::SeqCst) {
         return Ok(Vec::new());
     }
     // SAFETY: the service manager opened these for this process alone (it checks LISTEN_PID), the
     // call above has found each of them open, and the flag sees to it that they get one owner.
-    Ok(descriptors.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
+    Ok(descriptors.map(|(number, name)| (name, unsafe { OwnedFd::from_raw_fd(number) })).collect())
 }

@@ -5,13 +5,15 @@
 //!
 //! Sets no address, route or MTU and brings nothing up: that is netlink's business ([`super::os`]).
 //! Reads and writes never block, so that a poll(2) thread and a tokio `AsyncFd` can both drive it.
-//! The interface disappears when the value is dropped.
+//! The interface disappears with its last descriptor: when the value is dropped, unless somebody
+//! else keeps a copy ([`super::service`]).
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::sys;
 use crate::dataplane::Frame;
@@ -22,6 +24,9 @@ const TSO: libc::c_uint =
     libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
 /// UDP in both families, since Linux 6.2.
 const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+/// The flags that tell what is read and written.
+const KIND_FLAGS: libc::c_int =
+    libc::IFF_TUN | libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
 /// Pieces of one write: more than a train has.
 const MAX_PIECES: usize = 80;
 
@@ -48,7 +53,7 @@ impl TunOptions {
 
 /// An open TUN device.
 pub struct Tun {
-    device: tun::Device,
+    device: OwnedFd,
     name: String,
     index: u32,
     has_headers: bool,
@@ -73,18 +78,41 @@ impl Tun {
         } else {
             (open_device(name, false)?, None)
         };
-        device.set_nonblock().map_err(|source| TunError::Open { name: name.to_owned(), source })?;
-        let index = nix::net::if_::if_nametoindex(name)
-            .map_err(|errno| TunError::Open { name: name.to_owned(), source: errno.into() })?;
+        Self::of(device, name.to_owned(), kinds)
+            .map_err(|errno| TunError::Open { name: name.to_owned(), source: errno.into() })
+    }
+
+    /// Takes over a device that an earlier process has opened.
+    ///
+    /// # Errors
+    /// What is no device of this module's kind, or one whose interface is gone.
+    pub fn from_descriptor(device: OwnedFd) -> io::Result<Self> {
+        let (name, flags) = sys::tun_interface(&device)?;
+        if flags & KIND_FLAGS & !libc::IFF_VNET_HDR != libc::IFF_TUN | libc::IFF_NO_PI {
+            return Err(Errno::EMEDIUMTYPE.into());
+        }
+        let kinds = (flags & libc::IFF_VNET_HDR != 0).then(|| set_offloads(&device, &name));
+        Ok(Self::of(device, name, kinds)?)
+    }
+
+    fn of(device: OwnedFd, name: String, kinds: Option<MergeKinds>) -> nix::Result<Self> {
+        let flags = OFlag::from_bits_retain(fcntl(&device, FcntlArg::F_GETFL)?);
+        fcntl(&device, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let index = nix::net::if_::if_nametoindex(name.as_str())?;
         let MergeKinds { tcp, udp } = kinds.unwrap_or_default();
         Ok(Self {
             device,
-            name: name.to_owned(),
+            name,
             index,
             has_headers: kinds.is_some(),
             tso: AtomicBool::new(tcp),
             uso: AtomicBool::new(udp),
         })
+    }
+
+    /// Whether [`Self::open`] would make the same.
+    pub fn is(&self, options: &TunOptions) -> bool {
+        self.name == options.name && self.has_headers == options.offloads
     }
 
     /// The interface name.
@@ -170,7 +198,7 @@ impl Tun {
 
 impl AsFd for Tun {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        sys::tun_fd(&self.device)
+        self.device.as_fd()
     }
 }
 
@@ -235,27 +263,33 @@ impl TunError {
     }
 }
 
-fn open_device(name: &str, headers: bool) -> Result<tun::Device, TunError> {
+fn open_device(name: &str, headers: bool) -> Result<OwnedFd, TunError> {
     let mut config = tun::Configuration::default();
     config.tun_name(name).platform_config(|platform| {
         // Not about privileges: it keeps the crate from setting addresses, MTU and flags.
         platform.ensure_root_privileges(false).vnet_hdr(headers);
     });
-    tun::Device::new(&config).map_err(|source| open_error(name, source.into()))
+    let device = tun::Device::new(&config).map_err(|source| open_error(name, source.into()))?;
+    // Of all that the crate has to offer, the descriptor is what is needed.
+    sys::tun_fd(&device).try_clone_to_owned().map_err(|source| open_error(name, source))
 }
 
 /// None when the kernel has none of it; what else is wrong, opening without will tell.
-fn open_with_offloads(name: &str) -> Option<(tun::Device, Option<MergeKinds>)> {
+fn open_with_offloads(name: &str) -> Option<(OwnedFd, Option<MergeKinds>)> {
     let device = open_device(name, true).ok()?;
-    let kinds = if sys::tun_set_offload(&device, TSO | USO).is_ok() {
+    let kinds = set_offloads(&device, name);
+    Some((device, Some(kinds)))
+}
+
+fn set_offloads(device: &OwnedFd, name: &str) -> MergeKinds {
+    if sys::tun_set_offload(device, TSO | USO).is_ok() {
         MergeKinds { tcp: true, udp: true }
-    } else if sys::tun_set_offload(&device, TSO).is_ok() {
+    } else if sys::tun_set_offload(device, TSO).is_ok() {
         MergeKinds { tcp: true, udp: false }
     } else {
         tracing::info!(interface = name, "the kernel has no segmentation offload");
         MergeKinds::default()
-    };
-    Some((device, Some(kinds)))
+    }
 }
 
 /// Whether Linux takes this as the name of an interface.
@@ -299,6 +333,22 @@ mod tests {
             assert!(matches!(error, TunError::InvalidName { .. }), "{name:?} gave {error}");
         }
         assert!(check_name("fifteen-bytes-x").is_ok(), "15 bytes are the longest name");
+    }
+
+    #[test]
+    fn what_is_no_tun_device_is_not_taken_for_one() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for descriptor in [OwnedFd::from(null), file.into(), socket.into()] {
+            let error = Tun::from_descriptor(descriptor).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+        }
+        // Opened, and of no interface; where the machine lets us.
+        if let Ok(tun) = std::fs::File::options().read(true).write(true).open("/dev/net/tun") {
+            let error = Tun::from_descriptor(tun.into()).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EBADFD));
+        }
     }
 
     #[test]

@@ -62,6 +62,10 @@ impl Node {
             return;
         };
         self.link_up = true;
+        if self.sighting.rtt().is_some() {
+            // It was in the hello.
+            self.note_announced(false, now);
+        }
         if self.netmap.identity.as_ref() != Some(&identity) {
             self.netmap.identity = Some(identity.clone());
             self.events.push_back(Event::Save);

@@ -54,13 +54,21 @@ impl Node {
         let mut reply = [0; MIN_SEAL_BUFFER];
         let is_cookie = datagram.first() == Some(&3);
         let outcome = peer.fast.lock().session.handle_handshake(datagram, from, &mut reply, now)?;
+        let proved = peer.agent.choice().primary == Some(via);
         // A cookie proves nothing about its sender: who has seen our handshake can make one.
         if !is_cookie {
             peer.agent.handle_authenticated(via, now);
         }
         if let Some(len) = outcome.reply {
-            let table = self.shared.table();
-            send_datagram(&table, id, via, &reply[..len], &mut self.datagrams);
+            let relay = peer.agent.choice().primary.filter(|it| !proved && it.is_relay());
+            let mut ways = vec![via];
+            if via.is_relay() {
+                ways.extend(peer.agent.beside_pings(now));
+            } else {
+                // It may be a way in only, and the copy by relay is not answered any more.
+                ways.extend(relay);
+            }
+            self.send_on_all(id, &ways, &reply[..len]);
         }
         self.drain_agent(id, now);
         if outcome.established {
@@ -164,8 +172,17 @@ impl Node {
         let mut initiation = [0; MIN_SEAL_BUFFER];
         let sent = peer.fast.lock().session.initiate(&mut initiation, now);
         if let Some(len) = sent {
-            let table = self.shared.table();
-            send_datagram(&table, id, via, &initiation[..len], &mut self.datagrams);
+            let mut ways = vec![via];
+            ways.extend(peer.agent.beside_pings(now));
+            self.send_on_all(id, &ways, &initiation[..len]);
+        }
+    }
+
+    /// Sends a handshake message by several ways: the first copy that arrives counts.
+    fn send_on_all(&mut self, id: NodeId, ways: &[Via], message: &[u8]) {
+        let table = self.shared.table();
+        for via in ways {
+            send_datagram(&table, id, *via, message, &mut self.datagrams);
         }
     }
 }

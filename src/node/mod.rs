@@ -7,6 +7,7 @@
 //!
 //! - `control`: what the server says, and what it is told
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
+//! - `sighting`: the same address, asked for before there is a control connection
 //! - `disco`: probes in and out
 //! - `mapped`: endpoints that the router forwards to us, and the proof that it does
 //! - `predict`: which ports our NAT will give us next
@@ -43,6 +44,7 @@ mod reach;
 mod relay;
 mod report;
 mod roam;
+mod sighting;
 mod signalling;
 mod sockets;
 mod status;
@@ -79,6 +81,7 @@ use predict::Prediction;
 use punch::Punching;
 use relay::RelayClient;
 use report::Removed;
+use sighting::Sighting;
 use sockets::Sockets;
 
 /// What can be set about a node.
@@ -206,6 +209,7 @@ pub struct Node {
     traffic_tick_at: Option<Instant>,
     engine_tick_at: Option<Instant>,
     datagrams: UdpBatch,
+    sighting: Sighting,
     prediction: Prediction,
     filter_test: FilterTest,
     removed: Removed,
@@ -264,6 +268,7 @@ impl Node {
             traffic_tick_at: None,
             engine_tick_at: None,
             datagrams: UdpBatch::default(),
+            sighting: Sighting::default(),
             prediction: Prediction::default(),
             filter_test: FilterTest::default(),
             removed: Removed::default(),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
+use super::disco::RecentPings;
 use super::part::UseRecord;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
@@ -24,6 +25,8 @@ pub(super) struct PeerControl {
     pub(super) fast: Arc<Peer>,
     pub(super) agent: PathAgent,
     pub(super) disco: DiscoKeys,
+    /// What of it was answered lately.
+    pub(super) pings: RecentPings,
     /// Somebody waits for a session with it.
     pub(super) session_wanted: bool,
     /// Stamp of the last packet sent to it, when the traffic tick looked last.
@@ -80,6 +83,7 @@ impl Node {
             fast: Peer::new(id, info.addrs, index, session),
             agent,
             disco,
+            pings: RecentPings::default(),
             session_wanted: false,
             used_at: None,
             stale_at: None,

@@ -104,7 +104,11 @@ impl Node {
             } else if next_at <= now {
                 self.drive_run(now);
             }
-        } else if let Some((_, id)) = self.next_stuck().filter(|(at, _)| *at <= now) {
+        }
+        // Each of them is offered a run, or has to wait.
+        while self.punching.run.is_none()
+            && let Some((_, id)) = self.next_stuck().filter(|(at, _)| *at <= now)
+        {
             self.offer(id, now);
         }
     }
@@ -132,6 +136,12 @@ impl Node {
     }
 
     fn offer(&mut self, id: NodeId, now: Instant) {
+        let birthday = self.settings.birthday_probing;
+        if birthday && !self.can_probe(now) && self.prediction.nat_hint() != NatHint::Varies {
+            // The entries of the last run have to go first. Without a word of birthday probing the
+            // peer would call it hopeless.
+            return self.wait_for_turn(id, now);
+        }
         let history = self.punching.history(id);
         history.postpone(ANSWER_LIMIT, now);
         let tries = history.tries();
@@ -144,7 +154,12 @@ impl Node {
             next_at: now + ANSWER_LIMIT,
             end_at: now + ANSWER_LIMIT * 2,
         });
-        self.say(id, number, Step::Offer { birthday: self.can_probe(now), tries });
+        self.say(id, number, Step::Offer { birthday, tries });
+    }
+
+    fn wait_for_turn(&mut self, id: NodeId, now: Instant) {
+        let wait = BUSY_WAIT.mul_f64(self.rng.random_range(1.0..2.0));
+        self.punching.history(id).postpone(wait, now);
     }
 
     /// By relay, like everything here.
@@ -170,8 +185,7 @@ impl Node {
             }
             Step::Busy if offered => {
                 self.punching.run = None;
-                let wait = BUSY_WAIT.mul_f64(self.rng.random_range(1.0..2.0));
-                self.punching.history(id).postpone(wait, now);
+                self.wait_for_turn(id, now);
             }
             Step::Hopeless if offered => {
                 self.punching.run = None;

@@ -168,7 +168,8 @@ impl Node {
         let relaying = self.is_relaying(now);
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
         if let Control::Reflected { tx, observed } = message {
-            let ours = self.handle_reflected(from, tx, observed, now)
+            let ours = self.handle_sighted(from, tx, observed, now)
+                || self.handle_reflected(from, tx, observed, now)
                 || self.handle_server_heard(from, tx)
                 || self.handle_fresh_port(tx, observed, now);
             return if ours { Ok(()) } else { Err(DropReason::BadRelayFrame) };
@@ -189,6 +190,7 @@ impl Node {
         let (true, Some(sent_at)) = (genuine, sent_at) else {
             return Err(DropReason::BadRelayFrame);
         };
+        self.sighting.stop();
         session.sent.retain(|(sent, _)| *sent > counter);
         session.rtt = Some(now.saturating_duration_since(sent_at));
         session.unanswered = 0;

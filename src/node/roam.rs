@@ -15,6 +15,7 @@ impl Node {
     /// Packets leave by another way than before: other addresses, or another default route.
     pub fn handle_network_change(&mut self, now: Instant) {
         self.announced_at = None;
+        self.sighting.stop();
         self.prediction.forget();
         self.forget_punching(now);
         self.filter_test = super::nat::FilterTest::default();

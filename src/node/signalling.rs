@@ -33,7 +33,7 @@ impl Node {
         // In a larger network a peer's turn comes later, or with our call.
         let eager = at_once && peers <= BURST;
         Signalling {
-            server_rtt: self.relay.rtt(),
+            server_rtt: self.relay.rtt().or(self.sighting.rtt()),
             announced_at: self.announced_at,
             doubles: self.netmap.identity.as_ref().is_some_and(|own| own.id > id),
             lag: eager.then(|| GATHER_PER_NODE.saturating_mul(peers)),

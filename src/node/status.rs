@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Identity, Node};
 use crate::path::{Quality, Via};
-use crate::types::{NodeId, NodeName, OverlayAddrs, PublicKey};
+use crate::types::{Candidate, NodeId, NodeName, OverlayAddrs, PublicKey};
 
 /// How a peer can be reached at this moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +110,12 @@ impl Node {
     #[must_use]
     pub fn host_endpoints(&self) -> &[SocketAddr] {
         &self.host_endpoints
+    }
+
+    /// Where we say that we can be reached.
+    #[must_use]
+    pub fn announced(&self) -> &[Candidate] {
+        &self.announced
     }
 
     /// All peers, by number.

@@ -29,6 +29,7 @@ impl Node {
     /// Does all that is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.handle_relay_timeout(now);
+        self.handle_sighting_timeout(now);
         self.handle_look_timeout(now);
         self.handle_pace_timeout(now);
         self.handle_punch_timeout(now);
@@ -82,6 +83,7 @@ impl Node {
         }
         soonest.add(self.wanted.next_at(), "peers of a large network");
         soonest.add(self.relay.next_at(), "relay bind");
+        soonest.add(self.sighting.next_at(), "where are we seen");
         soonest.add(self.pace.next_at(), "next peer that nobody asked for");
         soonest.add(self.prediction.next_at(), "look at the NAT's counter");
         soonest.add(self.punch_next_at(), "costly way to a peer");

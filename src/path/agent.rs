@@ -4,6 +4,8 @@
 //! it is alive is the business of `liveness`.
 
 mod choose;
+mod early;
+mod endpoint;
 mod measured;
 mod messages;
 mod opener;
@@ -13,22 +15,26 @@ mod sockets;
 mod views;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::liveness::Doubt;
-use super::mtu::{BASE_MTU, MtuSearch};
+use super::mtu::BASE_MTU;
 use super::probe::Prober;
 use super::quality::Delivery;
 use super::soonest::Soonest;
+use super::trickle::Trickle;
 use super::{Choice, Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
 };
 use choose::KEEPALIVE;
+pub use early::EARLY_BYTES;
+use early::Early;
+use endpoint::Endpoint;
 pub use messages::{Answer, PathEvent, PathTransmit, Traffic};
 use opener::Cause;
 pub use opener::{OPENER_TTL, Signalling};
@@ -38,73 +44,8 @@ use proof::{Trial, Trust};
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
 /// A proved path is not checked again for this long when the peer pings it.
 const RECENT_PROOF: Duration = Duration::from_secs(5);
-/// When the primary dies, another path that was heard this long ago takes over at once.
-const JUST_NOW: Duration = Duration::from_secs(1);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
-
-#[derive(Debug)]
-struct Endpoint {
-    kind: CandidateKind,
-    /// Its place in the last call that told it.
-    rank: usize,
-    local: Option<IpAddr>,
-    prober: Prober,
-    heard: Option<Instant>,
-    penalty_until: Option<Instant>,
-    delivery: Delivery,
-    mtu: MtuSearch,
-    trust: Trust,
-    /// How often it was left for good reason since it last worked for long.
-    failures: u32,
-}
-
-impl Endpoint {
-    fn new(kind: CandidateKind) -> Self {
-        let guess = matches!(kind, CandidateKind::Predicted | CandidateKind::Static);
-        let prober = if guess { Prober::for_guess() } else { Prober::default() };
-        Self {
-            kind,
-            rank: 0,
-            local: None,
-            prober,
-            heard: None,
-            penalty_until: None,
-            delivery: Delivery::default(),
-            mtu: MtuSearch::default(),
-            trust: Trust::default(),
-            failures: 0,
-        }
-    }
-
-    /// Told in calls only, and the newest call counts.
-    fn is_told_in_calls(&self) -> bool {
-        matches!(self.kind, CandidateKind::Predicted | CandidateKind::Static)
-    }
-
-    fn via(&self, Place { remote, socket }: Place) -> Via {
-        Via::Direct { remote, local: self.local, socket }
-    }
-
-    fn proved(&self, now: Instant) -> bool {
-        let fresh = |at: Option<Instant>| {
-            at.is_some_and(|at| now.saturating_duration_since(at) < PROOF_LIFETIME)
-        };
-        fresh(self.prober.last_pong()) || (self.prober.last_pong().is_some() && fresh(self.heard))
-    }
-
-    fn heard_lately(&self, now: Instant) -> bool {
-        let last = self.heard.max(self.prober.last_pong());
-        last.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW)
-    }
-
-    fn forget(&mut self) {
-        self.prober.forget();
-        self.heard = None;
-        self.delivery = Delivery::default();
-        self.mtu = MtuSearch::default();
-    }
-}
 
 /// Keeps the candidates of one peer and picks its primary path.
 #[derive(Debug)]
@@ -120,6 +61,11 @@ pub struct PathAgent {
     /// Data is doubled onto the relay, for a reason that `proof` knows.
     doubled: bool,
     trial: Option<Trial>,
+    early: Option<Early>,
+    /// When copies were last sent to an endpoint that had not answered.
+    early_at: Option<Instant>,
+    /// When the server told candidates that were new.
+    told_at: Option<Instant>,
     primary: Option<Via>,
     primary_since: Instant,
     why: &'static str,
@@ -137,6 +83,7 @@ pub struct PathAgent {
     stuck_since: Option<Instant>,
     /// An extra socket by which the peer is tried, too.
     fresh: Option<SocketId>,
+    trickle: Trickle,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -156,6 +103,9 @@ impl PathAgent {
             mtu_limit: BASE_MTU,
             doubled: false,
             trial: None,
+            early: None,
+            early_at: None,
+            told_at: None,
             primary: None,
             primary_since: now,
             why: "nothing was tried yet",
@@ -171,6 +121,7 @@ impl PathAgent {
             keepalive_at: None,
             stuck_since: None,
             fresh: None,
+            trickle: Trickle::default(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -182,7 +133,8 @@ impl PathAgent {
     pub fn set_wanted(&mut self, wanted: bool, now: Instant) {
         if wanted && !self.wanted {
             self.wanted = true;
-            self.start_round(Cause::Wanted, now);
+            let told = self.told_at == Some(now);
+            self.start_round(if told { Cause::ToldBoth } else { Cause::Wanted }, now);
         }
         if self.wanted && !wanted {
             self.forget_extra_sockets(now);
@@ -230,7 +182,10 @@ impl PathAgent {
             self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind));
         }
         if !fresh {
-        } else if self.is_direct() {
+            return;
+        }
+        self.told_at = Some(now);
+        if self.is_direct() {
             // The peer's NAT has given it another endpoint, perhaps in place of ours.
             self.verify(now);
         } else if self.wanted {
@@ -287,7 +242,7 @@ impl PathAgent {
         }
         self.relay_prober.forget();
         self.relay_delivery = Delivery::default();
-        self.trial = None;
+        (self.trial, self.early, self.early_at) = (None, None, None);
         self.doubt = Doubt::default();
         self.choose("the local network changed", now);
         self.round_at = None;
@@ -301,7 +256,9 @@ impl PathAgent {
 
     /// A ping of the peer arrived: answer it, and check the path from our side.
     pub fn handle_ping(&mut self, tx: TxId, via: Via, now: Instant) {
-        self.transmits.push_back(PathTransmit::Pong { via, tx });
+        if self.may_send(via, now) {
+            self.transmits.push_back(PathTransmit::Pong { via, tx });
+        }
         let (Some(place), Via::Direct { local, .. }) = (via.place(), via) else { return };
         // One side's keepalive serves both, as long as nothing is in doubt.
         let settled =
@@ -313,12 +270,16 @@ impl PathAgent {
         let checked = settled
             || recently(endpoint.prober.last_pong(), RECENT_PROOF)
             || recently(endpoint.prober.last_sent(), PING_SPACING);
+        let reached_out = endpoint.prober.sent_pings() > 0;
         if !checked {
             // The triggered check: the peer's NAT is open for us at this moment.
             endpoint.prober.start_round(now);
-            if endpoint.prober.take_due(now).is_some() {
+            if endpoint.prober.take_due(now).is_some() && self.may_send(via, now) {
                 self.ping(via, now);
             }
+        }
+        if reached_out {
+            self.begin_early(place, now);
         }
         if settled {
             self.postpone_keepalive(now);
@@ -452,6 +413,7 @@ impl PathAgent {
         soonest.add(self.keepalive_at, "path keepalive");
         soonest.add(self.retry_at, "next round of probes");
         soonest.add(self.next_proof(), "path to be proved");
+        soonest.add(self.early.map(|early| early.ends_at()), "end of copies before an answer");
         soonest.get()
     }
 
@@ -461,9 +423,11 @@ impl PathAgent {
         let duplicate = if self.is_direct() {
             self.relay.filter(|_| self.doubled || self.doubt.wants_duplicate())
         } else {
-            self.trial.and_then(|trial| self.direct(trial.place))
+            let trial = self.trial.map(|trial| trial.place);
+            trial.or(self.early.map(|early| early.place)).and_then(|place| self.direct(place))
         };
-        Choice { primary: self.primary, duplicate }
+        let early = self.early.is_some() && duplicate.is_some();
+        Choice { primary: self.primary, duplicate, early }
     }
 
     /// Since when the primary is what it is.

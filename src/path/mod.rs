@@ -37,9 +37,12 @@ pub mod side;
 mod soonest;
 #[cfg(test)]
 mod tests;
+mod trickle;
 pub mod verdict;
 
-pub use agent::{Answer, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic};
+pub use agent::{
+    Answer, EARLY_BYTES, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic,
+};
 pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};
 pub use probe::ProbeOutcome;
@@ -153,4 +156,6 @@ pub struct Choice {
     /// A second path that gets a copy of everything while the first is in doubt. WireGuard's
     /// replay window takes the doubles out.
     pub duplicate: Option<Via>,
+    /// The second path has not answered yet: it gets [`EARLY_BYTES`] at the most.
+    pub early: bool,
 }

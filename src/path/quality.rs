@@ -39,7 +39,7 @@ const LOSSY_PERMILLE: u16 = 280;
 /// A path by which so many datagrams arrive in a second is not broken but full: somebody sends more
 /// than it carries, or than the peer opens. A second copy of each, by a relay that has less room,
 /// would take from what arrives.
-const FULL_PER_SECOND: u32 = 5_000;
+const FULL_PER_SECOND: u32 = 2_000;
 /// An unanswered ping is forgotten after this.
 const PING_LIFETIME: Duration = Duration::from_secs(5);
 /// Moments that are remembered.
@@ -156,12 +156,9 @@ impl Delivery {
             }
             return;
         }
-        let lost = u64::from(out.saturating_sub(came)) * 1_000 / u64::from(out);
-        let permille = u16::try_from(lost).unwrap_or(1_000);
+        let permille = permille(out.saturating_sub(came), out);
         self.loss_permille = Some(permille);
-        let span = asked_at.saturating_duration_since(since).as_secs_f64();
-        let is_full = f64::from(came) >= f64::from(FULL_PER_SECOND) * span;
-        if permille < LOSSY_PERMILLE || is_full {
+        if permille < LOSSY_PERMILLE || self.excused_permille(out) < LOSSY_PERMILLE {
             (self.lossy_reports, self.lossy_since) = (0, None);
             return;
         }
@@ -170,6 +167,26 @@ impl Delivery {
         if self.lossy_reports >= 2 {
             self.lossy_since.get_or_insert(now);
         }
+    }
+
+    /// The loss, of `out` datagrams, without what was lost while the path was full: between two
+    /// reports, or right before and after, since nobody begins to send with a report.
+    fn excused_permille(&self, out: u32) -> u16 {
+        let pieces = self.window.iter().zip(self.window.iter().skip(1));
+        let pieces: Vec<_> = pieces
+            .map(|((since, sent_before, arrived_before), (until, sent, arrived))| {
+                let out = sent.since(*sent_before).total();
+                let came = arrived.since(*arrived_before).total();
+                let secs = until.saturating_duration_since(*since).as_secs_f64();
+                (f64::from(came) >= f64::from(FULL_PER_SECOND) * secs, out, came)
+            })
+            .collect();
+        let is_full = |at: usize| pieces.get(at).is_some_and(|piece| piece.0);
+        let lost: i64 = (0..pieces.len())
+            .filter(|at| !is_full(*at) && !is_full(*at + 1) && !is_full(at.wrapping_sub(1)))
+            .map(|at| i64::from(pieces[at].1) - i64::from(pieces[at].2))
+            .sum();
+        permille(u32::try_from(lost.max(0)).unwrap_or(u32::MAX), out)
     }
 
     /// How many datagrams were sent since [`Self::begin_proof`].
@@ -263,6 +280,10 @@ impl Delivery {
         self.unanswered_since
             .map(|since| again.map_or(since + patience, |at| at.max(since + patience)))
     }
+}
+
+fn permille(part: u32, all: u32) -> u16 {
+    u16::try_from(u64::from(part) * 1_000 / u64::from(all.max(1))).unwrap_or(1_000)
 }
 
 impl Class {
@@ -427,6 +448,14 @@ mod tests {
             assert!(!flow.doubles());
         }
         assert_eq!(flow.delivery.loss_permille(), Some(777), "it is told all the same");
+        for _ in 0..25 {
+            assert_eq!(flow.step([10, 0, 0], [10, 0, 0], true), Suspicion::None);
+            assert!(!flow.doubles(), "nor remembered afterwards");
+        }
+        for (sent, arrived) in [(3_000, 100), (9_000, 1_000), (9_000, 1_000), (3_000, 100)] {
+            flow.step([sent, 0, 0], [arrived, 0, 0], true);
+            assert!(!flow.doubles(), "it begins and ends between two reports");
+        }
         let dead = (0..25).any(|_| flow.step([900, 0, 0], [200, 0, 0], true) == Suspicion::Dead);
         assert!(dead, "the same loss where little is sent");
     }

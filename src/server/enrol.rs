@@ -9,7 +9,7 @@ use super::distribute::Presence;
 use super::records::MemberRecord;
 use super::relay::RelayChange;
 use super::{Act, ConnectionId, Decision, Output, Server};
-use crate::types::{Candidate, NodeId, NodeName, PublicKey};
+use crate::types::{Candidate, NodeId, NodeName, PublicKey, source_of};
 use crate::wire::control::{
     Hello, RefusedCode, ServerMessage, VERSION, Welcome, usable_candidates,
 };
@@ -44,9 +44,11 @@ impl Server {
         hello: Hello,
         wall: u64,
     ) -> Decision {
-        let decision = self
-            .admit(connection, hello, wall)
-            .unwrap_or_else(|code| Decision::refuse(connection, code));
+        let decision = match self.admit(connection, hello, wall) {
+            Ok(decision) => decision,
+            Err(RefusedCode::NotAccepted) => return self.not_accepted(connection, wall),
+            Err(code) => Decision::refuse(connection, code),
+        };
         if let Act::Welcome(arrival) = &decision.act
             && let Some(instance) = arrival.instance
             && let Some(act) = self.rival(connection, arrival.node, instance, wall)
@@ -54,6 +56,16 @@ impl Server {
             return Decision { changes: Vec::new(), act };
         }
         decision
+    }
+
+    /// An invite that does not exist; some of these are written down.
+    fn not_accepted(&mut self, connection: ConnectionId, wall: u64) -> Decision {
+        let source = self.connections.get(&connection).map(|known| known.about.observed.ip());
+        let tries = source.and_then(|ip| self.guesses.note(source_of(ip), wall));
+        let Some(tries) = tries else {
+            return Decision::refuse(connection, RefusedCode::NotAccepted);
+        };
+        Decision { changes: Vec::new(), act: Act::Guessed { connection, tries } }
     }
 
     fn admit(
@@ -87,6 +99,11 @@ impl Server {
                 let record = self.returning(&member.record, node_key, wish);
                 let changed = record != member.record;
                 (record.id, if changed { vec![self.members.write(record)] } else { Vec::new() })
+            }
+            None if hello.invite.is_some()
+                && !self.guesses.allows(source_of(known.about.observed.ip()), wall) =>
+            {
+                return Err(RefusedCode::NotAccepted);
             }
             None => self.joining(machine_key, node_key, wish, &hello, wall)?,
         };

@@ -55,13 +55,22 @@ impl Server {
     pub fn events(&self, decision: &Decision, administrator: &str, wall: u64) -> Vec<Event> {
         let actor = match &decision.act {
             Act::Welcome(arrival) => self.describe(arrival),
-            Act::Refuse { .. } | Act::Rival { .. } | Act::Answer(_) | Act::Nothing => {
-                administrator.to_string()
-            }
+            Act::Refuse { .. }
+            | Act::Guessed { .. }
+            | Act::Rival { .. }
+            | Act::Answer(_)
+            | Act::Nothing => administrator.to_string(),
         };
         let event = |kind: &str| Event::new(wall, kind, &actor);
         let changes = decision.changes.iter().filter_map(|change| self.event_of(change, event));
-        changes.chain(self.clone_event(&decision.act, event)).collect()
+        let changes = changes.chain(self.clone_event(&decision.act, event));
+        changes.chain(self.guess_event(&decision.act, event)).collect()
+    }
+
+    fn guess_event(&self, act: &Act, event: impl Fn(&str) -> Event) -> Option<Event> {
+        let Act::Guessed { connection, tries } = act else { return None };
+        let from = self.connections.get(connection)?.about.observed;
+        Some(event("invite-not-accepted").with("tries", tries).with("last-from", from))
     }
 
     fn clone_event(&self, act: &Act, event: impl Fn(&str) -> Event) -> Option<Event> {

@@ -15,6 +15,7 @@ mod clones;
 mod distribute;
 mod enrol;
 pub mod events;
+mod guesses;
 mod invites;
 mod members;
 mod parts;
@@ -41,6 +42,7 @@ use crate::wire::control::{
 use crate::wire::join::ServerAddr;
 use clones::Clones;
 use distribute::Distribution;
+use guesses::Guesses;
 use invites::Invites;
 use members::Members;
 use policy::Access;
@@ -118,6 +120,11 @@ enum Act {
         node: NodeId,
         first: bool,
     },
+    /// Turn away who presents an invite that does not exist, and write down how many did.
+    Guessed {
+        connection: ConnectionId,
+        tries: u64,
+    },
     Answer(admin::Answer),
     Nothing,
 }
@@ -144,6 +151,7 @@ pub struct Server {
     /// When nodes were last seen that were online since the last write of this.
     seen: BTreeMap<NodeId, u64>,
     clones: Clones,
+    guesses: Guesses,
     distribution: Distribution,
     outputs: VecDeque<Output>,
     next_tick: Instant,
@@ -192,6 +200,7 @@ impl Server {
             online: BTreeMap::new(),
             seen: BTreeMap::new(),
             clones: Clones::default(),
+            guesses: Guesses::default(),
             distribution,
             outputs,
             next_tick: now + TICK_INTERVAL,
@@ -286,6 +295,7 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.welcome(arrival, wall),
             Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             Act::Answer(mut answer) => {
                 if let admin::Answer::Removed(removal) = &mut answer {
@@ -303,6 +313,7 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => self.refuse(arrival.connection, RefusedCode::Unavailable),
             Act::Refuse { connection, code } => self.refuse(connection, code),
+            Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             Act::Answer(_) | Act::Nothing => {}
         }

@@ -31,6 +31,8 @@ pub const MAC_LEN: usize = 16;
 pub const MAX_BODY: usize = 65_535 - MAC_LEN - 1;
 /// The largest control message: the netmap of a network of ten thousand nodes.
 pub const MAX_MESSAGE: usize = 4 << 20;
+/// The same for what a node says, who may be a stranger: a hello has some hundred bytes.
+pub const MAX_CLIENT_MESSAGE: usize = 64 << 10;
 
 const CONTROL_LAST: u8 = 1;
 const CONTROL_MORE: u8 = 2;
@@ -54,7 +56,7 @@ pub enum FrameError {
     #[error("empty frame")]
     Empty,
     /// The parts of one message add up to too much.
-    #[error("control message of more than {MAX_MESSAGE} bytes")]
+    #[error("control message of more bytes than there may be")]
     TooLarge,
 }
 
@@ -97,18 +99,31 @@ pub fn split_control(message: &[u8]) -> impl Iterator<Item = Frame<'_>> {
 }
 
 /// Puts control messages together again.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Assembler {
     parts: Vec<u8>,
+    limit: usize,
+}
+
+impl Default for Assembler {
+    fn default() -> Self {
+        Self::with_limit(MAX_MESSAGE)
+    }
 }
 
 impl Assembler {
+    /// One for messages of at most so many bytes.
+    #[must_use]
+    pub fn with_limit(limit: usize) -> Self {
+        Self { parts: Vec::new(), limit }
+    }
+
     /// Takes a part; returns the message when it was the last one.
     ///
     /// # Errors
-    /// When the message grows over [`MAX_MESSAGE`]; the connection is of no use after that.
+    /// When the message grows over the limit; the connection is of no use after that.
     pub fn push(&mut self, body: &[u8], last: bool) -> Result<Option<Vec<u8>>, FrameError> {
-        if self.parts.len() + body.len() > MAX_MESSAGE {
+        if self.parts.len() + body.len() > self.limit {
             return Err(FrameError::TooLarge);
         }
         self.parts.extend_from_slice(body);

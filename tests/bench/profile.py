@@ -5,13 +5,15 @@ usage: profile.py [--load TEST] [--secs N] [--mtu N] [--config LINE] [--stacks N
 
 Brings up what run.py does, records all processors with `perf record -a -g` while TEST of run.py runs
 (tcp1, bidir, half, flood64, train64, ...), and prints the shares of the nodes' packet threads by what
-they did, and of the whole machine by program. Each sample counts once, for the first row that fits.
+they did, and of the whole machine by program. Each sample counts once, for the first row that fits; what
+the kernel does with interrupts off counts where it lets them in again.
 
+  --waits     instead, how long threads wait for a processor once they are woken, by name
   --stacks N  the N most frequent functions on top of a stack, too, with the row that they counted for
 
 Needs root, perf, and what run.py needs.
 """
-import argparse, collections, os, subprocess, sys, tempfile, threading, time
+import argparse, collections, subprocess, tempfile, threading
 
 import run
 
@@ -66,12 +68,34 @@ def share(counts, total, title):
             print(f"| {name} | {100 * count / total:.1f} |")
 
 
+def waits(text):
+    """By thread name, the microseconds from being woken to running."""
+    woken, took = {}, collections.defaultdict(list)
+    for line in text:
+        fields = line.split()
+        at = float(fields[0].rstrip(":")) * 1e6
+        named = dict(field.partition("=")[::2] for field in fields if "=" in field)
+        if "sched_wakeup:" in fields[1]:
+            woken.setdefault(named["pid"], at)
+        elif "next_pid" in named and (since := woken.pop(named["next_pid"], None)):
+            took[named["next_comm"].rstrip("0123456789/-:")].append(at - since)
+    return took
+
+
+def print_waits(script):
+    print("\n| thread | woken, times | wait p50 us | p99 us | longest us |\n|---|---|---|---|---|")
+    for name, took in sorted(waits(script).items(), key=lambda item: -len(item[1]))[:8]:
+        took.sort()
+        print(f"| {name} | {len(took)} | {took[len(took) // 2]:.0f} | {took[len(took) * 99 // 100]:.0f} | {took[-1]:.0f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--load", default="tcp1", choices=run.TESTS)
     parser.add_argument("--secs", type=int, default=5)
     parser.add_argument("--mtu", type=int, default=1420)
     parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--waits", action="store_true")
     parser.add_argument("--stacks", type=int, default=0)
     parser.add_argument("binary")
     args = parser.parse_args()
@@ -81,17 +105,25 @@ def main():
     try:
         if args.load == "half":
             print(run.test_tcp1(pair, 1))
+        what = ("-e", "sched:sched_wakeup,sched:sched_switch") if args.waits else ("-g", "-F", "1999")
+        # A ping run of run.py is over after two seconds.
+        secs = 1 if args.load in ("half", "ping") else max(args.secs - 1, 1)
         recorder = threading.Timer(0.5, lambda: run.sh(
-            "perf", "record", "-q", "-a", "-g", "-F", "1999", "-o", data.name, "--",
-            "sleep", str(max(args.secs - 1, 1)), timeout=args.secs + 30))
+            "perf", "record", "-q", "-a", *what, "-o", data.name, "--", "sleep", str(secs), timeout=secs + 30))
         recorder.start()
         print(run.TESTS[args.load](pair, args.secs))
         recorder.join()
+        if not args.waits:
+            drops = {h: {k: v for k, v in pair.status(h)["self"]["drops"].items() if v} for h in "ab"}
+            print(f"drops {drops}")
     finally:
         pair.close()
+    fields = "time,event,trace" if args.waits else "comm,ip,sym"
     script = subprocess.Popen(
-        ["perf", "script", "-i", data.name, "-F", "comm,ip,sym", "--max-stack", "40"],
+        ["perf", "script", "-i", data.name, "-F", fields, "--max-stack", "40"],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if args.waits:
+        return print_waits(script.stdout)
     threads, programs, tops = collections.Counter(), collections.Counter(), collections.Counter()
     for comm, stack in samples(script.stdout):
         programs[comm] += 1

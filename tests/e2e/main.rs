@@ -15,11 +15,13 @@
 )]
 
 mod attack;
+mod capture;
 mod case;
 mod clock;
 mod container;
 mod flow;
 mod lab;
+mod line;
 mod nat;
 mod overlay;
 mod ping;
@@ -27,6 +29,8 @@ mod probe;
 mod process;
 mod sandbox;
 mod scenarios;
+mod spoofer;
+mod steady;
 mod topology;
 mod upnp;
 

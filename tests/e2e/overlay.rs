@@ -147,6 +147,10 @@ impl Server {
         assert_eq!(daemon.wait_exit(EXIT_LIMIT), Some(0), "the server ends cleanly");
     }
 
+    pub(crate) fn process_id(&self) -> u32 {
+        self.daemon.as_ref().expect("the server runs").id()
+    }
+
     /// `overlay server ARGS`, at this server.
     pub(crate) fn cli(&self, args: &[&str]) -> Output {
         let socket = path(&self.dir.join("socket"));

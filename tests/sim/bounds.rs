@@ -7,9 +7,12 @@ use std::time::{Duration, Instant};
 
 use overlay::lab::nat::NatKind::{self, FullCone, None, PortRestricted};
 use overlay::node::NodeSettings;
+use overlay::types::{Candidate, CandidateKind};
 
 use crate::epoch;
 use crate::link::Line;
+use crate::routing::LAN_LATENCY;
+use crate::spot::{Ipv6, Spot};
 use crate::world::World;
 
 const MS: Duration = Duration::from_millis(1);
@@ -101,9 +104,34 @@ fn a_cold_pair_has_its_first_packet_by_relay_and_the_next_ones_directly() {
         pair.world.run_for(pair.relay_rtt * 2);
         let (relay, rtt) = (pair.relay_rtt, pair.direct_rtt);
         hold("cold first packet", &pair.name, pair.delivered(first), relay * 3 / 2 + 5 * MS);
+        // The peer's answer to the handshake comes by the punched path as well.
+        hold("the same, punched", &pair.name, pair.delivered(first), relay / 2 + rtt + 10 * MS);
         hold("called side direct", &pair.name, direct[1], relay / 2 + rtt + 10 * MS);
-        // The caller hears of the path half a direct round trip later, and checks it.
-        hold("both sides direct", &pair.name, direct[0], relay / 2 + rtt * 3 / 2 + 10 * MS);
+        // The caller's own ping is answered half a direct round trip later.
+        hold("caller's path proved", &pair.name, direct[0], relay / 2 + rtt * 3 / 2 + 10 * MS);
+    }
+}
+
+#[test]
+fn data_goes_straight_as_soon_as_both_nats_are_open() {
+    for lines in LINES {
+        let mut pair = Pair::settled([PortRestricted; 2], lines, 0);
+        let (start, limit) = (pair.world.now, pair.relay_rtt * 3);
+        while pair.world.now - start < limit {
+            pair.world.ping(0, 1, 100);
+            pair.world.run_for(MS);
+            // The called side answers.
+            if pair.world.direct_data.contains_key(&(0, 1)) {
+                pair.world.ping(1, 0, 100);
+            }
+        }
+        let (relay, rtt) = (pair.relay_rtt, pair.direct_rtt);
+        let arrived = |from: usize, to: usize| {
+            pair.world.direct_data.get(&(from, to)).map_or(limit, |at| *at - start)
+        };
+        // What is sent at the bound has half a direct round trip to go.
+        hold("first direct data", &pair.name, arrived(0, 1), relay / 2 + rtt + 10 * MS);
+        hold("data both ways", &pair.name, arrived(1, 0), relay / 2 + rtt * 3 / 2 + 10 * MS);
     }
 }
 
@@ -138,19 +166,63 @@ fn who_lets_strangers_in_is_reached_directly_at_once() {
 }
 
 #[test]
+fn the_first_packet_goes_straight_where_nothing_is_in_the_way() {
+    for (here, there, server) in LINES {
+        let (here, there) = (here * MS, there * MS);
+        for target in ["public address", "IPv6", "same home"] {
+            let mut world = World::new(7, Line::clean(server * MS), epoch());
+            let settings = NodeSettings { eager_peers: 0, ..NodeSettings::default() };
+            let plain = Spot::plain(PortRestricted);
+            let spot = if target == "IPv6" { Spot { ipv6: Ipv6::Open, ..plain } } else { plain };
+            let edge = world.add_spot(spot, Line::clean(here));
+            world.add_host(edge, 5000, settings);
+            let other = match target {
+                "same home" => edge,
+                "IPv6" => world.add_spot(spot, Line::clean(there)),
+                _ => world.add_edge(None, Line::clean(there)),
+            };
+            world.add_host(other, 5001, settings);
+            world.start_host(0);
+            world.start_host(1);
+            world.run_for(LIMIT);
+            let start = world.now;
+            let first = world.ping(0, 1, 100).expect("both run");
+            world.run_for(LIMIT);
+            let took = world.ledger.ping(first).took().expect("it arrives");
+            let straight = world.direct_data.get(&(0, 1)).expect("by the direct path");
+            let one_way = if target == "same home" { LAN_LATENCY } else { here + there };
+            // Handshake, its answer, and the packet.
+            let name = format!("{target}, {here:?} and {there:?}");
+            hold("cold first packet", &name, took, one_way * 3 + 2 * MS);
+            hold("the same, directly", &name, *straight - start, one_way * 3 + 2 * MS);
+        }
+    }
+}
+
+#[test]
 fn a_new_process_is_registered_within_round_trips() {
     for lines in LINES {
         let mut pair = pair([PortRestricted; 2], lines, 64);
+        pair.world.start_host(1);
+        pair.world.run_for(LIMIT);
         let start = pair.world.now;
         pair.world.start_host(0);
+        let outer = |candidates: &[Candidate]| {
+            candidates.iter().any(|candidate| candidate.kind == CandidateKind::Reflexive)
+        };
+        let known =
+            |world: &World| world.hosts[0].node().is_some_and(|node| outer(node.announced()));
+        assert!(pair.world.run_until(LIMIT, known));
+        let rtt = pair.server_rtt[0];
+        hold("knows its outer endpoint", &pair.name, pair.world.now - start, rtt + MS);
         assert!(pair.world.run_until(LIMIT, |world| world.hosts[0].id().is_some()));
         // TCP, the upgrade with the keys, hello and welcome: a round trip each.
-        let rtt = pair.server_rtt[0];
         hold("registered", &pair.name, pair.world.now - start, rtt * 3 + 20 * MS);
-        let known = |world: &World| {
-            world.hosts[0].node().is_some_and(|node| node.self_status().server_rtt.is_some())
+        let told = |world: &World| {
+            let peer = world.hosts[0].id().zip(world.hosts[1].node());
+            peer.and_then(|(id, node)| node.peer_info(id)).map(|info| outer(&info.candidates))
         };
-        assert!(pair.world.run_until(LIMIT, known));
-        hold("knows its outer endpoint", &pair.name, pair.world.now - start, rtt * 4 + 20 * MS);
+        assert!(pair.world.run_until(LIMIT, |world| told(world).is_some()));
+        assert_eq!(told(&pair.world), Some(true), "with the first that a peer hears of it");
     }
 }

@@ -140,7 +140,7 @@ impl Host {
     }
 
     /// Starts the node with what it had saved.
-    pub(crate) fn start(&mut self, now: Instant) {
+    pub(crate) fn start(&mut self, server: SocketAddr, now: Instant) {
         if self.node.is_some() {
             return;
         }
@@ -158,6 +158,7 @@ impl Host {
         if let Some(mapped) = self.mapped {
             node.handle_mapped(vec![(mapped, true)], now);
         }
+        node.ask_reflectors(&[server], now);
         self.node = Some(node);
         self.uplink.start(now);
         self.refresh();

@@ -413,6 +413,6 @@ impl PartialEq for Flight {
 impl Eq for Flight {}
 
 /// One hop in a home.
-const LAN_LATENCY: std::time::Duration = std::time::Duration::from_millis(1);
+pub(crate) const LAN_LATENCY: std::time::Duration = std::time::Duration::from_millis(1);
 /// What an opener has, as any ping.
 const PING_BYTES: usize = 60;

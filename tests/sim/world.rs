@@ -8,7 +8,7 @@
 //! looks at. How datagrams find their way is in `routing`.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -70,6 +70,8 @@ pub(crate) struct World {
     pub(crate) filters: Vec<Filter>,
     /// Of a thousand datagrams straight between hosts, so many vanish.
     pub(crate) loss_between_hosts: u32,
+    /// When the first packet of data that one host sent straight to another arrived there.
+    pub(crate) direct_data: BTreeMap<(usize, usize), Instant>,
     start: Instant,
     seed: u64,
     steps_now: u32,
@@ -93,6 +95,7 @@ impl World {
             healed: false,
             filters: Vec::new(),
             loss_between_hosts: 0,
+            direct_data: BTreeMap::new(),
             start: now,
             seed,
             steps_now: 0,
@@ -150,7 +153,7 @@ impl World {
     pub(crate) fn start_host(&mut self, host: usize) {
         self.wake(host);
         if !self.hosts[host].expelled {
-            self.hosts[host].start(self.now);
+            self.hosts[host].start(self.server.control_endpoint(), self.now);
             self.settle(host);
         }
     }
@@ -300,7 +303,12 @@ impl World {
         {
             return false;
         }
-        !self.is_partitioned(from, to) && !self.filters.iter().any(|it| it.takes(from, datagram))
+        let passes = !self.is_partitioned(from, to)
+            && !self.filters.iter().any(|it| it.takes(from, datagram));
+        if passes && datagram.first() == Some(&4) && datagram.len() > EMPTY_DATA {
+            self.direct_data.entry((from, to)).or_insert(self.now);
+        }
+        passes
     }
 
     /// Sends an inner packet; none when one of the two has no address yet or does not run.
@@ -419,6 +427,8 @@ impl World {
 const NOTICED: Duration = Duration::from_secs(5);
 /// The longest that a connected node may not know of a removal: the way from the server is a tenth.
 const REVOCATION: Duration = Duration::from_secs(1);
+/// A keepalive of WireGuard.
+const EMPTY_DATA: usize = 32;
 /// Lines kept for a failure report.
 const LOG_LINES: usize = 80;
 /// More turns of one host at one instant than any chain of events needs.

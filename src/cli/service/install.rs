@@ -92,6 +92,7 @@ fn prepare(
         enrol(program, service, account, join)?;
     }
     write_unit(service, program)?;
+    system::remove_stale(service);
     write_sockets(service)?;
     systemctl(&["daemon-reload"], QUICK)?;
     systemctl(&["enable", "--quiet", service.unit()], QUICK)

@@ -125,6 +125,19 @@ pub(super) fn systemctl(arguments: &[&str], limit: Duration) -> Result<(), Failu
     run(command("systemctl", arguments), "", limit)?.success(&what).map(drop)
 }
 
+/// Stops and removes the units that older versions have installed. One that nobody can remove is
+/// told of when its port is wanted.
+pub(super) fn remove_stale(service: Service) {
+    for unit in service.stale() {
+        let file = service.unit_file().with_file_name(unit);
+        if file.exists() {
+            let _ = systemctl(&["disable", "--quiet", "--now", unit], QUICK);
+            let _ = fs::remove_file(&file);
+            hint(format_args!("removed {unit}, which an older version has installed"));
+        }
+    }
+}
+
 /// The last lines that a service wrote.
 pub(super) fn journal(service: Service) -> String {
     let arguments = ["-u", service.unit(), "-n", "20", "--no-pager", "-o", "cat"];

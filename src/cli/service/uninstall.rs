@@ -22,6 +22,7 @@ pub(super) fn run(service: Service, purge: bool) -> Done {
     system::need_systemd()?;
     let unit = service.unit();
     let installed = UnitState::of(service)?.installed;
+    system::remove_stale(service);
     if installed {
         systemctl(&["disable", "--quiet", "--now", unit], STOP_LIMIT)?;
         for (socket, _) in service.sockets() {

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use crate::io::os::{
     Conflict, InterfaceAddress, LinkState, Netlink, NetlinkError, Overlap, Route, conflicts,
 };
+use crate::io::service::{forget_tun, store_tun};
 use crate::io::tun::{Tun, TunError, TunOptions};
 use crate::node::Identity;
 use crate::path::{BASE_MTU, OVERHEAD_V4};
@@ -41,7 +42,8 @@ pub enum InterfaceError {
     Conflict(Conflict),
 }
 
-/// The overlay's interface. It disappears, with addresses and routes, when this is dropped.
+/// The overlay's interface. It disappears, with addresses and routes, when this is dropped; under a
+/// service manager, when this is [removed](Self::remove) or the service is stopped.
 #[derive(Debug)]
 pub(super) struct Interface {
     tun: Arc<Tun>,
@@ -49,6 +51,8 @@ pub(super) struct Interface {
     mtu: u16,
     /// Somebody has switched it off; told once.
     off: bool,
+    /// The service manager has a copy of its descriptor.
+    is_kept: bool,
 }
 
 /// What the kernel still had of the interface.
@@ -63,13 +67,17 @@ enum Condition {
 }
 
 impl Interface {
-    /// Makes and configures it; when this returns, the overlay address is usable.
+    /// Makes and configures it; when this returns, the overlay address is usable. If one of `kept`,
+    /// the devices of an earlier run, is what is wanted, that one goes on as it is.
     pub(super) async fn create(
         options: &NodeOptions,
         identity: Identity,
+        kept: Vec<Tun>,
     ) -> Result<Self, InterfaceError> {
         let netlink = Netlink::connect()?;
         let ranges = identity.range.prefixes();
+        let wanted = TunOptions::named(&options.interface).with_offloads(options.offloads.tun);
+        let kept = choose(&netlink, &wanted, &identity, kept).await?;
         let (routes, addresses) = (netlink.routes().await?, netlink.addresses().await?);
         let ours = netlink.link_index(&options.interface).await?;
         for conflict in conflicts(&routes, &addresses, &ranges, ours) {
@@ -78,9 +86,20 @@ impl Interface {
             }
             tracing::warn!(%conflict, "a part of a local network is hidden by the overlay");
         }
-        let tun =
-            Tun::open(&TunOptions::named(&options.interface).with_offloads(options.offloads.tun))?;
+        let tun = match kept {
+            Some(tun) => {
+                tracing::info!(interface = tun.name(), "going on with the interface of before");
+                forget_peers(&netlink, &identity, &routes, tun.index()).await;
+                tun
+            }
+            None => Tun::open(&wanted)?,
+        };
         let index = tun.index();
+        let mtu = options.interface_mtu();
+        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
+        for way in routes_of(&identity, index, mtu) {
+            lead_in(&netlink, way).await;
+        }
         let mut left_out = Vec::new();
         for prefix in identity.addrs.prefixes() {
             if !add_address(&netlink, index, prefix).await? {
@@ -89,8 +108,6 @@ impl Interface {
                 left_out.push(prefix.addr());
             }
         }
-        let mtu = options.interface_mtu();
-        netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
         for route in routes_of(&identity, index, mtu) {
             if route.pref_src.is_none_or(|source| !left_out.contains(&source)) {
                 netlink.add_route(&route).await?;
@@ -98,7 +115,16 @@ impl Interface {
         }
         tracing::info!(interface = options.interface, ipv4 = %identity.addrs.v4,
             ipv6 = %identity.addrs.v6, mtu, "interface is up");
-        Ok(Self { tun: Arc::new(tun), identity, mtu, off: false })
+        let is_kept = store_tun(&tun);
+        Ok(Self { tun: Arc::new(tun), identity, mtu, off: false, is_kept })
+    }
+
+    /// Removes it at once, whoever else has a copy of its descriptor.
+    pub(super) async fn remove(self) {
+        forget_tun();
+        if let Ok(netlink) = Netlink::connect() {
+            delete(&netlink, &self.tun).await;
+        }
     }
 
     /// Puts back the addresses and routes that are missing.
@@ -117,13 +143,17 @@ impl Interface {
         let mut mended = Vec::new();
         let mut left_out = Vec::new();
         let addresses = netlink.addresses().await?;
-        for prefix in self.identity.addrs.prefixes() {
+        let mut restored = Vec::new();
+        let ways = routes_of(&self.identity, index, self.mtu);
+        for (prefix, way) in self.identity.addrs.prefixes().into_iter().zip(ways) {
             let there = |it: &InterfaceAddress| it.index == index && it.addr == prefix;
             if addresses.iter().any(there) {
                 continue;
             }
+            lead_in(&netlink, way).await;
             if add_address(&netlink, index, prefix).await? {
                 mended.push(prefix.to_string());
+                restored.push(prefix.addr());
             } else {
                 left_out.push(prefix.addr());
             }
@@ -132,7 +162,9 @@ impl Interface {
         let routes = netlink.routes().await?;
         let to_peers = peers.values().flat_map(|(addrs, mtu)| self.routes_to(*addrs, *mtu));
         for route in routes_of(&self.identity, index, self.mtu).chain(to_peers) {
-            let there = |it: &Route| it.index == index && it.dst == route.dst;
+            // One that led in before the address was back does not name it.
+            let old = route.pref_src.is_none_or(|source| !restored.contains(&source));
+            let there = |it: &Route| it.index == index && it.dst == route.dst && old;
             let possible = route.pref_src.is_none_or(|source| !left_out.contains(&source));
             if possible && !routes.iter().any(there) {
                 netlink.add_route(&route).await?;
@@ -173,6 +205,16 @@ impl Interface {
         Ok(())
     }
 
+    /// Takes the addresses away, before the interface goes: the kernel would take the routes first,
+    /// and what programs send in between would leave by the default route, in the open.
+    /// One that the service manager keeps stays as it is.
+    async fn withdraw(&self) -> Result<(), NetlinkError> {
+        if self.is_kept {
+            return Ok(());
+        }
+        Netlink::connect()?.del_addresses(self.tun.index()).await
+    }
+
     pub(super) fn tun(&self) -> Arc<Tun> {
         Arc::clone(&self.tun)
     }
@@ -183,6 +225,76 @@ impl Interface {
 
     pub(super) fn identity(&self) -> &Identity {
         &self.identity
+    }
+}
+
+/// The one of `kept` that can go on. What cannot is removed: two could not have one name, and
+/// nobody shall find an interface with addresses of a network that we have left.
+async fn choose(
+    netlink: &Netlink,
+    wanted: &TunOptions,
+    identity: &Identity,
+    kept: Vec<Tun>,
+) -> Result<Option<Tun>, NetlinkError> {
+    let addresses = netlink.addresses().await?;
+    let mut chosen = None;
+    for tun in kept {
+        let mut own = addresses.iter().filter(|it| it.index == tun.index());
+        // The kernel's own are link-local.
+        let fits = own.all(|it| {
+            let link_local = matches!(it.addr.addr(), IpAddr::V6(ip) if ip.is_unicast_link_local());
+            link_local || identity.addrs.prefixes().contains(&it.addr)
+        });
+        if fits && tun.is(wanted) && chosen.is_none() {
+            chosen = Some(tun);
+        } else {
+            tracing::info!(
+                interface = tun.name(),
+                "the interface of before is not as it is wanted \
+                now, and is removed"
+            );
+            delete(netlink, &tun).await;
+        }
+    }
+    Ok(chosen)
+}
+
+/// Addresses first, as in [`Interface::withdraw`].
+async fn delete(netlink: &Netlink, tun: &Tun) {
+    if let Err(error) = netlink.del_addresses(tun.index()).await {
+        tracing::debug!(%error, "the addresses go with the interface");
+    }
+    match netlink.delete_link(tun.index()).await {
+        // Somebody was faster.
+        Err(error) if error.kernel_error() == Some(Errno::ENODEV) => {}
+        Err(error) => {
+            tracing::warn!(%error, interface = tun.name(), "the interface could not be removed");
+        }
+        Ok(()) => {}
+    }
+}
+
+/// Removes the routes to single peers: what their paths carry has to be found out anew.
+async fn forget_peers(netlink: &Netlink, identity: &Identity, routes: &[Route], index: u32) {
+    let (ranges, own) = (identity.range.prefixes(), identity.addrs.prefixes());
+    let to_peer = |route: &&Route| {
+        let is_host = route.dst.prefix_len() == route.dst.max_prefix_len();
+        let inside = ranges.iter().any(|range| range.contains(&route.dst));
+        route.index == index && is_host && inside && !own.contains(&route.dst)
+    };
+    for route in routes.iter().filter(to_peer) {
+        if let Err(error) = netlink.del_route(&Route::direct(route.dst, index)).await {
+            tracing::debug!(%error, "the route to a peer of before stays");
+        }
+    }
+}
+
+/// A route into the interface before it has its address. Connections of before have that as their
+/// source: with an address and no route, their packets would leave by the default route, in the open.
+async fn lead_in(netlink: &Netlink, way: Route) {
+    // Where the kernel has no IPv6, there is nothing to lead in.
+    if let Err(error) = netlink.add_route(&Route { pref_src: None, ..way }).await {
+        tracing::debug!(%error, "no route before the address");
     }
 }
 
@@ -249,6 +361,17 @@ impl Daemon {
         }
     }
 
+    /// The process is about to end; `for_good` when no other run is to follow.
+    pub(super) async fn end_interface(&mut self, for_good: bool) {
+        if for_good {
+            return self.remove_interface().await;
+        }
+        let Some(interface) = &self.interface else { return };
+        if let Err(error) = interface.withdraw().await {
+            tracing::debug!(%error, "the addresses go with the interface");
+        }
+    }
+
     /// Looks after the interface when something about the network has changed.
     pub(super) async fn mend_interface(&mut self, now: Instant) {
         let condition = match &self.interface {
@@ -283,19 +406,36 @@ impl Daemon {
         }
     }
 
+    /// Makes the interface, in place of the one that there is.
+    pub(super) async fn make_interface(
+        &mut self,
+        identity: Identity,
+    ) -> Result<(), InterfaceError> {
+        self.remove_interface().await;
+        let kept = std::mem::take(&mut self.kept);
+        let interface = Interface::create(&self.options, identity, kept).await?;
+        self.ports.set_tun(Some(interface.tun()));
+        self.interface = Some(interface);
+        self.route_peers().await;
+        Ok(())
+    }
+
+    /// Removes the interface, which a service manager would keep for the next run.
+    pub(super) async fn remove_interface(&mut self) {
+        self.ports.set_tun(None);
+        if let Some(interface) = self.interface.take() {
+            interface.remove().await;
+        }
+    }
+
     async fn remake_interface(&mut self, now: Instant) {
         // Before a first enrolment there is none to remake.
         let Some(identity) = self.node.netmap().identity.clone() else { return };
-        if self.interface.take().is_some() {
+        if self.interface.is_some() {
             tracing::warn!(interface = self.options.interface, "the interface was removed");
-            self.ports.set_tun(None);
         }
-        match Interface::create(&self.options, identity).await {
-            Ok(interface) => {
-                self.ports.set_tun(Some(interface.tun()));
-                self.interface = Some(interface);
-                self.route_peers().await;
-            }
+        match self.make_interface(identity).await {
+            Ok(()) => {}
             Err(error) => {
                 tracing::warn!(%error, "the interface could not be made anew");
                 self.surroundings.rescan_at = Some(now + RETRY);

@@ -370,7 +370,7 @@ impl Daemon {
             }
             Request::Down => {
                 tracing::info!("stopped by a command");
-                self.ended = Some(Ended::Stopped);
+                self.ended = Some(Ended::Down);
             }
         }
     }

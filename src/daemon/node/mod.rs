@@ -41,6 +41,7 @@ use crate::io::link::{ConnectError, Inbound};
 use crate::io::metrics::MetricsServer;
 use crate::io::service::Watchdog;
 use crate::io::service::reload::Reload;
+use crate::io::tun::Tun;
 use crate::node::{Event, Node};
 use crate::path::Answer;
 use crate::types::{NodeId, OverlayAddrs};
@@ -65,8 +66,10 @@ const RIVAL_MEMORY: Duration = Duration::from_secs(300);
 /// Why the daemon ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// It was told to.
+    /// By a signal; the service manager knows whether another run follows.
     Stopped,
+    /// By a command.
+    Down,
     /// The server says that this machine is not a member.
     Removed,
 }
@@ -76,6 +79,8 @@ struct Daemon {
     node: Node,
     ports: Arc<Ports>,
     interface: Option<Interface>,
+    /// TUN devices that an earlier run has left to the service manager.
+    kept: Vec<Tun>,
     /// What each direct path carries, where that is not what every path does.
     peer_mtus: BTreeMap<Ipv4Addr, (OverlayAddrs, u16)>,
     state: StateDir,
@@ -314,12 +319,7 @@ impl Daemon {
                 let current = self.interface.as_ref().map(Interface::identity);
                 let known = current.is_some_and(|current| current.same_addresses(&identity));
                 if !known && !self.options.enrol_only {
-                    self.interface = None;
-                    self.ports.set_tun(None);
-                    let interface = Interface::create(&self.options, identity).await?;
-                    self.ports.set_tun(Some(interface.tun()));
-                    self.interface = Some(interface);
-                    self.route_peers().await;
+                    self.make_interface(identity).await?;
                     self.save();
                     self.scan_interfaces().await;
                 }

@@ -34,6 +34,13 @@ pub(super) struct Inputs {
     mapped: Option<PortMappingReport>,
 }
 
+impl Inputs {
+    /// The first reflector port of each server.
+    pub(super) fn reflectors(&self) -> Vec<SocketAddr> {
+        self.reflectors.iter().map(|[first, _]| *first).collect()
+    }
+}
+
 impl Daemon {
     pub(super) fn netcheck_inputs(&self) -> Inputs {
         let connected = self.server.map(|server| {

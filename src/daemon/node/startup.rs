@@ -23,8 +23,8 @@ use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::LoopbackAddr;
-use crate::io::service::Watchdog;
 use crate::io::service::reload::{Read, Reload};
+use crate::io::service::{Watchdog, handed_tuns};
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
@@ -247,6 +247,7 @@ pub async fn run(
         node,
         ports: Arc::clone(&ports),
         interface: None,
+        kept: handed_tuns(),
         peer_mtus: std::collections::BTreeMap::new(),
         state,
         uplink,
@@ -282,11 +283,12 @@ pub async fn run(
     let metrics = daemon.options.metrics.filter(|_| !daemon.options.enrol_only);
     daemon.metrics = metrics.map(|at| super::metrics::start(at, &request_sender)).transpose()?;
     let local = serve_local(listener, request_sender);
-    if let Some(identity) = daemon.node.netmap().identity.clone()
-        && !daemon.options.enrol_only
-    {
-        daemon.handle_event(Event::Identity(identity), now).await?;
-    } else if let Some(ended) = daemon.enrol(&mut stop).await? {
+    let start_threads = || {
+        Threads::start(&ports, &note_sender)
+            .map_err(|source| StartError::Io { action: "starting the packet threads", source })
+    };
+    let (threads, ended) = daemon.come_up(&mut stop, &start_threads).await?;
+    if let Some(ended) = ended {
         return Ok(ended);
     }
     let port = ports.listen_port();
@@ -296,13 +298,16 @@ pub async fn run(
         ready(&daemon.node);
         return Ok(Ended::Stopped);
     }
-    let threads = Threads::start(&ports, &note_sender)
-        .map_err(|source| StartError::Io { action: "starting the packet threads", source })?;
+    let threads = match threads {
+        Some(threads) => threads,
+        None => start_threads()?,
+    };
     daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;
     daemon.metrics = None;
     drop(local);
+    daemon.end_interface(matches!(ended, Ok(Ended::Down | Ended::Removed))).await;
     drop(threads);
     daemon.end_portmap().await;
     daemon.save();
@@ -310,6 +315,29 @@ pub async fn run(
 }
 
 impl Daemon {
+    /// Makes the interface of a member, or has a new node enrol, unless it ends before. The packet
+    /// threads of a new node, if it is to send packets, run from then on.
+    async fn come_up(
+        &mut self,
+        stop: &mut StopSignals,
+        start_threads: &impl Fn() -> Result<Threads, StartError>,
+    ) -> Result<(Option<Threads>, Option<Ended>), StartError> {
+        let reflectors = self.netcheck_inputs().reflectors();
+        if self.options.enrol_only {
+            return Ok((None, self.enrol(stop).await?));
+        }
+        if let Some(identity) = self.node.netmap().identity.clone() {
+            // What peers send must not be read before there is an interface for it.
+            self.handle_event(Event::Identity(identity), clock::now()).await?;
+            self.node.ask_reflectors(&reflectors, clock::now());
+            return Ok((None, None));
+        }
+        // The answers are here before there is a control connection to tell them on.
+        let threads = start_threads()?;
+        self.node.ask_reflectors(&reflectors, clock::now());
+        Ok((Some(threads), self.enrol(stop).await?))
+    }
+
     /// Serves until the server has let us in, or will not.
     async fn enrol(&mut self, stop: &mut StopSignals) -> Result<Option<Ended>, StartError> {
         let deadline = clock::now() + ENROL_LIMIT;

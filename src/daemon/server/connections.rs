@@ -19,6 +19,7 @@ use crate::io::listen::{self, Admission, Gate, HANDSHAKE_LIMIT};
 use crate::server::{Connected, ConnectionId};
 use crate::types::SecretKey;
 use crate::wire::control::{ClientMessage, decode};
+use crate::wire::frame::MAX_CLIENT_MESSAGE;
 
 /// Control messages that a node may send in a burst; an honest one sends a few.
 const BURST_MESSAGES: u32 = 200;
@@ -60,7 +61,7 @@ pub(super) async fn accept(port: Listener, entrance: Arc<Entrance>) {
                 continue;
             }
         };
-        let Some(admission) = entrance.gate.admit(remote.ip()) else {
+        let Some(admission) = entrance.gate.admit(remote.ip(), clock::now()) else {
             debug!(%remote, "too many connections at once");
             continue;
         };
@@ -79,16 +80,12 @@ async fn serve(
     relay_port: u16,
     second_port: u16,
 ) {
-    let mut link = match listen::upgrade(stream, &entrance.key).await {
-        Ok(link) => link,
-        Err(error) => return debug!(%error, "no control connection"),
-    };
-    // The handshake alone may be a replay; a first frame cannot be.
-    let first = match timeout(HANDSHAKE_LIMIT, link.receiver.next()).await {
-        Ok(Ok(Inbound::Control(message))) => message,
-        Ok(Ok(Inbound::Relay(_))) => return debug!("a connection that starts with data"),
-        Ok(Err(error)) => return debug!(%error, "a connection without a message"),
-        Err(_) => return debug!("a connection that says nothing"),
+    let (link, first) = tokio::select! {
+        greeted = greet(stream, entrance) => match greeted {
+            Ok(greeted) => greeted,
+            Err(error) => return debug!(error, "no control connection"),
+        },
+        () = admission.pushed_out() => return debug!("a connection made room for others"),
     };
     drop(admission);
     let id = ConnectionId(entrance.next.fetch_add(1, Ordering::Relaxed));
@@ -108,6 +105,19 @@ async fn serve(
     // When the core is gone, so is everything that this would matter to.
     let _ = entrance.events.send(Event::Disconnected { id }).await;
     receiver.close().await;
+}
+
+/// The handshake and the first message: the handshake alone may be a replay, a first frame cannot be.
+async fn greet(stream: TcpStream, entrance: &Entrance) -> Result<(Link, Vec<u8>), String> {
+    let mut link =
+        listen::upgrade(stream, &entrance.key).await.map_err(|error| error.to_string())?;
+    link.receiver.limit_messages(MAX_CLIENT_MESSAGE);
+    match timeout(HANDSHAKE_LIMIT, link.receiver.next()).await {
+        Ok(Ok(Inbound::Control(message))) => Ok((link, message)),
+        Ok(Ok(Inbound::Relay(_))) => Err("a connection that starts with data".into()),
+        Ok(Err(error)) => Err(format!("a connection without a message: {error}")),
+        Err(_) => Err("a connection that says nothing".into()),
+    }
 }
 
 /// Reads until the link ends, from either side.

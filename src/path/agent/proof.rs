@@ -111,6 +111,7 @@ impl PathAgent {
     pub(super) fn watch(&mut self, now: Instant) {
         self.watch_primary(now);
         self.watch_trial(now);
+        self.end_early(now);
         self.ask_for_mtu(now);
     }
 

@@ -4,13 +4,19 @@ use crate::case::Case;
 
 mod candidates;
 mod commands;
+mod crowd;
 
 mod enrol;
 mod failover;
+mod fair;
 mod fallback;
+mod flood;
 mod hard;
+mod kept;
 mod lab;
+mod leak;
 mod limits;
+mod line;
 mod local;
 mod matrix;
 mod members;
@@ -47,9 +53,14 @@ pub(crate) fn all() -> Vec<Case> {
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        flood::cases(),
+        crowd::cases(),
         policy::cases(),
         offload::cases(),
         fallback::cases(),
+        fair::cases(),
+        line::cases(),
+        leak::cases(),
         mtu::cases(),
         failover::cases(),
         netcheck::cases(),
@@ -61,6 +72,7 @@ pub(crate) fn all() -> Vec<Case> {
         reload::cases(),
         lab::cases(),
         service::cases(),
+        kept::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }

@@ -5,9 +5,11 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
 use crate::case::Case;
+use crate::clock::now;
 use crate::lab::{Host, Net};
 use crate::nat::Nat;
 use crate::overlay::{Node, Server};
@@ -16,6 +18,11 @@ const SWITCHES: [&str; 3] = ["tun-offload", "udp-gso", "udp-gro"];
 /// More than a TCP window, less than a second of a debug build.
 const TRANSFER_BYTES: usize = 6_000_000;
 const LIMIT: Duration = Duration::from_secs(20);
+/// Longer than the time over which loss is measured, and then given up.
+const FLOOD: Duration = Duration::from_secs(4);
+/// Short packets, so that a slow build sends many more than the path takes.
+const FLOOD_BYTES: usize = 64;
+const FULL_PER_SECOND: u32 = 5_000;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -35,6 +42,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("offload::both_sides_without_any_change_no_byte", || {
             same_bytes(&SWITCHES, &SWITCHES);
         }),
+        Case::timed("offload::a_flood_stays_on_its_path", flood_stays_on_its_path),
     ]
 }
 
@@ -66,6 +74,54 @@ fn start(net: &Net, server: &Server, name: &str, off: &[&str]) -> Node {
     assert_eq!(shown("udp_gro"), !is_off("udp-gro"), "{status}");
     assert!(!shown("tun_uso") || !is_off("tun-offload"), "{status}");
     node
+}
+
+/// A program that sends more than the path takes loses some of it. That is no reason to send all of
+/// it twice, or by the relay.
+fn flood_stays_on_its_path() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let [mut alice, bob] = [("alice", &["udp-gso"][..]), ("bob", &[])]
+        .map(|(name, off)| start(&net, &server, name, off));
+    alice.wait_path("bob", "direct", LIMIT);
+    let far = bob.host.ns.enter(|| UdpSocket::bind((bob.ipv4(), 0)).unwrap());
+    let near = alice.host.ns.enter(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    near.connect(far.local_addr().unwrap()).unwrap();
+    // A new path is proved with copies of what is sent, so some is sent before it counts.
+    for _ in 0..50 {
+        near.send(&[0; FLOOD_BYTES]).unwrap();
+        thread::sleep(Duration::from_millis(20));
+    }
+    // Only the length of the flood's datagrams: questions about the path get through.
+    let len = FLOOD_BYTES + 28 + 32 + 8;
+    bob.host.ns.nft(&format!(
+        "table inet full {{\n chain input {{ type filter hook input priority 0; policy accept;\n  \
+         udp length {len} limit rate over {FULL_PER_SECOND}/second burst 200 packets counter drop\n }}\n}}\n"
+    ));
+    let counters = || {
+        (
+            counter(&bob, "/self/drops/replayed"),
+            counter(&alice, "/peers/0/tx_bytes"),
+            counter(&bob, "/peers/0/rx_bytes"),
+        )
+    };
+    let before = counters();
+    setsockopt(&near, sockopt::UdpGsoSegment, &i32::try_from(FLOOD_BYTES).unwrap()).unwrap();
+    let since = now();
+    while since.elapsed() < FLOOD {
+        near.send(&[0; 16 * FLOOD_BYTES]).unwrap();
+    }
+    thread::sleep(Duration::from_millis(300));
+    let after = counters();
+    let (sent, arrived) = (after.1 - before.1, after.2 - before.2);
+    assert_eq!(alice.path_kind("bob"), "direct", "{}", alice.log());
+    assert!(arrived * 2 < sent, "{arrived} of {sent} bytes: no flood");
+    assert_eq!(after.0 - before.0, 0, "copies; {}", alice.log());
+}
+
+fn counter(node: &Node, pointer: &str) -> u64 {
+    let status = node.status().expect("the node answers");
+    status.pointer(pointer).and_then(Value::as_u64).unwrap_or_default()
 }
 
 /// Bytes that repeat nowhere near.
