@@ -30,6 +30,7 @@ fn options(dir: &Path) -> Options {
         network: Some("10.77.0.0/20".parse().unwrap()),
         network_ipv6: None,
         metrics: Some("127.0.0.1:0".parse().unwrap()),
+        whole_netmap_up_to: overlay::server::WHOLE_NETMAP_UP_TO,
         relay_limits: overlay::server::relay::limit::Limits::default(),
     }
 }
@@ -71,6 +72,7 @@ impl Node {
             invite,
             candidates: Vec::new(),
             instance: None,
+            known: None,
         }
     }
 

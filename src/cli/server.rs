@@ -25,6 +25,7 @@ use crate::io::files::FileError;
 use crate::io::local::LocalError;
 use crate::io::memory::keep_memory_private;
 use crate::io::service::reload::{Read, Reload};
+use crate::server::WHOLE_NETMAP_UP_TO;
 use crate::server::relay::limit::Limits;
 use crate::store::StoreError;
 use crate::wire::join::ServerAddr;
@@ -204,6 +205,7 @@ fn options(args: &ServerArgs, paths: &Paths) -> Result<Options, Failure> {
         network: config.network,
         network_ipv6: config.network_ipv6,
         metrics: config.metrics,
+        whole_netmap_up_to: config.whole_netmap_up_to.unwrap_or(WHOLE_NETMAP_UP_TO),
     })
 }
 

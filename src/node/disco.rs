@@ -69,6 +69,9 @@ impl Node {
         };
         if let Err(reason) = handled {
             self.shared.drops().count(reason);
+            if let Some(id) = relayed.filter(|id| !self.peers.contains_key(id)) {
+                self.handle_stranger(id, now);
+            }
         }
     }
 

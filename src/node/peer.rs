@@ -7,6 +7,7 @@ use rand::Rng;
 
 use super::disco::RecentPings;
 use super::keyring::PeerKeys;
+use super::part::UseRecord;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
 use crate::dataplane::{ForwardingTable, Peer, SLOT_MASK, flush_pending, send_keepalive};
@@ -35,6 +36,7 @@ pub(super) struct PeerControl {
     pub(super) insight: Insight,
     /// When packets have waited for a path for too long.
     pub(super) waiting_until: Option<Instant>,
+    pub(super) use_record: UseRecord,
 }
 
 impl Node {
@@ -83,6 +85,7 @@ impl Node {
             stale_at: None,
             insight: Insight::new(now),
             waiting_until: None,
+            use_record: UseRecord::new(now),
         };
         self.peers.insert(id, peer);
         self.index_keys(id);
@@ -105,6 +108,8 @@ impl Node {
         let own = self.netmap.identity.as_ref().map(|identity| identity.addrs);
         let mut table = ForwardingTable::new(own, self.relay.server());
         table.filter.clone_from(&self.filter);
+        let identity = self.netmap.identity.as_ref();
+        table.part_of = identity.filter(|_| self.netmap.members.is_some()).map(|own| own.range);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
             peer.keys.tags().for_each(|tag| table.expect_disco(tag, peer.fast.id));

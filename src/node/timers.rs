@@ -36,6 +36,7 @@ impl Node {
         self.handle_punch_timeout(now);
         self.handle_waiting_timeout(now);
         self.handle_keys_timeout(now);
+        self.handle_wanted_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -83,6 +84,7 @@ impl Node {
             soonest.add(peer.waiting_until, "packets wait for a path");
             soonest.add(peer.keys.next_at(), "a peer's old key");
         }
+        soonest.add(self.wanted.next_at(), "peers of a large network");
         soonest.add(self.relay.next_at(), "relay bind");
         soonest.add(self.keys.next_at(), "our own keys");
         soonest.add(self.sighting.next_at(), "where are we seen");

@@ -19,11 +19,13 @@ mod guesses;
 mod invites;
 mod keys;
 mod members;
+mod parts;
 mod policy;
 pub mod records;
 mod reflect;
 pub mod relay;
 mod removal;
+mod update;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -59,7 +61,12 @@ pub struct Settings {
     pub server_key: PublicKey,
     /// Where it can be reached, for join lines and for the next time a node connects.
     pub addresses: Vec<ServerAddr>,
+    /// See [`WHOLE_NETMAP_UP_TO`].
+    pub whole_netmap_up_to: usize,
 }
+
+/// In a network of up to so many nodes each is told of every other, unless it is set otherwise.
+pub const WHOLE_NETMAP_UP_TO: usize = 256;
 
 /// A new control connection.
 #[derive(Debug, Clone, Copy)]
@@ -169,6 +176,8 @@ struct Connection {
     instance: Option<u64>,
     /// When the node last renewed its key on it, in Unix seconds.
     rekeyed: Option<u64>,
+    /// Whether it can do with a part of a large network.
+    can_part: bool,
 }
 
 impl Server {
@@ -233,7 +242,14 @@ impl Server {
 
     /// A connection has been made, and its first frame was genuine.
     pub fn handle_connected(&mut self, connection: ConnectionId, about: Connected) {
-        let known = Connection { about, node: None, applied: 0, instance: None, rekeyed: None };
+        let known = Connection {
+            about,
+            node: None,
+            applied: 0,
+            instance: None,
+            rekeyed: None,
+            can_part: false,
+        };
         self.connections.insert(connection, known);
     }
 
@@ -247,6 +263,7 @@ impl Server {
         if self.online.get(&node) == Some(&connection) {
             self.online.remove(&node);
             self.seen.insert(node, wall);
+            self.distribution.parts.leave(node);
             self.distribution.set_online(node, distribute::Presence::Offline);
         }
     }
@@ -271,6 +288,12 @@ impl Server {
         }
         if let Some(epoch) = message.applied {
             self.note_applied(connection, epoch);
+        }
+        if let Some(texts) = message.find {
+            self.find_peers(connection, node, &texts);
+        }
+        if let Some(peers) = message.unused {
+            self.release_peers(node, &peers);
         }
         if let Some(ping) = message.ping {
             self.send(connection, &ServerMessage { pong: Some(ping), ..Default::default() });
@@ -325,7 +348,12 @@ impl Server {
                 let addresses = self.members.addresses(&record);
                 self.distribution.put_member(&record, addresses);
                 self.outputs.push_back(Output::Relay(RelayChange::Member(record.id)));
+                let limit = self.settings.whole_netmap_up_to;
+                let was_small = self.members.len() <= limit;
                 self.members.put(Versioned { rev, record });
+                if was_small && self.members.len() > limit {
+                    self.tell_parts();
+                }
                 self.stale_rules();
             }
             (Key::Member(node), None) => self.forget_member(node),
@@ -358,7 +386,7 @@ impl Server {
     /// When [`Self::handle_timeout`] has something to do.
     #[must_use]
     pub fn poll_timeout(&self) -> Instant {
-        self.distribution.flush_at().map_or(self.next_tick, |at| at.min(self.next_tick))
+        self.distribute_at().map_or(self.next_tick, |at| at.min(self.next_tick))
     }
 
     /// Tells the nodes what has changed, and that the server is alive. May be called at any time.
@@ -366,11 +394,12 @@ impl Server {
         self.distribute(now);
         if self.next_tick <= now {
             self.next_tick = now + TICK_INTERVAL;
-            let tick =
-                ServerMessage { tick: Some(self.distribution.epoch()), ..Default::default() };
-            let message = control::encode(&tick);
-            for connection in self.online.values() {
-                let message = message.clone();
+            for (node, connection) in &self.online {
+                let tick = Some(self.distribution.told_epoch(*node));
+                let is_part = self.distribution.parts.contains(*node);
+                let members = is_part.then(|| self.distribution.members());
+                let tick = ServerMessage { tick, members, ..Default::default() };
+                let message = control::encode(&tick);
                 self.outputs.push_back(Output::Send { connection: *connection, message });
             }
         }

@@ -2,6 +2,7 @@
 
 mod clones;
 mod keys;
+mod parts;
 mod removal;
 
 use std::collections::BTreeMap;
@@ -39,6 +40,8 @@ struct Node {
     refused: Option<RefusedCode>,
     rival: Option<SocketAddr>,
     node_key: Option<[u8; 32]>,
+    members: Option<u32>,
+    unknown: Vec<String>,
     closed: bool,
 }
 
@@ -53,7 +56,23 @@ impl Node {
         }
         self.rival = message.rival.or(self.rival);
         self.node_key = message.node_key.or(self.node_key);
-        if let Some(NetmapUpdate { from, to, peers, removed, own_name, filter }) = message.netmap {
+        self.members = message.members.or(self.members);
+        self.unknown.extend(message.unknown.into_iter().flatten());
+        if let Some(NetmapUpdate {
+            from,
+            to,
+            peers,
+            removed,
+            own_name,
+            filter,
+            members,
+            forgotten,
+        }) = message.netmap
+        {
+            self.members = members.or(self.members);
+            for gone in forgotten.into_iter().flatten() {
+                self.peers.remove(&gone);
+            }
             match (from, filter) {
                 (_, Some(filter)) => self.filter = filter,
                 (None, None) => self.filter = WireFilter::default(),
@@ -91,6 +110,7 @@ impl World {
         let settings = Settings {
             server_key: SecretKey::from_bytes([1; 32]).public(),
             addresses: vec!["192.0.2.1".parse().unwrap()],
+            whole_netmap_up_to: WHOLE_NETMAP_UP_TO,
         };
         Self {
             server: Server::new(settings, records, [3; 32], epoch(), WALL),
@@ -205,6 +225,7 @@ fn hello(machine: u8, invite: Option<&InviteUse>) -> Hello {
         invite: invite.cloned(),
         candidates: Vec::new(),
         instance: None,
+        known: None,
     }
 }
 

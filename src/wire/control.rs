@@ -19,6 +19,8 @@ pub const DEFAULT_PORT: u16 = 41820;
 pub const VERSION: u16 = 1;
 /// The server sends a tick this often; a node that hears nothing for [`SILENCE_LIMIT_S`] reconnects.
 pub const TICK_INTERVAL_S: u64 = 15;
+/// What a node names in one [`ClientMessage::find`] at the most.
+pub const MAX_FIND: usize = 64;
 /// A control connection that is silent for this long is dead: two ticks and some.
 pub const SILENCE_LIMIT_S: u64 = 40;
 
@@ -42,6 +44,13 @@ pub struct ClientMessage {
     #[n(4)]
     #[cbor(with = "minicbor::bytes")]
     pub node_key: Option<[u8; 32]>,
+    /// Of a large network (see [`Hello::known`]): tell me of these peers, named by name, overlay
+    /// address or id.
+    #[n(10)]
+    pub find: Option<Vec<String>>,
+    /// I have not talked to these peers for long; I need not be told of them any more.
+    #[n(11)]
+    pub unused: Option<Vec<u32>>,
 }
 
 /// The first message of a node.
@@ -73,6 +82,10 @@ pub struct Hello {
     /// A random number of this run of the program: two that take turns are two machines.
     #[n(7)]
     pub instance: Option<u64>,
+    /// I can do with a part of a large network, and these are the peers that I know of it. None of
+    /// an older node, which needs to be told of everybody.
+    #[n(10)]
+    pub known: Option<Vec<u32>>,
 }
 
 /// An invite being used.
@@ -118,6 +131,12 @@ pub struct ServerMessage {
     #[n(6)]
     #[cbor(with = "minicbor::bytes")]
     pub node_key: Option<[u8; 32]>,
+    /// Of what [`ClientMessage::find`] asked for, the texts that no node of the network fits.
+    #[n(10)]
+    pub unknown: Option<Vec<String>>,
+    /// With a tick, to a node that is told of a part of the network: see [`NetmapUpdate::members`].
+    #[n(11)]
+    pub members: Option<u32>,
 }
 
 /// What a node is told about itself and the server.
@@ -264,6 +283,12 @@ pub struct NetmapUpdate {
     /// when the network has no access rules.
     #[n(5)]
     pub filter: Option<WireFilter>,
+    /// How many nodes the network has, when the receiver is told only of the peers that it uses.
+    #[n(10)]
+    pub members: Option<u32>,
+    /// Numbers of peers that neither side uses any more: still members, no longer told of.
+    #[n(11)]
+    pub forgotten: Option<Vec<u32>>,
 }
 
 /// A peer as the server describes it.
@@ -361,6 +386,7 @@ mod tests {
                     endpoint: "192.168.1.2:4000".parse().unwrap(),
                 }],
                 instance: None,
+                known: None,
             }),
             ..ClientMessage::default()
         }
