@@ -261,6 +261,10 @@ impl PathAgent {
             endpoint.trust = Trust::New;
             self.choose("the direct path carries data again", now);
         } else if time >= LONGEST_TRIAL.max(srtt * 6) {
+            if endpoint.prober.last_pong().is_none_or(|at| at < since) {
+                // The peer was away: that says nothing about the path, and the wait is as before.
+                endpoint.failures = endpoint.failures.saturating_sub(1);
+            }
             self.trial = None;
             self.distrust(place, now);
         } else if delivery.asked_at().is_none_or(|at| now >= at + PROOF_SPACING) {
