@@ -26,6 +26,7 @@ pub(crate) use noise::{Answered, Responder};
 pub use outbox::LinkSender;
 
 use crate::types::PublicKey;
+use crate::wire::control::TICK_INTERVAL_S;
 use crate::wire::frame::{Assembler, Frame, FrameError, LENGTH_LEN, MAC_LEN};
 use noise::Opener;
 use outbox::Outbox;
@@ -33,6 +34,10 @@ use outbox::Outbox;
 /// Data that nobody acknowledges for this long is the end of a connection: the kernel's own limit
 /// is a quarter of an hour.
 pub const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
+/// The server keeps a connection to a machine that has gone away or sleeps for this long: it sends a
+/// tick, and TCP gives up on it.
+pub const GIVEN_UP_AFTER: Duration =
+    Duration::from_secs(TICK_INTERVAL_S).saturating_add(TCP_USER_TIMEOUT);
 /// How long the end of a connection may take: the last messages out, the peer's end in.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// Room for one read; a link at rest keeps no more than this.

@@ -118,6 +118,10 @@ impl Node {
                     return Ok(());
                 }
                 if let Some(peer) = self.peers.get_mut(&id) {
+                    let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
+                    if !direct && !peer.agent.is_wanted() {
+                        self.pace.charge(now);
+                    }
                     peer.agent.handle_call_me_maybe(epoch, &candidates, now);
                 }
             }

@@ -3,34 +3,62 @@
 
 use std::time::{Duration, Instant};
 
-/// So many peers at once.
+/// So many peers at once in a small network,
 pub(super) const BURST: u32 = 4;
-/// One more after each of these.
+/// and one more after each of these.
 const INTERVAL: Duration = Duration::from_millis(250);
+/// A larger one has more peers than this. There every node is called by others all the time while the
+/// network starts,
+const SMALL: usize = 8;
+/// so it starts one peer after each of these.
+const LARGE_INTERVAL: Duration = Duration::from_millis(600);
+/// Peers that have called put off those who wait by so many turns at the most.
+const MAX_TURNS: u32 = 8;
 
 /// Lets peers start, a few at once and then at a steady pace (the generic cell rate algorithm).
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pace {
     /// When all that has started would have done so at the steady pace.
     paid_until: Option<Instant>,
     waiting: bool,
+    burst: u32,
+    interval: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { paid_until: None, waiting: false, burst: BURST, interval: INTERVAL }
+    }
 }
 
 impl Pace {
+    /// Sets the pace for a network of so many peers.
+    pub(super) fn set_peers(&mut self, peers: usize) {
+        let small = peers <= SMALL;
+        (self.burst, self.interval) = if small { (BURST, INTERVAL) } else { (1, LARGE_INTERVAL) };
+    }
+
     /// Whether one more may start now. If not, [`Self::next_at`] says when to ask again.
     pub(super) fn take(&mut self, now: Instant) -> bool {
         let paid_until = self.paid_until.map_or(now, |at| at.max(now));
-        if paid_until > now + INTERVAL * (BURST - 1) {
+        if paid_until > now + self.interval * (self.burst - 1) {
             self.waiting = true;
             return false;
         }
-        self.paid_until = Some(paid_until + INTERVAL);
+        self.paid_until = Some(paid_until + self.interval);
         true
+    }
+
+    /// A peer has called and is answered at once; somebody who waits does so for longer instead.
+    pub(super) fn charge(&mut self, now: Instant) {
+        let paid_until = self.paid_until.map_or(now, |at| at.max(now)) + self.interval;
+        self.paid_until = Some(paid_until.min(now + self.interval * MAX_TURNS));
     }
 
     /// When somebody who waits may start.
     pub(super) fn next_at(&self) -> Option<Instant> {
-        self.paid_until.filter(|_| self.waiting).map(|at| at - INTERVAL * (BURST - 1))
+        let ahead = self.interval * (self.burst - 1);
+        self.paid_until.filter(|_| self.waiting).map(|at| at - ahead)
     }
 
     /// Everybody who waits asks again.
@@ -57,5 +85,18 @@ mod tests {
         assert_eq!(now, epoch() + INTERVAL * 10);
         pace.ask_again();
         assert_eq!(pace.next_at(), None, "nobody waits");
+    }
+
+    #[test]
+    fn in_a_large_network_one_starts_after_the_other_and_who_calls_takes_a_turn() {
+        let (mut pace, now) = (Pace::default(), epoch());
+        pace.set_peers(SMALL + 1);
+        assert_eq!((0..20).filter(|_| pace.take(now)).count(), 1);
+        assert_eq!(pace.next_at(), Some(now + LARGE_INTERVAL));
+        pace.charge(now);
+        assert_eq!(pace.next_at(), Some(now + LARGE_INTERVAL * 2));
+        (0..100).for_each(|_| pace.charge(now));
+        assert_eq!(pace.next_at(), Some(now + LARGE_INTERVAL * MAX_TURNS), "and no more");
+        assert!(pace.take(now + LARGE_INTERVAL * MAX_TURNS));
     }
 }

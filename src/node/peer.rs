@@ -144,6 +144,7 @@ impl Node {
     pub(super) fn update_peer(&mut self, id: NodeId, now: Instant) {
         let relay = self.relay_path();
         let eager = self.netmap.peers.len() <= self.settings.eager_peers;
+        self.pace.set_peers(self.netmap.peers.len());
         let link_up = self.link_up;
         let signalling = self.signalling(id);
         let (Some(peer), Some(info)) = (self.peers.get_mut(&id), self.netmap.peers.get(&id)) else {

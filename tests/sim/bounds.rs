@@ -226,3 +226,65 @@ fn a_new_process_is_registered_within_round_trips() {
         assert_eq!(told(&pair.world), Some(true), "with the first that a peer hears of it");
     }
 }
+
+/// Packets every few milliseconds each way for a while, and how long after now the last one of
+/// each direction was sent that did not arrive, or took longer than it does by relay.
+fn resumes(pair: &mut Pair) -> [Duration; 2] {
+    let (span, on_time) = (Duration::from_secs(1), pair.relay_rtt / 2 + 5 * MS);
+    let world = &mut pair.world;
+    let (start, mut sent) = (world.now, [Vec::new(), Vec::new()]);
+    while world.now - start < span {
+        for (from, sent) in sent.iter_mut().enumerate() {
+            sent.extend(world.ping(from, 1 - from, 100).map(|ping| (ping, world.now - start)));
+        }
+        world.run_for(2 * MS);
+    }
+    world.run_for(Duration::from_secs(1));
+    sent.map(|sent| {
+        let took = |ping: u64| world.ledger.ping(ping).took();
+        let late = |(ping, _): &&(u64, Duration)| took(*ping).is_none_or(|took| took > on_time);
+        let last = sent.iter().rfind(late).map_or(Duration::ZERO, |(_, at)| *at + 2 * MS);
+        assert!(sent.len() > 400 && last < span, "late or lost until {last:?}");
+        last
+    })
+}
+
+#[test]
+fn a_node_with_a_new_address_is_heard_by_relay_after_half_a_round_trip() {
+    for lines in LINES {
+        for kind in [PortRestricted, NatKind::Symmetric] {
+            let mut pair = Pair::settled([kind; 2], lines, 64);
+            resumes(&mut pair);
+            pair.world.roam(0, kind, Line::clean(lines.0 * MS));
+            let [to_peer, from_peer] = resumes(&mut pair);
+            let (server, relay) = (pair.server_rtt[0], pair.relay_rtt);
+            hold("a new address, its own packets", &pair.name, to_peer, server / 2 + 50 * MS);
+            // The peer sends to the old address until it is told, by relay.
+            hold("the same, the peer's", &pair.name, from_peer, relay / 2 + 50 * MS);
+        }
+    }
+}
+
+#[test]
+fn who_wakes_up_is_back_after_a_round_trip() {
+    for lines in LINES {
+        for (kind, slept) in
+            [(PortRestricted, 20), (PortRestricted, 600), (NatKind::Symmetric, 600)]
+        {
+            let mut pair = Pair::settled([kind; 2], lines, 64);
+            resumes(&mut pair);
+            pair.world.sleep(0, Duration::from_secs(slept));
+            pair.world.run_for(Duration::from_secs(slept));
+            assert!(pair.world.hosts[0].asleep_until.is_none(), "awake");
+            let back = resumes(&mut pair);
+            let name = format!("{}, {slept} s", pair.name);
+            // After a long sleep the server has forgotten the node, and the peer is told of it when
+            // that has registered again.
+            let server = pair.server_rtt[0];
+            let bound =
+                if slept > 25 { server * 3 + pair.relay_rtt / 2 } else { server } + 100 * MS;
+            hold("awake, its own packets", &name, back[0], bound);
+            hold("awake, the peer's packets", &name, back[1], bound);
+        }
+    }
+}

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use overlay::dataplane::{Source, Target};
+use overlay::io::link::GIVEN_UP_AFTER;
 use overlay::lab::nat::Outbound;
 use overlay::server::ConnectionId;
 use overlay::types::SocketId;
@@ -37,6 +38,8 @@ pub(crate) enum Parcel {
     Connect { host: usize, attempt: u64 },
     /// It is made, or nobody listens.
     Connected { host: usize, attempt: u64, connection: Option<ConnectionId> },
+    /// The server's TCP gives a connection up if its host has left it.
+    GivenUp { host: usize, connection: ConnectionId },
     /// A frame to the server.
     Up { host: usize, connection: ConnectionId, frame: Frame },
     /// A frame to a host.
@@ -237,6 +240,14 @@ impl World {
         }
     }
 
+    /// The host is elsewhere or asleep and says no goodbye on its connection: the server keeps that
+    /// until there is another one, or for as long as TCP waits for a tick to be taken.
+    pub(super) fn leave_uplink(&mut self, host: usize) {
+        if let Some(connection) = self.hosts[host].uplink.connection() {
+            self.launch(self.now + GIVEN_UP_AFTER, Parcel::GivenUp { host, connection });
+        }
+    }
+
     /// The server's end is gone; the host hears of it.
     pub(super) fn tell_server_gone(&mut self, host: usize) {
         if let Some(connection) = self.hosts[host].uplink.connection() {
@@ -308,6 +319,14 @@ impl World {
                         self.send_up(host, connection, frame);
                     }
                     None => self.send_up(host, connection, Frame::Closed),
+                }
+            }
+            Parcel::GivenUp { host, connection } => {
+                let asleep = self.hosts[host].asleep_until.is_some();
+                if asleep || self.hosts[host].uplink.connection() != Some(connection) {
+                    self.deliver_up(host, connection, Frame::Closed);
+                    // TCP says so to whoever wakes up and sends.
+                    self.send_down(host, connection, Frame::Closed);
                 }
             }
             Parcel::Up { host, connection, frame } => self.deliver_up(host, connection, frame),

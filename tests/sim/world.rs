@@ -13,9 +13,9 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use overlay::io::link::GIVEN_UP_AFTER;
 use overlay::lab::nat::NatKind;
 use overlay::node::NodeSettings;
-use overlay::wire::control::SILENCE_LIMIT_S;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -178,7 +178,8 @@ impl World {
         let endpoint = SocketAddr::new(self.edges[edge].next_address(), port);
         self.hosts[host].ipv6 =
             self.edges[edge].last_ipv6().map(|address| SocketAddr::new(address, port));
-        self.lose_link(host);
+        self.leave_uplink(host);
+        self.retry_link(host);
         let now = self.now;
         self.hosts[host].handle_mapped(None, now);
         self.hosts[host].handle_roam(edge, endpoint, now);
@@ -198,6 +199,10 @@ impl World {
 
     fn lose_link(&mut self, host: usize) {
         self.close_uplink(host);
+        self.retry_link(host);
+    }
+
+    fn retry_link(&mut self, host: usize) {
         self.hosts[host].uplink.retry(self.now);
         let now = self.now;
         self.hosts[host].handle_link_down(now);
@@ -208,6 +213,7 @@ impl World {
         if self.hosts[host].asleep_until.is_none() {
             self.hosts[host].asleep_since = self.now;
             self.hosts[host].asleep_until = Some(self.now + time);
+            self.leave_uplink(host);
         }
     }
 
@@ -220,7 +226,7 @@ impl World {
         let slept = self.now.saturating_duration_since(self.hosts[host].asleep_since);
         self.hosts[host].asleep_since = self.now;
         let held = std::mem::take(&mut self.hosts[host].held_frames);
-        if slept < Duration::from_secs(SILENCE_LIMIT_S) {
+        if slept < GIVEN_UP_AFTER {
             self.ledger.slack = slept;
             for (connection, frame) in held {
                 self.deliver_down(host, connection, frame);
@@ -228,6 +234,8 @@ impl World {
             self.ledger.slack = Duration::ZERO;
         } else if self.hosts[host].uplink.connection().is_some() {
             self.lose_link(host);
+            // The daemon knows that there is nothing to wait for.
+            self.hosts[host].uplink.start(self.now);
         }
         if slept >= NOTICED {
             let now = self.now;

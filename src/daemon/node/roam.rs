@@ -9,6 +9,7 @@ use super::Daemon;
 use super::interface::Interface;
 use super::threads::Ports;
 use crate::io::clock;
+use crate::io::link::GIVEN_UP_AFTER;
 use crate::io::os::{Changes, Netlink, NetlinkError, Underlay};
 use crate::io::udp::source_towards;
 use crate::io::wake::{WakeWatch, Woke};
@@ -112,8 +113,13 @@ impl Daemon {
             Surprise::Woke(Woke { away, suspended }) => {
                 tracing::info!(away_s = away.as_secs(), suspended, "awake again");
                 self.surroundings.rescan_at = Some(now);
-                if self.server.is_none() {
+                // After a long sleep nobody is at the other end, and TCP does not know that yet.
+                let given_up = suspended && away >= GIVEN_UP_AFTER;
+                if self.server.is_none() || given_up {
                     self.uplink.try_now();
+                }
+                if self.server.is_some() && given_up {
+                    self.handle_link_down();
                 }
                 // It may have said something that was not read yet.
                 self.heard_server = now;
