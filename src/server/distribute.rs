@@ -84,6 +84,7 @@ impl Distribution {
             ipv6: addresses.v6,
             online: known.is_some_and(|peer| peer.online),
             candidates: known.map(|peer| peer.candidates.clone()).unwrap_or_default(),
+            expires: member.expires,
         };
         self.put(member.id, peer);
     }
@@ -285,6 +286,7 @@ mod tests {
             ipv6: "fd12::7".parse().unwrap(),
             online: true,
             candidates: vec![WireCandidate { kind: 1, endpoint: "192.0.2.1:5".parse().unwrap() }],
+            expires: Some(1_800_000_000),
         };
         let encoded = encode(&peer);
         let gone = BTreeSet::from([NodeId::new(300).unwrap()]);

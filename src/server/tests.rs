@@ -1,6 +1,7 @@
 //! The server as its driver sees it, with a store of a few lines and nodes that only keep a netmap.
 
 mod clones;
+mod expiry;
 mod keys;
 mod removal;
 
@@ -12,7 +13,9 @@ use super::admin::{Answer, Request, RequestError};
 use super::*;
 use crate::testing::epoch;
 use crate::types::{NetworkId, OverlayRange, SecretKey};
-use crate::wire::control::{Hello, InviteUse, NetmapUpdate, WireCandidate, WirePeer, decode};
+use crate::wire::control::{
+    Hello, InviteUse, NetmapUpdate, Standing, WireCandidate, WirePeer, decode,
+};
 use crate::wire::filter::{KIND_ANY, KIND_TCP, WireFilter, WireRule};
 use crate::wire::join::JoinLine;
 
@@ -39,6 +42,7 @@ struct Node {
     refused: Option<RefusedCode>,
     rival: Option<SocketAddr>,
     node_key: Option<[u8; 32]>,
+    standing: Option<Standing>,
     closed: bool,
 }
 
@@ -53,6 +57,7 @@ impl Node {
         }
         self.rival = message.rival.or(self.rival);
         self.node_key = message.node_key.or(self.node_key);
+        self.standing = message.standing.or(self.standing);
         if let Some(NetmapUpdate { from, to, peers, removed, own_name, filter }) = message.netmap {
             match (from, filter) {
                 (_, Some(filter)) => self.filter = filter,

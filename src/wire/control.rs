@@ -19,6 +19,8 @@ pub const DEFAULT_PORT: u16 = 41820;
 pub const VERSION: u16 = 1;
 /// The server sends a tick this often; a node that hears nothing for [`SILENCE_LIMIT_S`] reconnects.
 pub const TICK_INTERVAL_S: u64 = 15;
+/// So long before a membership ends, in seconds, everybody concerned is warned: 14 days.
+pub const EXPIRY_WARNING_S: u64 = 14 * 86_400;
 /// A control connection that is silent for this long is dead: two ticks and some.
 pub const SILENCE_LIMIT_S: u64 = 40;
 
@@ -118,6 +120,22 @@ pub struct ServerMessage {
     #[n(6)]
     #[cbor(with = "minicbor::bytes")]
     pub node_key: Option<[u8; 32]>,
+    /// How long this membership lasts; said with a welcome, instead of one to a node whose time is
+    /// over, and when the end is another.
+    #[n(7)]
+    pub standing: Option<Standing>,
+}
+
+/// How long a membership lasts, by the server's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Standing {
+    /// What time it is, in Unix seconds.
+    #[n(0)]
+    pub now: u64,
+    /// When it ends or has ended, in Unix seconds; none for never.
+    #[n(1)]
+    pub expires: Option<u64>,
 }
 
 /// What a node is told about itself and the server.
@@ -292,6 +310,9 @@ pub struct WirePeer {
     /// Where it may be reached.
     #[n(6)]
     pub candidates: Vec<WireCandidate>,
+    /// When its membership ends, in Unix seconds by the server's clock.
+    #[n(7)]
+    pub expires: Option<u64>,
 }
 
 /// A candidate in a control message.

@@ -270,6 +270,7 @@ pub async fn run(
         save_at: None,
         watchdog: Watchdog::new(ports.progress(), now),
         rotation: Rotation::new(now),
+        said: Vec::new(),
         started: clock::unix_seconds(),
         out: UdpBatch::default(),
         options,
@@ -295,8 +296,7 @@ pub async fn run(
     if let Some(ended) = ended {
         return Ok(ended);
     }
-    let port = ports.listen_port();
-    daemon.state.set_listen_port(port);
+    daemon.state.set_listen_port(ports.listen_port());
     daemon.save();
     if daemon.options.enrol_only {
         ready(&daemon.node);
@@ -326,6 +326,7 @@ impl Daemon {
         stop: &mut StopSignals,
         start_threads: &impl Fn() -> Result<Threads, StartError>,
     ) -> Result<(Option<Threads>, Option<Ended>), StartError> {
+        self.guess_server_time(clock::now());
         let reflectors = self.netcheck_inputs().reflectors();
         if self.options.enrol_only {
             return Ok((None, self.enrol(stop).await?));
