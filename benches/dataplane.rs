@@ -21,7 +21,9 @@ use overlay::dataplane::{
 };
 use overlay::io::clock;
 use overlay::path::{Choice, Via};
+use overlay::policy::{Filter, Flows, Verdict};
 use overlay::types::{NodeId, OverlayAddrs, OverlayRange, SecretKey};
+use overlay::wire::filter::{KIND_TCP, KIND_UDP, WireFilter, WireRule};
 
 /// Payload of one segment with an interface MTU of 1420.
 const SEGMENT: usize = 1_380;
@@ -213,5 +215,44 @@ fn routes(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, trains, routes);
+/// A verdict among a hundred rules: by a rule, as the answer of an own flow, and none.
+fn filter(c: &mut Criterion) {
+    let rules: Vec<WireRule> = (0..100u16)
+        .map(|number| WireRule {
+            kind: if number % 2 == 0 { KIND_TCP } else { KIND_UDP },
+            sources: Some(vec![(u32::from(number), u32::from(number) + 50)]),
+            ports: Some(vec![(number * 100, number * 100 + 50)]),
+        })
+        .collect();
+    let filter = Filter::new(&WireFilter { rules: Some(rules) }).unwrap();
+    let (own, other) = (addrs(1), addrs(60));
+    let peer = NodeId::new(60).unwrap();
+    let tcp = |from: OverlayAddrs, to: OverlayAddrs, ports: [u16; 2], flags: u8| {
+        let mut packet = vec![0x45, 0, 4, 216, 0, 0, 0x40, 0, 64, 6, 0, 0];
+        packet.extend(from.v4.octets());
+        packet.extend(to.v4.octets());
+        packet.extend(ports.iter().flat_map(|port| port.to_be_bytes()));
+        packet.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0, 0, 0, 0]);
+        packet.resize(1_240, 7);
+        packet
+    };
+    let (mut flows, now) = (Flows::default(), clock::now());
+    filter.outbound(peer, &tcp(own, other, [40_000, 9], 2), &mut flows, now);
+    let mut group = c.benchmark_group("verdict with 100 rules");
+    for (name, packet, expected) in [
+        ("by a rule", tcp(other, own, [5_000, 2_010], 0x10), Verdict::Allow),
+        ("answer of an own flow", tcp(other, own, [9, 40_000], 0x10), Verdict::Allow),
+        ("refused", tcp(other, own, [5_000, 22], 0x10), Verdict::Refuse),
+    ] {
+        group.bench_function(name, |bench| {
+            bench.iter(|| {
+                let verdict = filter.inbound(peer, black_box(&packet), &mut flows, now);
+                assert_eq!(verdict, expected);
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, trains, routes, filter);
 criterion_main!(benches);

@@ -297,3 +297,36 @@ fn the_engine_is_named_in_one_file() {
     }
     nothing_found("the engine outside of dataplane/session.rs", &findings);
 }
+
+/// The table of promises in `docs/security.md` names tests: an end-to-end test by its whole name, any
+/// other by its function.
+#[test]
+fn the_tests_that_the_promises_name_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(root.join("docs/security.md")).expect("the page exists");
+    let (_, table) = page.split_once("## Promises and their tests").expect("it has the table");
+    let mut paths = Vec::new();
+    collect(&root.join("src"), &mut paths);
+    collect(&root.join("tests"), &mut paths);
+    let sources: String =
+        paths.iter().map(|path| fs::read_to_string(path).expect("it can be read")).collect();
+    let mut promises = 0;
+    let mut missing = Vec::new();
+    for row in table.lines().filter(|line| line.starts_with("| ")).skip(1) {
+        let tests = row.trim_end_matches(" |").rsplit(" | ").next().unwrap_or_default();
+        let names: Vec<&str> = tests.split('`').skip(1).step_by(2).collect();
+        if names.is_empty() {
+            missing.push(format!("no test: {row}"));
+        }
+        promises += 1;
+        for name in names {
+            let wanted =
+                if name.contains("::") { format!("\"{name}\"") } else { format!("fn {name}(") };
+            if !sources.contains(&wanted) {
+                missing.push(name.to_owned());
+            }
+        }
+    }
+    assert!(promises > 20, "the table is read: {promises} rows");
+    nothing_found("tests that docs/security.md names and nobody wrote", &missing);
+}

@@ -174,6 +174,9 @@ fn every_failure_says_what_and_why_and_what_to_do() {
     let bad = dir.path().join("server.toml");
     fs::write(&bad, "lisen = []\n").unwrap();
     let bad = bad.display();
+    let range = dir.path().join("node.toml");
+    fs::write(&range, "rekey-after-s = 121\n").unwrap();
+    let range = range.display();
     let cases = [
         (String::new(), fail::USAGE),
         ("upp".into(), fail::USAGE),
@@ -193,6 +196,12 @@ fn every_failure_says_what_and_why_and_what_to_do() {
         (format!("server --config {bad}"), fail::USAGE),
         (format!("up --config {nothing}"), fail::USAGE),
         (format!("config check {}", dir.path().display()), fail::FAILED),
+        ("config check /dev/zero".into(), fail::FAILED),
+        ("up --config /dev/zero".into(), fail::FAILED),
+        ("server --config /dev/zero".into(), fail::FAILED),
+        ("server policy check /dev/zero".into(), fail::FAILED),
+        (format!("config check {range}"), fail::USAGE),
+        (format!("up --config {range}"), fail::USAGE),
         (format!("status --socket {nothing}"), fail::NOT_RUNNING),
         (format!("server nodes --socket {nothing}"), fail::NOT_RUNNING),
         (format!("lab exec --pid {} alice", i32::MAX), fail::NOT_RUNNING),
@@ -236,7 +245,16 @@ fn a_configuration_that_may_not_be_read_is_a_missing_right() {
         if nix::unistd::geteuid().is_root() {
             command.uid(65534).gid(65534);
         }
-        let text = assert_failure(&args.join(" "), &command.output().unwrap(), fail::PERMISSION);
+        // While another test starts a program, that one has the copy open for writing for a moment.
+        let output = (0..100).find_map(|_| match command.output() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                None
+            }
+            output => Some(output.unwrap()),
+        });
+        let output = output.expect("nobody writes to a program for two seconds");
+        let text = assert_failure(&args.join(" "), &output, fail::PERMISSION);
         assert!(text.contains("cause: cannot read "), "{text}");
         assert!(text.contains("sudo"), "{text}");
     }

@@ -18,6 +18,9 @@ use overlay::wire::control::{
 use overlay::wire::join::JoinLine;
 use overlay::wire::relay::{Control, RelayKey, data_header, parse_data, verify};
 
+#[path = "control/attacks.rs"]
+mod attacks;
+
 fn options(dir: &Path) -> Options {
     Options {
         listen: vec!["127.0.0.1:0".parse().unwrap()],
@@ -27,6 +30,7 @@ fn options(dir: &Path) -> Options {
         network: Some("10.77.0.0/20".parse().unwrap()),
         network_ipv6: None,
         metrics: Some("127.0.0.1:0".parse().unwrap()),
+        whole_netmap_up_to: overlay::server::WHOLE_NETMAP_UP_TO,
         relay_limits: overlay::server::relay::limit::Limits::default(),
     }
 }
@@ -49,12 +53,17 @@ impl Node {
     }
 
     fn hello(&self, line: Option<&JoinLine>) {
+        let hello = self.hello_message(line);
+        self.say(&ClientMessage { hello: Some(hello), ..Default::default() });
+    }
+
+    fn hello_message(&self, line: Option<&JoinLine>) -> Hello {
         let invite = line.map(|line| InviteUse {
             id: line.invite.0,
             secret: line.secret.clone(),
             network: line.network.0,
         });
-        let hello = Hello {
+        Hello {
             min_version: 1,
             max_version: 1,
             software: "test".into(),
@@ -63,8 +72,8 @@ impl Node {
             invite,
             candidates: Vec::new(),
             instance: None,
-        };
-        self.say(&ClientMessage { hello: Some(hello), ..Default::default() });
+            known: None,
+        }
     }
 
     fn say(&self, message: &ClientMessage) {

@@ -29,7 +29,13 @@ pub struct IpArgs {
 /// # Errors
 /// When the daemon cannot be asked, or nobody has that name.
 pub fn run(args: &IpArgs) -> Done {
-    let status: Status = args.socket.ask(&Question::Status)?;
+    let mut status: Status = args.socket.ask(&Question::Status)?;
+    if let (Some(peer), Some(_)) = (&args.peer, status.nodes) {
+        // Of a large network the node knows only the peers that it uses: here is one more. One that
+        // does not exist is told of below.
+        let _: Result<(), Failure> = args.socket.ask(&Question::Find { peer: peer.clone() });
+        status = args.socket.ask(&Question::Status)?;
+    }
     let own = &status.own;
     let own = (&own.name, &own.id, own.ipv4, own.ipv6);
     let peers = status.peers.iter().map(|peer| (&peer.name, &peer.id, peer.ipv4, peer.ipv6));

@@ -23,7 +23,9 @@ use crate::config::{self, Wanted};
 use crate::daemon::server::{Options, Signals, StartError, start};
 use crate::io::files::FileError;
 use crate::io::local::LocalError;
+use crate::io::memory::keep_memory_private;
 use crate::io::service::reload::{Read, Reload};
+use crate::server::WHOLE_NETMAP_UP_TO;
 use crate::server::relay::limit::Limits;
 use crate::store::StoreError;
 use crate::wire::join::ServerAddr;
@@ -193,6 +195,7 @@ fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {
     let read = move || options(&args, &paths);
     let options = read()?;
     crate::telemetry::start();
+    keep_memory_private();
     let read = Box::new(move || read().map_err(|failure| failure.to_string()));
     runtime::on_all_cores()?.block_on(serve(options, read))
 }
@@ -216,6 +219,7 @@ fn options(args: &ServerArgs, paths: &Paths) -> Result<Options, Failure> {
         network: config.network,
         network_ipv6: config.network_ipv6,
         metrics: config.metrics,
+        whole_netmap_up_to: config.whole_netmap_up_to.unwrap_or(WHOLE_NETMAP_UP_TO),
     })
 }
 
@@ -319,7 +323,7 @@ fn file_help(error: &FileError) -> String {
                                      or choose another --state-dir"
             .into(),
         FileError::TooOpen { path, .. } => format!("sudo chmod 600 {}", path.display()),
-        FileError::TooLarge { path } => {
+        FileError::TooLarge { path, .. } => {
             format!("restore {} from a backup; it was not changed", path.display())
         }
         FileError::Io { .. } => "run it with sudo, or choose another place with --state-dir".into(),

@@ -62,7 +62,14 @@ fn text(status: &Status) -> String {
         String::new(),
     ];
     lines.splice(2..2, own.warnings.iter().map(|warning| format!("warning: {warning}")));
-    if status.peers.is_empty() {
+    if let Some(nodes) = status.nodes {
+        let known = status.peers.len();
+        lines.push(format!(
+            "# {known} of the network's {nodes} nodes: those that this one talks to; any other is \
+             found when it is first used"
+        ));
+    }
+    if status.peers.is_empty() && status.nodes.is_none() {
         lines.push(
             "no other node yet; on the server: overlay server invite, here or elsewhere: \
              overlay up JOINLINE"

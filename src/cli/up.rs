@@ -1,7 +1,7 @@
 //! `overlay up`: runs a node in the foreground; systemd starts the same.
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -18,6 +18,7 @@ use crate::daemon::node::{
 use crate::io::files::FileError;
 use crate::io::link::ConnectError;
 use crate::io::local::LocalError;
+use crate::io::memory::keep_memory_private;
 use crate::io::tun::{TunError, check_name};
 use crate::node::{Node, NodeSettings};
 use crate::telemetry;
@@ -26,14 +27,10 @@ use crate::wire::control::RefusedCode;
 use crate::wire::join::{JoinError, JoinLine};
 
 const DEFAULT_INTERFACE: &str = "overlay0";
-/// The IPv6 minimum; fits every path with all headers on top.
 /// A node key is renewed after so many days, unless the file says otherwise.
-const ROTATE_DAYS: u16 = 30;
-const REKEY_RANGE: &str = "it has to be 5 to 120: a new key each so many seconds";
+const ROTATE_DAYS: u32 = 30;
 /// What RFC 6886 section 3.3 recommends.
 const DEFAULT_LEASE: Duration = Duration::from_secs(7200);
-const LEASE_RANGE: &str =
-    "it has to be 20 to 86400: a shorter lease could end before it is renewed";
 /// More than any join line has, in bytes.
 const LONGEST_INPUT: u64 = 64 * 1024;
 /// How a machine gets in.
@@ -96,6 +93,7 @@ pub fn run(args: UpArgs) -> Done {
     let read = Box::new(move || options(again.clone()).map_err(|failure| failure.to_string()));
     let options = options(args)?;
     telemetry::start();
+    keep_memory_private();
     let enrol_only = options.enrol_only;
     let end = runtime::on_this_thread()?
         .block_on(Box::pin(run_node(options, read, move |node| ready(node, enrol_only))));
@@ -143,29 +141,13 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
     let file: NodeConfig =
         config::load_file(&path, wanted).map_err(|error| config_command::failure(&error))?;
     let defaults = NodeSettings::default();
-    let rekey_after = match file.rekey_after_s {
-        None => defaults.rekey_after,
-        Some(seconds @ 5..=120) => Duration::from_secs(u64::from(seconds)),
-        Some(seconds) => {
-            return Err(unusable(&path, format!("rekey-after-s = {seconds}"), REKEY_RANGE));
-        }
-    };
+    let seconds = |number: u32| Duration::from_secs(u64::from(number));
+    let rekey_after = file.rekey_after_s.map_or(defaults.rekey_after, seconds);
     let rotate_key_after = match file.rotate_key_after_d.unwrap_or(ROTATE_DAYS) {
         0 => None,
-        days @ 1..=3650 => Some(Duration::from_secs(u64::from(days) * 86_400)),
-        days => {
-            let setting = format!("rotate-key-after-d = {days}");
-            return Err(unusable(&path, setting, "it is a number of days up to 3650; 0 is never"));
-        }
+        days => Some(seconds(days * 86_400)),
     };
-    let port_mapping = match file.port_mapping_lease_s {
-        None => DEFAULT_LEASE,
-        Some(seconds @ 20..=86_400) => Duration::from_secs(u64::from(seconds)),
-        Some(seconds) => {
-            let setting = format!("port-mapping-lease-s = {seconds}");
-            return Err(unusable(&path, setting, LEASE_RANGE));
-        }
-    };
+    let port_mapping = file.port_mapping_lease_s.map_or(DEFAULT_LEASE, seconds);
     let mtu = args.mtu.or(file.mtu).and_then(MtuSetting::bytes);
     let interface = args.interface.or(file.interface).unwrap_or_else(|| DEFAULT_INTERFACE.into());
     check_name(&interface).map_err(|error| {
@@ -200,12 +182,6 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         rotate_key_after,
         enrol_only: args.enrol_only,
     })
-}
-
-fn unusable(file: &Path, setting: String, range: &str) -> Failure {
-    let error = format!("the setting {setting} cannot be used");
-    Failure::new(error, range, format!("edit {}, then: sudo overlay up", file.display()))
-        .code(USAGE)
 }
 
 /// The start of a file: a wrong one may be of any size, or without end.
@@ -269,6 +245,12 @@ fn failure(error: &StartError) -> Failure {
         ),
         StartError::Connect(error) => connect_failure(error),
         StartError::Refused { code, message } => refused(*code, message),
+        StartError::Expired { .. } => Failure::new(
+            error,
+            "the administrator of the network gave it an end",
+            "with more time it is let in, on the server: overlay server expire NODE --in 180d \
+             (NODE is in overlay server nodes)",
+        ),
         StartError::NoAnswer => Failure::new(NOT_LET_IN, error, SERVER_LOG),
         StartError::PortTaken { port } => Failure::new(
             error,

@@ -74,7 +74,7 @@ pub fn load_file<T: DeserializeOwned + Default>(
     path: &Path,
     wanted: Wanted,
 ) -> Result<T, ConfigError> {
-    match files::read(path)? {
+    match files::read_text(path)? {
         Some(bytes) => load(path, &String::from_utf8_lossy(&bytes)),
         None if wanted == Wanted::IfThere => Ok(T::default()),
         None => Err(ConfigError::Missing { path: path.to_path_buf() }),

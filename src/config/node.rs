@@ -1,11 +1,13 @@
 //! `node.toml`.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer};
 
 use crate::io::metrics::LoopbackAddr;
+use crate::io::tun::check_name;
 use crate::types::NodeName;
 
 /// What can be set in `node.toml`. Every key is optional; flags and variables win over it.
@@ -19,20 +21,24 @@ pub struct NodeConfig {
     /// The local socket.
     pub socket: Option<PathBuf>,
     /// The name of the TUN interface. Default: `overlay0`.
+    #[serde(deserialize_with = "interface")]
     pub interface: Option<String>,
     /// UDP port. Default: a random one, kept for the next start; 0 is a new one each start.
     pub listen_port: Option<u16>,
     /// The largest MTU that is used, in bytes, or `"auto"`. Default: auto.
     pub mtu: Option<MtuSetting>,
     /// Renew WireGuard keys after so many seconds, 5 to 120. Default: 120.
-    pub rekey_after_s: Option<u16>,
-    /// Renew the node key after so many days; 0 is never. Default: 30.
-    pub rotate_key_after_d: Option<u16>,
+    #[serde(deserialize_with = "rekey_after")]
+    pub rekey_after_s: Option<u32>,
+    /// Renew the node key after so many days, up to 3650; 0 is never. Default: 30.
+    #[serde(deserialize_with = "rotate_key_after")]
+    pub rotate_key_after_d: Option<u32>,
     /// Make paths before they are used in networks of up to so many peers. Default: 64.
     pub eager_peers: Option<u16>,
     /// Ask the router to forward a port, by UPnP, NAT-PMP or PCP. Default: true.
     pub port_mapping: Option<bool>,
     /// The lease to ask for, in seconds, 20 to 86400. Default: 7200.
+    #[serde(deserialize_with = "lease")]
     pub port_mapping_lease_s: Option<u32>,
     /// Look for a path between hard NATs by chance when nothing else has led to one. Default: true.
     pub birthday_probing: Option<bool>,
@@ -56,7 +62,7 @@ pub enum MtuSetting {
 }
 
 /// The MTUs that an interface can have: IPv6 wants the lower one, jumbo frames end at the upper one.
-const MTU_RANGE: std::ops::RangeInclusive<u16> = 1_280..=9_000;
+const MTU_RANGE: RangeInclusive<u16> = 1_280..=9_000;
 
 /// Not an MTU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -108,6 +114,39 @@ impl<'de> Deserialize<'de> for MtuSetting {
     }
 }
 
+/// A name that Linux takes.
+fn interface<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    check_name(&name).map_err(serde::de::Error::custom)?;
+    Ok(Some(name))
+}
+
+fn rekey_after<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    number(deserializer, 5..=120, "a new key each so many seconds")
+}
+
+fn rotate_key_after<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    number(deserializer, 0..=3650, "so many days, and 0 is never")
+}
+
+fn lease<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    number(deserializer, 20..=86_400, "a shorter lease could end before it is renewed")
+}
+
+fn number<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    range: RangeInclusive<u32>,
+    why: &str,
+) -> Result<Option<u32>, D::Error> {
+    let number = u32::deserialize(deserializer)?;
+    if range.contains(&number) {
+        return Ok(Some(number));
+    }
+    let (least, most) = range.into_inner();
+    let text = format!("{number} is not a number from {least} to {most}: {why}");
+    Err(serde::de::Error::custom(text))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,6 +191,30 @@ mod tests {
         assert!(birthday_probing.is_some() && metrics.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
     }
+
+    #[test]
+    fn what_is_out_of_its_range_is_pointed_at() {
+        let said = |text: &str| {
+            let loaded = crate::config::load::<NodeConfig>(Path::new("node.toml"), text);
+            loaded.map_or_else(|error| error.to_string(), |_| "good".into())
+        };
+        for good in ["5", "120"] {
+            assert_eq!(said(&format!("rekey-after-s = {good}")), "good");
+        }
+        for bad in ["4", "121", "-1", "0", "\"9\""] {
+            let said = said(&format!("\nrekey-after-s = {bad}"));
+            assert!(said.starts_with("node.toml:2:17: "), "{said}");
+        }
+        for (good, bad) in [("20", "19"), ("86400", "86401")] {
+            assert_eq!(said(&format!("port-mapping-lease-s = {good}")), "good");
+            let said = said(&format!("port-mapping-lease-s = {bad}"));
+            assert!(said.starts_with("node.toml:1:24: ") && said.contains("from 20 to"), "{said}");
+        }
+        assert_eq!(said("interface = \"lan7\""), "good");
+        let said = said("interface = \"a b\"");
+        assert!(said.starts_with("node.toml:1:13: ") && said.contains("interface name"), "{said}");
+    }
+
     #[test]
     fn an_mtu_is_a_number_in_range_or_the_word() {
         let file = |text: &str| {

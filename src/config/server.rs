@@ -28,6 +28,9 @@ pub struct ServerConfig {
     pub network_ipv6: Option<Ipv6Net>,
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
+    /// In a network of up to so many nodes each is told of every other, in a larger one of the
+    /// peers that it uses. Default: [`crate::server::WHOLE_NETMAP_UP_TO`].
+    pub whole_netmap_up_to: Option<usize>,
     /// Megabits in a second that the relay carries for one node. Default: 10,000.
     pub relay_node_mbit: Option<NonZeroU32>,
     /// Datagrams in a second that the relay carries for one node. Default: 2,000,000.
@@ -66,6 +69,7 @@ mod tests {
         assert!(config.state_dir.is_some() && config.socket.is_some());
         assert!(config.network.is_some() && config.network_ipv6.is_some());
         assert!(config.metrics.is_some());
+        assert_eq!(config.whole_netmap_up_to, Some(crate::server::WHOLE_NETMAP_UP_TO));
         assert!(config.relay_node_mbit.is_some() && config.relay_node_packets.is_some());
         assert!(config.relay_network_mbit.is_some() && config.relay_network_packets.is_some());
     }

@@ -74,6 +74,8 @@ pub struct Options {
     pub network_ipv6: Option<Ipv6Net>,
     /// Where Prometheus may ask; none for nowhere.
     pub metrics: Option<LoopbackAddr>,
+    /// In a network of up to so many nodes each is told of every other.
+    pub whole_netmap_up_to: usize,
     /// How much the relay carries.
     pub relay_limits: Limits,
 }
@@ -209,7 +211,11 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let advertised =
         Advertised::new(&options.public_addr, &bound, state.records.network.record.range);
     let addresses = advertised.look();
-    let settings = Settings { server_key: state.key.public(), addresses: addresses.clone() };
+    let settings = Settings {
+        server_key: state.key.public(),
+        addresses: addresses.clone(),
+        whole_netmap_up_to: options.whole_netmap_up_to,
+    };
     let (now, wall) = (crate::io::clock::now(), crate::io::clock::unix_seconds());
     let server = Server::new(settings, state.records, state.seed, now, wall);
     let range = server.network().range;
@@ -361,6 +367,7 @@ impl RunningServer {
             ("socket", new.socket != old.socket),
             ("network", new.network != old.network),
             ("network-ipv6", new.network_ipv6 != old.network_ipv6),
+            ("whole-netmap-up-to", new.whole_netmap_up_to != old.whole_netmap_up_to),
         ]);
         if new.public_addr != old.public_addr {
             old.public_addr.clone_from(&new.public_addr);

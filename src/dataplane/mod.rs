@@ -85,6 +85,8 @@ pub enum Note {
         /// The message.
         datagram: Vec<u8>,
     },
+    /// A packet to an address whose owner the server may know; it waits.
+    PeerWanted(Vec<u8>),
     /// There are packets for this peer and no session or no path.
     SessionWanted(NodeId),
     /// An answer to the sender of a packet that cannot go on as it is, for the TUN interface.
@@ -131,6 +133,8 @@ pub struct Shared {
     unknown_noted: AtomicU64,
     /// Stamp of the last answer to a packet that goes nowhere.
     unroutable_answered: AtomicU64,
+    /// How many packets to unknown peers may still wait in this time slot, and which slot that is.
+    wanted_slot: AtomicU64,
     gate: Gate,
 }
 
@@ -147,6 +151,7 @@ impl Shared {
             base,
             unknown_noted: AtomicU64::new(0),
             unroutable_answered: AtomicU64::new(0),
+            wanted_slot: AtomicU64::new(0),
             gate: Gate::new(keys),
         })
     }
@@ -208,6 +213,16 @@ impl Shared {
         spaced(&self.unroutable_answered, self.stamp(now), UNROUTABLE_SPACING_MS)
     }
 
+    /// Whether one more packet to an unknown peer may wait for it: so many in each slot, as a program
+    /// that sends to nobody for ever must not keep the control plane busy.
+    fn may_want_peer(&self, now: Instant) -> bool {
+        let slot = self.stamp(now) / WANTED_SLOT_MS;
+        let before = self.wanted_slot.load(Ordering::Relaxed);
+        let used = if before >> 16 == slot { before & 0xffff } else { 0 };
+        self.wanted_slot.store(slot << 16 | (used + 1).min(0xffff), Ordering::Relaxed);
+        used < WANTED_PER_SLOT
+    }
+
     /// The instant of a stamp; zero is never.
     #[must_use]
     pub fn unstamp(&self, stamp: u64) -> Option<Instant> {
@@ -229,6 +244,10 @@ fn spaced(last: &AtomicU64, stamp: u64, spacing_ms: u64) -> bool {
 const UNKNOWN_SPACING_MS: u64 = 100;
 /// Answers to packets that go nowhere: as many as a program that tries addresses can wait for.
 const UNROUTABLE_SPACING_MS: u64 = 20;
+/// Length of a slot of [`Shared::may_want_peer`].
+const WANTED_SLOT_MS: u64 = 100;
+/// Packets in one slot: the first ones to some dozens of peers at once.
+const WANTED_PER_SLOT: u64 = 64;
 
 #[cfg(test)]
 mod tests;

@@ -37,9 +37,24 @@ pub fn outbound<'p>(
             }
             train.send(&packet[..len], out)
         });
-        if let Err(reason) = sent.and_then(|sent| sent) {
-            shared.drops().count(reason);
+        match sent {
+            Ok(Ok(())) => {}
+            Ok(Err(reason)) | Err(Stop::Drop(reason)) => shared.drops().count(reason),
+            Err(Stop::Wait) => notes.push(Note::PeerWanted(packet.to_vec())),
         }
+    }
+}
+
+/// Why a packet does not go on.
+enum Stop {
+    Drop(DropReason),
+    /// The server may know whose address it is for.
+    Wait,
+}
+
+impl From<DropReason> for Stop {
+    fn from(reason: DropReason) -> Self {
+        Self::Drop(reason)
     }
 }
 
@@ -54,9 +69,25 @@ pub fn outbound_frame(
     out: &mut UdpBatch,
     notes: &mut Vec<Note>,
 ) {
-    if let Err(reason) = outbound_segments(shared, table, frame, now, out, notes) {
+    let sent = match outbound_segments(shared, table, frame, now, out, notes) {
+        Err(Stop::Wait) => keep_segments(frame, notes),
+        Err(Stop::Drop(reason)) => Err(reason),
+        Ok(()) => Ok(()),
+    };
+    if let Err(reason) = sent {
         shared.drops().count(reason);
     }
+}
+
+/// Has what is in the frame wait for its peer.
+fn keep_segments(frame: &mut [u8], notes: &mut Vec<Note>) -> Result<(), DropReason> {
+    let (header, packet) = FrameHeader::parse(frame).map_err(|_| DropReason::BadInnerPacket)?;
+    let len = IpView::parse(packet).map_err(|_| DropReason::BadInnerPacket)?.len;
+    let mut segments = Segments::new(&header, &mut packet[..len])?;
+    while let Some(segment) = segments.next_segment() {
+        notes.push(Note::PeerWanted(segment.to_vec()));
+    }
+    Ok(())
 }
 
 fn outbound_segments(
@@ -66,7 +97,7 @@ fn outbound_segments(
     now: Instant,
     out: &mut UdpBatch,
     notes: &mut Vec<Note>,
-) -> Result<(), DropReason> {
+) -> Result<(), Stop> {
     let (header, packet) = FrameHeader::parse(frame).map_err(|_| DropReason::BadInnerPacket)?;
     let (mut train, len) = Train::route(shared, table, packet, now, notes)?;
     let longest = header.segmentation.map_or(len, |cut| len.min(cut.longest(&packet[..len])));
@@ -113,17 +144,21 @@ impl<'t> Train<'t> {
         packet: &[u8],
         now: Instant,
         notes: &'t mut Vec<Note>,
-    ) -> Result<(Self, usize), DropReason> {
-        let view = IpView::parse(packet).map_err(|_| DropReason::BadInnerPacket)?;
+    ) -> Result<(Self, usize), Stop> {
+        let view = IpView::parse(packet).map_err(|_| Stop::Drop(DropReason::BadInnerPacket))?;
         if is_multicast(view.dst) {
-            return Err(DropReason::Multicast);
+            return Err(Stop::Drop(DropReason::Multicast));
         }
         let Some(peer) = table.route(view.dst) else {
+            if table.may_be_elsewhere(view.dst) {
+                let may = shared.may_want_peer(now);
+                return Err(if may { Stop::Wait } else { Stop::Drop(DropReason::QueueFull) });
+            }
             if shared.may_answer_unroutable(now) {
                 let answer = icmp::answer(packet, view.dst, Trouble::HostUnreachable);
                 notes.extend(answer.map(Note::Answer));
             }
-            return Err(DropReason::NoRoute);
+            return Err(Stop::Drop(DropReason::NoRoute));
         };
         let stamp = shared.stamp(now);
         let before = peer.counters.last_sent.swap(stamp, Ordering::Relaxed);

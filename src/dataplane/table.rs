@@ -10,7 +10,7 @@ use prefix_trie::PrefixMap;
 use super::Peer;
 use super::sessions::SLOT_BITS;
 use crate::policy::Filter;
-use crate::types::{NodeId, OverlayAddrs};
+use crate::types::{NodeId, OverlayAddrs, OverlayRange};
 use crate::wire::disco::Tag;
 
 /// Immutable once published; the control plane makes a new one for each change of the netmap.
@@ -22,6 +22,8 @@ pub struct ForwardingTable {
     pub relay: Option<SocketAddr>,
     /// What is let in; none when everything is.
     pub filter: Option<Arc<Filter>>,
+    /// The overlay's range, when peers may be in it that are not in the table.
+    pub part_of: Option<OverlayRange>,
     /// Whole prefixes; single addresses are in `hosts`.
     routes_v4: PrefixMap<Ipv4Net, Arc<Peer>>,
     routes_v6: PrefixMap<Ipv6Net, Arc<Peer>>,
@@ -78,6 +80,13 @@ impl ForwardingTable {
             IpAddr::V4(dst) => self.routes_v4.get_lpm(&Ipv4Net::from(dst)).map(|(_, peer)| peer),
             IpAddr::V6(dst) => self.routes_v6.get_lpm(&Ipv6Net::from(dst)).map(|(_, peer)| peer),
         }
+    }
+
+    /// Whether nobody in the table has this address, but somebody in the network may.
+    #[must_use]
+    pub fn may_be_elsewhere(&self, dst: IpAddr) -> bool {
+        let own = self.own.is_some_and(|own| own.contains(dst));
+        !own && self.part_of.is_some_and(|range| range.host_of(dst).is_some())
     }
 
     /// The peer whose session has this receiver index: the upper 22 bits are ours per peer, two

@@ -16,6 +16,8 @@ use crate::types::{DropReason, NodeId, OverlayAddrs, OverlayRange, SecretKey};
 use crate::wire::filter::{KIND_UDP, WireFilter, WireRule};
 use crate::wire::relay;
 
+mod hostile;
+
 const RELAY: &str = "203.0.113.1:41820";
 
 struct Side {

@@ -16,6 +16,8 @@ use zeroize::Zeroizing;
 pub const SECRET_MODE: u32 = 0o600;
 /// No file of ours is larger; a larger one is not ours.
 const MAX_FILE_BYTES: u64 = 64 << 20;
+/// Nobody writes more than this by hand.
+const MAX_TEXT_BYTES: u64 = 1 << 20;
 const LOCK_FILE: &str = "lock";
 
 /// Why a state file is of no use.
@@ -40,10 +42,12 @@ pub enum FileError {
         mode: u32,
     },
     /// Not one of ours.
-    #[error("{} is too large to be a state file", path.display())]
+    #[error("{} is too large: more than {limit} bytes", path.display())]
     TooLarge {
         /// Which file.
         path: PathBuf,
+        /// The most that is read.
+        limit: u64,
     },
     /// Another process uses the directory.
     #[error("another process uses the state directory {}", path.display())]
@@ -148,7 +152,15 @@ fn leave_to_owner_of(directory: &Path, file: &File) {
 /// # Errors
 /// When it exists and cannot be read.
 pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
-    Ok(open(path)?.map(|content| content.bytes.to_vec()))
+    Ok(open(path, MAX_FILE_BYTES)?.map(|content| content.bytes.to_vec()))
+}
+
+/// The content of a file that a person has written, or `None` when there is no such file.
+///
+/// # Errors
+/// When it exists and cannot be read, or has more than a mebibyte: another file, or a device.
+pub fn read_text(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
+    Ok(open(path, MAX_TEXT_BYTES)?.map(|content| content.bytes.to_vec()))
 }
 
 /// The content of a file that only its owner may read, or `None` when there is no such file.
@@ -156,7 +168,7 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
 /// # Errors
 /// When it exists and cannot be read, or others can read it.
 pub fn read_secret(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, FileError> {
-    let Some(Content { bytes, mode }) = open(path)? else {
+    let Some(Content { bytes, mode }) = open(path, MAX_FILE_BYTES)? else {
         return Ok(None);
     };
     if mode & 0o077 != 0 {
@@ -170,18 +182,23 @@ struct Content {
     mode: u32,
 }
 
-fn open(path: &Path) -> Result<Option<Content>, FileError> {
+fn open(path: &Path, limit: u64) -> Result<Option<Content>, FileError> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(FileError::io("read", path)(error)),
     };
     let metadata = file.metadata().map_err(FileError::io("read", path))?;
-    if metadata.len() > MAX_FILE_BYTES {
-        return Err(FileError::TooLarge { path: path.to_path_buf() });
+    let too_large = || FileError::TooLarge { path: path.to_path_buf(), limit };
+    if metadata.len() > limit {
+        return Err(too_large());
     }
     let mut bytes = Zeroizing::new(Vec::new());
-    file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(FileError::io("read", path))?;
+    // A device says that it has none, and may have them without end.
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(FileError::io("read", path))?;
+    if bytes.len() as u64 > limit {
+        return Err(too_large());
+    }
     Ok(Some(Content { bytes, mode: metadata.permissions().mode() & 0o777 }))
 }
 

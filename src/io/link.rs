@@ -4,6 +4,7 @@
 //! [`Link`]. A link carries control messages and, for nodes without UDP, relay datagrams. It knows
 //! nothing of what the messages mean, and it never reconnects: that is its owner's decision.
 
+mod backoff;
 mod connect;
 mod noise;
 mod outbox;
@@ -19,7 +20,8 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::task::JoinHandle;
 
-pub use connect::{ConnectError, connect};
+pub use backoff::Backoff;
+pub use connect::{ConnectError, connect, connect_over};
 pub(crate) use noise::{Answered, Responder};
 pub use outbox::LinkSender;
 

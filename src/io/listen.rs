@@ -3,6 +3,7 @@
 //! A stranger costs one small task and two Diffie-Hellman operations, and is shown nothing: no
 //! banner, no version, no page.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::convert::Infallible;
 use std::io;
@@ -31,7 +32,9 @@ pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Connections of one source (an IPv4 address or an IPv6 /64) that have not yet proved who they are.
 const STRANGERS_PER_SOURCE: usize = 64;
 /// Connections of all sources that have not yet proved who they are.
-const STRANGERS: usize = 1024;
+const STRANGERS: usize = 640;
+/// One that came this lately is about to prove itself, and makes no room for others of its source.
+const PROVING: Duration = Duration::from_millis(500);
 /// A source may open so many connections at once: a large network behind one address comes back.
 const CONNECTION_BURST: u32 = 1000;
 /// And one more after each of these.
@@ -92,33 +95,61 @@ pub struct Gate {
 #[derive(Debug, Default)]
 struct Strangers {
     /// Oldest first.
-    by_source: BTreeMap<IpAddr, VecDeque<(u64, Arc<Notify>)>>,
+    by_source: BTreeMap<IpAddr, VecDeque<Stranger>>,
     total: usize,
     next: u64,
     /// When all connections of a source would have come at the steady pace.
     paid_until: HashMap<IpAddr, Instant>,
 }
 
+#[derive(Debug)]
+struct Stranger {
+    number: u64,
+    since: Instant,
+    told: Arc<Notify>,
+}
+
 impl Strangers {
     /// The oldest connection of this source has to go.
     fn push_out(&mut self, source: IpAddr) {
-        let Some((_, told)) = self.by_source.get_mut(&source).and_then(VecDeque::pop_front) else {
+        let Some(oldest) = self.by_source.get_mut(&source).and_then(VecDeque::pop_front) else {
             return;
         };
-        told.notify_one();
+        oldest.told.notify_one();
         self.total -= 1;
         self.forget_if_empty(source);
+    }
+
+    /// Makes room for one more of `source`, if there is none; tells whether there is room now.
+    fn make_room(&mut self, source: IpAddr, now: Instant) -> bool {
+        let is_proving = |waiting: &VecDeque<Stranger>| {
+            waiting.front().is_some_and(|it| now.saturating_duration_since(it.since) < PROVING)
+        };
+        if let Some(own) = self.by_source.get(&source).filter(|it| it.len() >= STRANGERS_PER_SOURCE)
+        {
+            if is_proving(own) {
+                return false;
+            }
+            self.push_out(source);
+        } else if self.total >= STRANGERS {
+            // Of those that are there most, the one that has been for longest.
+            let rank = |waiting: &VecDeque<Stranger>| {
+                (waiting.len(), Reverse(waiting.front().map(|it| it.number)))
+            };
+            let most = self.by_source.iter().max_by_key(|(_, waiting)| rank(waiting));
+            let Some((most, waiting)) = most else { return false };
+            if waiting.len() == 1 && is_proving(waiting) {
+                return false;
+            }
+            self.push_out(*most);
+        }
+        true
     }
 
     fn forget_if_empty(&mut self, source: IpAddr) {
         if self.by_source.get(&source).is_some_and(VecDeque::is_empty) {
             self.by_source.remove(&source);
         }
-    }
-
-    fn most_present(&self) -> Option<IpAddr> {
-        let most = self.by_source.iter().max_by_key(|(_, waiting)| waiting.len());
-        most.map(|(source, _)| *source)
     }
 
     /// Whether a source may connect again already: each connection may cost two Diffie-Hellman
@@ -144,24 +175,22 @@ impl Strangers {
 }
 
 impl Gate {
-    /// Lets a connection from `remote` in, unless that source has had too many lately.
+    /// Lets a connection from `remote` in, unless that source has had too many lately, or all that
+    /// are there have come just now.
     pub fn admit(self: &Arc<Self>, remote: IpAddr, now: Instant) -> Option<Admission> {
         let source = source_of(remote);
         let mut strangers = self.lock();
         if !strangers.is_in_time(source, now) {
             return None;
         }
-        if strangers.by_source.get(&source).is_some_and(|all| all.len() >= STRANGERS_PER_SOURCE) {
-            strangers.push_out(source);
-        } else if strangers.total >= STRANGERS
-            && let Some(source) = strangers.most_present()
-        {
-            strangers.push_out(source);
+        if !strangers.make_room(source, now) {
+            return None;
         }
         let (number, told) = (strangers.next, Arc::new(Notify::new()));
         strangers.next += 1;
         strangers.total += 1;
-        strangers.by_source.entry(source).or_default().push_back((number, Arc::clone(&told)));
+        let stranger = Stranger { number, since: now, told: Arc::clone(&told) };
+        strangers.by_source.entry(source).or_default().push_back(stranger);
         drop(strangers);
         Some(Admission { gate: Arc::clone(self), source, number, told })
     }
@@ -193,7 +222,7 @@ impl Drop for Admission {
         let mut strangers = self.gate.lock();
         let Some(waiting) = strangers.by_source.get_mut(&self.source) else { return };
         let before = waiting.len();
-        waiting.retain(|(number, _)| *number != self.number);
+        waiting.retain(|stranger| stranger.number != self.number);
         let gone = before - waiting.len();
         strangers.total -= gone;
         strangers.forget_if_empty(self.source);
@@ -300,18 +329,21 @@ mod tests {
     fn is_pushed_out(admission: &Admission) -> bool {
         let strangers = admission.gate.lock();
         let waiting = strangers.by_source.get(&admission.source);
-        !waiting.is_some_and(|all| all.iter().any(|(number, _)| *number == admission.number))
+        !waiting.is_some_and(|all| all.iter().any(|it| it.number == admission.number))
     }
 
     #[test]
     fn strangers_are_counted_by_source_and_forgotten_when_they_leave() {
         let gate = Arc::new(Gate::default());
-        let admit = |ip: &str| gate.admit(ip.parse().unwrap(), epoch()).expect("a place");
-        let mut inside: Vec<_> =
-            (0..STRANGERS_PER_SOURCE).map(|_| admit("2001:db8:1:2::1")).collect();
-        let elsewhere = admit("192.0.2.1");
-        assert!(!inside.iter().any(is_pushed_out));
-        inside.push(admit("2001:db8:1:2:ffff::9"));
+        let admit = |ip: &str, now| gate.admit(ip.parse().unwrap(), now);
+        let mut inside: Vec<_> = (0..STRANGERS_PER_SOURCE)
+            .map(|_| admit("2001:db8:1:2::1", epoch()).expect("a free place"))
+            .collect();
+        let neighbour = "2001:db8:1:2:ffff::9";
+        assert!(admit(neighbour, epoch()).is_none(), "the same /64 is the same source");
+        let elsewhere = admit("192.0.2.1", epoch());
+        assert!(elsewhere.is_some() && !inside.iter().any(is_pushed_out));
+        inside.push(admit(neighbour, epoch() + PROVING).expect("the oldest makes room"));
         let out: Vec<bool> = inside.iter().map(is_pushed_out).collect();
         assert!(out[0] && !out[1..].contains(&true), "the oldest of the same /64: {out:?}");
         inside.clear();

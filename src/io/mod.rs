@@ -5,6 +5,7 @@ pub mod files;
 pub mod link;
 pub mod listen;
 pub mod local;
+pub mod memory;
 pub mod metrics;
 pub mod opener;
 pub mod os;

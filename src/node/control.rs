@@ -27,6 +27,7 @@ impl Node {
                 invite,
                 candidates: self.announced.iter().map(|candidate| (*candidate).into()).collect(),
                 instance: Some(self.instance),
+                known: Some(self.netmap.peers.keys().map(|id| id.number()).collect()),
             }),
             ..ClientMessage::default()
         }
@@ -45,6 +46,12 @@ impl Node {
         }
         if let Some(key) = message.node_key {
             self.handle_key_stored(PublicKey(key), now);
+        }
+        if self.netmap.members.is_some() {
+            self.netmap.members = message.members.or(self.netmap.members);
+        }
+        for text in message.unknown.iter().flatten() {
+            self.handle_unknown_peer(text, now);
         }
         if let Some(rival) = message.rival {
             self.events.push_back(Event::Rival(rival));
@@ -81,10 +88,12 @@ impl Node {
         }
         self.publish();
         self.update_peers(now);
+        self.ask_again();
     }
 
     fn handle_update(&mut self, update: &NetmapUpdate, now: Instant) {
         let leaving = self.leaving(update, now);
+        let was_part = self.netmap.members.is_some();
         let diff = match self.netmap.apply(update) {
             Ok(diff) => diff,
             Err(error) => {
@@ -95,7 +104,7 @@ impl Node {
             }
         };
         self.note_removed(leaving);
-        for id in &diff.removed {
+        for id in diff.removed.iter().chain(&diff.forgotten) {
             self.drop_peer(*id);
         }
         for id in &diff.replaced {
@@ -111,14 +120,16 @@ impl Node {
             self.filter = Filter::new(&self.netmap.filter).map(Arc::new);
             self.events.push_back(Event::Rules);
         }
-        let others = [&diff.removed, &diff.replaced, &diff.rekeyed];
-        if diff.filter || others.into_iter().any(|ids| !ids.is_empty()) {
+        let others = [&diff.removed, &diff.forgotten, &diff.replaced, &diff.rekeyed];
+        let same_peers = others.into_iter().all(|ids| ids.is_empty());
+        if diff.filter || !same_peers || self.netmap.members.is_some() != was_part {
             self.publish();
         }
         self.look_at_expiry(now);
         for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
             self.update_peer(id, now);
         }
+        self.handle_found_peers(&diff.replaced, now);
         if update.from.is_none() || !update.removed.is_empty() || diff.filter {
             self.acknowledge();
         }

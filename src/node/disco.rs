@@ -1,5 +1,6 @@
 //! Probes in and out, and every other datagram that is not data.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Instant;
 
@@ -11,6 +12,28 @@ use crate::path::{SEAL_OVERHEAD, Via};
 use crate::types::{DropReason, NodeId, TxId};
 use crate::wire::PacketKind;
 use crate::wire::disco::{self, Message};
+
+/// The last pings of one peer, and the ways by which they came first. Who has recorded some must not
+/// have us answer them again to whatever address they seem to come from; what the network has doubled
+/// comes by the same way.
+#[derive(Debug, Default)]
+pub(super) struct RecentPings(VecDeque<(TxId, Via)>);
+
+impl RecentPings {
+    fn may_answer(&mut self, tx: TxId, via: Via) -> bool {
+        if let Some((_, first)) = self.0.iter().find(|(seen, _)| *seen == tx) {
+            return *first == via;
+        }
+        if self.0.len() >= RECENT_PINGS {
+            self.0.pop_front();
+        }
+        self.0.push_back((tx, via));
+        true
+    }
+}
+
+/// Some minutes of an honest peer's pings.
+const RECENT_PINGS: usize = 256;
 
 impl Node {
     /// Takes a datagram that the data plane did not decide.
@@ -46,6 +69,9 @@ impl Node {
         };
         if let Err(reason) = handled {
             self.shared.drops().count(reason);
+            if let Some(id) = relayed.filter(|id| !self.peers.contains_key(id)) {
+                self.handle_stranger(id, now);
+            }
         }
     }
 
@@ -67,7 +93,12 @@ impl Node {
         self.note_heard_under(id, own, now);
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadDisco)?;
         match message {
-            Message::Ping { tx, padding: _ } => peer.agent.handle_ping(tx, via, now),
+            Message::Ping { tx, padding: _ } => {
+                if !peer.pings.may_answer(tx, via) {
+                    return Err(DropReason::Replayed);
+                }
+                peer.agent.handle_ping(tx, via, now);
+            }
             Message::Pong { tx, observed: _, arrived } => {
                 let answer = peer.agent.handle_pong(tx, via, arrived, now);
                 if let Some(answer) = answer {

@@ -168,8 +168,12 @@ impl Node {
     pub(super) fn note_use(&mut self, id: NodeId, now: Instant) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let before = peer.used_at.replace(now);
+        let let_go = peer.use_record.touch(now);
         if before.is_none_or(|at| now.saturating_duration_since(at) > TRAFFIC_TICK * 10) {
             self.update_peer(id, now);
+        }
+        if let_go {
+            self.ask_for(&id.to_string());
         }
     }
 

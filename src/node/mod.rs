@@ -18,6 +18,7 @@
 //! - `roam`: other addresses, other routes, and waking up
 //! - `netmap`: the network as the server described it, also on disk
 //! - `pace`: paths that nobody has asked for are made one after the other
+//! - `part`: peers of a large network, asked for when they are needed and let go of afterwards
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
 //! - `reach`: what programs are told that send to nobody
@@ -39,6 +40,7 @@ mod mapped;
 mod nat;
 mod netmap;
 mod pace;
+mod part;
 mod peer;
 mod predict;
 mod punch;
@@ -81,6 +83,7 @@ use keyring::OwnKeys;
 use mapped::Mapped;
 use nat::FilterTest;
 use pace::Pace;
+use part::Wanted;
 use peer::PeerControl;
 use predict::Prediction;
 use punch::Punching;
@@ -209,6 +212,7 @@ pub struct Node {
     relay: RelayClient,
     pace: Pace,
     calendar: Calendar,
+    wanted: Wanted,
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
     /// Where the server sees us, if that is no address of ours.
@@ -269,6 +273,7 @@ impl Node {
             relay: RelayClient::default(),
             pace: Pace::default(),
             calendar: Calendar::default(),
+            wanted: Wanted::default(),
             link_up: false,
             host_endpoints: Vec::new(),
             reflexive: None,
@@ -322,6 +327,7 @@ impl Node {
             Note::Control { source, relayed, datagram } => {
                 self.handle_datagram(source, relayed, &datagram, now);
             }
+            Note::PeerWanted(packet) => self.handle_peer_wanted(packet, now),
             Note::SessionWanted(peer) => self.handle_session_wanted(peer, now),
             Note::Active(peer) => self.handle_active(peer, now),
             Note::SessionConfirmed(peer) => self.handle_session_up(peer, now),

@@ -1,7 +1,7 @@
 //! The network as the server described it last. It is kept on disk, so that a node can start and
 //! find its peers while the server is away.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -67,6 +67,9 @@ pub struct Netmap {
     /// What the clocks showed when this was saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clocks: Option<Clocks>,
+    /// How many nodes the network has, when the server tells only of the peers that are used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub members: Option<u32>,
 }
 
 /// Two clocks at one moment, in Unix seconds.
@@ -89,6 +92,8 @@ pub struct NetmapDiff {
     pub changed: Vec<NodeId>,
     /// Gone.
     pub removed: Vec<NodeId>,
+    /// Still members, and not told of any more.
+    pub forgotten: Vec<NodeId>,
     /// Whether the access rules are others.
     pub filter: bool,
 }
@@ -147,10 +152,10 @@ impl Netmap {
         }
         let mut diff = NetmapDiff::default();
         let full = update.from.is_none();
-        let mut seen: Vec<NodeId> = Vec::with_capacity(update.peers.len());
+        let mut seen = BTreeSet::new();
         for peer in &update.peers {
             let Some((id, info)) = self.read_peer(peer) else { continue };
-            seen.push(id);
+            seen.insert(id);
             match self.peers.get_mut(&id) {
                 Some(old) if old.addrs == info.addrs => {
                     let info = PeerInfo { last_direct: old.last_direct, ..info };
@@ -177,6 +182,14 @@ impl Netmap {
             if self.peers.remove(&id).is_some() {
                 diff.removed.push(id);
             }
+        }
+        for id in update.forgotten.iter().flatten().filter_map(|id| NodeId::new(*id)) {
+            if self.peers.remove(&id).is_some() {
+                diff.forgotten.push(id);
+            }
+        }
+        if full || update.members.is_some() {
+            self.members = update.members;
         }
         if let (Some(identity), Some(name)) = (&mut self.identity, &update.own_name)
             && let Ok(name) = name.parse()

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
+use super::disco::RecentPings;
 use super::keyring::PeerKeys;
+use super::part::UseRecord;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
 use crate::dataplane::{ForwardingTable, Peer, SLOT_MASK, flush_pending, send_keepalive};
@@ -21,6 +23,8 @@ const IN_USE: Duration = Duration::from_secs(180);
 pub(super) struct PeerControl {
     pub(super) fast: Arc<Peer>,
     pub(super) agent: PathAgent,
+    /// What of its pings was answered lately.
+    pub(super) pings: RecentPings,
     pub(super) keys: PeerKeys,
     /// Somebody waits for a session with it.
     pub(super) session_wanted: bool,
@@ -32,6 +36,7 @@ pub(super) struct PeerControl {
     pub(super) insight: Insight,
     /// When packets have waited for a path for too long.
     pub(super) waiting_until: Option<Instant>,
+    pub(super) use_record: UseRecord,
 }
 
 impl Node {
@@ -76,12 +81,14 @@ impl Node {
         let peer = PeerControl {
             fast: Peer::new(id, info.addrs, index, session),
             agent,
+            pings: RecentPings::default(),
             keys,
             session_wanted: false,
             used_at: None,
             stale_at: None,
             insight: Insight::new(now),
             waiting_until: None,
+            use_record: UseRecord::new(now),
         };
         self.peers.insert(id, peer);
         self.index_keys(id);
@@ -104,6 +111,8 @@ impl Node {
         let own = self.netmap.identity.as_ref().map(|identity| identity.addrs);
         let mut table = ForwardingTable::new(own, self.relay.server());
         table.filter.clone_from(&self.filter);
+        let identity = self.netmap.identity.as_ref();
+        table.part_of = identity.filter(|_| self.netmap.members.is_some()).map(|own| own.range);
         for peer in self.peers.values() {
             table.insert(Arc::clone(&peer.fast));
             peer.keys.tags().for_each(|tag| table.expect_disco(tag, peer.fast.id));

@@ -37,6 +37,7 @@ impl Node {
         self.handle_waiting_timeout(now);
         self.handle_keys_timeout(now);
         self.handle_expiry_timeout(now);
+        self.handle_wanted_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
             .peers
@@ -84,9 +85,10 @@ impl Node {
             soonest.add(peer.waiting_until, "packets wait for a path");
             soonest.add(peer.keys.next_at(), "a peer's old key");
         }
+        soonest.add(self.wanted.next_at(), "peers of a large network");
         soonest.add(self.relay.next_at(), "relay bind");
         soonest.add(self.keys.next_at(), "our own keys");
-        soonest.add(self.calendar.next_at, "a membership ends");
+        soonest.add(self.calendar.next_at(), "a membership ends");
         soonest.add(self.sighting.next_at(), "where are we seen");
         soonest.add(self.pace.next_at(), "next peer that nobody asked for");
         soonest.add(self.prediction.next_at(), "look at the NAT's counter");

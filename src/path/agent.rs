@@ -26,6 +26,7 @@ use super::mtu::BASE_MTU;
 use super::probe::Prober;
 use super::quality::Delivery;
 use super::soonest::Soonest;
+use super::trickle::Trickle;
 use super::{Choice, Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
@@ -43,6 +44,8 @@ use proof::{Trial, Trust};
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
 /// A proved path is not checked again for this long when the peer pings it.
 const RECENT_PROOF: Duration = Duration::from_secs(5);
+/// Pings that come so close together are no keepalives.
+const HASTE: Duration = Duration::from_millis(150);
 /// Two pings to one endpoint are at least this far apart, whatever asks for them.
 const PING_SPACING: Duration = Duration::from_millis(20);
 
@@ -82,6 +85,7 @@ pub struct PathAgent {
     stuck_since: Option<Instant>,
     /// An extra socket by which the peer is tried, too.
     fresh: Option<SocketId>,
+    trickle: Trickle,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -119,6 +123,7 @@ impl PathAgent {
             keepalive_at: None,
             stuck_since: None,
             fresh: None,
+            trickle: Trickle::default(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -253,7 +258,9 @@ impl PathAgent {
 
     /// A ping of the peer arrived: answer it, and check the path from our side.
     pub fn handle_ping(&mut self, tx: TxId, via: Via, now: Instant) {
-        self.transmits.push_back(PathTransmit::Pong { via, tx });
+        if self.may_send(via, now) {
+            self.transmits.push_back(PathTransmit::Pong { via, tx });
+        }
         let (Some(place), Via::Direct { local, .. }) = (via.place(), via) else { return };
         // One side's keepalive serves both, as long as nothing is in doubt.
         let settled =
@@ -266,17 +273,23 @@ impl PathAgent {
             || recently(endpoint.prober.last_pong(), RECENT_PROOF)
             || recently(endpoint.prober.last_sent(), PING_SPACING);
         let reached_out = endpoint.prober.sent_pings() > 0;
+        // A peer that is content asks once in a while. One that does not hear our answers asks again
+        // and again, and its call may have been lost.
+        let hasty = recently(endpoint.pinged_at.replace(now), HASTE);
+        let doubtful = settled && hasty && !recently(endpoint.prober.last_pong(), RECENT_PROOF);
         if !checked {
             // The triggered check: the peer's NAT is open for us at this moment.
             endpoint.prober.start_round(now);
-            if endpoint.prober.take_due(now).is_some() {
+            if endpoint.prober.take_due(now).is_some() && self.may_send(via, now) {
                 self.ping(via, now);
             }
         }
         if reached_out {
             self.begin_early(place, now);
         }
-        if settled {
+        if doubtful {
+            self.verify(now);
+        } else if settled {
             self.postpone_keepalive(now);
         }
     }

@@ -37,6 +37,7 @@ pub mod side;
 mod soonest;
 #[cfg(test)]
 mod tests;
+mod trickle;
 pub mod verdict;
 
 pub use agent::{

@@ -294,6 +294,29 @@ fn a_path_comes_back_when_it_answers_again() {
 }
 
 #[test]
+fn a_peer_that_asks_again_and_again_does_not_hear_our_answers() {
+    let mut world = World::new([true, true]);
+    world.meet(Some(Via::RelayUdp));
+    world.run(Duration::from_secs(30));
+    let now = world.now;
+    let side = &mut world.sides[0];
+    let via = side.agent.choice().primary.expect("a direct path");
+    assert!(!via.is_relay());
+    side.agent.handle_ping(TxId([1; 12]), via, now);
+    let asked = |agent: &mut PathAgent| {
+        let sent: Vec<_> = std::iter::from_fn(|| agent.poll_transmit()).collect();
+        sent.iter().any(|it| matches!(it, PathTransmit::Ping { via: by, .. } if *by == via))
+    };
+    assert!(!asked(&mut side.agent), "a keepalive serves both sides");
+    side.agent.handle_ping(TxId([2; 12]), via, now + Duration::from_millis(40));
+    assert!(asked(&mut side.agent));
+    for ms in (50..1_200).step_by(10) {
+        side.agent.handle_timeout(now + Duration::from_millis(ms));
+    }
+    assert_eq!(side.agent.choice().primary, Some(Via::RelayUdp), "nothing gets through to it");
+}
+
+#[test]
 fn an_idle_direct_path_costs_one_small_packet_in_twenty_five_seconds() {
     let mut world = World::new([true, true]);
     world.meet(Some(Via::RelayUdp));
@@ -343,3 +366,48 @@ fn a_candidate_that_comes_late_is_probed_at_once() {
     world.run(Duration::from_millis(300));
     assert!(world.direct_after(0).is_some() && world.direct_after(1).is_some());
 }
+
+/// A peer that claims to be where somebody else is, in every way that it has: calls with other ports
+/// each time, candidates from the server, and pings with a forged source.
+#[test]
+fn who_is_named_by_a_lying_peer_hears_a_trickle() {
+    const SPAN: Duration = Duration::from_secs(60);
+    let victim = |port: u16| SocketAddr::from(([198, 51, 100, 7], port));
+    let claims = |port: u16, kind| -> Vec<Candidate> {
+        (0..24).map(|n| Candidate::new(victim(port.wrapping_add(n).max(1)), kind)).collect()
+    };
+    let start = epoch();
+    let mut agent = PathAgent::new([7; 32], start);
+    agent.set_relay(Some(Via::RelayUdp), start);
+    agent.set_wanted(true, start);
+    let (mut bytes, mut port, mut now) = (0, 1024u16, start);
+    while now < start + SPAN {
+        now += Duration::from_millis(10);
+        port = port.wrapping_add(24).max(1024);
+        agent.handle_call_me_maybe(u64::from(port), &claims(port, CandidateKind::Predicted), now);
+        agent.set_candidates(&claims(port, CandidateKind::Reflexive), now);
+        let mut tx = [0; 12];
+        tx[..2].copy_from_slice(&port.to_be_bytes());
+        agent.handle_ping(TxId(tx), Via::direct(victim(port)), now);
+        agent.handle_timeout(now);
+        while let Some(transmit) = agent.poll_transmit() {
+            bytes += match transmit {
+                PathTransmit::Ping { via: Via::Direct { .. }, .. } => PING_BYTES,
+                PathTransmit::Pong { via: Via::Direct { .. }, .. } => PONG_BYTES,
+                // These open our own NAT, and die before they get anywhere.
+                PathTransmit::Opener { .. } => 0,
+                PathTransmit::Sized { .. } => panic!("a large probe to nobody: {transmit:?}"),
+                _ => 0,
+            };
+        }
+        let choice = agent.choice();
+        assert_eq!((choice.primary, choice.duplicate), (Some(Via::RelayUdp), None), "no data");
+    }
+    let rate = bytes as f64 / SPAN.as_secs_f64();
+    assert!(rate <= 1000.0, "{rate:.0} bytes a second");
+    assert!(bytes > 0, "an address may be the right one");
+}
+
+/// Of sealed probes with their IPv4 and UDP headers.
+const PING_BYTES: usize = 65 + 28;
+const PONG_BYTES: usize = 95 + 28;

@@ -4,23 +4,26 @@
 //! sent to all; only a node that is in it itself gets its own copy without itself. So the work
 //! follows the change, not the network. Changes that come close together travel together: the
 //! first goes out at once, the next ones wait a little, longer in a larger network (up to
-//! [`GATHER`]), or a thousand nodes that reconnect would cost a million messages.
+//! [`GATHER`]), or a thousand nodes that reconnect would cost a million messages. A removal waits
+//! for nothing.
+//!
+//! In a network of more nodes than the settings say, a node is told of the peers that it uses only
+//! (`parts`), and so is everybody of it: a change goes to a few nodes and does not wait.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use minicbor::Encoder;
-
+use super::parts::Parts;
 use super::records::MemberRecord;
-use super::{Output, Server};
+use super::update::{Update, in_order};
+use super::{ConnectionId, Output, Server};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, NodeId, OverlayAddrs, usable_underlay,
 };
-use crate::wire::control::{WireCandidate, WirePeer};
+use crate::wire::control::{MAX_FIND, ServerMessage, WireCandidate, WirePeer};
 
-/// The least time between two deltas in the largest network: a removed node must be out everywhere
-/// within a second.
+/// The least time between two deltas to everybody in the largest network.
 const GATHER: Duration = Duration::from_millis(500);
 /// The same for each node that is online: a small network has no storms, only people who wait.
 const GATHER_PER_NODE: Duration = Duration::from_micros(500);
@@ -35,7 +38,12 @@ pub(super) enum Presence {
 /// What the nodes are told, and what they have not been told yet.
 #[derive(Debug)]
 pub(super) struct Distribution {
+    /// Of the newest message to anybody.
     epoch: u64,
+    /// Of the newest message to those who are told of everybody.
+    whole_epoch: u64,
+    /// Those who are not.
+    pub(super) parts: Parts,
     peers: BTreeMap<NodeId, Described>,
     changed: BTreeSet<NodeId>,
     removed: BTreeSet<NodeId>,
@@ -44,6 +52,8 @@ pub(super) struct Distribution {
     /// Whether access rules have to be compiled again for the nodes.
     rules_stale: bool,
     next_flush: Instant,
+    /// A time that is past.
+    origin: Instant,
 }
 
 #[derive(Debug)]
@@ -55,14 +65,18 @@ struct Described {
 impl Distribution {
     /// Epochs start at the time, so that they rise over a restart too.
     pub(super) fn new(now: Instant, wall: u64) -> Self {
+        let epoch = wall.saturating_mul(256);
         Self {
-            epoch: wall.saturating_mul(256),
+            epoch,
+            whole_epoch: epoch,
+            parts: Parts::new(now),
             peers: BTreeMap::new(),
             changed: BTreeSet::new(),
             removed: BTreeSet::new(),
             renamed: BTreeSet::new(),
             rules_stale: false,
             next_flush: now,
+            origin: now,
         }
     }
 
@@ -70,11 +84,17 @@ impl Distribution {
         self.epoch
     }
 
+    /// The last epoch that `node` was told.
+    pub(super) fn told_epoch(&self, node: NodeId) -> u64 {
+        self.parts.get(node).map_or(self.whole_epoch, |part| part.epoch)
+    }
+
     /// Takes a new or changed member.
     pub(super) fn put_member(&mut self, member: &MemberRecord, addresses: OverlayAddrs) {
         let known = self.peers.get(&member.id).map(|described| &described.peer);
         if known.is_some_and(|peer| peer.name != member.name.as_str()) {
             self.renamed.insert(member.id);
+            self.parts.note_renamed(member.id);
         }
         let peer = WirePeer {
             id: member.id.number(),
@@ -124,6 +144,7 @@ impl Distribution {
         self.peers.insert(node, Described { peer, encoded });
         self.changed.insert(node);
         self.removed.remove(&node);
+        self.parts.note_changed(node);
     }
 
     pub(super) fn remove(&mut self, node: NodeId) {
@@ -131,6 +152,7 @@ impl Distribution {
             self.changed.remove(&node);
             self.renamed.remove(&node);
             self.removed.insert(node);
+            self.parts.remove(node);
         }
     }
 
@@ -142,18 +164,29 @@ impl Distribution {
     /// The next delta says what has become of the access rules.
     pub(super) fn set_rules_stale(&mut self) {
         self.rules_stale = true;
+        self.parts.note_rules();
     }
 
-    /// The message with the whole netmap for `receiver`, which lets in what `filter` says.
+    /// The message with all that `receiver` is told of, who lets in what `filter` says.
     pub(super) fn full(&self, receiver: NodeId, filter: Option<&[u8]>) -> Vec<u8> {
-        let peers: Vec<&[u8]> = self
-            .peers
-            .iter()
-            .filter(|(node, _)| **node != receiver)
-            .map(|(_, described)| described.encoded.as_slice())
-            .collect();
-        let (removed, own_name) = (&BTreeSet::new(), None);
-        Update { from: None, to: self.epoch, peers, removed, own_name, filter }.encode()
+        let is_part = self.parts.contains(receiver);
+        let peers: Vec<&[u8]> = if is_part {
+            self.parts.peers(receiver).filter_map(|node| self.described(node)).collect()
+        } else {
+            let others = self.peers.iter().filter(|(node, _)| **node != receiver);
+            others.map(|(_, described)| described.encoded.as_slice()).collect()
+        };
+        let members = is_part.then(|| self.members());
+        let to = self.told_epoch(receiver);
+        Update { to, peers, filter, members, ..Update::default() }.encode()
+    }
+
+    pub(super) fn described(&self, node: NodeId) -> Option<&[u8]> {
+        Some(self.peers.get(&node)?.encoded.as_slice())
+    }
+
+    pub(super) fn members(&self) -> u32 {
+        u32::try_from(self.peers.len()).unwrap_or(u32::MAX)
     }
 
     /// Forgets what was not told: while nobody is online there is nobody to tell.
@@ -170,25 +203,74 @@ impl Distribution {
             && self.removed.is_empty()
             && self.renamed.is_empty()
             && !self.rules_stale;
-        (!nothing).then_some(self.next_flush)
+        if nothing {
+            return None;
+        }
+        // The one in whose part it is no more waits for nothing.
+        Some(if self.removed.is_empty() { self.next_flush } else { self.origin })
     }
 
-    /// The message from the last epoch to the new one, without `receiver` in it and with the
-    /// filter that is new for it.
-    fn delta(&self, receiver: Option<NodeId>, filter: Option<&[u8]>) -> Vec<u8> {
-        let described = |node: &NodeId| Some(self.peers.get(node)?.encoded.as_slice());
+    /// When somebody should be told something.
+    pub(super) fn next_due(&self, anybody_whole: bool) -> Option<Instant> {
+        let whole = self.flush_at().filter(|_| anybody_whole);
+        [whole, self.parts.next_due()].into_iter().flatten().min()
+    }
+
+    /// The message from the last epoch to the new one for those who are told of everybody, without
+    /// `receiver` in it and with the filter that is new for it.
+    fn delta(&self, from: u64, receiver: Option<NodeId>, filter: Option<&[u8]>) -> Vec<u8> {
         let peers = self.changed.iter().filter(|node| Some(**node) != receiver);
         let renamed = receiver.filter(|node| self.renamed.contains(node));
-        let own_name = renamed.and_then(|node| self.peers.get(&node)).map(|own| &*own.peer.name);
         Update {
-            from: Some(self.epoch - 1),
+            from: Some(from),
             to: self.epoch,
-            peers: peers.filter_map(described).collect(),
-            removed: &self.removed,
-            own_name,
+            peers: peers.filter_map(|node| self.described(*node)).collect(),
+            removed: &in_order(&self.removed),
+            own_name: renamed.and_then(|node| self.name_of(node)),
             filter,
+            ..Update::default()
         }
         .encode()
+    }
+
+    fn name_of(&self, node: NodeId) -> Option<&str> {
+        Some(&*self.peers.get(&node)?.peer.name)
+    }
+
+    /// The message with all that a node has not been told that is told of a part.
+    fn part_delta(&self, receiver: NodeId, to: u64, filter: Option<&[u8]>) -> Option<Vec<u8>> {
+        let part = self.parts.get(receiver)?;
+        let own_name = part.renamed.then(|| self.name_of(receiver)).flatten();
+        let update = Update {
+            from: Some(part.epoch),
+            to,
+            peers: part.changed.iter().filter_map(|node| self.described(*node)).collect(),
+            removed: &in_order(&part.removed),
+            own_name,
+            filter,
+            members: Some(self.members()),
+            forgotten: &in_order(&part.forgotten),
+        };
+        Some(update.encode())
+    }
+
+    /// From now on `node`, which was told of everybody, is told of no others any more.
+    fn narrow(&mut self, node: NodeId) {
+        let known: Vec<NodeId> = self.peers.keys().copied().collect();
+        self.parts.enter(node, known, self.whole_epoch);
+        self.parts.put_untold(node, &self.changed, &self.removed, self.rules_stale);
+        if self.renamed.contains(&node) {
+            self.parts.note_renamed(node);
+        }
+    }
+
+    /// From now on `node` is told of the peers that it uses, which are `known`.
+    pub(super) fn enter_part(&mut self, node: NodeId, known: impl IntoIterator<Item = NodeId>) {
+        let peers = &self.peers;
+        let known = known.into_iter().filter(|peer| peers.contains_key(peer));
+        // A new number: what was told before a removal counts for nothing after it.
+        self.epoch += 1;
+        self.parts.enter(node, known, self.epoch);
     }
 }
 
@@ -202,112 +284,108 @@ impl Server {
         }
     }
 
-    /// Sends a delta to every node that is online, if one is due.
+    /// Whether anybody is online who is told of everybody.
+    fn anybody_whole(&self) -> bool {
+        self.online.len() > self.distribution.parts.len()
+    }
+
+    /// When [`Self::distribute`] has something to do.
+    pub(super) fn distribute_at(&self) -> Option<Instant> {
+        self.distribution.next_due(self.anybody_whole())
+    }
+
+    /// Sends what is due to those who have not been told.
     pub(super) fn distribute(&mut self, now: Instant) {
+        while let Some(node) = self.distribution.parts.take_due(now) {
+            self.distribute_part(node, now);
+        }
         if self.distribution.flush_at().is_none_or(|at| at > now) {
             return;
         }
+        if self.anybody_whole() {
+            self.distribute_whole(now);
+        }
+        self.distribution.forget_pending();
+    }
+
+    fn distribute_whole(&mut self, now: Instant) {
+        let from = self.distribution.whole_epoch;
         self.distribution.epoch += 1;
+        self.distribution.whole_epoch = self.distribution.epoch;
         let online = u32::try_from(self.online.len()).unwrap_or(u32::MAX);
         self.distribution.next_flush = now + GATHER.min(GATHER_PER_NODE * online.min(1_000));
-        let shared = self.distribution.delta(None, None);
+        let shared = self.distribution.delta(from, None, None);
         let stale = self.distribution.rules_stale;
         for (node, connection) in &self.online {
+            if self.distribution.parts.contains(*node) {
+                continue;
+            }
             let filter = if stale { self.access.news_for(*node, &self.members) } else { None };
             let is_in_it = self.distribution.changed.contains(node);
             let message = if is_in_it || filter.is_some() {
-                self.distribution.delta(Some(*node), filter.as_deref())
+                self.distribution.delta(from, Some(*node), filter.as_deref())
             } else {
                 shared.clone()
             };
             self.outputs.push_back(Output::Send { connection: *connection, message });
         }
-        self.distribution.forget_pending();
     }
-}
 
-/// A `NetmapUpdate` whose peers are encoded already.
-struct Update<'a> {
-    from: Option<u64>,
-    to: u64,
-    peers: Vec<&'a [u8]>,
-    removed: &'a BTreeSet<NodeId>,
-    own_name: Option<&'a str>,
-    filter: Option<&'a [u8]>,
-}
-
-impl Update<'_> {
-    /// The whole `ServerMessage`, with the field numbers of [`crate::wire::control`].
-    fn encode(&self) -> Vec<u8> {
-        let peers_len: usize = self.peers.iter().map(|peer| peer.len()).sum();
-        let mut encoder = Encoder::new(Vec::with_capacity(peers_len + 64));
-        // Writing into a vector cannot fail, so there is no error to look at.
-        let _: Result<(), minicbor::encode::Error<std::convert::Infallible>> = (|| {
-            let optional = [self.from.is_some(), self.own_name.is_some(), self.filter.is_some()];
-            let fields = 3 + optional.into_iter().map(u64::from).sum::<u64>();
-            encoder.map(1)?.u8(2)?.map(fields)?;
-            if let Some(from) = self.from {
-                encoder.u8(0)?.u64(from)?;
-            }
-            encoder.u8(1)?.u64(self.to)?;
-            encoder.u8(2)?.array(self.peers.len() as u64)?;
-            for peer in &self.peers {
-                encoder.writer_mut().extend_from_slice(peer);
-            }
-            encoder.u8(3)?.array(self.removed.len() as u64)?;
-            for node in self.removed {
-                encoder.u32(node.number())?;
-            }
-            if let Some(name) = self.own_name {
-                encoder.u8(4)?.str(name)?;
-            }
-            if let Some(filter) = self.filter {
-                encoder.u8(5)?.writer_mut().extend_from_slice(filter);
-            }
-            Ok(())
-        })();
-        encoder.into_writer()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::wire::control::{NetmapUpdate, ServerMessage, decode, encode};
-    use crate::wire::filter::WireFilter;
-
-    #[test]
-    fn the_bytes_are_those_of_the_derived_encoder() {
-        let peer = WirePeer {
-            id: 7,
-            name: "bob".into(),
-            node_key: [1; 32],
-            ipv4: "10.77.0.7".parse().unwrap(),
-            ipv6: "fd12::7".parse().unwrap(),
-            online: true,
-            candidates: vec![WireCandidate { kind: 1, endpoint: "192.0.2.1:5".parse().unwrap() }],
-            expires: Some(1_800_000_000),
+    fn distribute_part(&mut self, node: NodeId, now: Instant) {
+        let stale = match self.distribution.parts.get(node) {
+            Some(part) if !part.is_told() => part.rules_stale,
+            _ => return,
         };
-        let encoded = encode(&peer);
-        let gone = BTreeSet::from([NodeId::new(300).unwrap()]);
-        let rules = WireFilter { rules: Some(Vec::new()) };
-        let filter = encode(&rules);
-        for (from, own_name, filter) in
-            [(None, None, None), (Some(5), Some("carol"), Some(filter.as_slice()))]
-        {
-            let peers = vec![encoded.as_slice(), &encoded];
-            let update = Update { from, to: 6, peers, removed: &gone, own_name, filter };
-            let netmap = NetmapUpdate {
-                from,
-                to: 6,
-                peers: vec![peer.clone(), peer.clone()],
-                removed: vec![300],
-                own_name: own_name.map(str::to_string),
-                filter: filter.map(|_| rules.clone()),
-            };
-            let message = ServerMessage { netmap: Some(netmap), ..Default::default() };
-            assert_eq!(decode::<ServerMessage>(&update.encode()).unwrap(), message);
-            assert_eq!(update.encode(), encode(&message));
+        let filter = if stale { self.access.news_for(node, &self.members) } else { None };
+        let to = self.distribution.epoch + 1;
+        let message = self.distribution.part_delta(node, to, filter.as_deref());
+        self.distribution.epoch = to;
+        if let Some(part) = self.distribution.parts.get_mut(node) {
+            part.clear(to, now);
+        }
+        if let (Some(connection), Some(message)) = (self.online.get(&node), message) {
+            self.outputs.push_back(Output::Send { connection: *connection, message });
+        }
+    }
+
+    /// A node asks for peers that it is to be told of.
+    pub(super) fn find_peers(&mut self, connection: ConnectionId, node: NodeId, texts: &[String]) {
+        let mut unknown = Vec::new();
+        for text in texts.iter().take(MAX_FIND) {
+            match self.members.find(text).map(|member| member.record.id) {
+                Some(peer) if peer == node => {}
+                // One whose membership has ended is nobody.
+                Some(peer) if self.distribution.described(peer).is_some() => {
+                    self.distribution.parts.join(node, peer);
+                }
+                _ => unknown.push(text.clone()),
+            }
+        }
+        if !unknown.is_empty() {
+            let unknown = Some(unknown);
+            self.send(connection, &ServerMessage { unknown, ..ServerMessage::default() });
+        }
+    }
+
+    /// A node has not used these peers for long.
+    pub(super) fn release_peers(&mut self, node: NodeId, peers: &[u32]) {
+        for peer in peers.iter().filter_map(|peer| NodeId::new(*peer)) {
+            self.distribution.parts.release(node, peer);
+        }
+    }
+
+    /// The network has become too large to tell everybody of everybody: who can do with a part is
+    /// told of no more than it knows already.
+    pub(super) fn tell_parts(&mut self) {
+        let able = |id: &ConnectionId| self.connections.get(id).is_some_and(|known| known.can_part);
+        let whole: Vec<NodeId> = self
+            .online
+            .iter()
+            .filter(|(node, id)| able(id) && !self.distribution.parts.contains(**node))
+            .map(|(node, _)| *node)
+            .collect();
+        for node in whole {
+            self.distribution.narrow(node);
         }
     }
 }

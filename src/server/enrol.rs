@@ -22,6 +22,7 @@ pub(super) struct Arrival {
     node: NodeId,
     candidates: Vec<Candidate>,
     instance: Option<u64>,
+    known: Option<Vec<u32>>,
 }
 
 impl Arrival {
@@ -106,7 +107,8 @@ impl Server {
             }
             None => self.joining(machine_key, node_key, wish, &hello, wall)?,
         };
-        let arrival = Arrival { connection, node, candidates, instance: hello.instance };
+        let Hello { instance, known, .. } = hello;
+        let arrival = Arrival { connection, node, candidates, instance, known };
         Ok(Decision { changes, act: Act::Welcome(arrival) })
     }
 
@@ -170,7 +172,7 @@ impl Server {
 
     /// Tells a node that it is in, and everybody that it is online.
     pub(super) fn welcome(&mut self, arrival: Arrival, wall: u64) {
-        let Arrival { connection, node, candidates, instance } = arrival;
+        let Arrival { connection, node, candidates, instance, known: uses } = arrival;
         let Some(member) = self.members.of(node) else {
             return;
         };
@@ -179,6 +181,7 @@ impl Server {
         };
         known.node = Some(node);
         known.instance = instance;
+        known.can_part = uses.is_some();
         let key = RelayKey(self.rng.random());
         let standing = Standing { now: wall, expires: member.record.expires };
         let range = self.network.record.range;
@@ -211,6 +214,13 @@ impl Server {
         self.send(connection, &message);
         self.distribution.set_online(node, Presence::Online);
         self.distribution.set_candidates(node, candidates);
+        match uses {
+            Some(uses) if self.members.len() > self.settings.whole_netmap_up_to => {
+                let uses = uses.into_iter().filter_map(NodeId::new);
+                self.distribution.enter_part(node, uses);
+            }
+            _ => self.distribution.parts.leave(node),
+        }
         let filter = self.access.whole_for(node, &self.members);
         let message = self.distribution.full(node, filter.as_deref());
         self.outputs.push_back(Output::Send { connection, message });

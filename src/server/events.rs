@@ -210,7 +210,11 @@ mod tests {
             policy: None,
             highest_node: 7,
         };
-        let settings = Settings { server_key: PublicKey([3; 32]), addresses: Vec::new() };
+        let settings = Settings {
+            server_key: PublicKey([3; 32]),
+            addresses: Vec::new(),
+            whole_netmap_up_to: crate::server::WHOLE_NETMAP_UP_TO,
+        };
         let mut server = Server::new(settings, records, [0; 32], crate::io::clock::now(), 0);
         let node = "bob".to_string();
         let rename = Request::Rename { node: node.clone(), name: "rob".parse().unwrap() };

@@ -119,7 +119,19 @@ impl Server {
     ) {
         if let Some(known) = self.connections.get_mut(&connection) {
             (known.node, known.expired) = (None, Some(record.id));
-            self.tell_standing(connection, record, wall);
+            // It has ended also when the clock has been set back since.
+            let expires = record.expires.map(|ends| ends.min(wall));
+            self.tell_standing(connection, expires, wall);
+        }
+    }
+
+    /// Says on the connections of expired members that the server is alive.
+    pub(super) fn tick_waiting(&mut self) {
+        let waiting = self.connections.iter().filter(|(_, known)| known.expired.is_some());
+        let waiting: Vec<ConnectionId> = waiting.map(|(connection, _)| *connection).collect();
+        let tick = Some(self.distribution.epoch());
+        for connection in waiting {
+            self.send(connection, &ServerMessage { tick, ..Default::default() });
         }
     }
 
@@ -133,7 +145,7 @@ impl Server {
         } else if let (true, Some(connection)) =
             (old.expires != new.expires, self.online.get(&new.id).copied())
         {
-            self.tell_standing(connection, new, wall);
+            self.tell_standing(connection, new.expires, wall);
         }
     }
 
@@ -143,8 +155,8 @@ impl Server {
         known.map(|(connection, _)| *connection).collect()
     }
 
-    fn tell_standing(&mut self, connection: ConnectionId, record: &MemberRecord, wall: u64) {
-        let standing = Some(Standing { now: wall, expires: record.expires });
+    fn tell_standing(&mut self, connection: ConnectionId, expires: Option<u64>, wall: u64) {
+        let standing = Some(Standing { now: wall, expires });
         self.send(connection, &ServerMessage { standing, ..Default::default() });
     }
 }

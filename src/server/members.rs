@@ -76,6 +76,10 @@ impl Members {
         self.by_id.values().map(|member| &member.record)
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.by_id.is_empty()
     }
@@ -116,8 +120,7 @@ impl Members {
     /// The member that a person means: by name, overlay address or id.
     pub(super) fn find(&self, text: &str) -> Option<&Versioned<MemberRecord>> {
         if let Ok(ip) = text.parse::<IpAddr>() {
-            let owner = self.iter().find(|member| self.addresses(member).contains(ip))?;
-            return self.of(owner.id);
+            return self.of(*self.by_host.get(&self.range.host_of(ip)?)?);
         }
         let by_name = text.parse::<NodeName>().ok().and_then(|name| self.by_name.get(&name));
         match by_name {

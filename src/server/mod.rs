@@ -20,11 +20,13 @@ mod guesses;
 mod invites;
 mod keys;
 mod members;
+mod parts;
 mod policy;
 pub mod records;
 mod reflect;
 pub mod relay;
 mod removal;
+mod update;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -61,7 +63,12 @@ pub struct Settings {
     pub server_key: PublicKey,
     /// Where it can be reached, for join lines and for the next time a node connects.
     pub addresses: Vec<ServerAddr>,
+    /// See [`WHOLE_NETMAP_UP_TO`].
+    pub whole_netmap_up_to: usize,
 }
+
+/// In a network of up to so many nodes each is told of every other, unless it is set otherwise.
+pub const WHOLE_NETMAP_UP_TO: usize = 256;
 
 /// A new control connection.
 #[derive(Debug, Clone, Copy)]
@@ -179,6 +186,8 @@ struct Connection {
     rekeyed: Option<u64>,
     /// The member that waits on it, since its time is over.
     expired: Option<NodeId>,
+    /// Whether it can do with a part of a large network.
+    can_part: bool,
 }
 
 impl Server {
@@ -255,6 +264,7 @@ impl Server {
             instance: None,
             rekeyed: None,
             expired: None,
+            can_part: false,
         };
         self.connections.insert(connection, known);
     }
@@ -269,6 +279,7 @@ impl Server {
         if self.online.get(&node) == Some(&connection) {
             self.online.remove(&node);
             self.seen.insert(node, wall);
+            self.distribution.parts.leave(node);
             self.distribution.set_online(node, distribute::Presence::Offline);
         }
     }
@@ -295,6 +306,12 @@ impl Server {
         }
         if let Some(epoch) = message.applied {
             self.note_applied(connection, epoch);
+        }
+        if let Some(texts) = message.find {
+            self.find_peers(connection, node, &texts);
+        }
+        if let Some(peers) = message.unused {
+            self.release_peers(node, &peers);
         }
         if let Some(ping) = message.ping {
             self.send(connection, &ServerMessage { pong: Some(ping), ..Default::default() });
@@ -363,7 +380,12 @@ impl Server {
                         self.follow_expiry(&old, &record, wall);
                     }
                 }
+                let limit = self.settings.whole_netmap_up_to;
+                let was_small = self.members.len() <= limit;
                 self.members.put(Versioned { rev, record });
+                if was_small && self.members.len() > limit {
+                    self.tell_parts();
+                }
                 self.stale_rules();
             }
             (Key::Member(node), None) => self.forget_member(node),
@@ -400,7 +422,7 @@ impl Server {
     /// When [`Self::handle_timeout`] has something to do.
     #[must_use]
     pub fn poll_timeout(&self) -> Instant {
-        self.distribution.flush_at().map_or(self.next_tick, |at| at.min(self.next_tick))
+        self.distribute_at().map_or(self.next_tick, |at| at.min(self.next_tick))
     }
 
     /// Tells the nodes what has changed, and that the server is alive. May be called at any time.
@@ -408,15 +430,15 @@ impl Server {
         self.distribute(now);
         if self.next_tick <= now {
             self.next_tick = now + TICK_INTERVAL;
-            let tick =
-                ServerMessage { tick: Some(self.distribution.epoch()), ..Default::default() };
-            let message = control::encode(&tick);
-            let waiting = self.connections.iter().filter(|(_, known)| known.expired.is_some());
-            let waiting = waiting.map(|(connection, _)| connection);
-            for connection in self.online.values().chain(waiting) {
-                let message = message.clone();
+            for (node, connection) in &self.online {
+                let tick = Some(self.distribution.told_epoch(*node));
+                let is_part = self.distribution.parts.contains(*node);
+                let members = is_part.then(|| self.distribution.members());
+                let tick = ServerMessage { tick, members, ..Default::default() };
+                let message = control::encode(&tick);
                 self.outputs.push_back(Output::Send { connection: *connection, message });
             }
+            self.tick_waiting();
         }
     }
 

@@ -3,6 +3,7 @@
 mod clones;
 mod expiry;
 mod keys;
+mod parts;
 mod removal;
 
 use std::collections::BTreeMap;
@@ -43,6 +44,8 @@ struct Node {
     rival: Option<SocketAddr>,
     node_key: Option<[u8; 32]>,
     standing: Option<Standing>,
+    members: Option<u32>,
+    unknown: Vec<String>,
     closed: bool,
 }
 
@@ -58,7 +61,23 @@ impl Node {
         self.rival = message.rival.or(self.rival);
         self.node_key = message.node_key.or(self.node_key);
         self.standing = message.standing.or(self.standing);
-        if let Some(NetmapUpdate { from, to, peers, removed, own_name, filter }) = message.netmap {
+        self.members = message.members.or(self.members);
+        self.unknown.extend(message.unknown.into_iter().flatten());
+        if let Some(NetmapUpdate {
+            from,
+            to,
+            peers,
+            removed,
+            own_name,
+            filter,
+            members,
+            forgotten,
+        }) = message.netmap
+        {
+            self.members = members.or(self.members);
+            for gone in forgotten.into_iter().flatten() {
+                self.peers.remove(&gone);
+            }
             match (from, filter) {
                 (_, Some(filter)) => self.filter = filter,
                 (None, None) => self.filter = WireFilter::default(),
@@ -96,6 +115,7 @@ impl World {
         let settings = Settings {
             server_key: SecretKey::from_bytes([1; 32]).public(),
             addresses: vec!["192.0.2.1".parse().unwrap()],
+            whole_netmap_up_to: WHOLE_NETMAP_UP_TO,
         };
         Self {
             server: Server::new(settings, records, [3; 32], epoch(), WALL),
@@ -210,6 +230,7 @@ fn hello(machine: u8, invite: Option<&InviteUse>) -> Hello {
         invite: invite.cloned(),
         candidates: Vec::new(),
         instance: None,
+        known: None,
     }
 }
 

@@ -108,6 +108,18 @@ impl OverlayRange {
         let v6 = Ipv6Addr::from(u128::from(self.v6.network()) + u128::from(host));
         Some(OverlayAddrs { v4, v6 })
     }
+
+    /// The host number whose address this is.
+    #[must_use]
+    pub fn host_of(&self, ip: IpAddr) -> Option<u32> {
+        let host = match ip {
+            IpAddr::V4(ip) => u32::from(ip).checked_sub(u32::from(self.v4.network()))?,
+            IpAddr::V6(ip) => {
+                u32::try_from(u128::from(ip).checked_sub(u128::from(self.v6.network()))?).ok()?
+            }
+        };
+        self.addresses(host).is_some_and(|addrs| addrs.contains(ip)).then_some(host)
+    }
 }
 
 /// The two overlay addresses of a node.

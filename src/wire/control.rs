@@ -21,6 +21,8 @@ pub const VERSION: u16 = 1;
 pub const TICK_INTERVAL_S: u64 = 15;
 /// So long before a membership ends, in seconds, everybody concerned is warned: 14 days.
 pub const EXPIRY_WARNING_S: u64 = 14 * 86_400;
+/// What a node names in one [`ClientMessage::find`] at the most.
+pub const MAX_FIND: usize = 64;
 /// A control connection that is silent for this long is dead: two ticks and some.
 pub const SILENCE_LIMIT_S: u64 = 40;
 
@@ -44,6 +46,13 @@ pub struct ClientMessage {
     #[n(4)]
     #[cbor(with = "minicbor::bytes")]
     pub node_key: Option<[u8; 32]>,
+    /// Of a large network (see [`Hello::known`]): tell me of these peers, named by name, overlay
+    /// address or id.
+    #[n(10)]
+    pub find: Option<Vec<String>>,
+    /// I have not talked to these peers for long; I need not be told of them any more.
+    #[n(11)]
+    pub unused: Option<Vec<u32>>,
 }
 
 /// The first message of a node.
@@ -75,6 +84,10 @@ pub struct Hello {
     /// A random number of this run of the program: two that take turns are two machines.
     #[n(7)]
     pub instance: Option<u64>,
+    /// I can do with a part of a large network, and these are the peers that I know of it. None of
+    /// an older node, which needs to be told of everybody.
+    #[n(10)]
+    pub known: Option<Vec<u32>>,
 }
 
 /// An invite being used.
@@ -124,6 +137,12 @@ pub struct ServerMessage {
     /// over, and when the end is another.
     #[n(7)]
     pub standing: Option<Standing>,
+    /// Of what [`ClientMessage::find`] asked for, the texts that no node of the network fits.
+    #[n(10)]
+    pub unknown: Option<Vec<String>>,
+    /// With a tick, to a node that is told of a part of the network: see [`NetmapUpdate::members`].
+    #[n(11)]
+    pub members: Option<u32>,
 }
 
 /// How long a membership lasts, by the server's clock.
@@ -282,6 +301,12 @@ pub struct NetmapUpdate {
     /// when the network has no access rules.
     #[n(5)]
     pub filter: Option<WireFilter>,
+    /// How many nodes the network has, when the receiver is told only of the peers that it uses.
+    #[n(10)]
+    pub members: Option<u32>,
+    /// Numbers of peers that neither side uses any more: still members, no longer told of.
+    #[n(11)]
+    pub forgotten: Option<Vec<u32>>,
 }
 
 /// A peer as the server describes it.
@@ -382,6 +407,7 @@ mod tests {
                     endpoint: "192.168.1.2:4000".parse().unwrap(),
                 }],
                 instance: None,
+                known: None,
             }),
             ..ClientMessage::default()
         }

@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--stacks", type=int, default=0)
     parser.add_argument("binary")
     args = parser.parse_args()
-    args.relay, args.ethtool = False, ""
+    args.relay, args.no_udp, args.ethtool = False, False, ""
     pair = run.Pair("overlay", args.binary, 0, args)
     data = tempfile.NamedTemporaryFile(prefix="perf-", suffix=".data")
     try:

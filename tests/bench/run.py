@@ -10,6 +10,7 @@ test once with each of them in random order, so that the drift of the machine hi
 
   --rival K=B another program beside ours: K is gotatun, boringtun, wireguard-go or nebula
   --relay     the nodes can reach only the server, which forwards between them
+  --no-udp    with --relay: the nodes' UDP is dropped, so the relay has their control connections only
   --check MB  before measuring, compare SHA-256 of MB megabytes each way over IPv4 and IPv6, and
               UDP datagrams of odd sizes byte by byte
   --ethtool T settings for both ends of the link, e.g. 'tx off' to try what happens without offloads
@@ -117,6 +118,9 @@ class Pair:
             self.spaces.append(server)
             connect(server, self.a, number * 2, args.ethtool)
             connect(server, self.b, number * 2 + 1, args.ethtool)
+            for space in (self.a, self.b) if args.no_udp else ():
+                space.run("nft", "add table inet no; add chain inet no out { type filter hook output priority 0; }; "
+                          "add rule inet no out oifname bench* meta l4proto udp drop")
             listen, server_of = ["0.0.0.0:41820"], [f"10.200.{number * 2 + i}.1" for i in (0, 1)]
         else:
             connect(self.a, self.b, number * 2, args.ethtool)
@@ -147,7 +151,9 @@ class Pair:
                         "--name", host, "--state-dir", f"{self.dir}/{host}", "--socket",
                         f"{self.dir}/{host}.sock", "--interface", f"ov{host}", "--mtu", str(args.mtu),
                         "--config", f"{self.dir}/node.toml")
-        wanted = "relay-udp" if args.relay else "direct"
+        wanted = "direct"
+        if args.relay:
+            wanted = "relay-tcp" if args.no_udp else "relay-udp"
         wait_for(lambda: self.path() == wanted, f"a {wanted} path")
 
     def status(self, host="a"):
@@ -213,13 +219,13 @@ def test_ping(pair, what="ping"):
     return {f"{what} p50 us": times[len(times) // 2], f"{what} p99 us": times[len(times) * 99 // 100]}
 
 
-def test_half(pair):
+def test_half(pair, what="ping at half load", *extra):
     """Beside one TCP flow of half of what `tcp1` has just reached."""
     rate = str(int(pair.full_load / 2))
-    load = pair.a.start(os.devnull, "iperf3", "-c", pair.v4, "-t", "3", "-b", rate)
+    load = pair.a.start(os.devnull, "iperf3", "-c", pair.v4, "-t", "3", "-b", rate, *extra)
     time.sleep(0.3)
     try:
-        return test_ping(pair, "ping at half load")
+        return test_ping(pair, what)
     finally:
         pair.a.children.remove(load)
         load.wait(20)
@@ -272,6 +278,8 @@ TESTS = {
     "flood1200": lambda pair, secs: {"1200 B, unbounded sender, kpps": test_flood(pair, secs, 1200, 1)},
     "ping": lambda pair, secs: test_ping(pair),
     "half": lambda pair, secs: test_half(pair),
+    # iperf3 sends what is due once a millisecond; here ten times as often.
+    "smooth": lambda pair, secs: test_half(pair, "ping at half load, smooth", "--pacing-timer", "100"),
 }
 
 
@@ -331,6 +339,7 @@ def main():
     parser.add_argument("--secs", type=int, default=3)
     parser.add_argument("--mtu", type=int, default=1280)
     parser.add_argument("--relay", action="store_true")
+    parser.add_argument("--no-udp", action="store_true")
     parser.add_argument("--check", type=int, default=0)
     parser.add_argument("--ethtool", default="")
     parser.add_argument("--config", action="append", default=[])
@@ -349,6 +358,8 @@ def main():
     if not contenders:
         parser.error("nothing to measure: give NAME=BINARY or --rival KIND=BINARY")
     pairs, results = [], {}
+    # Whoever ends this early, by timeout(1) say, leaves nothing running either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended early"))
     try:
         for number, (name, binary, rival) in enumerate(contenders):
             pairs.append(Pair(name, binary, number, args, rival))

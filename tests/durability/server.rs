@@ -223,6 +223,7 @@ pub(crate) async fn join(
             }),
             candidates: Vec::new(),
             instance: None,
+            known: None,
         };
         let hello = ClientMessage { hello: Some(hello), ..Default::default() };
         link.sender.try_send_control(encode(&hello)).ok()?;

@@ -115,6 +115,34 @@ pub(crate) fn flood(host: &Host, to: SocketAddr, datagrams: &[Vec<u8>]) {
     }
 }
 
+/// Bytes and number of the datagrams that come back for this one, to a port that is new each time.
+pub(crate) fn answers(host: &Host, to: SocketAddr, datagram: &[u8]) -> (usize, usize) {
+    let socket = open_socket(host, SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+    socket.set_read_timeout(Some(Duration::from_millis(60))).unwrap();
+    let _ = socket.send_to(datagram, to);
+    let (mut bytes, mut count) = (0, 0);
+    while let Ok((length, _)) = socket.recv_from(&mut [0; 2048]) {
+        bytes += length;
+        count += 1;
+    }
+    (bytes, count)
+}
+
+/// Bytes that come back for all of these from one port, with what comes within six seconds: a round
+/// of probes takes five.
+pub(crate) fn answers_to_all(host: &Host, to: SocketAddr, datagrams: &[Vec<u8>]) -> usize {
+    let socket = open_socket(host, SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+    for datagram in datagrams {
+        let _ = socket.send_to(datagram, to);
+    }
+    let start = now();
+    let mut bytes = 0;
+    while start.elapsed() < Duration::from_secs(6) {
+        bytes += socket.recv_from(&mut [0; 2048]).map_or(0, |(length, _)| length);
+    }
+    bytes
+}
+
 /// Connections that were opened and say nothing; they end when this is dropped.
 pub(crate) fn open_and_say_nothing(host: &Host, to: SocketAddr, count: usize) -> Vec<TcpStream> {
     host.ns.enter(|| (0..count).filter_map(|_| connect(to)).collect())

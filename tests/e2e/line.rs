@@ -20,6 +20,10 @@ pub(crate) struct Faults {
     pub(crate) late: u64,
 }
 
+impl Faults {
+    pub(crate) const NONE: Self = Self { lost: 0, doubled: 0, late: 0 };
+}
+
 /// What has happened to packets, both ways.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
@@ -27,6 +31,8 @@ pub(crate) struct Counts {
     pub(crate) lost: AtomicU64,
     pub(crate) doubled: AtomicU64,
     pub(crate) late: AtomicU64,
+    /// How long each packet takes the line for itself.
+    pause_us: AtomicU64,
 }
 
 /// A line in use; it ends when this is dropped.
@@ -52,6 +58,14 @@ impl Line {
             thread::spawn(move || carry(&from, &to, faults, &counts, &stop))
         });
         Self { counts, stop, threads: ways.into() }
+    }
+}
+
+impl Line {
+    /// From here on each packet takes the line for so long; others wait in the device's queue.
+    pub(crate) fn slow_down(&self, pause: Duration) {
+        let pause = u64::try_from(pause.as_micros()).unwrap();
+        self.counts.pause_us.store(pause, Ordering::Relaxed);
     }
 }
 
@@ -94,6 +108,10 @@ fn carry(from: &tun::Device, to: &tun::Device, faults: Faults, counts: &Counts, 
             thread::sleep(IDLE);
             continue;
         };
+        let pause = counts.pause_us.load(Ordering::Relaxed);
+        if pause > 0 {
+            thread::sleep(Duration::from_micros(pause));
+        }
         let packet = &buffer[..len];
         add(&counts.bytes, len as u64);
         let fate = dice() % 1_000;

@@ -29,6 +29,8 @@ mod probe;
 mod process;
 mod sandbox;
 mod scenarios;
+mod spoofer;
+mod steady;
 mod topology;
 mod upnp;
 

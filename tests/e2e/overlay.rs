@@ -113,6 +113,16 @@ impl Server {
         self.daemon = Some(Daemon::start(command, &self.log));
     }
 
+    /// Starts the process by a command that ends in the program and its words; see `wait_ready`.
+    pub(crate) fn run_by(&mut self, mut before: Command) {
+        before.arg(binary()).args(&self.args);
+        self.daemon = Some(Daemon::start(before, &self.log));
+    }
+
+    pub(crate) fn daemon(&mut self) -> &mut Daemon {
+        self.daemon.as_mut().expect("the server was started")
+    }
+
     /// Runs the server in the foreground until it ends by itself.
     pub(crate) fn run_to_end(&self) -> Output {
         let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
@@ -145,6 +155,10 @@ impl Server {
         let mut daemon = self.daemon.take().expect("the server runs");
         daemon.signal(Signal::SIGTERM);
         assert_eq!(daemon.wait_exit(EXIT_LIMIT), Some(0), "the server ends cleanly");
+    }
+
+    pub(crate) fn process_id(&self) -> u32 {
+        self.daemon.as_ref().expect("the server runs").id()
     }
 
     /// `overlay server ARGS`, at this server.

@@ -101,6 +101,8 @@ pub(crate) struct Host {
     idle_turns: u32,
     /// Ports of sockets that live for one question.
     pub(crate) scratch_ports: u16,
+    /// Packets of its programs that were answered with ICMP.
+    pub(crate) refused: usize,
     extra_sockets: BTreeSet<SocketId>,
 }
 
@@ -140,6 +142,7 @@ impl Host {
             due: None,
             idle_turns: 0,
             scratch_ports: FIRST_SCRATCH_PORT,
+            refused: 0,
             extra_sockets: BTreeSet::new(),
         }
     }
@@ -430,6 +433,7 @@ impl Host {
         while let Some(answer) = node.poll_packet() {
             // Programs here send what may be cut, so they are told nothing else.
             let unreachable = [answer.get(20..22), answer.get(40..42)];
+            self.refused += 1;
             assert!(unreachable.contains(&Some(&[3, 1])) || unreachable.contains(&Some(&[1, 3])));
         }
         node.take_datagrams(&mut self.out);

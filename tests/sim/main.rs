@@ -5,6 +5,7 @@
 //!   scenario    bytes -> who is there and what happens; what must be true at the end
 //!   named       scenarios with a name and a time bound; hard: those of hard NATs
 //!   bounds      how soon, in round trips      quiet    how much is sent when nothing happens
+//!   large     networks of more nodes than everybody is told of
 //!   filtered    paths that let questions through and no data
 //!   rotation    node keys are renewed
 //!   transition  what can happen              check    what must be true
@@ -48,6 +49,7 @@ mod edge;
 mod filtered;
 mod hard;
 mod host;
+mod large;
 mod ledger;
 mod link;
 mod named;

@@ -73,6 +73,7 @@ pub(crate) struct ServerHost {
     epoch: Instant,
     /// How far its wall clock was set forward or back.
     clock_shift_s: i64,
+    whole_netmap_up_to: usize,
     sent: Vec<Sent>,
 }
 
@@ -97,6 +98,7 @@ impl ServerHost {
             address: SERVER.into(),
             epoch: now,
             clock_shift_s: 0,
+            whole_netmap_up_to: overlay::server::WHOLE_NETMAP_UP_TO,
             sent: Vec::new(),
         };
         host.start(now);
@@ -112,6 +114,7 @@ impl ServerHost {
         let settings = Settings {
             server_key: SecretKey::from_bytes(spread(self.seed, 4)).public(),
             addresses: vec!["203.0.113.1".parse().expect("an address")],
+            whole_netmap_up_to: self.whole_netmap_up_to,
         };
         let seed = spread(self.seed, 200 + self.lives);
         let server = Server::new(settings, self.read_records(), seed, now, self.wall(now));
@@ -123,6 +126,13 @@ impl ServerHost {
             nodes: BTreeMap::new(),
         });
         self.drain(now);
+    }
+
+    /// Starts it anew with another setting.
+    pub(crate) fn set_whole_netmap_up_to(&mut self, nodes: usize, now: Instant) {
+        self.whole_netmap_up_to = nodes;
+        self.kill();
+        self.start(now);
     }
 
     /// Kills it; the operating system ends its connections.

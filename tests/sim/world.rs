@@ -409,7 +409,7 @@ impl World {
     }
 
     /// Gives a host turns until it has nothing more to do at this instant.
-    pub(super) fn settle(&mut self, host: usize) {
+    pub(crate) fn settle(&mut self, host: usize) {
         if self.hosts[host].asleep_until.is_some() {
             return;
         }

@@ -111,7 +111,7 @@ pub(super) fn print(policy: &PolicyInfo) -> Done {
 
 fn read(file: &Path) -> Result<String, Failure> {
     let what = "the access rules cannot be read";
-    let bytes = match files::read(file) {
+    let bytes = match files::read_text(file) {
         Ok(Some(bytes)) => bytes,
         Ok(None) => {
             let cause = format!("there is no file {}", file.display());

@@ -97,7 +97,9 @@ impl Interface {
         let index = tun.index();
         let mtu = options.interface_mtu();
         netlink.set_link(index, Some(u32::from(mtu)), LinkState::Up).await?;
-        lead_in(&netlink, &identity, index, mtu).await;
+        for way in routes_of(&identity, index, mtu) {
+            lead_in(&netlink, way).await;
+        }
         let mut left_out = Vec::new();
         for prefix in identity.addrs.prefixes() {
             if !add_address(&netlink, index, prefix).await? {
@@ -141,14 +143,17 @@ impl Interface {
         let mut mended = Vec::new();
         let mut left_out = Vec::new();
         let addresses = netlink.addresses().await?;
-        lead_in(&netlink, &self.identity, index, self.mtu).await;
-        for prefix in self.identity.addrs.prefixes() {
+        let mut restored = Vec::new();
+        let ways = routes_of(&self.identity, index, self.mtu);
+        for (prefix, way) in self.identity.addrs.prefixes().into_iter().zip(ways) {
             let there = |it: &InterfaceAddress| it.index == index && it.addr == prefix;
             if addresses.iter().any(there) {
                 continue;
             }
+            lead_in(&netlink, way).await;
             if add_address(&netlink, index, prefix).await? {
                 mended.push(prefix.to_string());
+                restored.push(prefix.addr());
             } else {
                 left_out.push(prefix.addr());
             }
@@ -157,7 +162,9 @@ impl Interface {
         let routes = netlink.routes().await?;
         let to_peers = peers.values().flat_map(|(addrs, mtu)| self.routes_to(*addrs, *mtu));
         for route in routes_of(&self.identity, index, self.mtu).chain(to_peers) {
-            let there = |it: &Route| it.index == index && it.dst == route.dst;
+            // One that led in before the address was back does not name it.
+            let old = route.pref_src.is_none_or(|source| !restored.contains(&source));
+            let there = |it: &Route| it.index == index && it.dst == route.dst && old;
             let possible = route.pref_src.is_none_or(|source| !left_out.contains(&source));
             if possible && !routes.iter().any(there) {
                 netlink.add_route(&route).await?;
@@ -282,15 +289,12 @@ async fn forget_peers(netlink: &Netlink, identity: &Identity, routes: &[Route], 
     }
 }
 
-/// Routes into the interface before it has its addresses. Connections of before have these as their
+/// A route into the interface before it has its address. Connections of before have that as their
 /// source: with an address and no route, their packets would leave by the default route, in the open.
-async fn lead_in(netlink: &Netlink, identity: &Identity, index: u32, limit: u16) {
-    for route in routes_of(identity, index, limit) {
-        let early = Route { pref_src: None, ..route };
-        // Where the kernel has no IPv6, there is nothing to lead in.
-        if let Err(error) = netlink.add_route(&early).await {
-            tracing::debug!(%error, "no route before the address");
-        }
+async fn lead_in(netlink: &Netlink, way: Route) {
+    // Where the kernel has no IPv6, there is nothing to lead in.
+    if let Err(error) = netlink.add_route(&Route { pref_src: None, ..way }).await {
+        tracing::debug!(%error, "no route before the address");
     }
 }
 

@@ -24,6 +24,10 @@ use crate::types::NodeId;
 const REPLY_LIMIT: Duration = Duration::from_secs(2);
 /// How long the server is waited for when the node key is renewed.
 const ROTATE_LIMIT: Duration = Duration::from_secs(6);
+/// How often it is looked whether the server has told of a peer that it was asked for.
+const SEEK_INTERVAL: Duration = Duration::from_millis(10);
+/// How long that is looked for; the node gives up before.
+const SEEK_LIMIT: Duration = Duration::from_secs(1);
 /// Between pings of a person.
 const CALM: Duration = Duration::from_secs(1);
 /// Between pings of somebody who waits for the direct path.
@@ -56,6 +60,11 @@ pub enum Question {
         /// Name, address or id.
         peer: String,
     },
+    /// Whether there is such a peer; of a large network it is in the status from then on.
+    Find {
+        /// Name, address or id.
+        peer: String,
+    },
     /// Measure the network in front of us.
     Netcheck,
     /// Renew the node key.
@@ -85,6 +94,8 @@ pub struct PingLine {
 pub(super) enum Request {
     Status(oneshot::Sender<Status>),
     Find(String, oneshot::Sender<Option<(NodeId, PingLine)>>),
+    /// Has the server asked for a peer that we do not know; whether its answer is waited for.
+    Seek(String, oneshot::Sender<bool>),
     Ping(NodeId, oneshot::Sender<Option<oneshot::Receiver<Answer>>>),
     Netcheck(oneshot::Sender<netcheck::Inputs>),
     /// Why nothing but that can be answered yet, if so.
@@ -145,16 +156,30 @@ async fn serve(
                 let status = ask(requests, Request::Status).await;
                 connection.answer(&or_stopping(status)).await?;
             }
+            Question::Find { peer } => {
+                seek(requests, &peer).await;
+                let found = ask(requests, |sender| Request::Find(peer.clone(), sender)).await;
+                connection
+                    .answer(&match found {
+                        Some(Some(_)) => Reply::Ok(()),
+                        Some(None) => Reply::Error(unknown_peer(&peer)),
+                        None => or_stopping(None),
+                    })
+                    .await?;
+            }
             Question::Ping { peer, count, until_direct, timeout_ms } => {
+                seek(requests, &peer).await;
                 let limit = timeout_ms.map(Duration::from_millis);
                 let plan = PingPlan { count, until_direct, limit };
                 ping(&mut connection, requests, peer, plan).await?;
             }
             Question::Why { peer } => {
+                seek(requests, &peer).await;
                 let why = explain::why(requests, peer).await;
                 connection.answer(&why.unwrap_or_else(|| or_stopping(None))).await?;
             }
             Question::History { peer } => {
+                seek(requests, &peer).await;
                 let history = explain::history(requests, peer).await;
                 connection.answer(&history.unwrap_or_else(|| or_stopping(None))).await?;
             }
@@ -245,6 +270,15 @@ pub(super) async fn ask<T>(
     let (sender, receiver) = oneshot::channel();
     requests.send(request(sender)).await.ok()?;
     receiver.await.ok()
+}
+
+/// Gives the server of a large network the time to tell of a peer that we do not know.
+async fn seek(requests: &mpsc::Sender<Request>, text: &str) {
+    let end = clock::now() + SEEK_LIMIT;
+    let again = |sender| Request::Seek(text.into(), sender);
+    while clock::now() < end && ask(requests, again).await == Some(true) {
+        tokio::time::sleep(SEEK_INTERVAL).await;
+    }
 }
 
 struct PingPlan {
@@ -344,6 +378,10 @@ impl Daemon {
                 });
                 let _ = reply.send(found);
             }
+            Request::Seek(text, reply) => {
+                let known = self.node.netmap().find(&text).is_some();
+                let _ = reply.send(!known && self.node.want_peer(&text, now));
+            }
             Request::Ping(id, reply) => {
                 let (sender, receiver) = oneshot::channel();
                 self.next_token += 1;
@@ -430,6 +468,7 @@ impl Daemon {
                 rtt_ms: own.server_rtt.filter(|_| own.link_up).map(millis),
             },
             peers: self.node.peer_statuses(now).into_iter().map(peer_report).collect(),
+            nodes: self.node.network_size(),
         })
     }
 }

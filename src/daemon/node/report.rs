@@ -19,8 +19,11 @@ pub struct Status {
     pub own: OwnStatus,
     /// The coordination server.
     pub server: ServerStatus,
-    /// All other nodes.
+    /// All other nodes; in a large network those that this node uses.
     pub peers: Vec<PeerReport>,
+    /// How many nodes the network has, when `peers` are a part of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nodes: Option<u32>,
 }
 
 /// This node.

@@ -1,24 +1,14 @@
-//! Memberships that end, as the node tells people of them, and the server's time at a start without it.
+//! Memberships that end, as the node tells people of them.
 
 use std::time::Instant;
 
 use super::Daemon;
-use crate::io::clock;
 use crate::server::admin::rfc3339;
 use crate::wire::control::EXPIRY_WARNING_S;
 
 const DAY_S: u64 = 86_400;
 
 impl Daemon {
-    /// The server's time as it was when it was last told, and what our clock says has passed since. A
-    /// clock that was set back does not give time back.
-    pub(super) fn guess_server_time(&mut self, now: Instant) {
-        if let Some(clocks) = self.node.netmap().clocks {
-            let passed = clock::unix_seconds().saturating_sub(clocks.own);
-            self.node.set_server_time(clocks.server.saturating_add(passed), now);
-        }
-    }
-
     /// Says in the log what is new about memberships that end.
     pub(super) fn note_standing(&mut self, now: Instant) {
         let warnings = self.standing_warnings(now);

@@ -171,14 +171,13 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
                 }
             }
             Target::Link => {
-                let link = ports.link.load();
-                for datagram in bytes.chunks(run.segment.max(1)) {
-                    let sent = link
-                        .as_ref()
-                        .map_or(Err(DropReason::NoPath), |link| link.try_send_relay(datagram));
-                    if let Err(reason) = sent {
-                        drops.count(reason);
-                    }
+                let datagrams = bytes.len().div_ceil(run.segment.max(1));
+                let sent = match &*ports.link.load() {
+                    Some(link) => link.try_send_train(bytes, run.segment),
+                    None => Err((DropReason::NoPath, datagrams)),
+                };
+                if let Err((reason, lost)) = sent {
+                    drops.count_many(reason, lost as u64);
                 }
             }
         }

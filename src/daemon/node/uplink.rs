@@ -6,21 +6,17 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rand::Rng;
 use tokio::task::JoinSet;
 
 use crate::io::clock;
-use crate::io::link::{ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, connect};
+use crate::io::link::{
+    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, connect,
+};
 use crate::types::{PublicKey, SecretKey};
 use crate::wire::join::ServerAddr;
 
 /// The next address is tried beside the first after this (RFC 8305 section 5).
 const STAGGER: Duration = Duration::from_millis(250);
-/// The first wait after a loss; every next one is up to three times the last.
-const MIN_WAIT: Duration = Duration::from_millis(200);
-/// A thousand nodes spread over this come back to a restarted server within seconds, and no
-/// faster than it can serve them.
-const MAX_WAIT: Duration = Duration::from_secs(6);
 /// When another machine connected with our key, there is less and less hurry to throw it out again:
 /// twice the last wait, up to this.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
@@ -65,7 +61,7 @@ enum Phase {
 pub(super) struct Uplink {
     destination: Arc<Destination>,
     phase: Phase,
-    wait: Duration,
+    backoff: Backoff,
     pause: Duration,
 }
 
@@ -74,7 +70,7 @@ impl Uplink {
         Self {
             destination: Arc::new(destination),
             phase: Phase::Waiting(clock::now()),
-            wait: MIN_WAIT,
+            backoff: Backoff::default(),
             pause: MIN_PAUSE,
         }
     }
@@ -86,13 +82,13 @@ impl Uplink {
 
     /// Drops the connection and makes another.
     pub(super) fn reconnect(&mut self) {
-        self.wait_for(self.wait);
+        self.wait();
     }
 
     /// Drops the connection or the attempt that there is, and makes another without a wait: the
     /// network around us is another one, so nothing that failed in it counts.
     pub(super) fn try_now(&mut self) {
-        self.wait = MIN_WAIT;
+        self.backoff.reset();
         self.phase = Phase::Waiting(clock::now());
     }
 
@@ -102,12 +98,8 @@ impl Uplink {
         self.pause = (self.pause * 2).min(MAX_PAUSE);
     }
 
-    fn wait_for(&mut self, longest: Duration) {
-        let low = MIN_WAIT.as_secs_f64();
-        let high = longest.as_secs_f64().max(low * 1.01);
-        let wait = Duration::from_secs_f64(rand::rng().random_range(low..high));
-        self.wait = (self.wait * 3).min(MAX_WAIT);
-        self.phase = Phase::Waiting(clock::now() + wait);
+    fn wait(&mut self) {
+        self.phase = Phase::Waiting(clock::now() + self.backoff.next_wait());
     }
 
     /// The next event. Cancel-safe.
@@ -136,7 +128,7 @@ impl Uplink {
                     Some(Err(panicked)) => tracing::error!(%panicked, "connecting panicked"),
                     None => {
                         let error = worst.take();
-                        self.wait_for(self.wait);
+                        self.wait();
                         if let Some(error) = error {
                             return UplinkEvent::Failed(error);
                         }
@@ -144,11 +136,11 @@ impl Uplink {
                 },
                 Phase::Connected(receiver) => match receiver.next().await {
                     Ok(inbound) => {
-                        self.wait = MIN_WAIT;
+                        self.backoff.reset();
                         return UplinkEvent::Inbound(inbound);
                     }
                     Err(error) => {
-                        self.wait_for(self.wait);
+                        self.wait();
                         return UplinkEvent::Lost(error);
                     }
                 },

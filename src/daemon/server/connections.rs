@@ -133,7 +133,12 @@ async fn read(id: ConnectionId, receiver: &mut LinkReceiver, first: Vec<u8>, ent
                     Ok(message) => message,
                     Err(error) => return debug!(connection = id.0, %error, "not understood"),
                 };
-                if entrance.events.send(Event::Message { id, message }).await.is_err() {
+                if entrance
+                    .events
+                    .send(Event::Message { id, message: Box::new(message) })
+                    .await
+                    .is_err()
+                {
                     return;
                 }
             }

@@ -39,7 +39,7 @@ const EXPIRY_RETRY: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) enum Event {
     Connected { id: ConnectionId, about: Connected },
-    Message { id: ConnectionId, message: ClientMessage },
+    Message { id: ConnectionId, message: Box<ClientMessage> },
     Disconnected { id: ConnectionId },
     Sighted { node: NodeId, endpoint: SocketAddr },
     Request { actor: String, request: Request, answer: oneshot::Sender<Result<Answer, Refusal>> },
@@ -170,7 +170,7 @@ impl Core {
             Event::Disconnected { id } => self.server.handle_disconnected(id, wall),
             Event::Sighted { node, endpoint } => self.server.note_reflexive(node, endpoint),
             Event::Message { id, message } => {
-                if let Some(decision) = self.server.handle_message(id, message, wall) {
+                if let Some(decision) = self.server.handle_message(id, *message, wall) {
                     // Who waits for it is told by `give_up` when it fails.
                     let _ = self.commit(decision, "server").await;
                 }

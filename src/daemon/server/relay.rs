@@ -282,14 +282,13 @@ impl Hub {
             Way::Udp(exit) => self.send_udp(exit, bytes, segment_bytes, waiting),
             Way::Link(connection) => {
                 let sender = self.sender(connection);
-                for datagram in bytes.chunks(segment_bytes.max(1)) {
-                    let sent = match &sender {
-                        Some(sender) => sender.try_send_relay(datagram),
-                        None => Err(DropReason::RelayPeerAbsent),
-                    };
-                    if let Err(reason) = sent {
-                        self.drops.count(reason);
-                    }
+                let datagrams = bytes.len().div_ceil(segment_bytes.max(1));
+                let sent = match &sender {
+                    Some(sender) => sender.try_send_train(bytes, segment_bytes),
+                    None => Err((DropReason::RelayPeerAbsent, datagrams)),
+                };
+                if let Err((reason, lost)) = sent {
+                    self.drops.count_many(reason, lost as u64);
                 }
             }
         }

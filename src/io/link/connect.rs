@@ -93,13 +93,27 @@ pub async fn connect(
             Ok(stream) => stream?,
             Err(_) => return Err(timed_out(server, "TCP connection", TCP_LIMIT)),
         };
-        match timeout(UPGRADE_LIMIT, upgrade(server, stream, server_key, machine_key)).await {
-            Ok(Err(ConnectError::WrongKey { .. })) => {}
-            Ok(result) => return result,
-            Err(_) => return Err(timed_out(server, "answer to the upgrade", UPGRADE_LIMIT)),
+        match connect_over(stream, server, server_key, machine_key).await {
+            Err(ConnectError::WrongKey { .. }) => {}
+            result => return result,
         }
     }
     Err(ConnectError::WrongKey { address: server.clone() })
+}
+
+/// The same over a TCP connection that is there already, and with one key.
+///
+/// # Errors
+/// When the other end is no such server; after five seconds at the latest.
+pub async fn connect_over(
+    stream: TcpStream,
+    server: &ServerAddr,
+    server_key: &PublicKey,
+    machine_key: &SecretKey,
+) -> Result<Link, ConnectError> {
+    timeout(UPGRADE_LIMIT, upgrade(server, stream, server_key, machine_key))
+        .await
+        .unwrap_or_else(|_| Err(timed_out(server, "answer to the upgrade", UPGRADE_LIMIT)))
 }
 
 fn timed_out(server: &ServerAddr, waiting_for: &'static str, limit: Duration) -> ConnectError {

@@ -66,21 +66,35 @@ impl LinkSender {
     /// The reason for which a datagram died, to be counted by the caller: this one, or with
     /// [`DropReason::QueueFull`] the oldest in the queue.
     pub fn try_send_relay(&self, datagram: &[u8]) -> Result<(), DropReason> {
-        if datagram.len() > MAX_BODY {
-            return Err(DropReason::TooLarge);
+        self.try_send_train(datagram, datagram.len()).map_err(|(reason, _)| reason)
+    }
+
+    /// Queues relay datagrams of `segment` bytes each (the last may be shorter) at once, so that
+    /// they leave in one write; when the queue is full, the oldest make room.
+    ///
+    /// # Errors
+    /// Why datagrams died and how many, to be counted by the caller: all of these, or with
+    /// [`DropReason::QueueFull`] the oldest in the queue.
+    pub fn try_send_train(
+        &self,
+        datagrams: &[u8],
+        segment: usize,
+    ) -> Result<(), (DropReason, usize)> {
+        let segment = segment.max(1);
+        let count = datagrams.len().div_ceil(segment);
+        if segment.min(datagrams.len()) > MAX_BODY {
+            return Err((DropReason::TooLarge, count));
         }
         let mut queues = self.0.lock();
         if queues.closed {
-            return Err(DropReason::NoPath);
+            return Err((DropReason::NoPath, count));
         }
-        let full = queues.relay.len() >= RELAY_QUEUE_DATAGRAMS;
-        if full {
-            queues.relay.pop_front();
-        }
-        queues.relay.push_back(datagram.to_vec());
+        queues.relay.extend(datagrams.chunks(segment).map(<[u8]>::to_vec));
+        let lost = queues.relay.len().saturating_sub(RELAY_QUEUE_DATAGRAMS);
+        queues.relay.drain(..lost);
         drop(queues);
         self.0.changed.notify_one();
-        if full { Err(DropReason::QueueFull) } else { Ok(()) }
+        if lost > 0 { Err((DropReason::QueueFull, lost)) } else { Ok(()) }
     }
 
     /// Messages and datagrams that wait to be written.

@@ -87,6 +87,25 @@ async fn control_goes_before_relay_and_the_oldest_datagram_makes_room() {
 }
 
 #[tokio::test]
+async fn a_train_arrives_as_its_datagrams_and_its_losses_are_counted() {
+    let (client, mut server) = pair().await;
+    let train: Vec<u8> = (0..200u8).flat_map(|number| [number; 10]).chain([200; 3]).collect();
+    assert_eq!(client.sender.try_send_train(&train, 10), Ok(()));
+    assert_eq!(client.sender.try_send_train(&[7; 600], 10), Err((DropReason::QueueFull, 5)));
+    for number in 5..=200u8 {
+        let datagram = vec![number; if number == 200 { 3 } else { 10 }];
+        assert_eq!(server.receiver.next().await.unwrap(), Inbound::Relay(datagram));
+    }
+    for _ in 0..60 {
+        assert_eq!(server.receiver.next().await.unwrap(), Inbound::Relay(vec![7; 10]));
+    }
+    let long = vec![0; 70_000];
+    assert_eq!(client.sender.try_send_train(&long, 70_000), Err((DropReason::TooLarge, 1)));
+    client.sender.close();
+    assert_eq!(client.sender.try_send_train(&train, 10), Err((DropReason::NoPath, 201)));
+}
+
+#[tokio::test]
 async fn queues_are_bounded() {
     let (client, _server) = pair().await;
     let results: Vec<_> =

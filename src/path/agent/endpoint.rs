@@ -22,6 +22,8 @@ pub(super) struct Endpoint {
     pub(super) local: Option<IpAddr>,
     pub(super) prober: Prober,
     pub(super) heard: Option<Instant>,
+    /// When the peer last pinged us by it.
+    pub(super) pinged_at: Option<Instant>,
     pub(super) penalty_until: Option<Instant>,
     pub(super) delivery: Delivery,
     pub(super) mtu: MtuSearch,
@@ -40,6 +42,7 @@ impl Endpoint {
             local: None,
             prober,
             heard: None,
+            pinged_at: None,
             penalty_until: None,
             delivery: Delivery::default(),
             mtu: MtuSearch::default(),

@@ -212,8 +212,10 @@ impl PathAgent {
         let guesses = predict::order(guesses, self.signalling.doubles);
         for (place, local, due) in sure.into_iter().chain(guesses) {
             let Place { remote, socket } = place;
+            let via = Via::Direct { remote, local, socket };
             match due {
-                Due::Ping => drop(self.ping(Via::Direct { remote, local, socket }, now)),
+                _ if !self.may_send(via, now) => {}
+                Due::Ping => drop(self.ping(via, now)),
                 Due::Opener => self.open(place, now),
             }
         }
@@ -232,6 +234,13 @@ impl PathAgent {
         }
         let Place { remote, socket } = place;
         self.transmits.push_back(PathTransmit::Opener { remote, socket, tx });
+    }
+
+    /// Whether a probe or an answer may go there: by relay and to what has proved itself always.
+    pub(super) fn may_send(&mut self, via: Via, now: Instant) -> bool {
+        let (Some(place), Via::Direct { remote, .. }) = (via.place(), via) else { return true };
+        self.endpoints.get(&place).is_some_and(|endpoint| endpoint.proved(now))
+            || self.trickle.take(remote.ip(), now)
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {

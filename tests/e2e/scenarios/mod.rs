@@ -4,10 +4,13 @@ use crate::case::Case;
 
 mod candidates;
 mod commands;
+mod crowd;
 
 mod enrol;
 mod failover;
+mod fair;
 mod fallback;
+mod flood;
 mod hard;
 mod kept;
 mod lab;
@@ -27,8 +30,10 @@ mod portmap;
 mod recipes;
 mod relay;
 mod reload;
+mod rights;
 mod roam;
 mod rotation;
+mod secrets;
 mod server;
 mod server_loss;
 mod service;
@@ -52,9 +57,12 @@ pub(crate) fn all() -> Vec<Case> {
         enrol::cases(),
         members::cases(),
         spoof::cases(),
+        flood::cases(),
+        crowd::cases(),
         policy::cases(),
         offload::cases(),
         fallback::cases(),
+        fair::cases(),
         line::cases(),
         leak::cases(),
         mtu::cases(),
@@ -69,6 +77,8 @@ pub(crate) fn all() -> Vec<Case> {
         lab::cases(),
         service::cases(),
         kept::cases(),
+        rights::cases(),
+        secrets::cases(),
     ];
     subjects.into_iter().flatten().collect()
 }

@@ -122,9 +122,9 @@ fn kills() {
         let mut asking = asking.unwrap();
         thread::sleep(Duration::from_millis(wait_ms));
         if number % 2 == 0 {
-            alice.kill()
+            alice.kill();
         } else {
-            server.kill()
+            server.kill();
         }
         asking.wait().unwrap();
         if number % 2 == 0 {
