@@ -157,3 +157,21 @@ async fn events_have_numbers_without_gaps_and_go_with_their_change() {
     let all = store.events(0, 100_000).await.unwrap();
     assert_eq!((all.len(), all[0].seq), (10_000, 4));
 }
+
+#[tokio::test]
+async fn a_store_of_the_version_before_is_copied_and_brought_up_to_date() {
+    let (_dir, path) = database();
+    let store = Store::open(&path).await.unwrap();
+    store.commit(&[put("member", 0, "kept")], &[]).await.unwrap();
+    sqlx::query("UPDATE meta SET value = 2 WHERE key = 'schema'")
+        .execute(&store.pool)
+        .await
+        .unwrap();
+    store.close().await;
+    let store = Store::open(&path).await.unwrap();
+    let row = sqlx::query("SELECT value FROM meta WHERE key = 'schema'").fetch_one(&store.pool);
+    assert_eq!(row.await.unwrap().try_get::<i64, _>(0).unwrap(), SCHEMA);
+    let records = store.load().await.unwrap();
+    assert!(records.iter().any(|record| record.body.as_deref() == Some("kept")));
+    assert!(path.with_file_name("odd name?#%.db.schema-2").exists(), "the old one is kept");
+}
