@@ -200,6 +200,28 @@ fn files(dir: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
+/// What a person asks a server and a node.
+const SERVER_QUESTIONS: [&[&str]; 8] = [
+    &["nodes", "--json"],
+    &["nodes"],
+    &["invite", "list"],
+    &["invite", "list", "--json"],
+    &["status", "--json"],
+    &["events", "--json"],
+    &["policy", "show"],
+    &["remove", "nobody"],
+];
+const NODE_QUESTIONS: [&[&str]; 8] = [
+    &["status", "--json"],
+    &["status"],
+    &["netcheck", "--json"],
+    &["ip"],
+    &["why", "bob", "--json"],
+    &["history", "bob", "--json"],
+    &["ping", "bob", "-c", "1", "--json"],
+    &["ping", "nobody"],
+];
+
 fn story() {
     let net = Net::new();
     let hub = net.machine("hub", Nat::None);
@@ -256,29 +278,11 @@ fn story() {
         assert_ne!(output.code, Some(0), "{output:?}");
         ask("a node that is not let in", output);
     }
-    for words in [
-        &["nodes", "--json"][..],
-        &["nodes"],
-        &["invite", "list"],
-        &["invite", "list", "--json"],
-        &["status", "--json"],
-        &["events", "--json"],
-        &["policy", "show"],
-        &["remove", "nobody"],
-    ] {
+    for words in SERVER_QUESTIONS {
         ask("the server", server.cli(words));
     }
     for node in [&*alice, bob, carol] {
-        for words in [
-            &["status", "--json"][..],
-            &["status"],
-            &["netcheck", "--json"],
-            &["ip"],
-            &["why", "bob", "--json"],
-            &["history", "bob", "--json"],
-            &["ping", "bob", "-c", "1", "--json"],
-            &["ping", "nobody"],
-        ] {
+        for words in NODE_QUESTIONS {
             ask(&node.name, node.cli(words));
         }
     }
