@@ -46,6 +46,7 @@ struct Node {
     standing: Option<Standing>,
     members: Option<u32>,
     unknown: Vec<String>,
+    ticks: usize,
     closed: bool,
 }
 
@@ -58,6 +59,7 @@ impl Node {
         if let Some(refused) = message.refused {
             self.refused = Some(RefusedCode::from_code(refused.code));
         }
+        self.ticks += usize::from(message.tick.is_some());
         self.rival = message.rival.or(self.rival);
         self.node_key = message.node_key.or(self.node_key);
         self.standing = message.standing.or(self.standing);

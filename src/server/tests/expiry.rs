@@ -46,6 +46,10 @@ fn a_member_is_warned_of_then_shut_out_and_comes_back_with_more_time() {
     assert!(world.node(second).peers.is_empty(), "nobody is told of it any more");
     assert!(!world.node(first).closed, "it is told, and waits");
 
+    let ticks = world.node(first).ticks;
+    world.pass(TICK_INTERVAL);
+    assert_eq!(world.node(first).ticks, ticks + 1, "its connection is alive");
+
     // It can ask nothing, and a new connection of it waits as well.
     world.say(first, ClientMessage { ping: Some(1), ..Default::default() });
     let again = world.enter(1, hello(1, None));
@@ -100,4 +104,37 @@ fn times_that_make_no_sense_are_turned_down() {
         let request = Request::Expire { node: "node".into(), in_s };
         assert_eq!(world.ask(request).unwrap_err(), RequestError::BadExpiry);
     }
+}
+
+#[test]
+fn in_a_large_network_an_expired_node_is_nobody_until_it_has_more_time() {
+    let mut world = World::new("10.77.0.0/24");
+    world.server.settings.whole_netmap_up_to = 2;
+    let invite = world.invite(100);
+    let uses = |machine, known: &[u32]| Hello {
+        known: Some(known.to_vec()),
+        ..hello(machine, Some(&invite))
+    };
+    let nodes: Vec<ConnectionId> =
+        (1..=5).map(|machine| world.enter(machine, uses(machine, &[]))).collect();
+    let asker = nodes[4];
+    let find = |world: &mut World| {
+        let find = Some(vec!["10.77.0.4".to_string()]);
+        world.say(asker, ClientMessage { find, ..Default::default() });
+        world.pass(Duration::from_secs(1));
+        (world.node(asker).peers.contains_key(&4), world.node(asker).unknown.len())
+    };
+    assert_eq!(find(&mut world), (true, 0));
+    expire(&mut world, "10.77.0.4", Some(10));
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(asker).peers[&4].expires, Some(WALL + 10));
+    look(&mut world, WALL + 10);
+    assert!(!world.node(asker).peers.contains_key(&4), "told at once");
+    assert_eq!(find(&mut world), (false, 1), "and that there is none");
+    expire(&mut world, "10.77.0.4", None);
+    assert!(world.node(nodes[3]).closed);
+    world.enter(4, uses(4, &[5]));
+    world.pass(Duration::from_secs(1));
+    assert!(world.node(asker).peers.contains_key(&4), "it uses us");
+    assert_eq!(find(&mut world), (true, 1));
 }
