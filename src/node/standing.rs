@@ -26,6 +26,8 @@ impl Calendar {
     }
 }
 
+/// In seconds.
+const REMOVAL_SLACK_S: u64 = 3;
 /// While a membership has an end, the time is written down so often.
 const NOTE_INTERVAL: Duration = Duration::from_secs(3600);
 /// What our clock says has passed between two runs, in seconds, is believed up to 30 days. More is
@@ -91,6 +93,12 @@ impl Node {
 
     fn has_passed(&self, ends: Option<u64>, now: Instant) -> bool {
         ends.zip(self.server_time(now)).is_some_and(|(ends, time)| ends <= time)
+    }
+
+    /// Whether this end is the likely reason for a removal that we hear of now: we count whole seconds,
+    /// and the server's may be a little ahead.
+    pub(super) fn ends_by(&self, ends: Option<u64>, now: Instant) -> bool {
+        self.has_passed(ends.map(|ends| ends.saturating_sub(REMOVAL_SLACK_S)), now)
     }
 
     /// Drops whose time is over, and takes back who has more.

@@ -80,6 +80,9 @@ fn shut_out_and_back() {
     bob.wait_status("alice is gone", LIMIT, |status| {
         crate::overlay::find_peer(status, "alice").is_null()
     });
+    let why = bob.why("alice");
+    assert!(text(&why, "/verdict/sentence").contains("membership of alice ended"), "{why}");
+    assert_eq!(text(&why, "/verdict/word"), "removed");
     ping::assert_silent(&bob.host, &address);
     ping::assert_silent(&alice.host, &bob.ipv4());
     assert!(server.cli(&["nodes"]).success("nodes").contains("EXPIRED"));
