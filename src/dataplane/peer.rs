@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use super::icmp::AnswerLimit;
 use super::path_counts::PathCounts;
 use super::session::Session;
-use crate::path::{BASE_MTU, Choice, EARLY_BYTES};
+use crate::path::{BASE_MTU, Choice, EARLY_BYTES, UNDERLAY_BYTES};
 use crate::policy::Flows;
 use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
 
@@ -125,9 +125,9 @@ impl Peer {
         }
     }
 
-    /// Whether so many bytes more may go to an endpoint that has not answered yet.
+    /// Whether a datagram of so many bytes more may go to an endpoint that has not answered yet.
     pub(super) fn spend_early(&self, bytes: usize) -> bool {
-        let spend = |left: u32| left.checked_sub(u32::try_from(bytes).ok()?);
+        let spend = |left: u32| left.checked_sub(u32::try_from(bytes).ok()? + UNDERLAY_BYTES);
         self.early_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend).is_ok()
     }
 

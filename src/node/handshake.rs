@@ -194,7 +194,7 @@ impl Node {
         let Some(peer) = self.peers.get(&id) else { return };
         let Some(via) = peer.agent.choice().primary else { return };
         for (own, key) in self.wanted_sessions(id, now) {
-            let Some(peer) = self.peers.get(&id) else { return };
+            let Some(peer) = self.peers.get_mut(&id) else { return };
             let mut initiation = [0; MIN_SEAL_BUFFER];
             let mut state = peer.fast.lock();
             let session = state.session_of(own, key);

@@ -31,9 +31,10 @@ use super::{Choice, Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
 };
+use crate::wire::disco::{PING_LEN, PONG_LEN};
 use choose::KEEPALIVE;
-pub use early::EARLY_BYTES;
 use early::Early;
+pub use early::{EARLY_BYTES, UNDERLAY_BYTES};
 use endpoint::Endpoint;
 pub use messages::{Answer, PathEvent, PathTransmit, Traffic};
 use opener::Cause;
@@ -258,7 +259,7 @@ impl PathAgent {
 
     /// A ping of the peer arrived: answer it, and check the path from our side.
     pub fn handle_ping(&mut self, tx: TxId, via: Via, now: Instant) {
-        if self.may_send(via, now) {
+        if self.may_send(via, PONG_LEN, now) {
             self.transmits.push_back(PathTransmit::Pong { via, tx });
         }
         let (Some(place), Via::Direct { local, .. }) = (via.place(), via) else { return };
@@ -280,7 +281,7 @@ impl PathAgent {
         if !checked {
             // The triggered check: the peer's NAT is open for us at this moment.
             endpoint.prober.start_round(now);
-            if endpoint.prober.take_due(now).is_some() && self.may_send(via, now) {
+            if endpoint.prober.take_due(now).is_some() && self.may_send(via, PING_LEN, now) {
                 self.ping(via, now);
             }
         }

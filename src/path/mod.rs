@@ -42,6 +42,7 @@ pub mod verdict;
 
 pub use agent::{
     Answer, EARLY_BYTES, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic,
+    UNDERLAY_BYTES,
 };
 pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};

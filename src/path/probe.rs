@@ -117,11 +117,16 @@ impl Prober {
         if self.opener_at.take().is_some() {
             return Some(Due::Opener);
         }
-        if self.next_step >= self.steps.unwrap_or(ROUND_MS.len()) {
+        let steps = self.steps.unwrap_or(ROUND_MS.len());
+        if self.next_step >= steps {
             self.round_start = None;
             return None;
         }
+        // Who comes late sends one ping for all the steps that were missed.
         self.next_step += 1;
+        while self.next_step < steps && self.next_at().is_some_and(|at| at <= now) {
+            self.next_step += 1;
+        }
         Some(Due::Ping)
     }
 
@@ -207,6 +212,19 @@ mod tests {
         }
         assert_eq!(usize::from(sent), ROUND_MS.len(), "the ladder, and not one ping more");
         assert_eq!(prober.outcome(), ProbeOutcome::Silent);
+    }
+
+    #[test]
+    fn who_comes_late_sends_one_ping_for_all_that_were_missed() {
+        let mut prober = Prober::default();
+        prober.start_round(epoch());
+        let late = epoch() + Duration::from_millis(450);
+        assert_eq!(prober.take_due(late), Some(Due::Ping));
+        assert_eq!(prober.take_due(late), None);
+        assert_eq!(prober.next_at(), Some(epoch() + Duration::from_millis(800)));
+        let end = epoch() + Duration::from_secs(60);
+        assert_eq!((prober.take_due(end), prober.take_due(end)), (Some(Due::Ping), None));
+        assert!(!prober.in_round());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! A peer may lie about where it is, and a datagram about where it comes from: probes and their
 //! answers go to whoever has that address. So an address that has proved nothing gets a first
-//! handful, for all its ports together, and then a trickle.
+//! handful, for all its ports together, and then a trickle. Copies of data that go there before its
+//! answer (see `agent::early`) are on the same account.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,10 +11,15 @@ use std::time::{Duration, Instant};
 
 use crate::types::source_of;
 
-/// At once: more than all candidates and guesses of a hard NAT's first rounds.
-const BURST: u32 = 240;
-/// One more after each of these.
-const INTERVAL: Duration = Duration::from_millis(160);
+/// Bytes at once: 240 pings, more than all candidates and guesses of a hard NAT's first rounds.
+const BURST: u32 = 22_400;
+/// One more byte after each of these, 600 in a second. With the burst that is less than 1,000 bytes
+/// a second in any minute.
+const INTERVAL: Duration = Duration::from_nanos(1_666_667);
+/// Headers of UDP with IPv4,
+const V4_HEADERS: u32 = 28;
+/// and with IPv6.
+const V6_HEADERS: u32 = 48;
 /// Addresses that are kept account of. A peer has a few; one that claims more waits.
 const MAX_SOURCES: usize = 64;
 
@@ -25,8 +31,14 @@ pub(super) struct Trickle {
 }
 
 impl Trickle {
-    /// Whether one more small datagram may go to this address, which has proved nothing.
-    pub(super) fn take(&mut self, to: IpAddr, now: Instant) -> bool {
+    /// Whether one more datagram of `len` bytes may go to this address, which has proved nothing.
+    pub(super) fn take(&mut self, len: usize, to: IpAddr, now: Instant) -> bool {
+        let headers = if source_of(to).is_ipv4() { V4_HEADERS } else { V6_HEADERS };
+        u32::try_from(len).is_ok_and(|len| self.take_bytes(len + headers, to, now))
+    }
+
+    /// The same for so many bytes, headers and all: all of them, or none.
+    pub(super) fn take_bytes(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
         let source = source_of(to);
         if !self.paid_until.contains_key(&source) && self.paid_until.len() >= MAX_SOURCES {
             self.paid_until.retain(|_, at| *at > now);
@@ -36,10 +48,10 @@ impl Trickle {
         }
         let paid_until = self.paid_until.entry(source).or_insert(now);
         let at = (*paid_until).max(now);
-        if at > now + INTERVAL * (BURST - 1) {
+        if at + INTERVAL * bytes > now + INTERVAL * BURST {
             return false;
         }
-        *paid_until = at + INTERVAL;
+        *paid_until = at + INTERVAL * bytes;
         true
     }
 }
@@ -49,27 +61,59 @@ mod tests {
     use super::*;
     use crate::testing::epoch;
 
+    /// With the headers of IPv4 100 bytes, with those of IPv6 120.
+    const LEN: usize = 72;
+
     #[test]
     fn an_address_gets_a_handful_and_then_a_trickle_whatever_its_ports() {
         let mut trickle = Trickle::default();
         let now = epoch();
         let count = |trickle: &mut Trickle, ip: &str, now| {
             let ip = ip.parse().unwrap();
-            (0..1_000).filter(|_| trickle.take(ip, now)).count() as u32
+            (0..1_000).filter(|_| trickle.take(LEN, ip, now)).count() as u32
         };
-        assert_eq!(count(&mut trickle, "192.0.2.1", now), BURST);
-        assert_eq!(count(&mut trickle, "192.0.2.2", now), BURST, "another address");
-        assert_eq!(count(&mut trickle, "192.0.2.1", now + INTERVAL * 3), 3);
-        assert_eq!(count(&mut trickle, "2001:db8::1", now), BURST);
+        assert_eq!(count(&mut trickle, "192.0.2.1", now), BURST / 100);
+        assert_eq!(count(&mut trickle, "192.0.2.2", now), BURST / 100, "another address");
+        assert_eq!(count(&mut trickle, "192.0.2.1", now + INTERVAL * 399), 3);
+        assert_eq!(count(&mut trickle, "2001:db8::1", now), BURST / 120);
         assert_eq!(count(&mut trickle, "2001:db8::2", now), 0, "one home has one /64");
+        assert_eq!(count(&mut trickle, "::ffff:192.0.2.2", now), 0, "the same address");
+    }
+
+    #[test]
+    fn copies_are_paid_for_like_the_datagrams_that_could_go_instead() {
+        let mut trickle = Trickle::default();
+        let now = epoch();
+        let ip = "192.0.2.1".parse().unwrap();
+        assert!(!trickle.take_bytes(BURST + 1, ip, now), "more than there ever is");
+        assert!(trickle.take_bytes(BURST - 250, ip, now));
+        assert!(!trickle.take_bytes(251, ip, now), "all or nothing");
+        assert!(trickle.take(LEN, ip, now) && trickle.take(LEN, ip, now));
+        assert!(!trickle.take(LEN, ip, now));
+        assert!(!trickle.take_bytes(1_000, ip, now + INTERVAL * 949));
+        assert!(trickle.take_bytes(1_000, ip, now + INTERVAL * 950));
+    }
+
+    #[test]
+    fn no_minute_sees_more_than_a_thousand_bytes_a_second() {
+        for datagram in [65, 95, 148, 1_400] {
+            let mut trickle = Trickle::default();
+            let ip = "192.0.2.1".parse().unwrap();
+            let tries = (0..60_000).map(|ms| epoch() + Duration::from_millis(ms));
+            let taken = tries.filter(|now| trickle.take(datagram, ip, *now)).count();
+            let rate = taken * (datagram + 28) / 60;
+            assert!((900..=1_000).contains(&rate), "{rate} bytes a second of {datagram} each");
+        }
     }
 
     #[test]
     fn who_claims_to_be_everywhere_is_nowhere() {
         let mut trickle = Trickle::default();
         let now = epoch();
-        let sent = (0..=255u8).filter(|n| trickle.take([192, 0, 2, *n].into(), now)).count();
+        let take = |trickle: &mut Trickle, n: u8| trickle.take(LEN, [192, 0, 2, n].into(), now);
+        let sent = (0..=255u8).filter(|n| take(&mut trickle, *n)).count();
         assert_eq!(sent, MAX_SOURCES);
-        assert!(trickle.take([198, 51, 100, 1].into(), now + INTERVAL), "later there is room");
+        let later = now + INTERVAL * 100;
+        assert!(trickle.take(LEN, [198, 51, 100, 1].into(), later), "later there is room");
     }
 }

@@ -37,6 +37,10 @@ const MAC_LEN: usize = 16;
 
 /// Bytes that sealing adds to a message.
 pub const OVERHEAD: usize = HEADER_LEN + NONCE_LEN + MAC_LEN;
+/// A sealed ping without padding.
+pub const PING_LEN: usize = OVERHEAD + 13;
+/// The longest sealed pong.
+pub const PONG_LEN: usize = PING_LEN + ENDPOINT_LEN + COUNTS_LEN;
 
 /// The largest packet that is opened: more than any message needs, less than costs time.
 pub const MAX_PACKET: usize = 9000;
@@ -417,7 +421,11 @@ mod tests {
     fn the_bytes_are_those_of_the_protocol_document() {
         let (a, _) = pair();
         let packet = a.seal(&Message::Ping { tx: TxId([3; 12]), padding: 0 }, [9; 24]);
-        assert_eq!(packet.len(), OVERHEAD + 13);
+        assert_eq!(packet.len(), PING_LEN);
+        let observed = Some("192.0.2.1:1".parse().unwrap());
+        let arrived = Some(SizeCounts::default());
+        let pong = Message::Pong { tx: TxId([3; 12]), observed, arrived };
+        assert_eq!(a.seal(&pong, [9; 24]).len(), PONG_LEN);
         assert_eq!(
             data_encoding::HEXLOWER.encode(&packet),
             include_str!("../../tests/golden/disco-ping.hex").trim()

@@ -134,15 +134,20 @@ fn one_run_at_a_time_and_never_more_entries_than_one_leaves() {
             assert!(probes[second] - probes[second - 1] <= 101, "a hundred a second");
             assert!(extra_sockets(&world, 0) == 0);
         }
-        let peer_kinds = (1..6).map(|to| {
-            let peer = world.hosts[to].id().expect("it has joined");
-            world.hosts[0].path_kind(peer, world.now)
-        });
-        direct.push(peer_kinds.filter(|kind| *kind == "direct").count());
+        let found = |world: &World| {
+            let kind = |to: usize| {
+                let peer = world.hosts[to].id().expect("it has joined");
+                world.hosts[0].path_kind(peer, world.now)
+            };
+            (1..6).filter(|to| kind(*to) == "direct").count()
+        };
+        direct.push(found(&world));
+        // A run finds nothing now and then, and is not repeated for a minute.
+        let all = world.run_until(Duration::from_secs(60), |world| found(world) == 5);
+        assert!(all, "seed {seed}: {} of 5 have had their turn", found(&world));
     }
-    // A run finds nothing now and then, and is not repeated for a minute.
-    let all: usize = direct.iter().sum();
-    assert!(all >= 4 * direct.len(), "each has had its turn: {direct:?} of 5");
+    let soon: usize = direct.iter().sum();
+    assert!(soon >= 4 * direct.len(), "most within two minutes: {direct:?} of 5");
 }
 
 #[test]

@@ -7,8 +7,10 @@
 //! - the endpoint is one that the peer has announced, and that we have pinged ourselves; a replayed
 //!   ping from anywhere else starts nothing
 //! - [`EARLY_BYTES`] at the most, within [`EARLY_FOR`], and once in [`SPACING`] for each peer
+//! - all of them are paid for beforehand, from what probes may send to that address: with copies or
+//!   without, an address that proves nothing hears no more
 //!
-//! Handshakes go beside pings for the same gain.
+//! Handshakes go beside pings for the same gain, and on the same account.
 
 use std::time::{Duration, Instant};
 
@@ -17,14 +19,19 @@ use super::{PING_SPACING, PathAgent};
 use crate::path::{Place, Via};
 use crate::types::CandidateKind;
 
-/// Bytes of sealed data that may go to an endpoint which has not answered: a first window of TCP.
-pub const EARLY_BYTES: u32 = 16 * 1024;
+/// Bytes that may go to an endpoint which has not answered, with the headers of [`UNDERLAY_BYTES`]:
+/// the first packets of a flow, and a good third of what an address gets at once.
+pub const EARLY_BYTES: u32 = 8 * 1024;
+/// The headers of IPv6 and UDP, the longest that a datagram has on the way.
+pub const UNDERLAY_BYTES: u32 = 48;
 /// The answer comes within one direct round trip, or copies are of no use.
 const EARLY_FOR: Duration = Duration::from_millis(600);
 /// No other endpoint of the peer gets copies before this.
 const SPACING: Duration = Duration::from_secs(5);
 /// A handshake goes beside so many pings at the most.
 const HANDSHAKE_COPIES: usize = 4;
+/// The longest message of a handshake.
+const HANDSHAKE_LEN: usize = 148;
 
 /// An endpoint that gets copies.
 #[derive(Debug, Clone, Copy)]
@@ -51,7 +58,8 @@ impl PathAgent {
                 && !endpoint.proved(now)
                 && endpoint.prober.sent_pings() > 0
         });
-        if self.wanted && spaced && relayed && announced {
+        let fit = self.wanted && spaced && relayed && announced;
+        if fit && self.trickle.take_bytes(EARLY_BYTES, place.remote.ip(), now) {
             self.early = Some(Early { place, since: now });
             self.early_at = Some(now);
         }
@@ -70,19 +78,21 @@ impl PathAgent {
 
     /// Where a handshake goes as well: to endpoints that were pinged in this moment and have not
     /// answered yet.
-    #[must_use]
-    pub fn beside_pings(&self, now: Instant) -> Vec<Via> {
+    pub fn beside_pings(&mut self, now: Instant) -> Vec<Via> {
         if self.is_direct() {
             return Vec::new();
         }
         let just = |at: Instant| now.saturating_duration_since(at) < PING_SPACING;
-        self.endpoints
+        let mut ways: Vec<Via> = self
+            .endpoints
             .iter()
             .filter(|(_, endpoint)| endpoint.prober.last_sent().is_some_and(just))
             .filter(|(_, endpoint)| endpoint.kind != CandidateKind::Predicted)
             .map(|(place, endpoint)| endpoint.via(*place))
             .take(HANDSHAKE_COPIES)
-            .collect()
+            .collect();
+        ways.retain(|via| self.may_send(*via, HANDSHAKE_LEN, now));
+        ways
     }
 }
 
@@ -141,7 +151,7 @@ mod tests {
         assert_eq!(agent.choice().duplicate, Some(path(one)), "one at a time");
         let mut started = 0;
         let mut before = true;
-        for ms in (0..20_000).step_by(50) {
+        for ms in (0..20_000).step_by(1_000) {
             let now = now + Duration::from_millis(ms);
             agent.handle_timeout(now);
             agent.handle_ping(TX, path(other), now);
@@ -150,6 +160,36 @@ mod tests {
             before = early;
         }
         assert_eq!(started, 3, "once in five seconds");
+    }
+
+    #[test]
+    fn copies_are_paid_for_and_end_when_nothing_is_left_for_them() {
+        let now = epoch();
+        let victim = "203.0.113.10:4000";
+        let mut agent = agent(&[victim], now);
+        let mut started = Vec::new();
+        for second in 0..120 {
+            let now = now + Duration::from_secs(second);
+            agent.handle_timeout(now);
+            agent.handle_ping(TX, path(victim), now);
+            if agent.choice().early {
+                started.push(second);
+            }
+        }
+        // A ping and a pong go there in each second, 216 of the 600 bytes that are to be had.
+        assert_eq!(started[..3], [0, 5, 10], "what there is at once");
+        let pauses: Vec<u64> = started[2..].windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(pauses.len() >= 4, "an address may be the right one after all: {started:?}");
+        assert!(pauses.iter().all(|pause| *pause >= 18), "what comes in: {started:?}");
+    }
+
+    #[test]
+    fn an_address_without_anything_left_gets_no_handshake_beside_its_ping() {
+        let now = epoch();
+        let mut agent = agent(&["203.0.113.10:4000"], now);
+        agent.handle_ping(TX, path("203.0.113.10:4000"), now);
+        let copies = (0..500).filter(|_| !agent.beside_pings(now).is_empty()).count();
+        assert!((50..128).contains(&copies), "{copies} of 176 bytes");
     }
 
     #[test]

@@ -261,6 +261,10 @@ impl PathAgent {
             endpoint.trust = Trust::New;
             self.choose("the direct path carries data again", now);
         } else if time >= LONGEST_TRIAL.max(srtt * 6) {
+            if endpoint.prober.last_pong().is_none_or(|at| at < since) {
+                // The peer was away: that says nothing about the path, and the wait is as before.
+                endpoint.failures = endpoint.failures.saturating_sub(1);
+            }
             self.trial = None;
             self.distrust(place, now);
         } else if delivery.asked_at().is_none_or(|at| now >= at + PROOF_SPACING) {
@@ -343,5 +347,50 @@ impl PathAgent {
             }
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::epoch;
+    use crate::types::{Candidate, CandidateKind};
+
+    /// How often a path counts as failed that was left once and is on trial for 20 s; `answers` to
+    /// short pings or is silent.
+    fn failures_after_trials(answers: bool) -> u32 {
+        let remote = "203.0.113.10:4000".parse().unwrap();
+        let place = Place::main(remote);
+        let mut agent = PathAgent::new([1; 32], epoch());
+        agent.set_relay(Some(Via::RelayUdp), epoch());
+        agent.set_candidates(&[Candidate::new(remote, CandidateKind::Host)], epoch());
+        agent.set_wanted(true, epoch());
+        let (mut left, mut trials, mut before) = (false, 0, false);
+        for ms in (0..20_000).step_by(10) {
+            let now = epoch() + Duration::from_millis(ms);
+            agent.handle_timeout(now);
+            while let Some(transmit) = agent.poll_transmit() {
+                if let PathTransmit::Ping { via, tx } = transmit
+                    && (!left || answers)
+                {
+                    agent.handle_pong(tx, via, None, now);
+                }
+            }
+            if agent.is_direct() {
+                assert!(!left, "full packets do not get through");
+                agent.leave(place, "for the test", now);
+                left = true;
+            }
+            trials += usize::from(agent.trial.is_some() && !before);
+            before = agent.trial.is_some();
+        }
+        assert!(left && trials >= 2, "{trials} trials");
+        agent.endpoints[&place].failures
+    }
+
+    #[test]
+    fn a_trial_says_nothing_while_the_peer_is_away_and_counts_when_it_answers() {
+        assert_eq!(failures_after_trials(false), 1);
+        assert_eq!(failures_after_trials(true), 3);
     }
 }

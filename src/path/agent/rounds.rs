@@ -10,6 +10,7 @@ use super::{Endpoint, PathAgent, PathTransmit};
 use crate::path::probe::{Due, ProbeOutcome};
 use crate::path::{Place, Via, predict};
 use crate::types::{CandidateKind, TxId, usable_underlay};
+use crate::wire::disco::PING_LEN;
 
 /// How many endpoints a peer may teach us by sending from them, beside those it announces.
 const MAX_LEARNED: usize = 8;
@@ -214,7 +215,7 @@ impl PathAgent {
             let Place { remote, socket } = place;
             let via = Via::Direct { remote, local, socket };
             match due {
-                _ if !self.may_send(via, now) => {}
+                _ if !self.may_send(via, PING_LEN, now) => {}
                 Due::Ping => drop(self.ping(via, now)),
                 Due::Opener => self.open(place, now),
             }
@@ -236,11 +237,12 @@ impl PathAgent {
         self.transmits.push_back(PathTransmit::Opener { remote, socket, tx });
     }
 
-    /// Whether a probe or an answer may go there: by relay and to what has proved itself always.
-    pub(super) fn may_send(&mut self, via: Via, now: Instant) -> bool {
+    /// Whether a probe, an answer or a handshake of `len` bytes may go there: by relay and to what
+    /// has proved itself always.
+    pub(super) fn may_send(&mut self, via: Via, len: usize, now: Instant) -> bool {
         let (Some(place), Via::Direct { remote, .. }) = (via.place(), via) else { return true };
         self.endpoints.get(&place).is_some_and(|endpoint| endpoint.proved(now))
-            || self.trickle.take(remote.ip(), now)
+            || self.trickle.take(len, remote.ip(), now)
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {

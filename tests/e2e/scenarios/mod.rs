@@ -13,6 +13,7 @@ mod fair;
 mod fallback;
 mod flood;
 mod hard;
+mod idle;
 mod kept;
 mod lab;
 mod leak;
@@ -51,6 +52,7 @@ pub(crate) fn all() -> Vec<Case> {
         roam::cases(),
         rotation::cases(),
         hard::cases(),
+        idle::cases(),
         relay::cases(),
         limits::cases(),
         server_loss::cases(),

@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("another_address", another_address),
         case("the_default_route_moves", default_route_moves),
         case("an_interface_goes_and_comes_back", interface_goes),
+        case("a_dead_uplink_is_left_when_its_route_goes", dead_uplink),
         case("one_router_reboots", || routers_reboot(&[0])),
         case("the_other_router_reboots", || routers_reboot(&[1])),
         case("both_routers_reboot", || routers_reboot(&[0, 1])),
@@ -128,6 +129,33 @@ fn interface_goes() {
         pair.alice.host.ns.ip("route add default via 192.168.1.1 dev eth0 metric 100");
     });
     assert_lost("and comes back", lost, SEEN_LIMIT);
+}
+
+/// Two default routes, and the router of the preferred one lets nothing through any more. Nobody tells
+/// the machine, so it keeps sending there; what monitors its uplinks takes the route away, and then
+/// everything comes back by the other one, from a state in which nothing has worked for a while.
+fn dead_uplink() {
+    let mut pair = Pair::with(Nat::PortRestricted, "direct", |net, host| {
+        second_way_out(net, host);
+        host.ns.ip("route add default via 192.168.1.1 dev eth1 metric 200");
+    });
+    let router = pair.alice.host.router.as_ref().expect("alice is at home");
+    router.ns.nft(
+        "table inet dead {\n chain forward { type filter hook forward priority -10; policy drop;\n \
+         }\n}\n",
+    );
+    let alice_ipv4 = pair.alice.ipv4();
+    ping::assert_silent(&pair.bob.host, &alice_ipv4);
+    // Long enough that the server, the relay and the path have been given up.
+    thread::sleep(Duration::from_secs(15));
+    ping::assert_silent(&pair.bob.host, &alice_ipv4);
+
+    pair.alice.host.ns.ip("route del default via 192.168.1.1 dev eth0 metric 100");
+    let gone = now();
+    let back = ping::first_answer(&pair.bob.host, &alice_ipv4, gone, PATH_LIMIT);
+    eprintln!("answers by the other uplink {back:.0?} after the route went");
+    pair.alice.wait_path("bob", "direct", PATH_LIMIT);
+    pair.bob.wait_path("alice", "direct", PATH_LIMIT);
 }
 
 fn reboot(pair: &Pair, rebooted: &[usize], first_port: u16) {
