@@ -106,6 +106,20 @@ enum Command {
         #[arg(long = "state-dir", value_name = "DIR")]
         place: Option<PathBuf>,
     },
+    /// Set when a node's membership ends; more time lets an expired node in at once
+    Expire {
+        /// Its name, overlay address or id
+        node: String,
+        /// In this time from now: 12h, 180d
+        #[arg(long = "in", value_name = "TIME", value_parser = admin::duration, required_unless_present = "never")]
+        within: Option<std::time::Duration>,
+        /// Not at all
+        #[arg(long, conflicts_with = "within")]
+        never: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Give a node these tags and no others; access rules know nodes by them
     Tag {
         /// Its name, overlay address or id

@@ -245,6 +245,12 @@ fn failure(error: &StartError) -> Failure {
         ),
         StartError::Connect(error) => connect_failure(error),
         StartError::Refused { code, message } => refused(*code, message),
+        StartError::Expired { .. } => Failure::new(
+            error,
+            "the administrator of the network gave it an end",
+            "with more time it is let in, on the server: overlay server expire NODE --in 180d \
+             (NODE is in overlay server nodes)",
+        ),
         StartError::NoAnswer => Failure::new(NOT_LET_IN, error, SERVER_LOG),
         StartError::PortTaken { port } => Failure::new(
             error,

@@ -38,6 +38,9 @@ impl Node {
         if let Some(welcome) = &message.welcome {
             self.handle_welcome(welcome, server, now);
         }
+        if let Some(standing) = &message.standing {
+            self.handle_standing(standing, now);
+        }
         if let Some(update) = &message.netmap {
             self.handle_update(update, now);
         }
@@ -122,6 +125,7 @@ impl Node {
         if diff.filter || !same_peers || self.netmap.members.is_some() != was_part {
             self.publish();
         }
+        self.look_at_expiry(now);
         for id in self.in_own_order(diff.replaced.iter().chain(&diff.changed).copied()) {
             self.update_peer(id, now);
         }

@@ -22,6 +22,7 @@
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
 //! - `reach`: what programs are told that send to nobody
+//! - `standing`: memberships that end
 //! - `status`: read-only views
 //! - `nat`: what the network in front of us does
 //! - `report`: both sides' views of a path, asked for and told
@@ -50,6 +51,7 @@ mod roam;
 mod sighting;
 mod signalling;
 mod sockets;
+mod standing;
 mod status;
 mod timers;
 
@@ -57,7 +59,7 @@ pub use history::{History, PathChange, PathRecord, PathTimes};
 pub use keyring::NodeKeys;
 pub use keys::RotateError;
 pub use mapped::Knocked;
-pub use netmap::{Identity, Netmap, NetmapDiff, PeerInfo};
+pub use netmap::{Clocks, Identity, Netmap, NetmapDiff, PeerInfo};
 pub use punch::PunchCounters;
 pub use report::{Explanation, RemovedPeer};
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
@@ -89,6 +91,7 @@ use relay::RelayClient;
 use report::Removed;
 use sighting::Sighting;
 use sockets::Sockets;
+use standing::Calendar;
 
 /// What can be set about a node.
 #[derive(Debug, Clone, Copy)]
@@ -127,6 +130,8 @@ pub enum Event {
     /// A peer has a new key: it must be on disk before it is used, since the peer may forget the old
     /// one as soon as it hears from us under the new one.
     PeerKeys,
+    /// Our membership, or that of a peer, ends at another time than before, or has ended.
+    Standing,
     /// The server has stored our new key.
     KeyTold,
     /// Our old key is needed no more.
@@ -206,6 +211,7 @@ pub struct Node {
     peers_by_key: BTreeMap<PublicKey, NodeId>,
     relay: RelayClient,
     pace: Pace,
+    calendar: Calendar,
     wanted: Wanted,
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
@@ -266,6 +272,7 @@ impl Node {
             peers_by_key: BTreeMap::new(),
             relay: RelayClient::default(),
             pace: Pace::default(),
+            calendar: Calendar::default(),
             wanted: Wanted::default(),
             link_up: false,
             host_endpoints: Vec::new(),

@@ -40,6 +40,9 @@ pub struct PeerInfo {
     pub online: bool,
     /// Where it may be reached.
     pub candidates: Vec<Candidate>,
+    /// When its membership ends, in Unix seconds by the server's clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<u64>,
     /// Where it was reached last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_direct: Option<SocketAddr>,
@@ -58,9 +61,24 @@ pub struct Netmap {
     /// node that starts while the server is away is as closed as it was.
     #[serde(default)]
     pub filter: WireFilter,
+    /// When our own membership ends, in Unix seconds by the server's clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<u64>,
+    /// What the clocks showed when this was saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clocks: Option<Clocks>,
     /// How many nodes the network has, when the server tells only of the peers that are used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub members: Option<u32>,
+}
+
+/// Two clocks at one moment, in Unix seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clocks {
+    /// The server's.
+    pub server: u64,
+    /// This machine's.
+    pub own: u64,
 }
 
 /// What an update changed.
@@ -207,6 +225,7 @@ impl Netmap {
             addrs,
             online: peer.online,
             candidates,
+            expires: peer.expires,
             last_direct: None,
         };
         Some((id, info))
@@ -260,6 +279,7 @@ mod tests {
             ipv6: addrs.v6,
             online: true,
             candidates: vec![],
+            expires: None,
         }
     }
 

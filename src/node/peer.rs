@@ -61,6 +61,9 @@ impl Node {
     /// Makes the control state of a peer that is new in the netmap, or whose addresses changed.
     pub(super) fn make_peer(&mut self, id: NodeId, now: Instant) {
         self.drop_peer(id);
+        if self.is_over(id, now) {
+            return;
+        }
         let Some(info) = self.netmap.peers.get(&id) else { return };
         let keys = PeerKeys::new(&self.keys, info.node_key);
         let table = self.shared.table();

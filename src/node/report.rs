@@ -51,6 +51,8 @@ pub struct RemovedPeer {
     pub addrs: OverlayAddrs,
     /// When we were told.
     pub at: Instant,
+    /// Its membership had come to its end.
+    pub is_expired: bool,
 }
 
 /// Peers that were removed while this node ran, newest last.
@@ -233,6 +235,7 @@ impl Node {
             name: info.name.clone(),
             addrs: info.addrs,
             at,
+            is_expired: self.ends_by(info.expires, at),
         };
         peers.map(removed).collect()
     }

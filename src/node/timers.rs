@@ -36,6 +36,7 @@ impl Node {
         self.handle_punch_timeout(now);
         self.handle_waiting_timeout(now);
         self.handle_keys_timeout(now);
+        self.handle_expiry_timeout(now);
         self.handle_wanted_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
@@ -87,6 +88,7 @@ impl Node {
         soonest.add(self.wanted.next_at(), "peers of a large network");
         soonest.add(self.relay.next_at(), "relay bind");
         soonest.add(self.keys.next_at(), "our own keys");
+        soonest.add(self.calendar.next_at(), "a membership ends");
         soonest.add(self.sighting.next_at(), "where are we seen");
         soonest.add(self.pace.next_at(), "next peer that nobody asked for");
         soonest.add(self.prediction.next_at(), "look at the NAT's counter");

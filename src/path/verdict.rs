@@ -22,6 +22,8 @@ pub enum Presence {
     Unknown,
     /// It was taken out of the network so long ago.
     Removed(Duration),
+    /// Its membership ended so long ago.
+    Expired(Duration),
 }
 
 /// What a verdict is about.
@@ -133,6 +135,9 @@ fn judge(pair: &Pair<'_>) -> Judged {
     if let Presence::Removed(ago) = pair.presence {
         return removed(pair, ago);
     }
+    if let Presence::Expired(ago) = pair.presence {
+        return expired(pair, ago);
+    }
     if let Some(Via::Direct { remote, .. }) = pair.own.path {
         return direct(pair, remote);
     }
@@ -150,6 +155,15 @@ fn removed(pair: &Pair<'_>, ago: Duration) -> Judged {
         Word::Removed,
         format!("{peer_name} was removed from the network {} ago", span(ago)),
         format!("to take it back: overlay server invite, then on {peer_name}: overlay up JOINLINE"),
+    )
+}
+
+fn expired(pair: &Pair<'_>, ago: Duration) -> Judged {
+    let Pair { peer_name, .. } = pair;
+    (
+        Word::Removed,
+        format!("the membership of {peer_name} ended {} ago", span(ago)),
+        format!("with more time it is back at once: overlay server expire {peer_name} --in 180d"),
     )
 }
 
@@ -174,7 +188,7 @@ fn absent(pair: &Pair<'_>) -> Option<Judged> {
             format!("{own_name} cannot reach the server, and {peer_name} does not answer directly"),
             format!("check {own_name}'s network and the server (on it: overlay server nodes)"),
         )),
-        Presence::Online | Presence::Removed(_) => None,
+        Presence::Online | Presence::Removed(_) | Presence::Expired(_) => None,
     }
 }
 

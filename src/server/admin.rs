@@ -69,6 +69,13 @@ pub enum Request {
         /// All of them.
         tags: Vec<Tag>,
     },
+    /// Set when a node's membership ends.
+    Expire {
+        /// Its name, overlay address or id.
+        node: String,
+        /// In so many seconds; none for never.
+        in_s: Option<u64>,
+    },
     /// Show the access rules.
     PolicyShow,
     /// Set the access rules.
@@ -128,6 +135,9 @@ pub enum RequestError {
     /// More tags than a node can have.
     #[error("a node has 32 tags at the most")]
     TooManyTags,
+    /// A time that makes no sense.
+    #[error("a membership lasts between one second and ten years, or for ever")]
+    BadExpiry,
     /// Access rules that cannot be read, or whose own tests fail.
     #[error("these access rules cannot be set")]
     BadPolicy {
@@ -156,6 +166,8 @@ pub enum Answer {
     Renamed(NodeInfo),
     /// A node with its new tags.
     Tagged(NodeInfo),
+    /// A node whose membership ends at another time now.
+    Expiring(NodeInfo),
     /// The access rules.
     Policy(PolicyInfo),
 }
@@ -263,6 +275,12 @@ pub struct NodeInfo {
     /// Since when it has its node key (RFC 3339, UTC); none when that is not known.
     #[serde(default)]
     pub key_since: Option<String>,
+    /// When its membership ends (RFC 3339, UTC); none for never.
+    #[serde(default)]
+    pub expires: Option<String>,
+    /// Whether it has ended.
+    #[serde(default)]
+    pub expired: bool,
     /// Whether two running machines have its keys, as it was in the last minutes.
     #[serde(default)]
     pub cloned: bool,
@@ -316,6 +334,7 @@ impl Server {
             }
             Request::Rename { node, name } => self.decide_rename(&node, name, wall),
             Request::Tag { node, tags } => self.decide_tag(&node, tags, wall),
+            Request::Expire { node, in_s } => self.decide_expire(&node, in_s, wall),
             Request::PolicyShow => Ok(self.decide_policy_show()),
             Request::PolicySet { text } => self.decide_policy_set(text, wall),
             Request::PolicyClear => Ok(self.decide_policy_clear(wall)),
@@ -404,6 +423,8 @@ impl Server {
             remote: connection.map(|connection| connection.about.observed.to_string()),
             tags: member.tags.clone(),
             key_since: Some(member.key_since).filter(|at| *at != 0).map(rfc3339),
+            expires: member.expires.map(rfc3339),
+            expired: member.is_over() || member.expires.is_some_and(|at| at <= wall),
             cloned: self.clones.is_cloned(member.id, wall),
         }
     }

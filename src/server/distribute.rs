@@ -104,6 +104,7 @@ impl Distribution {
             ipv6: addresses.v6,
             online: known.is_some_and(|peer| peer.online),
             candidates: known.map(|peer| peer.candidates.clone()).unwrap_or_default(),
+            expires: member.expires,
         };
         self.put(member.id, peer);
     }
@@ -352,9 +353,12 @@ impl Server {
         let mut unknown = Vec::new();
         for text in texts.iter().take(MAX_FIND) {
             match self.members.find(text).map(|member| member.record.id) {
-                Some(peer) if peer != node => self.distribution.parts.join(node, peer),
-                Some(_) => {}
-                None => unknown.push(text.clone()),
+                Some(peer) if peer == node => {}
+                // One whose membership has ended is nobody.
+                Some(peer) if self.distribution.described(peer).is_some() => {
+                    self.distribution.parts.join(node, peer);
+                }
+                _ => unknown.push(text.clone()),
             }
         }
         if !unknown.is_empty() {

@@ -11,7 +11,7 @@ use super::relay::RelayChange;
 use super::{Act, ConnectionId, Decision, Output, Server};
 use crate::types::{Candidate, NodeId, NodeName, PublicKey, source_of};
 use crate::wire::control::{
-    Hello, RefusedCode, ServerMessage, VERSION, Welcome, usable_candidates,
+    Hello, RefusedCode, ServerMessage, Standing, VERSION, Welcome, usable_candidates,
 };
 use crate::wire::relay::RelayKey;
 
@@ -91,6 +91,10 @@ impl Server {
         let wish = hello.name.as_deref().map(NodeName::from_hostname);
         let candidates = self.underlay(&usable_candidates(&hello.candidates));
         let (node, changes) = match member {
+            Some(member) if member.record.is_over() => {
+                let act = Act::Expired { connection, node: member.record.id };
+                return Ok(Decision { changes: Vec::new(), act });
+            }
             Some(member) => {
                 let record = self.returning(&member.record, node_key, wish, wall);
                 let changed = record != member.record;
@@ -159,6 +163,8 @@ impl Server {
             invite: invite.id,
             tags: invite.tags.clone(),
             key_since: wall,
+            expires: None,
+            expiry_noted: crate::server::records::ExpiryNoted::Nothing,
         };
         invite.used += 1;
         Ok((id, vec![self.invites.write(invite), self.members.write(record)]))
@@ -177,6 +183,7 @@ impl Server {
         known.instance = instance;
         known.can_part = uses.is_some();
         let key = RelayKey(self.rng.random());
+        let standing = Standing { now: wall, expires: member.record.expires };
         let range = self.network.record.range;
         let addresses = self.members.addresses(&member.record);
         let welcome = Welcome {
@@ -202,7 +209,9 @@ impl Server {
         }
         self.seen.insert(node, wall);
         self.outputs.push_back(Output::Relay(RelayChange::Online { node, key, connection }));
-        self.send(connection, &ServerMessage { welcome: Some(welcome), ..Default::default() });
+        let standing = Some(standing);
+        let message = ServerMessage { welcome: Some(welcome), standing, ..Default::default() };
+        self.send(connection, &message);
         self.distribution.set_online(node, Presence::Online);
         self.distribution.set_candidates(node, candidates);
         match uses {

@@ -59,6 +59,7 @@ impl Server {
             Act::Refuse { .. }
             | Act::Guessed { .. }
             | Act::Rival { .. }
+            | Act::Expired { .. }
             | Act::Answer(_)
             | Act::Nothing => administrator.to_string(),
         };
@@ -134,6 +135,9 @@ impl Server {
             let tags: Vec<String> = new.tags.iter().map(ToString::to_string).collect();
             return Some(self.about(event("node-tagged"), new).with("tags", tags.join(" ")));
         }
+        if let Some(event) = self.expiry_event(old, new, &event) {
+            return Some(event);
+        }
         if old.name != new.name {
             return Some(self.about(event("node-renamed"), new).with("old-name", &old.name));
         }
@@ -141,7 +145,7 @@ impl Server {
         None
     }
 
-    fn about(&self, event: Event, member: &MemberRecord) -> Event {
+    pub(super) fn about(&self, event: Event, member: &MemberRecord) -> Event {
         let addresses = self.members.addresses(member);
         event
             .with("node", member.id)
@@ -196,6 +200,8 @@ mod tests {
             invite: crate::types::InviteId([0; 4]),
             tags: Vec::new(),
             key_since: 0,
+            expires: None,
+            expiry_noted: crate::server::records::ExpiryNoted::Nothing,
         };
         let records = Records {
             network: Versioned { rev: 1, record },

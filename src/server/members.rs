@@ -159,6 +159,8 @@ mod tests {
             invite: InviteId([0; 4]),
             tags: Vec::new(),
             key_since: 0,
+            expires: None,
+            expiry_noted: crate::server::records::ExpiryNoted::Nothing,
         };
         Versioned { rev: 1, record }
     }

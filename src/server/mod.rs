@@ -15,6 +15,7 @@ mod clones;
 mod distribute;
 mod enrol;
 pub mod events;
+mod expiry;
 mod guesses;
 mod invites;
 mod keys;
@@ -43,6 +44,7 @@ use crate::wire::control::{
 use crate::wire::join::ServerAddr;
 use clones::Clones;
 use distribute::Distribution;
+use expiry::Expiries;
 use guesses::Guesses;
 use invites::Invites;
 use members::Members;
@@ -121,6 +123,11 @@ enum Act {
         node: NodeId,
         first: bool,
     },
+    /// A member whose time is over waits until it has more.
+    Expired {
+        connection: ConnectionId,
+        node: NodeId,
+    },
     /// A member has another node key.
     Rekey {
         connection: ConnectionId,
@@ -158,6 +165,7 @@ pub struct Server {
     /// When nodes were last seen that were online since the last write of this.
     seen: BTreeMap<NodeId, u64>,
     clones: Clones,
+    expiries: Expiries,
     guesses: Guesses,
     distribution: Distribution,
     outputs: VecDeque<Output>,
@@ -176,6 +184,8 @@ struct Connection {
     instance: Option<u64>,
     /// When the node last renewed its key on it, in Unix seconds.
     rekeyed: Option<u64>,
+    /// The member that waits on it, since its time is over.
+    expired: Option<NodeId>,
     /// Whether it can do with a part of a large network.
     can_part: bool,
 }
@@ -194,9 +204,13 @@ impl Server {
         let members = Members::new(range, records.members, records.highest_node);
         let mut distribution = Distribution::new(now, wall);
         let mut outputs = VecDeque::new();
+        let mut expiries = Expiries::default();
         for member in members.iter() {
-            distribution.put_member(member, members.addresses(member));
-            outputs.push_back(Output::Relay(RelayChange::Member(member.id)));
+            expiries.change(None, Some(member));
+            if !member.is_over() {
+                distribution.put_member(member, members.addresses(member));
+                outputs.push_back(Output::Relay(RelayChange::Member(member.id)));
+            }
         }
         distribution.forget_pending();
         Self {
@@ -209,6 +223,7 @@ impl Server {
             online: BTreeMap::new(),
             seen: BTreeMap::new(),
             clones: Clones::default(),
+            expiries,
             guesses: Guesses::default(),
             distribution,
             outputs,
@@ -248,6 +263,7 @@ impl Server {
             applied: 0,
             instance: None,
             rekeyed: None,
+            expired: None,
             can_part: false,
         };
         self.connections.insert(connection, known);
@@ -275,7 +291,9 @@ impl Server {
         message: ClientMessage,
         wall: u64,
     ) -> Option<Decision> {
-        let node = self.connections.get(&connection)?.node;
+        let Connection { node, expired: None, .. } = *self.connections.get(&connection)? else {
+            return None;
+        };
         if let Some(hello) = message.hello {
             return Some(self.decide_hello(connection, hello, wall));
         }
@@ -305,7 +323,7 @@ impl Server {
     /// Makes a decision true whose changes are on disk at revision `rev`.
     pub fn apply(&mut self, decision: Decision, rev: u64, wall: u64) -> Option<admin::Answer> {
         for change in decision.changes {
-            self.apply_change(change, rev);
+            self.apply_change(change, rev, wall);
         }
         match decision.act {
             Act::Welcome(arrival) => self.welcome(arrival, wall),
@@ -313,6 +331,11 @@ impl Server {
             Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             Act::Rekey { connection, key, .. } => self.confirm_key(connection, key),
+            Act::Expired { connection, node } => {
+                if let Some(member) = self.members.of(node).map(|member| member.record.clone()) {
+                    self.keep_waiting(connection, &member, wall);
+                }
+            }
             Act::Answer(mut answer) => {
                 if let admin::Answer::Removed(removal) = &mut answer {
                     self.follow(removal);
@@ -332,11 +355,11 @@ impl Server {
             Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             // The node asks again.
-            Act::Rekey { .. } | Act::Answer(_) | Act::Nothing => {}
+            Act::Expired { .. } | Act::Rekey { .. } | Act::Answer(_) | Act::Nothing => {}
         }
     }
 
-    fn apply_change(&mut self, change: Change, rev: u64) {
+    fn apply_change(&mut self, change: Change, rev: u64, wall: u64) {
         match (change.key, change.record) {
             (_, Some(Record::Network(record))) => self.network = Versioned { rev, record },
             (_, Some(Record::Invite(record))) => self.invites.put(Versioned { rev, record }),
@@ -345,9 +368,18 @@ impl Server {
                 self.distribution.set_rules_stale();
             }
             (_, Some(Record::Member(record))) => {
-                let addresses = self.members.addresses(&record);
-                self.distribution.put_member(&record, addresses);
-                self.outputs.push_back(Output::Relay(RelayChange::Member(record.id)));
+                let old = self.members.of(record.id).map(|member| member.record.clone());
+                self.expiries.change(old.as_ref(), Some(&record));
+                if record.is_over() {
+                    self.shut_out(&record, wall);
+                } else {
+                    let addresses = self.members.addresses(&record);
+                    self.distribution.put_member(&record, addresses);
+                    self.outputs.push_back(Output::Relay(RelayChange::Member(record.id)));
+                    if let Some(old) = old {
+                        self.follow_expiry(&old, &record, wall);
+                    }
+                }
                 let limit = self.settings.whole_netmap_up_to;
                 let was_small = self.members.len() <= limit;
                 self.members.put(Versioned { rev, record });
@@ -363,7 +395,11 @@ impl Server {
     }
 
     fn forget_member(&mut self, node: NodeId) {
-        self.members.remove(node);
+        let old = self.members.remove(node);
+        self.expiries.change(old.as_ref(), None);
+        for connection in self.waiting(node) {
+            self.refuse(connection, RefusedCode::NotMember);
+        }
         self.stale_rules();
         self.access.forget(node);
         self.seen.remove(&node);
@@ -402,6 +438,7 @@ impl Server {
                 let message = control::encode(&tick);
                 self.outputs.push_back(Output::Send { connection: *connection, message });
             }
+            self.tick_waiting();
         }
     }
 

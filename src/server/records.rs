@@ -43,6 +43,31 @@ pub struct MemberRecord {
     /// Since when it has its node key, in Unix seconds; 0 when that is not known.
     #[serde(default)]
     pub key_since: u64,
+    /// When its membership ends, in Unix seconds; none for never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<u64>,
+    /// What of that has been noted.
+    #[serde(default, skip_serializing_if = "ExpiryNoted::is_nothing")]
+    pub expiry_noted: ExpiryNoted,
+}
+
+/// What has been noted of the end of a membership: each is one line in the log of changes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExpiryNoted {
+    /// Nothing yet.
+    #[default]
+    Nothing,
+    /// That it comes soon.
+    Soon,
+    /// That it has come: the node is shut out.
+    Over,
+}
+
+impl ExpiryNoted {
+    fn is_nothing(&self) -> bool {
+        *self == Self::Nothing
+    }
 }
 
 /// A right to join, for whoever holds the secret.

@@ -1,6 +1,7 @@
 //! The server as its driver sees it, with a store of a few lines and nodes that only keep a netmap.
 
 mod clones;
+mod expiry;
 mod keys;
 mod parts;
 mod removal;
@@ -13,7 +14,9 @@ use super::admin::{Answer, Request, RequestError};
 use super::*;
 use crate::testing::epoch;
 use crate::types::{NetworkId, OverlayRange, SecretKey};
-use crate::wire::control::{Hello, InviteUse, NetmapUpdate, WireCandidate, WirePeer, decode};
+use crate::wire::control::{
+    Hello, InviteUse, NetmapUpdate, Standing, WireCandidate, WirePeer, decode,
+};
 use crate::wire::filter::{KIND_ANY, KIND_TCP, WireFilter, WireRule};
 use crate::wire::join::JoinLine;
 
@@ -40,8 +43,10 @@ struct Node {
     refused: Option<RefusedCode>,
     rival: Option<SocketAddr>,
     node_key: Option<[u8; 32]>,
+    standing: Option<Standing>,
     members: Option<u32>,
     unknown: Vec<String>,
+    ticks: usize,
     closed: bool,
 }
 
@@ -54,8 +59,10 @@ impl Node {
         if let Some(refused) = message.refused {
             self.refused = Some(RefusedCode::from_code(refused.code));
         }
+        self.ticks += usize::from(message.tick.is_some());
         self.rival = message.rival.or(self.rival);
         self.node_key = message.node_key.or(self.node_key);
+        self.standing = message.standing.or(self.standing);
         self.members = message.members.or(self.members);
         self.unknown.extend(message.unknown.into_iter().flatten());
         if let Some(NetmapUpdate {

@@ -107,6 +107,7 @@ mod tests {
             ipv6: "fd12::7".parse().unwrap(),
             online: true,
             candidates: vec![WireCandidate { kind: 1, endpoint: "192.0.2.1:5".parse().unwrap() }],
+            expires: Some(1_800_000_000),
         };
         let encoded = encode(&peer);
         let gone = [NodeId::new(300).unwrap()];

@@ -9,7 +9,7 @@ use sqlx::{Any, AnyPool, Row, Transaction};
 use super::{Store, StoreError, StoredRecord, sum_of, unsigned};
 
 /// The version of the tables that this program writes.
-pub const SCHEMA: i64 = 2;
+pub const SCHEMA: i64 = 3;
 
 /// What a new store gets; equal to the oldest version after all steps.
 const TABLES: [&str; 5] = [
@@ -18,7 +18,7 @@ const TABLES: [&str; 5] = [
      deleted BIGINT NOT NULL, body TEXT NOT NULL, sum TEXT NOT NULL DEFAULT '', \
      PRIMARY KEY (kind, id))",
     EVENTS,
-    "INSERT INTO meta (key, value) VALUES ('schema', 2)",
+    "INSERT INTO meta (key, value) VALUES ('schema', 3)",
     "INSERT INTO meta (key, value) VALUES ('rev', 0)",
 ];
 const EVENTS: &str = "CREATE TABLE events (seq BIGINT NOT NULL PRIMARY KEY, at BIGINT NOT NULL, \
@@ -41,6 +41,8 @@ impl Store {
             let mut transaction = pool.begin().await?;
             match version {
                 1 => add_sums_and_events(&mut transaction).await?,
+                // 2 to 3: a member may have an end, which a program that knows of none would lose.
+                2 => {}
                 _ => return Err(StoreError::Unknown { found }),
             }
             let done = sqlx::query("UPDATE meta SET value = $1 WHERE key = 'schema'")

@@ -63,13 +63,15 @@ async fn of_two_writers_exactly_one_wins() {
 async fn a_newer_schema_is_refused_and_left_alone() {
     let (_dir, path) = database();
     let store = Store::open(&path).await.unwrap();
-    sqlx::query("UPDATE meta SET value = 3 WHERE key = 'schema'")
+    sqlx::query("UPDATE meta SET value = $1 WHERE key = 'schema'")
+        .bind(SCHEMA + 1)
         .execute(&store.pool)
         .await
         .unwrap();
     store.close().await;
     let before = std::fs::read(&path).unwrap();
-    assert!(matches!(Store::open(&path).await, Err(StoreError::Newer { found: 3 })));
+    let refused = Store::open(&path).await;
+    assert!(matches!(refused, Err(StoreError::Newer { found }) if found == SCHEMA + 1));
     assert_eq!(std::fs::read(&path).unwrap(), before);
 }
 
@@ -154,4 +156,22 @@ async fn events_have_numbers_without_gaps_and_go_with_their_change() {
     store.commit(&[], &many).await.unwrap();
     let all = store.events(0, 100_000).await.unwrap();
     assert_eq!((all.len(), all[0].seq), (10_000, 4));
+}
+
+#[tokio::test]
+async fn a_store_of_the_version_before_is_copied_and_brought_up_to_date() {
+    let (_dir, path) = database();
+    let store = Store::open(&path).await.unwrap();
+    store.commit(&[put("member", 0, "kept")], &[]).await.unwrap();
+    sqlx::query("UPDATE meta SET value = 2 WHERE key = 'schema'")
+        .execute(&store.pool)
+        .await
+        .unwrap();
+    store.close().await;
+    let store = Store::open(&path).await.unwrap();
+    let row = sqlx::query("SELECT value FROM meta WHERE key = 'schema'").fetch_one(&store.pool);
+    assert_eq!(row.await.unwrap().try_get::<i64, _>(0).unwrap(), SCHEMA);
+    let records = store.load().await.unwrap();
+    assert!(records.iter().any(|record| record.body.as_deref() == Some("kept")));
+    assert!(path.with_file_name("odd name?#%.db.schema-2").exists(), "the old one is kept");
 }

@@ -19,6 +19,8 @@ pub const DEFAULT_PORT: u16 = 41820;
 pub const VERSION: u16 = 1;
 /// The server sends a tick this often; a node that hears nothing for [`SILENCE_LIMIT_S`] reconnects.
 pub const TICK_INTERVAL_S: u64 = 15;
+/// So long before a membership ends, in seconds, everybody concerned is warned: 14 days.
+pub const EXPIRY_WARNING_S: u64 = 14 * 86_400;
 /// What a node names in one [`ClientMessage::find`] at the most.
 pub const MAX_FIND: usize = 64;
 /// A control connection that is silent for this long is dead: two ticks and some.
@@ -131,12 +133,28 @@ pub struct ServerMessage {
     #[n(6)]
     #[cbor(with = "minicbor::bytes")]
     pub node_key: Option<[u8; 32]>,
+    /// How long this membership lasts; said with a welcome, instead of one to a node whose time is
+    /// over, and when the end is another.
+    #[n(7)]
+    pub standing: Option<Standing>,
     /// Of what [`ClientMessage::find`] asked for, the texts that no node of the network fits.
     #[n(10)]
     pub unknown: Option<Vec<String>>,
     /// With a tick, to a node that is told of a part of the network: see [`NetmapUpdate::members`].
     #[n(11)]
     pub members: Option<u32>,
+}
+
+/// How long a membership lasts, by the server's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Standing {
+    /// What time it is, in Unix seconds.
+    #[n(0)]
+    pub now: u64,
+    /// When it ends or has ended, in Unix seconds; none for never.
+    #[n(1)]
+    pub expires: Option<u64>,
 }
 
 /// What a node is told about itself and the server.
@@ -317,6 +335,9 @@ pub struct WirePeer {
     /// Where it may be reached.
     #[n(6)]
     pub candidates: Vec<WireCandidate>,
+    /// When its membership ends, in Unix seconds by the server's clock.
+    #[n(7)]
+    pub expires: Option<u64>,
 }
 
 /// A candidate in a control message.

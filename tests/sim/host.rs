@@ -462,6 +462,7 @@ impl Host {
                 Event::Identity(_)
                 | Event::Rules
                 | Event::PeerKeys
+                | Event::Standing
                 | Event::Save
                 | Event::Mtu { .. }
                 | Event::Pinged { .. }

@@ -50,7 +50,7 @@ enum InviteCommand {
     },
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|_| "not a time like 30m, 1h or 7d".into())
 }
 
@@ -88,6 +88,10 @@ pub(super) fn run(command: Command, socket: &Path) -> Done {
         Command::Invite(InviteArgs { uses, ttl, name, tags, json, command: None }) => {
             (Request::Invite { uses, ttl_s: ttl.as_secs(), name, tags }, Show::of(json))
         }
+        Command::Expire { node, within, json, .. } => {
+            let in_s = within.map(|within| within.as_secs());
+            (Request::Expire { node, in_s }, Show::of(json))
+        }
         Command::Tag { node, tags } => (Request::Tag { node, tags }, Show::Text),
         Command::Policy(policy) => {
             let json = policy.is_json();
@@ -119,7 +123,13 @@ fn print(answer: &Answer, show: Show) -> Done {
         (Answer::Revoked(invite), Show::Json) => json(invite),
         (Answer::Nodes(list), Show::Json) => json(list),
         (Answer::Removed(removal), Show::Json) => json(removal),
-        (Answer::Renamed(node) | Answer::Tagged(node), Show::Json) => json(node),
+        (Answer::Renamed(node) | Answer::Tagged(node) | Answer::Expiring(node), Show::Json) => {
+            json(node)
+        }
+        (Answer::Expiring(node), Show::Text) => {
+            let ends = node.expires.as_deref().unwrap_or("never");
+            line(format!("the membership of {} ({}) ends: {ends}", node.name, node.ipv4))
+        }
         (Answer::Acknowledged(progress), _) => json(progress),
         (Answer::Policy(policy), Show::Json) => json(policy),
         (Answer::Policy(policy), Show::Text) => super::policy::print(policy),
@@ -210,6 +220,7 @@ fn print_nodes(list: &NodeList) -> Done {
     let row = |node: &NodeInfo| {
         let state = match (node.online, node.cloned) {
             (_, true) => "CLONED",
+            _ if node.expired => "EXPIRED",
             (true, false) => "online",
             (false, false) => "offline",
         };
@@ -227,6 +238,16 @@ fn print_nodes(list: &NodeList) -> Done {
     let mut table = table(&["NAME", "IPV4", "STATE", "LAST SEEN", "IPV6", "ID", "TAGS"]);
     table.add_rows(list.nodes.iter().map(row));
     line(table_text(&table))?;
+    for node in &list.nodes {
+        if let Some(expires) = &node.expires {
+            let ends = if node.expired { "has ended" } else { "ends" };
+            hint(format!(
+                "the membership of {0} {ends} at {expires}; more time: overlay server expire {0} \
+                 --in 180d (or --never)",
+                node.name
+            ));
+        }
+    }
     for node in list.nodes.iter().filter(|node| node.cloned) {
         hint(format!(
             "two running machines have the keys of {0}; stop one, remove its state directory, and \

@@ -320,7 +320,10 @@ impl Daemon {
             peer_name: removed.name.as_str(),
             own: &Side::default(),
             peer: None,
-            presence: Presence::Removed(ago),
+            presence: match removed.is_expired {
+                true => Presence::Expired(ago),
+                false => Presence::Removed(ago),
+            },
             since: ago,
         });
         Some(Why {

@@ -431,7 +431,9 @@ impl Daemon {
         let now = clock::now();
         let own = self.node.self_status();
         let identity = own.identity?;
-        let state = match (self.server.is_some() && own.link_up, self.uplink.is_trying()) {
+        // The server keeps the connection of a node whose time is over.
+        let up = own.link_up || self.node.is_expired(now);
+        let state = match (self.server.is_some() && up, self.uplink.is_trying()) {
             (true, _) => "connected",
             (false, true) => "connecting",
             (false, false) => "unreachable",

@@ -19,6 +19,7 @@ pub mod report;
 mod roam;
 pub mod rotate;
 mod scratch;
+mod standing;
 mod startup;
 mod state;
 mod threads;
@@ -43,7 +44,7 @@ use crate::io::metrics::MetricsServer;
 use crate::io::service::Watchdog;
 use crate::io::service::reload::Reload;
 use crate::io::tun::Tun;
-use crate::node::{Event, Node};
+use crate::node::{Clocks, Event, Node};
 use crate::path::Answer;
 use crate::types::{NodeId, OverlayAddrs};
 use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
@@ -107,6 +108,8 @@ struct Daemon {
     save_at: Option<Instant>,
     watchdog: Watchdog,
     rotation: Rotation,
+    /// What was said last of memberships that end.
+    said: Vec<String>,
     /// In seconds since 1970.
     started: u64,
     out: UdpBatch,
@@ -330,6 +333,7 @@ impl Daemon {
                 }
             }
             Event::Rules | Event::PeerKeys => self.save(),
+            Event::Standing => self.note_standing(now),
             Event::KeyTold => self.note_key_told(),
             Event::KeyRetired => self.forget_old_key(),
             Event::Save => {
@@ -378,16 +382,20 @@ impl Daemon {
     }
 
     fn note_rival(&mut self, what: String) {
-        let first = self.warnings(clock::now()).is_empty();
+        let first = self.rival_warnings(clock::now()).is_empty();
         self.rival = Some((clock::now(), what));
         // The other one tries again and again; the log says it once.
-        for warning in self.warnings(clock::now()).iter().filter(|_| first) {
+        for warning in self.rival_warnings(clock::now()).iter().filter(|_| first) {
             tracing::warn!("{warning}");
         }
     }
 
     /// What the user should do something about.
     fn warnings(&self, now: Instant) -> Vec<String> {
+        [self.rival_warnings(now), self.standing_warnings(now)].concat()
+    }
+
+    fn rival_warnings(&self, now: Instant) -> Vec<String> {
         let recent =
             |(at, _): &&(Instant, String)| now.saturating_duration_since(*at) < RIVAL_MEMORY;
         let text = |(_, what): &(Instant, String)| {
@@ -414,7 +422,11 @@ impl Daemon {
     }
 
     fn save(&self) {
-        if let Err(error) = self.state.save_netmap(self.node.netmap()) {
+        let mut netmap = self.node.netmap().clone();
+        let own = clock::unix_seconds();
+        let server = self.node.server_time(clock::now());
+        netmap.clocks = server.map(|server| Clocks { server, own });
+        if let Err(error) = self.state.save_netmap(&netmap) {
             tracing::warn!(%error, "the netmap could not be saved");
         }
     }

@@ -29,6 +29,7 @@ use crate::io::service::{Watchdog, handed_tuns};
 use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
+use crate::server::admin::rfc3339;
 use crate::types::{NetworkId, NodeName};
 use crate::wire::control::RefusedCode;
 use crate::wire::join::JoinLine;
@@ -130,6 +131,12 @@ pub enum StartError {
         code: RefusedCode,
         /// In its words.
         message: String,
+    },
+    /// The server knows us, and will not let us in.
+    #[error("the membership of this machine ended at {at}")]
+    Expired {
+        /// When.
+        at: String,
     },
     /// The server neither let us in nor said no.
     #[error("the server did not answer the request to join within {} s", ENROL_LIMIT.as_secs())]
@@ -270,6 +277,7 @@ pub async fn run(
         save_at: None,
         watchdog: Watchdog::new(ports.progress(), now),
         rotation: Rotation::new(now),
+        said: Vec::new(),
         started: clock::unix_seconds(),
         out: UdpBatch::default(),
         options,
@@ -295,8 +303,7 @@ pub async fn run(
     if let Some(ended) = ended {
         return Ok(ended);
     }
-    let port = ports.listen_port();
-    daemon.state.set_listen_port(port);
+    daemon.state.set_listen_port(ports.listen_port());
     daemon.save();
     if daemon.options.enrol_only {
         ready(&daemon.node);
@@ -326,6 +333,7 @@ impl Daemon {
         stop: &mut StopSignals,
         start_threads: &impl Fn() -> Result<Threads, StartError>,
     ) -> Result<(Option<Threads>, Option<Ended>), StartError> {
+        self.node.guess_server_time(clock::unix_seconds(), clock::now());
         let reflectors = self.netcheck_inputs().reflectors();
         if self.options.enrol_only {
             return Ok((None, self.enrol(stop).await?));
@@ -355,6 +363,10 @@ impl Daemon {
             }
             if self.ended.is_some() {
                 return Ok(self.ended);
+            }
+            if self.node.is_told_expired(clock::now()) {
+                let ends = self.node.netmap().expires.unwrap_or_default();
+                return Err(StartError::Expired { at: rfc3339(ends) });
             }
             let let_in = self.node.netmap().identity.is_some() && self.server.is_some();
             if let_in && (self.options.enrol_only || self.interface.is_some()) {

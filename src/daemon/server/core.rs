@@ -31,6 +31,10 @@ const BATCH: usize = 256;
 /// How often it is written down when nodes were last seen.
 const SEEN_INTERVAL: Duration = Duration::from_secs(3600);
 
+/// The end of a membership that could not be written down is tried again after this; and so often the
+/// clock is looked at, which may be set.
+const EXPIRY_RETRY: Duration = Duration::from_secs(5);
+
 /// What happens to a server.
 #[derive(Debug)]
 pub(super) enum Event {
@@ -50,6 +54,8 @@ pub(super) struct Core {
     server: Server,
     parts: Parts,
     next_seen: Instant,
+    /// Before that no end of a membership is written down: the last try may have failed.
+    next_expiry: Instant,
     watchdog: Watchdog,
     /// The number of the newest event, for those who follow the log.
     newest: watch::Sender<u64>,
@@ -74,7 +80,8 @@ impl Core {
         let newest = watch::Sender::new(last.last().map_or(0, |event| event.seq));
         let watchdog = Watchdog::new(parts.hub.progress(), clock::now());
         let counts = Counts::new(clock::unix_seconds());
-        Ok(Self { server, parts, next_seen, watchdog, newest, counts })
+        let next_expiry = Instant::from_std(clock::now());
+        Ok(Self { server, parts, next_seen, next_expiry, watchdog, newest, counts })
     }
 
     /// The number of the newest event, as it rises.
@@ -117,6 +124,7 @@ impl Core {
         self.drain();
         loop {
             let mut wake = Instant::from_std(self.server.poll_timeout()).min(self.next_seen);
+            wake = wake.min(self.expiry_at());
             if let Some(look) = self.watchdog.next() {
                 wake = wake.min(Instant::from_std(look));
             }
@@ -140,6 +148,7 @@ impl Core {
                 let _ = self.parts.store.events(0, 1).await;
                 self.watchdog.look(clock::now());
             }
+            self.note_expiry(Instant::from_std(now)).await;
             if self.next_seen <= Instant::from_std(now) {
                 self.next_seen += SEEN_INTERVAL;
                 self.write_seen().await;
@@ -272,6 +281,24 @@ impl Core {
         let _ = self.commit(decision, "server").await;
     }
 
+    /// When the end of a membership is to be written down; the clock may be set meanwhile.
+    fn expiry_at(&self) -> Instant {
+        let now = Instant::from_std(clock::now());
+        let Some(due) = self.server.expiry_due() else { return now + SEEN_INTERVAL };
+        let wait = Duration::from_secs(due.saturating_sub(clock::unix_seconds()));
+        (now + wait.min(EXPIRY_RETRY)).max(self.next_expiry)
+    }
+
+    async fn note_expiry(&mut self, now: Instant) {
+        let wall = clock::unix_seconds();
+        if self.next_expiry <= now && self.server.expiry_due().is_some_and(|due| due <= wall) {
+            let decision = self.server.decide_expiry(wall);
+            if self.commit(decision, "server").await.is_err() {
+                self.next_expiry = now + EXPIRY_RETRY;
+            }
+        }
+    }
+
     /// Does what the state machine wants done.
     fn drain(&mut self) {
         while let Some(output) = self.server.poll_output() {
@@ -340,6 +367,9 @@ fn refusal(error: &RequestError) -> Refusal {
             "tags are for groups of nodes, and each is one more thing to keep in mind",
             "give it fewer: overlay server tag NODE TAG...",
         ),
+        RequestError::BadExpiry => {
+            (exit::USAGE, "the time (--in) makes no sense", "overlay server expire NODE --in 180d")
+        }
         RequestError::BadPolicy { reason } => (
             exit::FAILED,
             reason.as_str(),

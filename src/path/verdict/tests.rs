@@ -183,6 +183,9 @@ fn who_is_not_there_is_told_apart() {
     assert_eq!(of(Presence::Offline(None)).word, Word::Offline);
     assert_eq!(of(Presence::Unknown).word, Word::NoServer);
     assert_eq!(of(Presence::Removed(Duration::from_secs(7))).word, Word::Removed);
+    let expired = of(Presence::Expired(Duration::from_secs(7)));
+    assert_eq!(expired.word, Word::Removed);
+    assert!(expired.remedy.contains("overlay server expire"), "{}", expired.remedy);
     // A direct path outlives the server's knowledge.
     let direct = direct_side("none", HERE);
     assert_eq!(judged(&direct, None, Presence::Offline(None)).word, Word::DirectPublic);

@@ -7,6 +7,7 @@ mod commands;
 mod crowd;
 
 mod enrol;
+mod expiry;
 mod failover;
 mod fair;
 mod fallback;
@@ -68,6 +69,7 @@ pub(crate) fn all() -> Vec<Case> {
         line::cases(),
         leak::cases(),
         mtu::cases(),
+        expiry::cases(),
         failover::cases(),
         netcheck::cases(),
         portmap::cases(),
