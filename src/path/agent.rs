@@ -152,6 +152,8 @@ impl PathAgent {
             return;
         }
         let appeared = self.relay.is_none() && relay.is_some();
+        // UDP leaves this place again: nothing else tells that a direct path may work now.
+        let udp = self.relay == Some(Via::RelayTcp) && relay == Some(Via::RelayUdp);
         self.relay = relay;
         self.relay_prober.forget();
         if relay.is_none() {
@@ -159,7 +161,7 @@ impl PathAgent {
         }
         self.relay_delivery = Delivery::default();
         self.choose("the relay changed", now);
-        if appeared && self.wanted {
+        if (appeared || udp && !self.is_direct()) && self.wanted {
             self.start_round(Cause::Wanted, now);
         }
     }

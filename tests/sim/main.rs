@@ -107,7 +107,7 @@ fn number_from(variable: &str) -> Option<u64> {
 /// Seeds that once found a mistake, when their scenarios had the first bytes only.
 const EARLY_REGRESSIONS: &[u64] = &[3, 27, 28, 36, 46, 71, 199, 283, 296, 384, 386, 450, 469, 478];
 /// The same for whole scenarios.
-const REGRESSIONS: &[u64] = &[578, 824];
+const REGRESSIONS: &[u64] = &[578, 824, 1391];
 
 #[test]
 fn seeds_that_once_failed_pass() {
