@@ -148,14 +148,7 @@ impl Daemon {
             Some(request) = self.requests.recv() => self.handle_request(request),
             surprise = self.surroundings.next() => self.handle_surprise(surprise, clock::now()),
             event = self.uplink.next() => self.handle_uplink(event),
-            Some(note) = self.notes.recv() => {
-                let now = clock::now();
-                self.node.handle_note(note, now);
-                for _ in 1..NOTES_PER_TURN {
-                    let Ok(note) = self.notes.try_recv() else { break };
-                    self.node.handle_note(note, now);
-                }
-            }
+            Some(note) = self.notes.recv() => self.take_notes(note),
             Some((from, answer)) = self.scratch.1.recv() => {
                 self.node.handle_scratch(from, &answer, clock::now());
             }
@@ -174,6 +167,27 @@ impl Daemon {
         self.node.handle_timeout(now);
         self.look_at_key(now);
         self.watchdog.look(now);
+    }
+
+    /// The part of a [turn](Self::turn) that paths need. Cancel-safe.
+    async fn path_turn(&mut self) {
+        let far = || clock::now() + Duration::from_secs(1);
+        let deadline = self.node.poll_timeout().map_or_else(far, |(at, _)| at);
+        tokio::select! {
+            event = self.uplink.next() => self.handle_uplink(event),
+            Some(note) = self.notes.recv() => self.take_notes(note),
+            () = tokio::time::sleep_until(deadline.into()) => {}
+        }
+        self.node.handle_timeout(clock::now());
+    }
+
+    fn take_notes(&mut self, first: Note) {
+        let now = clock::now();
+        self.node.handle_note(first, now);
+        for _ in 1..NOTES_PER_TURN {
+            let Ok(note) = self.notes.try_recv() else { break };
+            self.node.handle_note(note, now);
+        }
     }
 
     fn deadline(&self) -> Instant {
@@ -277,6 +291,24 @@ impl Daemon {
         while let Some(event) = self.node.poll_event() {
             self.handle_event(event, now).await?;
         }
+        self.flush();
+        if self.surroundings.rescan_at.is_some_and(|at| at <= now) {
+            self.surroundings.rescan_at = None;
+            if !self.options.enrol_only {
+                self.mend_interface(now).await;
+            }
+            self.scan_interfaces().await;
+        }
+        if self.save_at.is_some_and(|at| at <= now) {
+            self.save_at = None;
+            self.save();
+        }
+        Ok(())
+    }
+
+    /// Carries out what needs no waiting: everything that goes to sockets and threads.
+    fn flush(&mut self) {
+        let now = clock::now();
         let orders = self.node.take_socket_orders();
         for (socket, error) in self.ports.extra.carry_out(&orders, self.options.offloads) {
             tracing::warn!(%error, "an extra UDP socket could not be opened");
@@ -307,18 +339,6 @@ impl Daemon {
                 let _ = link.try_send_control(control::encode(&message));
             }
         }
-        if self.surroundings.rescan_at.is_some_and(|at| at <= now) {
-            self.surroundings.rescan_at = None;
-            if !self.options.enrol_only {
-                self.mend_interface(now).await;
-            }
-            self.scan_interfaces().await;
-        }
-        if self.save_at.is_some_and(|at| at <= now) {
-            self.save_at = None;
-            self.save();
-        }
-        Ok(())
     }
 
     async fn handle_event(&mut self, event: Event, now: Instant) -> Result<(), StartError> {

@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwapOption;
@@ -33,6 +33,8 @@ use pump::{NoteSender, Outlet, run_inbound, run_outbound};
 
 /// How long a full socket is waited for before its datagrams are dropped.
 const FULL_SOCKET_WAIT_MS: u8 = 5;
+/// Packets that may wait for an interface which is being made: the first of a few peers.
+const WAITING_PACKETS: usize = 64;
 
 /// Everything that datagrams and packets can leave by.
 #[derive(Debug)]
@@ -41,6 +43,8 @@ pub(super) struct Ports {
     pub(super) udp_v6: Option<UdpSocket>,
     pub(super) extra: ExtraSockets,
     tun: ArcSwapOption<Tun>,
+    /// Packets that came while the interface is being made; none when it is not.
+    waiting: Mutex<Option<Vec<Box<[u8]>>>>,
     link: ArcSwapOption<LinkSender>,
     shared: Arc<Shared>,
     stop: EventFd,
@@ -65,6 +69,7 @@ impl Ports {
             udp_v6,
             extra: ExtraSockets::new()?,
             tun: ArcSwapOption::empty(),
+            waiting: Mutex::new(None),
             link: ArcSwapOption::empty(),
             shared,
             stop: EventFd::from_value_and_flags(0, flags)?,
@@ -89,11 +94,30 @@ impl Ports {
         self.link.store(link.map(Arc::new));
     }
 
+    /// An interface is being made: what comes for it waits.
+    pub(super) fn expect_tun(&self) {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+    }
+
     pub(super) fn set_tun(&self, tun: Option<Arc<Tun>>) {
         self.tun.store(tun);
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for packet in waiting.into_iter().flatten() {
+            write_packet(self, &packet);
+        }
         // These fail only when the counter is full, and then the thread is awake anyway.
         let _ = self.wake_sender.write(1);
         let _ = self.wake_receiver.write(1);
+    }
+
+    /// Keeps a packet for the interface that is being made; `false` when there is none or no room.
+    fn keep_waiting(&self, packet: &[u8]) -> bool {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(packets) = waiting.as_mut().filter(|it| it.len() < WAITING_PACKETS) else {
+            return false;
+        };
+        packets.push(packet.into());
+        true
     }
 
     /// Lets one thread watch the interface, and the other one not.
@@ -255,10 +279,13 @@ pub(super) fn write_tun(ports: &Ports, batch: &mut TunBatch) {
     batch.finish();
     let tun = ports.tun.load();
     for frame in batch.frames() {
-        let written = tun.as_ref().map(|tun| tun.write_frame(&frame));
-        if !matches!(written, Some(Ok(()))) {
-            let packets = frame.packets().count() as u64;
-            ports.shared.drops().count_many(DropReason::TunWriteFailed, packets);
+        let lost = match tun.as_ref() {
+            Some(tun) if tun.write_frame(&frame).is_ok() => 0,
+            Some(_) => frame.packets().count(),
+            None => frame.packets().filter(|packet| !ports.keep_waiting(packet)).count(),
+        };
+        if lost > 0 {
+            ports.shared.drops().count_many(DropReason::TunWriteFailed, lost as u64);
         }
     }
 }
