@@ -94,6 +94,18 @@ impl Node {
         self.weigh_mappings(now);
     }
 
+    /// The second port, as far as it can be known before a welcome, saw us.
+    pub(super) fn note_second_port(
+        &mut self,
+        from: SocketAddr,
+        observed: SocketAddr,
+        now: Instant,
+    ) {
+        self.prediction.second_port.get_or_insert(from);
+        self.prediction.second = Some(observed);
+        self.weigh_mappings(now);
+    }
+
     /// The second port, or a scratch socket's question, is answered. Tells whether it was ours.
     pub(super) fn handle_reflected(
         &mut self,
@@ -151,6 +163,7 @@ impl Node {
     /// Our guesses changed: the peers that are not direct are called.
     fn call_everybody(&mut self, now: Instant) {
         self.call_epoch += 1;
+        self.update_signalling();
         let ids: Vec<NodeId> = self.peers.keys().copied().collect();
         for id in ids {
             if let Some(peer) = self.peers.get_mut(&id) {

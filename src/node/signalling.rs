@@ -35,6 +35,7 @@ impl Node {
         Signalling {
             server_rtt: self.relay.rtt().or(self.sighting.rtt()),
             announced_at: self.announced_at,
+            counts: self.prediction.counts(),
             doubles: self.netmap.identity.as_ref().is_some_and(|own| own.id > id),
             lag: eager.then(|| GATHER_PER_NODE.saturating_mul(peers)),
         }

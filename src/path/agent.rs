@@ -76,6 +76,8 @@ pub struct PathAgent {
     last_switch: Option<Instant>,
     round_at: Option<Instant>,
     called_at: Option<Instant>,
+    /// A call of the peer in this round was answered with another one of ours.
+    called_back: bool,
     call_epoch: u64,
     retry_at: Option<Instant>,
     retries: usize,
@@ -116,6 +118,7 @@ impl PathAgent {
             last_switch: None,
             round_at: None,
             called_at: None,
+            called_back: false,
             call_epoch: 0,
             retry_at: None,
             retries: 0,

@@ -59,6 +59,7 @@ impl World {
                 server_rtt: Some(RELAY_ONE_WAY),
                 announced_at: Some(announced),
                 lag: None,
+                counts: false,
                 doubles: false,
             });
         }
@@ -213,6 +214,7 @@ fn a_peer_that_knows_our_endpoint_only_now_has_not_opened_its_nat() {
         server_rtt: Some(RELAY_ONE_WAY),
         announced_at: Some(now),
         lag: None,
+        counts: false,
         doubles: false,
     };
     side.agent.set_signalling(signalling);

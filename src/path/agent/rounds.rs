@@ -95,7 +95,10 @@ impl PathAgent {
             }
             let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
             let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
-            if !self.called_at.is_some_and(recent) {
+            // Who calls may have missed our own call, and with it the ports that come next.
+            let missed = cause == Cause::Called && self.signalling.counts && !self.called_back;
+            self.called_back = missed || self.called_back && started;
+            if missed || !self.called_at.is_some_and(recent) {
                 self.called_at = Some(now);
                 self.transmits.push_back(PathTransmit::CallMeMaybe { via });
             }
