@@ -36,6 +36,7 @@ impl Node {
             server_rtt: self.relay.rtt().or(self.sighting.rtt()),
             announced_at: self.announced_at,
             counts: self.prediction.counts(),
+            has_guesses: self.prediction.has_guesses(),
             doubles: self.netmap.identity.as_ref().is_some_and(|own| own.id > id),
             lag: eager.then(|| GATHER_PER_NODE.saturating_mul(peers)),
         }

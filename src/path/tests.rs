@@ -60,6 +60,7 @@ impl World {
                 announced_at: Some(announced),
                 lag: None,
                 counts: false,
+                has_guesses: false,
                 doubles: false,
             });
         }
@@ -215,6 +216,7 @@ fn a_peer_that_knows_our_endpoint_only_now_has_not_opened_its_nat() {
         announced_at: Some(now),
         lag: None,
         counts: false,
+        has_guesses: false,
         doubles: false,
     };
     side.agent.set_signalling(signalling);

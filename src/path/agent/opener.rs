@@ -49,6 +49,8 @@ pub struct Signalling {
     pub lag: Option<Duration>,
     /// Our NAT hands out a port for each destination, in order: only our calls tell where we are.
     pub counts: bool,
+    /// Our calls say more than the server knows: ports that we guess, or that may be forwarded.
+    pub has_guesses: bool,
     /// Of the two sides, one sends to guessed ports in another order, so that their guesses meet.
     pub doubles: bool,
 }

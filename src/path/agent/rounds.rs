@@ -95,8 +95,8 @@ impl PathAgent {
             }
             let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
             let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
-            // Who calls may have missed our own call, and with it the ports that come next.
-            let missed = cause == Cause::Called && self.signalling.counts && !self.called_back;
+            // Who calls may have missed our own call, and with it what only that says.
+            let missed = cause == Cause::Called && self.signalling.has_guesses && !self.called_back;
             self.called_back = missed || self.called_back && started;
             if missed || !self.called_at.is_some_and(recent) {
                 self.called_at = Some(now);
