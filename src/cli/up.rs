@@ -177,6 +177,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             udp_gso: file.udp_gso.unwrap_or(true),
             udp_gro: file.udp_gro.unwrap_or(true),
         },
+        realtime: file.realtime.unwrap_or(true),
         port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
         metrics: file.metrics,
         rotate_key_after,

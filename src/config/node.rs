@@ -50,6 +50,8 @@ pub struct NodeConfig {
     pub udp_gso: Option<bool>,
     /// Receive many datagrams of one sender as one. Default: true.
     pub udp_gro: Option<bool>,
+    /// Move packets ahead of ordinary programs, where that is allowed. Default: true.
+    pub realtime: Option<bool>,
 }
 
 /// The largest packet that the overlay carries.
@@ -182,6 +184,7 @@ mod tests {
             tun_offload,
             udp_gso,
             udp_gro,
+            realtime,
         } = all;
         assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
         assert!(listen_port.is_some() && mtu.is_some());
@@ -190,6 +193,7 @@ mod tests {
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
         assert!(birthday_probing.is_some() && metrics.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
+        assert!(realtime.is_some());
     }
 
     #[test]

@@ -457,6 +457,7 @@ impl Daemon {
                 drops: own.drops.iter().map(|(why, count)| ((*why).into(), *count)).collect(),
                 version: env!("CARGO_PKG_VERSION").into(),
                 offloads: self.ports.offloads(),
+                realtime: self.ports.is_realtime(),
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
                 punching: self.punching(),
                 node_key: self.key_report(),

@@ -34,6 +34,7 @@ impl Daemon {
             ("tun-offload", new.offloads.tun != old.offloads.tun),
             ("udp-gso", new.offloads.udp_gso != old.offloads.udp_gso),
             ("udp-gro", new.offloads.udp_gro != old.offloads.udp_gro),
+            ("realtime", new.realtime != old.realtime),
         ]);
         let settings = &mut self.options.settings;
         settings.birthday_probing = new.settings.birthday_probing;

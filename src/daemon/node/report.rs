@@ -54,6 +54,9 @@ pub struct OwnStatus {
     /// Offloads in use.
     #[serde(default)]
     pub offloads: OffloadReport,
+    /// Whether packets are moved ahead of ordinary programs.
+    #[serde(default)]
+    pub realtime: bool,
     /// The port that the router forwards to us; none when it is not to be asked.
     #[serde(default)]
     pub port_mapping: Option<PortMappingReport>,

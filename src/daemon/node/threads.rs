@@ -7,7 +7,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use super::extra::ExtraSockets;
 use super::report::OffloadReport;
 use crate::dataplane::{Note, Run, Shared, Target, TunBatch, UdpBatch};
+use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
 use crate::io::service::Progress;
@@ -28,8 +29,10 @@ use crate::node::{Opener, WholeProbe};
 use crate::types::{DropReason, SocketId};
 
 mod pump;
+mod turn;
 
 use pump::{NoteSender, Outlet, run_inbound, run_outbound};
+use turn::Turn;
 
 /// How long a full socket is waited for before its datagrams are dropped.
 const FULL_SOCKET_WAIT_MS: u8 = 5;
@@ -53,6 +56,9 @@ pub(super) struct Ports {
     /// Tell the threads that there is another interface, or that it is theirs to watch.
     wake_sender: EventFd,
     wake_receiver: EventFd,
+    /// Whether the threads are to run ahead of ordinary programs, and how many of them do.
+    realtime: bool,
+    ahead: AtomicUsize,
     /// How far the two threads have come: out, in.
     progress: [Arc<Progress>; 2],
 }
@@ -62,6 +68,7 @@ impl Ports {
         udp_v4: Option<UdpSocket>,
         udp_v6: Option<UdpSocket>,
         shared: Arc<Shared>,
+        realtime: bool,
     ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         Ok(Self {
@@ -76,8 +83,22 @@ impl Ports {
             sender_watches: AtomicBool::new(false),
             wake_sender: EventFd::from_value_and_flags(0, flags)?,
             wake_receiver: EventFd::from_value_and_flags(0, flags)?,
+            realtime,
+            ahead: AtomicUsize::new(0),
             progress: Default::default(),
         })
+    }
+
+    /// The calling thread begins to move packets.
+    fn begin_turn(&self) -> Turn {
+        let turn = Turn::new(self.realtime, clock::now());
+        self.ahead.fetch_add(turn.is_granted().into(), Ordering::Relaxed);
+        turn
+    }
+
+    /// Whether both threads run ahead of ordinary programs.
+    pub(super) fn is_realtime(&self) -> bool {
+        self.ahead.load(Ordering::Relaxed) == self.progress.len()
     }
 
     /// How far the two threads have come.
