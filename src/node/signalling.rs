@@ -58,7 +58,7 @@ impl Node {
         socket: SocketId,
         tx: TxId,
     ) {
-        let Some(datagram) = self.seal_disco(id, &Message::Ping { tx, padding: 0 }) else { return };
+        let Some(datagram) = self.seal_disco(id, &Message::ping(tx, self.able())) else { return };
         self.openers.push_back(Opener { remote, socket, ttl: OPENER_TTL, datagram });
     }
 }

@@ -49,6 +49,7 @@ mod edge;
 mod filtered;
 mod hard;
 mod host;
+mod lanes;
 mod large;
 mod ledger;
 mod link;

@@ -494,5 +494,6 @@ pub(super) fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
         rx_bytes: peer.rx_bytes,
         too_big: peer.too_big,
         last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
+        second_session: peer.second_session,
     }
 }

@@ -37,9 +37,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound};
+use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound_all};
 use crate::io::clock;
-use crate::io::link::{ConnectError, Inbound};
+use crate::io::link::{ConnectError, RelayBatch};
 use crate::io::metrics::MetricsServer;
 use crate::io::service::Watchdog;
 use crate::io::service::reload::Reload;
@@ -113,6 +113,8 @@ struct Daemon {
     /// In seconds since 1970.
     started: u64,
     out: UdpBatch,
+    /// What came by the control connection, on its way to the interface.
+    relayed: TunBatch,
     options: NodeOptions,
     /// The options as they were given.
     configured: NodeOptions,
@@ -231,7 +233,7 @@ impl Daemon {
                 }
                 self.ports.set_link(Some(sender));
             }
-            UplinkEvent::Inbound(Inbound::Control(bytes)) => {
+            UplinkEvent::Control(bytes) => {
                 self.heard_server = now;
                 match control::decode::<ServerMessage>(&bytes) {
                     Ok(message) => {
@@ -249,9 +251,9 @@ impl Daemon {
                     Err(error) => tracing::warn!(%error, "message of the server not understood"),
                 }
             }
-            UplinkEvent::Inbound(Inbound::Relay(datagram)) => {
+            UplinkEvent::Relayed(datagrams) => {
                 self.heard_server = now;
-                self.handle_relayed(&datagram, now);
+                self.handle_relayed(&datagrams, now);
             }
             UplinkEvent::Lost(error) => {
                 if self.server.is_some() {
@@ -272,13 +274,15 @@ impl Daemon {
         self.node.handle_link_down(clock::now());
     }
 
-    /// A relay frame that came by the control connection takes the same way in as one by UDP.
-    fn handle_relayed(&mut self, datagram: &[u8], now: Instant) {
+    /// Relay frames that came by the control connection take the same way in as those by UDP.
+    fn handle_relayed(&mut self, datagrams: &RelayBatch, now: Instant) {
         let shared = Arc::clone(self.node.shared());
         let table = shared.table();
-        let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
-        inbound(&shared, &table, Source::Link, datagram, now, &mut tun, &mut notes);
+        let (mut tun, mut notes) = (std::mem::take(&mut self.relayed), Vec::new());
+        tun.clear(self.ports.trains());
+        inbound_all(&shared, &table, Source::Link, datagrams.iter(), now, &mut tun, &mut notes);
         write_tun(&self.ports, &mut tun);
+        self.relayed = tun;
         for note in notes {
             self.node.handle_note(note, now);
         }

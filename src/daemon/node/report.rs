@@ -172,6 +172,9 @@ pub struct PeerReport {
     pub too_big: u64,
     /// Seconds since the last WireGuard handshake.
     pub last_handshake_s: Option<u64>,
+    /// Whether there is a second session, so that sealing and opening do not wait for one another.
+    #[serde(default)]
+    pub second_session: bool,
 }
 
 /// A way to a peer.

@@ -19,7 +19,7 @@ use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
 use super::{Daemon, Ended};
-use crate::dataplane::UdpBatch;
+use crate::dataplane::{TunBatch, UdpBatch};
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
@@ -282,6 +282,7 @@ pub async fn run(
         said: Vec::new(),
         started: clock::unix_seconds(),
         out: UdpBatch::default(),
+        relayed: TunBatch::default(),
         options,
         configured,
         reload,

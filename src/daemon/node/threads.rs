@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 
 use super::extra::ExtraSockets;
 use super::report::OffloadReport;
+use crate::dataplane::offload::MergeKinds;
 use crate::dataplane::{Note, Run, Shared, Target, TunBatch, UdpBatch};
 use crate::io::clock;
 use crate::io::link::LinkSender;
@@ -165,9 +166,14 @@ impl Ports {
         socket.and_then(|socket| socket.local_addr().ok()).map_or(0, |addr| addr.port())
     }
 
+    /// What the interface takes as trains.
+    pub(super) fn trains(&self) -> MergeKinds {
+        self.tun.load().as_ref().map(|tun| tun.trains()).unwrap_or_default()
+    }
+
     /// The offloads in use at this moment.
     pub(super) fn offloads(&self) -> OffloadReport {
-        let trains = self.tun.load().as_ref().map(|tun| tun.trains()).unwrap_or_default();
+        let trains = self.trains();
         let all = |has: fn(&UdpSocket) -> bool| self.sockets().all(has);
         OffloadReport {
             tun_tso: trains.tcp,
