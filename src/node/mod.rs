@@ -75,7 +75,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::dataplane::{Note, SessionSettings, Shared, Source, Target, UdpBatch};
-use crate::path::{Answer, BASE_MTU, Via};
+use crate::path::{Answer, BASE_MTU, Together, Via};
 use crate::policy::Filter;
 use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
@@ -241,6 +241,8 @@ pub struct Node {
     removed: Removed,
     sockets: Sockets,
     punching: Punching,
+    /// What may go to addresses for which only peers vouch.
+    together: Together,
     openers: VecDeque<Opener>,
     whole_probes: VecDeque<WholeProbe>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
@@ -300,6 +302,7 @@ impl Node {
             removed: Removed::default(),
             sockets: Sockets::default(),
             punching: Punching::default(),
+            together: Together::default(),
             openers: VecDeque::new(),
             whole_probes: VecDeque::new(),
             scratch: VecDeque::new(),

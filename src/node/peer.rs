@@ -80,6 +80,7 @@ impl Node {
         let session = self.first_session(&keys, index);
         let mut agent = PathAgent::new(self.rng.random(), now);
         agent.set_mtu_limit(self.settings.max_mtu);
+        agent.share_account(self.together.clone());
         let peer = PeerControl {
             fast: Peer::new(id, info.addrs, index, session),
             agent,

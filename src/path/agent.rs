@@ -26,7 +26,7 @@ use super::mtu::BASE_MTU;
 use super::probe::Prober;
 use super::quality::Delivery;
 use super::soonest::Soonest;
-use super::trickle::Trickle;
+use super::trickle::{Together, Trickle};
 use super::{Choice, Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
@@ -89,6 +89,7 @@ pub struct PathAgent {
     /// An extra socket by which the peer is tried, too.
     fresh: Option<SocketId>,
     trickle: Trickle,
+    together: Together,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -128,9 +129,15 @@ impl PathAgent {
             stuck_since: None,
             fresh: None,
             trickle: Trickle::default(),
+            together: Together::default(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
+    }
+
+    /// What goes to addresses that have proved nothing is on this account, too: that of all peers.
+    pub fn share_account(&mut self, together: Together) {
+        self.together = together;
     }
 
     // ---- what the node tells -------------------------------------------------------------------
@@ -315,6 +322,7 @@ impl PathAgent {
                 let rtt = endpoint.prober.handle_pong(tx, now)?;
                 endpoint.delivery.handle_pong(tx, arrived, now);
                 endpoint.mtu.handle_pong(tx, now);
+                self.together.note_answer(remote.ip(), now);
                 rtt
             }
             Via::RelayUdp | Via::RelayTcp => {

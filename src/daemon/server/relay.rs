@@ -76,9 +76,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Hub {
-    pub(super) fn new(ports: Vec<UdpPort>, limits: Limits, events: mpsc::Sender<Event>) -> Self {
+    pub(super) fn new(
+        ports: Vec<UdpPort>,
+        limits: Limits,
+        secret: [u8; 32],
+        events: mpsc::Sender<Event>,
+    ) -> Self {
         Self {
-            table: Mutex::new(RelayTable::new(limits)),
+            table: Mutex::new(RelayTable::new(limits, secret)),
             links: Mutex::default(),
             progress: ports.iter().map(|_| Arc::default()).collect(),
             relayed: Default::default(),
@@ -250,7 +255,9 @@ impl Hub {
                 Verdict::Forward(_) if bytes.is_empty() => {}
                 Verdict::Forward(way) => {
                     let turn = match way {
-                        Way::Udp(exit) => turns.entry((exit.socket, exit.source)).or_insert(0),
+                        Way::Udp(exit) | Way::Unproved(exit) => {
+                            turns.entry((exit.socket, exit.source)).or_insert(0)
+                        }
                         Way::Link(_) => &mut 0,
                     };
                     forward.push((*turn, way, buffer, bytes, segment_bytes));
@@ -294,10 +301,12 @@ impl Hub {
         waiting: Option<&mut FairQueues>,
     ) {
         let [by_udp, by_tcp] = &self.relayed;
-        let relayed = if matches!(way, Way::Udp(_)) { by_udp } else { by_tcp };
+        let relayed = if matches!(way, Way::Link(_)) { by_tcp } else { by_udp };
         relayed.add(bytes.len().div_ceil(segment_bytes.max(1)), bytes.len());
         match way {
-            Way::Udp(exit) => self.send_udp(exit, bytes, segment_bytes, waiting),
+            Way::Udp(exit) | Way::Unproved(exit) => {
+                self.send_udp(exit, bytes, segment_bytes, waiting);
+            }
             Way::Link(connection) => {
                 let sender = self.sender(connection);
                 let datagrams = bytes.len().div_ceil(segment_bytes.max(1));

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::opener::Cause;
+use super::opener::{Cause, is_private};
 use super::{Endpoint, PathAgent, PathTransmit};
 use crate::path::probe::{Due, ProbeOutcome};
+use crate::path::trickle::with_headers;
 use crate::path::{Place, Via, predict};
 use crate::types::{CandidateKind, TxId, usable_underlay};
 use crate::wire::disco::PING_LEN;
@@ -248,7 +249,14 @@ impl PathAgent {
     pub(super) fn may_send(&mut self, via: Via, len: usize, now: Instant) -> bool {
         let (Some(place), Via::Direct { remote, .. }) = (via.place(), via) else { return true };
         self.endpoints.get(&place).is_some_and(|endpoint| endpoint.proved(now))
-            || self.trickle.take(len, remote.ip(), now)
+            || with_headers(len, remote.ip())
+                .is_some_and(|bytes| self.may_spend(bytes, remote.ip(), now))
+    }
+
+    /// Whether so many bytes, headers and all, may go to an address that has proved nothing.
+    pub(super) fn may_spend(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
+        self.trickle.take_bytes(bytes, to, now)
+            && (is_private(to.to_canonical()) || self.together.take_bytes(bytes, to, now))
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {
