@@ -9,12 +9,16 @@ use libfuzzer_sys::fuzz_target;
 mod check;
 #[path = "../../../sim/edge.rs"]
 mod edge;
+#[path = "../../../sim/evil.rs"]
+mod evil;
 #[path = "../../../sim/host.rs"]
 mod host;
 #[path = "../../../sim/ledger.rs"]
 mod ledger;
 #[path = "../../../sim/link.rs"]
 mod link;
+#[path = "../../../sim/named.rs"]
+mod named;
 #[path = "../../../sim/oracle.rs"]
 mod oracle;
 #[path = "../../../sim/quiet.rs"]

@@ -9,6 +9,7 @@ use overlay::dataplane::{Source, TunBatch, UdpBatch, inbound, outbound};
 use overlay::node::{MAX_EXTRA_SOCKETS, Netmap, Node, NodeSettings, SocketOrder};
 use overlay::server::admin;
 use overlay::server::records::{MemberRecord, NetworkRecord, Records, Versioned};
+use overlay::server::relay::limit::Limits;
 use overlay::server::relay::{Arrival, RelayTable, SocketId, Verdict};
 use overlay::server::{Connected, ConnectionId, Decision, Output, Server, Settings};
 use overlay::types::{InviteId, NetworkId, NodeId, OverlayRange, PublicKey, SecretKey};
@@ -288,7 +289,7 @@ impl ServerWorld {
         };
         let mut world = Self {
             server: Server::new(settings, records, [3; 32], epoch(), WALL),
-            relay: RelayTable::default(),
+            relay: RelayTable::new(Limits::default(), [5; 32]),
             now: epoch(),
             wall: WALL,
             rev: 1,
