@@ -289,6 +289,15 @@ fn failure(error: &StartError) -> Failure {
         StartError::State(StateError::File(FileError::TooOpen { path, .. })) => {
             Failure::caused_by(STATE, error, format!("sudo chmod 600 {}", path.display()))
         }
+        StartError::State(StateError::File(FileError::Io { source, .. }))
+            if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
+        {
+            Failure::caused_by(
+                STATE,
+                error,
+                "the file system is read-only: choose another place with --state-dir",
+            )
+        }
         StartError::State(error) => Failure::caused_by(
             STATE,
             error,
