@@ -42,6 +42,8 @@ pub struct NodeConfig {
     pub port_mapping_lease_s: Option<u32>,
     /// Look for a path between hard NATs by chance when nothing else has led to one. Default: true.
     pub birthday_probing: Option<bool>,
+    /// Go by every default route when the preferred one fails. Default: true.
+    pub all_uplinks: Option<bool>,
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
@@ -178,6 +180,7 @@ mod tests {
             port_mapping,
             port_mapping_lease_s,
             birthday_probing,
+            all_uplinks,
             metrics,
             tun_offload,
             udp_gso,
@@ -188,7 +191,7 @@ mod tests {
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
         assert!(rotate_key_after_d.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
-        assert!(birthday_probing.is_some() && metrics.is_some());
+        assert!(birthday_probing.is_some() && metrics.is_some() && all_uplinks.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
     }
 

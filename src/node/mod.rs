@@ -13,6 +13,7 @@
 //! - `predict`: which ports our NAT will give us next
 //! - `punch`: costly ways, agreed on with the peer; `birthday`: our part in them
 //! - `sockets`: local ports beside the main one
+//! - `uplinks`: several default routes, and which of them the relay goes by
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out
 //! - `roam`: other addresses, other routes, and waking up
@@ -54,6 +55,7 @@ mod sockets;
 mod standing;
 mod status;
 mod timers;
+mod uplinks;
 
 pub use history::{History, PathChange, PathRecord, PathTimes};
 pub use keyring::NodeKeys;
@@ -64,6 +66,7 @@ pub use punch::PunchCounters;
 pub use report::{Explanation, RemovedPeer};
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
+pub use uplinks::UplinkStatus;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -76,7 +79,7 @@ use rand::{Rng, SeedableRng};
 use crate::dataplane::{Note, SessionSettings, Shared, Source, Target, UdpBatch};
 use crate::path::{Answer, BASE_MTU, Via};
 use crate::policy::Filter;
-use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId};
+use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId, Uplink};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use keyring::OwnKeys;
@@ -92,6 +95,7 @@ use report::Removed;
 use sighting::Sighting;
 use sockets::Sockets;
 use standing::Calendar;
+use uplinks::Uplinks;
 
 /// What can be set about a node.
 #[derive(Debug, Clone, Copy)]
@@ -167,6 +171,8 @@ pub enum Event {
     Reported(NodeId),
     /// The server ended this membership, or does not know it.
     Refused(RefusedCode, String),
+    /// The relay is reached by this uplink from here on; none for the preferred one.
+    Uplink(Option<Uplink>),
     /// Another machine with our keys wanted in, from there; the server turned it away.
     Rival(SocketAddr),
 }
@@ -232,6 +238,7 @@ pub struct Node {
     filter_test: FilterTest,
     removed: Removed,
     sockets: Sockets,
+    uplinks: Uplinks,
     punching: Punching,
     openers: VecDeque<Opener>,
     whole_probes: VecDeque<WholeProbe>,
@@ -291,6 +298,7 @@ impl Node {
             filter_test: FilterTest::default(),
             removed: Removed::default(),
             sockets: Sockets::default(),
+            uplinks: Uplinks::default(),
             punching: Punching::default(),
             openers: VecDeque::new(),
             whole_probes: VecDeque::new(),
