@@ -22,7 +22,7 @@ use tokio::net::tcp::OwnedReadHalf;
 use tokio::task::JoinHandle;
 
 pub use backoff::Backoff;
-pub use connect::{ConnectError, connect, connect_over};
+pub use connect::{ConnectError, Way, connect, connect_by, connect_over};
 pub(crate) use noise::{Answered, Responder};
 pub use outbox::LinkSender;
 pub use relay_batch::RelayBatch;

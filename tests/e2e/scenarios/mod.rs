@@ -40,6 +40,7 @@ mod server;
 mod server_loss;
 mod service;
 mod spoof;
+mod uplinks;
 mod why;
 
 /// All tests; those that check the lab itself come first.
@@ -50,6 +51,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        uplinks::cases(),
         rotation::cases(),
         hard::cases(),
         idle::cases(),
