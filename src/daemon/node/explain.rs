@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::Daemon;
-use super::local::{self, ask, peer_report, unknown_peer};
+use super::local::{self, ask, unknown_peer};
 use super::report::{Forecast, Netcheck, PathReport, PeerReport, SCHEMA, millis};
 use crate::io::clock;
 use crate::io::local::Reply;
@@ -307,7 +307,7 @@ impl Daemon {
             here: Some(side_report(self.own_name(), &explanation.own)),
             there: explanation.peer.map(|side| side_report(name.clone(), &side)),
             there_missing,
-            peer: Some(peer_report(status)),
+            peer: Some(status.into()),
             name,
         })
     }

@@ -6,6 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::node::PeerStatus;
+
 /// Version of all of these.
 pub const SCHEMA: u32 = 1;
 
@@ -335,4 +337,31 @@ pub struct Addresses {
 #[must_use]
 pub fn millis(duration: std::time::Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+impl From<PeerStatus> for PeerReport {
+    fn from(peer: PeerStatus) -> Self {
+        Self {
+            id: peer.id.to_string(),
+            name: peer.name.to_string(),
+            ipv4: peer.addrs.v4,
+            ipv6: peer.addrs.v6,
+            online: peer.online,
+            path: PathReport {
+                kind: peer.path.as_str().into(),
+                remote: peer.remote.map(|remote| remote.to_string()),
+                since_s: peer.since.as_secs(),
+                why: peer.why,
+                mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
+                loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
+                uplink: peer.uplink.map(|uplink| uplink.device),
+            },
+            rtt_ms: peer.rtt.map(millis),
+            tx_bytes: peer.tx_bytes,
+            rx_bytes: peer.rx_bytes,
+            too_big: peer.too_big,
+            last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
+            second_session: peer.second_session,
+        }
+    }
 }
