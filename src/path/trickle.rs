@@ -29,6 +29,8 @@ const V6_HEADERS: u32 = 48;
 const MAX_SOURCES: usize = 64;
 /// The same of all peers together.
 const MAX_TOGETHER: usize = 4096;
+/// Time between two looks through a full table.
+const SWEEP_SPACING: Duration = Duration::from_millis(100);
 /// An address from which a peer answered this long ago is no stranger's.
 const ANSWER_LIFETIME: Duration = Duration::from_secs(120);
 
@@ -38,11 +40,13 @@ pub(super) struct Trickle {
     /// When all that was sent there would have been at the steady pace.
     paid_until: BTreeMap<IpAddr, Instant>,
     max_sources: usize,
+    /// When those that have nothing to pay were last forgotten.
+    swept_at: Option<Instant>,
 }
 
 impl Default for Trickle {
     fn default() -> Self {
-        Self { paid_until: BTreeMap::new(), max_sources: MAX_SOURCES }
+        Self { paid_until: BTreeMap::new(), max_sources: MAX_SOURCES, swept_at: None }
     }
 }
 
@@ -55,12 +59,13 @@ struct Ledger {
     trickle: Trickle,
     /// When a peer last answered from there.
     answered: BTreeMap<IpAddr, Instant>,
+    swept_at: Option<Instant>,
 }
 
 impl Default for Ledger {
     fn default() -> Self {
         let trickle = Trickle { max_sources: MAX_TOGETHER, ..Trickle::default() };
-        Self { trickle, answered: BTreeMap::new() }
+        Self { trickle, answered: BTreeMap::new(), swept_at: None }
     }
 }
 
@@ -72,13 +77,15 @@ impl Together {
 
     /// A peer has answered from there.
     pub(super) fn note_answer(&self, from: IpAddr, now: Instant) {
-        let mut ledger = self.lock();
+        let (mut ledger, from) = (self.lock(), source_of(from));
         let fresh = |at: &Instant| now.saturating_duration_since(*at) < ANSWER_LIFETIME;
-        if ledger.answered.len() >= MAX_TOGETHER {
+        let full = |ledger: &Ledger| ledger.answered.len() >= MAX_TOGETHER;
+        let known = ledger.answered.contains_key(&from);
+        if !known && full(&ledger) && may_sweep(&mut ledger.swept_at, now) {
             ledger.answered.retain(|_, at| fresh(at));
         }
-        if ledger.answered.len() < MAX_TOGETHER {
-            ledger.answered.insert(source_of(from), now);
+        if known || !full(&ledger) {
+            ledger.answered.insert(from, now);
         }
     }
 
@@ -102,7 +109,9 @@ impl Trickle {
     pub(super) fn take_bytes(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
         let source = source_of(to);
         if !self.paid_until.contains_key(&source) && self.paid_until.len() >= self.max_sources {
-            self.paid_until.retain(|_, at| *at > now);
+            if may_sweep(&mut self.swept_at, now) {
+                self.paid_until.retain(|_, at| *at > now);
+            }
             if self.paid_until.len() >= self.max_sources {
                 return false;
             }
@@ -115,6 +124,15 @@ impl Trickle {
         *paid_until = at + INTERVAL * bytes;
         true
     }
+}
+
+/// A full table is looked through now and then only, or a liar could have it done all the time.
+fn may_sweep(swept_at: &mut Option<Instant>, now: Instant) -> bool {
+    let due = swept_at.is_none_or(|at| now.saturating_duration_since(at) >= SWEEP_SPACING);
+    if due {
+        *swept_at = Some(now);
+    }
+    due
 }
 
 /// Bytes of a datagram on the wire.
@@ -205,9 +223,9 @@ mod tests {
     fn the_account_of_a_node_is_of_bounded_size() {
         let (together, now) = (Together::default(), epoch());
         let address = |n: u32| IpAddr::from((0x0100_0000 + n).to_be_bytes());
-        let taken = (0..100_000).filter(|n| together.take_bytes(100, address(*n), now)).count();
+        let taken = (0..20_000).filter(|n| together.take_bytes(100, address(*n), now)).count();
         assert_eq!(taken, MAX_TOGETHER);
-        (0..100_000).for_each(|n| together.note_answer(address(n), now));
+        (0..20_000).for_each(|n| together.note_answer(address(n), now));
         assert_eq!(together.lock().answered.len(), MAX_TOGETHER);
         let later = now + ANSWER_LIFETIME;
         together.note_answer(address(7), later);
