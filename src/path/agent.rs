@@ -76,6 +76,8 @@ pub struct PathAgent {
     last_switch: Option<Instant>,
     round_at: Option<Instant>,
     called_at: Option<Instant>,
+    /// A call of the peer in this round was answered with another one of ours.
+    called_back: bool,
     call_epoch: u64,
     retry_at: Option<Instant>,
     retries: usize,
@@ -117,6 +119,7 @@ impl PathAgent {
             last_switch: None,
             round_at: None,
             called_at: None,
+            called_back: false,
             call_epoch: 0,
             retry_at: None,
             retries: 0,
@@ -366,7 +369,7 @@ impl PathAgent {
         let heard = endpoint.heard.max(endpoint.prober.last_pong());
         let srtt = endpoint.prober.srtt().unwrap_or_default();
         self.doubt.handle_traffic(traffic.sent, heard, now);
-        let suspicion = self.doubt.suspicion(srtt, now);
+        let suspicion = self.doubt.suspicion(srtt, endpoint.delivery.floods(), now);
         self.act_on(suspicion, now);
         if traffic.sent.is_some_and(|sent| now.saturating_duration_since(sent) < KEEPALIVE)
             && self.doubt.is_calm()
@@ -379,8 +382,10 @@ impl PathAgent {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.ping_due(now);
         if let Some(place) = self.primary.and_then(Via::place) {
-            let srtt = self.endpoints.get(&place).and_then(|endpoint| endpoint.prober.srtt());
-            let suspicion = self.doubt.suspicion(srtt.unwrap_or_default(), now);
+            let endpoint = self.endpoints.get(&place);
+            let srtt = endpoint.and_then(|endpoint| endpoint.prober.srtt()).unwrap_or_default();
+            let floods = endpoint.is_some_and(|endpoint| endpoint.delivery.floods());
+            let suspicion = self.doubt.suspicion(srtt, floods, now);
             self.act_on(suspicion, now);
         }
         if self.keepalive_at.is_some_and(|at| at <= now) {

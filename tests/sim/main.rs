@@ -51,6 +51,7 @@ mod evil;
 mod filtered;
 mod hard;
 mod host;
+mod lanes;
 mod large;
 mod ledger;
 mod link;

@@ -19,6 +19,8 @@ const MAX_LEARNED: usize = 8;
 const ROUND_SPACING: Duration = Duration::from_secs(1);
 /// The peer is asked to probe at most this often.
 const CALL_SPACING: Duration = Duration::from_secs(2);
+/// In so many rounds a call of ours may have come before the peer knew us.
+const EARLY_ROUNDS: usize = 3;
 /// Waits between rounds while a wanted peer is not direct; the last one repeats.
 const RETRY: [Duration; 6] = [
     Duration::from_secs(5),
@@ -96,7 +98,11 @@ impl PathAgent {
             }
             let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
             let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
-            if !self.called_at.is_some_and(recent) {
+            // Who calls may have missed our first call, and with it what only that says.
+            let early = cause == Cause::Called && self.retries < EARLY_ROUNDS;
+            let missed = early && self.signalling.has_guesses && !self.called_back;
+            self.called_back = missed || self.called_back && started;
+            if missed || !self.called_at.is_some_and(recent) {
                 self.called_at = Some(now);
                 self.transmits.push_back(PathTransmit::CallMeMaybe { via });
             }
