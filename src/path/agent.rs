@@ -89,7 +89,8 @@ pub struct PathAgent {
     /// An extra socket by which the peer is tried, too.
     fresh: Option<SocketId>,
     trickle: Trickle,
-    together: Together,
+    /// That of all peers, if there is one.
+    together: Option<Together>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -129,7 +130,7 @@ impl PathAgent {
             stuck_since: None,
             fresh: None,
             trickle: Trickle::default(),
-            together: Together::default(),
+            together: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -137,7 +138,7 @@ impl PathAgent {
 
     /// What goes to addresses that have proved nothing is on this account, too: that of all peers.
     pub fn share_account(&mut self, together: Together) {
-        self.together = together;
+        self.together = Some(together);
     }
 
     // ---- what the node tells -------------------------------------------------------------------
@@ -322,7 +323,9 @@ impl PathAgent {
                 let rtt = endpoint.prober.handle_pong(tx, now)?;
                 endpoint.delivery.handle_pong(tx, arrived, now);
                 endpoint.mtu.handle_pong(tx, now);
-                self.together.note_answer(remote.ip(), now);
+                if let Some(together) = &self.together {
+                    together.note_answer(remote.ip(), now);
+                }
                 rtt
             }
             Via::RelayUdp | Via::RelayTcp => {
