@@ -279,7 +279,7 @@ impl Node {
             settings,
             rng: StdRng::from_seed(seed),
             // From another stream, so that it tells nothing of the first.
-            instance: StdRng::from_seed(seed.map(|byte| !byte)).random(),
+            instance: other_stream(seed, 0xff).random(),
             shared: keys.new_shared(now),
             keys,
             netmap: Netmap::default(),
@@ -310,7 +310,7 @@ impl Node {
             sockets: Sockets::default(),
             uplinks: Uplinks::default(),
             punching: Punching::default(),
-            together: Together::default(),
+            together: Together::new(other_stream(seed, 0x5a).random(), now),
             openers: VecDeque::new(),
             whole_probes: VecDeque::new(),
             scratch: VecDeque::new(),
@@ -393,4 +393,9 @@ impl Node {
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
+}
+
+/// A source of randomness beside that of `seed`.
+fn other_stream(seed: [u8; 32], mask: u8) -> StdRng {
+    StdRng::from_seed(seed.map(|byte| byte ^ mask))
 }

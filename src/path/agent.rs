@@ -93,7 +93,8 @@ pub struct PathAgent {
     fresh: Option<SocketId>,
     uplinks: Uplinks,
     trickle: Trickle,
-    together: Together,
+    /// That of all peers, if there is one.
+    together: Option<Together>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -134,7 +135,7 @@ impl PathAgent {
             fresh: None,
             uplinks: Uplinks::default(),
             trickle: Trickle::default(),
-            together: Together::default(),
+            together: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -142,7 +143,7 @@ impl PathAgent {
 
     /// What goes to addresses that have proved nothing is on this account, too: that of all peers.
     pub fn share_account(&mut self, together: Together) {
-        self.together = together;
+        self.together = Some(together);
     }
 
     // ---- what the node tells -------------------------------------------------------------------
@@ -344,7 +345,9 @@ impl PathAgent {
                 let rtt = endpoint.prober.handle_pong(tx, now)?;
                 endpoint.delivery.handle_pong(tx, arrived, now);
                 endpoint.mtu.handle_pong(tx, now);
-                self.together.note_answer(remote.ip(), now);
+                if let Some(together) = &self.together {
+                    together.note_answer(remote.ip(), now);
+                }
                 rtt
             }
             Via::RelayUdp | Via::RelayTcp => {
