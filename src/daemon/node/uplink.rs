@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use crate::io::clock;
 use crate::io::link::{
-    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, connect,
+    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, RelayBatch, connect,
 };
 use crate::types::{PublicKey, SecretKey};
 use crate::wire::join::ServerAddr;
@@ -35,8 +35,10 @@ pub(super) enum UplinkEvent {
         /// To send on it.
         sender: LinkSender,
     },
-    /// Something came.
-    Inbound(Inbound),
+    /// A control message came.
+    Control(Vec<u8>),
+    /// Relay datagrams came.
+    Relayed(RelayBatch),
     /// It is gone; another is being made.
     Lost(LinkError),
     /// None of the addresses works; they are tried again.
@@ -135,9 +137,16 @@ impl Uplink {
                     }
                 },
                 Phase::Connected(receiver) => match receiver.next().await {
-                    Ok(inbound) => {
+                    Ok(Inbound::Control(message)) => {
                         self.backoff.reset();
-                        return UplinkEvent::Inbound(inbound);
+                        return UplinkEvent::Control(message);
+                    }
+                    Ok(Inbound::Relay(first)) => {
+                        self.backoff.reset();
+                        let mut relayed = RelayBatch::default();
+                        relayed.push(&first);
+                        receiver.more_relayed(&mut relayed);
+                        return UplinkEvent::Relayed(relayed);
                     }
                     Err(error) => {
                         self.wait();
