@@ -217,7 +217,7 @@ mod tests {
         };
         let settings = Settings {
             server_key: PublicKey([3; 32]),
-            addresses: Vec::new(),
+            addresses: vec!["192.0.2.1".parse().unwrap()],
             whole_netmap_up_to: crate::server::WHOLE_NETMAP_UP_TO,
         };
         let mut server = Server::new(settings, records, [0; 32], crate::io::clock::now(), 0);

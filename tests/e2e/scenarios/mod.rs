@@ -16,6 +16,7 @@ mod hard;
 mod idle;
 mod kept;
 mod lab;
+mod large;
 mod leak;
 mod limits;
 mod line;
@@ -72,6 +73,7 @@ pub(crate) fn all() -> Vec<Case> {
         leak::cases(),
         mtu::cases(),
         expiry::cases(),
+        large::cases(),
         failover::cases(),
         netcheck::cases(),
         portmap::cases(),
