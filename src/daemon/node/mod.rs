@@ -29,7 +29,7 @@ mod uplink;
 pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
 pub use startup::{NodeOptions, Offloads, StartError, run};
-pub use state::{ENROLMENT_FILE, StateError};
+pub use state::{ENROLMENT_FILE, StateError, rewritten};
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

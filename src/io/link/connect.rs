@@ -10,11 +10,12 @@ use hyper::body::Bytes;
 use hyper::header::{CONNECTION, HOST, HeaderValue, UPGRADE};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::noise::Initiator;
+use super::noise::{Initiator, Secured};
 use super::{Link, tune};
 use crate::types::{PublicKey, SecretKey};
 use crate::wire::frame::{HANDSHAKE_HEADER, UPGRADE_PATH, UPGRADE_PROTOCOL};
@@ -134,9 +135,12 @@ pub async fn connect_over(
     server_key: &PublicKey,
     machine_key: &SecretKey,
 ) -> Result<Link, ConnectError> {
-    timeout(UPGRADE_LIMIT, upgrade(server, stream, server_key, machine_key))
-        .await
-        .unwrap_or_else(|_| Err(timed_out(server, "answer to the upgrade", UPGRADE_LIMIT)))
+    let (stream, early, secured) =
+        timeout(UPGRADE_LIMIT, exchange(stream, server, server_key, machine_key))
+            .await
+            .unwrap_or_else(|_| Err(timed_out(server, "answer to the upgrade", UPGRADE_LIMIT)))?;
+    Link::start(stream, early, secured)
+        .map_err(|source| ConnectError::Unreachable { address: server.clone(), source })
 }
 
 fn timed_out(server: &ServerAddr, waiting_for: &'static str, limit: Duration) -> ConnectError {
@@ -194,12 +198,20 @@ fn interleaved(addrs: Vec<SocketAddr>) -> Vec<SocketAddr> {
     order
 }
 
-async fn upgrade(
+/// Asks for the upgrade and reads the answer, over any kind of stream. Gives the stream back, with
+/// what came right behind the answer.
+///
+/// # Errors
+/// When the other end is no such server.
+pub async fn exchange<S>(
+    stream: S,
     server: &ServerAddr,
-    stream: TcpStream,
     server_key: &PublicKey,
     machine_key: &SecretKey,
-) -> Result<Link, ConnectError> {
+) -> Result<(S, Vec<u8>, Secured), ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let wrong_key = |_| ConnectError::WrongKey { address: server.clone() };
     let closed = || ConnectError::Closed { address: server.clone() };
     let (handshake, first) = Initiator::start(server_key, machine_key).map_err(wrong_key)?;
@@ -221,10 +233,9 @@ async fn upgrade(
         (Err(error), Err(ConnectError::Closed { .. })) => return Err(http_error(server, &error)),
         (_, outcome) => outcome?,
     };
-    let parts = upgraded.downcast::<TokioIo<TcpStream>>().map_err(|_| closed())?;
+    let parts = upgraded.downcast::<TokioIo<S>>().map_err(|_| closed())?;
     let secured = handshake.finish(answer.as_bytes()).map_err(wrong_key)?;
-    Link::start(parts.io.into_inner(), parts.read_buf.to_vec(), secured)
-        .map_err(|source| ConnectError::Unreachable { address: server.clone(), source })
+    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), secured))
 }
 
 fn request(server: &ServerAddr, first: &str) -> Request<Empty<Bytes>> {
