@@ -245,10 +245,7 @@ pub async fn run(
     let now = clock::now();
     let call_epoch = clock::unix_seconds().saturating_mul(1000);
     let node = Node::new(keys.node, netmap, options.settings, rand::random(), call_epoch, now);
-    let (udp_v4, udp_v6) = bind_udp(&options, enrolment.listen_port)?;
-    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()), options.realtime)
-        .map_err(|source| StartError::Io { action: "making an event descriptor", source })?;
-    let ports = Arc::new(ports);
+    let ports = open_ports(&options, &node, enrolment.listen_port)?;
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
     let port_mapping = PortMapping::wanted(&options, &ports, &keys.machine);
@@ -329,6 +326,18 @@ pub async fn run(
     daemon.end_portmap().await;
     daemon.save();
     ended
+}
+
+/// Binds the main sockets, for the two threads and the control task.
+fn open_ports(
+    options: &NodeOptions,
+    node: &Node,
+    listen_port: u16,
+) -> Result<Arc<Ports>, StartError> {
+    let (udp_v4, udp_v6) = bind_udp(options, listen_port)?;
+    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()), options.realtime)
+        .map_err(|source| StartError::Io { action: "making an event descriptor", source })?;
+    Ok(Arc::new(ports))
 }
 
 impl Daemon {
