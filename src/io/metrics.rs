@@ -243,6 +243,7 @@ fn plain(status: StatusCode, kind: &'static str, text: String) -> Response<Full<
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
 
     use super::*;
 
