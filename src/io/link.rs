@@ -22,7 +22,7 @@ use tokio::net::tcp::OwnedReadHalf;
 use tokio::task::JoinHandle;
 
 pub use backoff::Backoff;
-pub use connect::{ConnectError, connect, connect_over, exchange};
+pub use connect::{ConnectError, Way, connect, connect_by, connect_over, exchange};
 pub(crate) use noise::Responder;
 pub use noise::{Answered, Secured};
 pub use outbox::LinkSender;

@@ -11,7 +11,7 @@ use hyper::header::{CONNECTION, HOST, HeaderValue, UPGRADE};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -89,8 +89,31 @@ pub async fn connect(
     server_keys: &[PublicKey],
     machine_key: &SecretKey,
 ) -> Result<Link, ConnectError> {
+    connect_by(&Way::default(), server, server_keys, machine_key).await
+}
+
+/// By which way a server is connected to.
+#[derive(Debug, Clone, Default)]
+pub struct Way {
+    /// The only network interface to use; none for what the routes say.
+    pub device: Option<String>,
+    /// The server's address, where its name need not be looked up: whoever knows names may be behind
+    /// another interface.
+    pub address: Option<SocketAddr>,
+}
+
+/// The same by another way than the routes say.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_by(
+    way: &Way,
+    server: &ServerAddr,
+    server_keys: &[PublicKey],
+    machine_key: &SecretKey,
+) -> Result<Link, ConnectError> {
     for server_key in server_keys {
-        let stream = match timeout(TCP_LIMIT, connect_tcp(server)).await {
+        let stream = match timeout(TCP_LIMIT, connect_tcp(way, server)).await {
             Ok(stream) => stream?,
             Err(_) => return Err(timed_out(server, "TCP connection", TCP_LIMIT)),
         };
@@ -124,9 +147,9 @@ fn timed_out(server: &ServerAddr, waiting_for: &'static str, limit: Duration) ->
     ConnectError::TimedOut { address: server.clone(), waiting_for, limit }
 }
 
-async fn connect_tcp(server: &ServerAddr) -> Result<TcpStream, ConnectError> {
+async fn connect_tcp(way: &Way, server: &ServerAddr) -> Result<TcpStream, ConnectError> {
     let resolve = |source| ConnectError::Resolve { host: server.host.clone(), source };
-    let addrs: Vec<SocketAddr> = match server.literal() {
+    let addrs: Vec<SocketAddr> = match server.literal().or(way.address) {
         Some(addr) => vec![addr],
         None => tokio::net::lookup_host((server.host.as_str(), server.port))
             .await
@@ -135,9 +158,14 @@ async fn connect_tcp(server: &ServerAddr) -> Result<TcpStream, ConnectError> {
     };
     let mut attempts = JoinSet::new();
     for (addr, number) in interleaved(addrs).into_iter().zip(0u32..) {
+        let device = way.device.clone();
         attempts.spawn(async move {
             sleep(ATTEMPT_DELAY * number).await;
-            let stream = TcpStream::connect(addr).await?;
+            let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+            if let Some(device) = device {
+                socket.bind_device(Some(device.as_bytes()))?;
+            }
+            let stream = socket.connect(addr).await?;
             tune(&stream)?;
             Ok(stream)
         });

@@ -272,8 +272,12 @@ impl ServerWorld {
             range.parse().expect("a prefix"),
             "fd00:1:2::/48".parse().expect("a prefix"),
         );
-        let record =
-            NetworkRecord { id: NetworkId([7; 8]), range: range.expect("a range"), created: WALL };
+        let record = NetworkRecord {
+            id: NetworkId([7; 8]),
+            range: range.expect("a range"),
+            created: WALL,
+            members_last_s: None,
+        };
         let members = (1..=3).map(|number| Versioned { rev: 1, record: member(number) }).collect();
         let records = Records {
             network: Versioned { rev: 1, record },
@@ -289,7 +293,7 @@ impl ServerWorld {
         };
         let mut world = Self {
             server: Server::new(settings, records, [3; 32], epoch(), WALL),
-            relay: RelayTable::new(Limits::default(), [5; 32]),
+            relay: RelayTable::new(Limits::default(), [3; 32]),
             now: epoch(),
             wall: WALL,
             rev: 1,

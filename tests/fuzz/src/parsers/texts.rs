@@ -57,7 +57,7 @@ pub(crate) fn policy(bytes: &[u8]) {
     let names = ["alice", "bob", "printer"].map(|name| name.parse::<NodeName>().expect("a name"));
     let tags: [Tag; 1] = ["tag:office".parse().or_else(|_| "office".parse()).expect("a tag")];
     let members = (1..).filter_map(NodeId::new).zip(&names);
-    let compiled = policy.compile(members.map(|(id, name)| Member { id, name, tags: &tags }));
+    let mut compiled = policy.compile(members.map(|(id, name)| Member { id, name, tags: &tags }));
     for id in (1..=4).filter_map(NodeId::new) {
         let wire = compiled.filter_of(id);
         let sent: WireFilter = control::decode(&control::encode(&wire)).expect("it can be read");
