@@ -44,6 +44,9 @@ pub struct NodeConfig {
     pub birthday_probing: Option<bool>,
     /// Go by every default route when the preferred one fails. Default: true.
     pub all_uplinks: Option<bool>,
+    /// A second session with busy peers, so that sealing and opening do not wait for one another.
+    /// Default: true.
+    pub second_session: Option<bool>,
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
@@ -52,6 +55,8 @@ pub struct NodeConfig {
     pub udp_gso: Option<bool>,
     /// Receive many datagrams of one sender as one. Default: true.
     pub udp_gro: Option<bool>,
+    /// Move packets ahead of ordinary programs, where that is allowed. Default: true.
+    pub realtime: Option<bool>,
 }
 
 /// The largest packet that the overlay carries.
@@ -181,10 +186,12 @@ mod tests {
             port_mapping_lease_s,
             birthday_probing,
             all_uplinks,
+            second_session,
             metrics,
             tun_offload,
             udp_gso,
             udp_gro,
+            realtime,
         } = all;
         assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
         assert!(listen_port.is_some() && mtu.is_some());
@@ -192,7 +199,9 @@ mod tests {
         assert!(rotate_key_after_d.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
         assert!(birthday_probing.is_some() && metrics.is_some() && all_uplinks.is_some());
+        assert!(second_session.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
+        assert!(realtime.is_some());
     }
 
     #[test]

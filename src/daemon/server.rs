@@ -231,7 +231,8 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
 
     let (stop, stopping) = watch::channel(false);
     let (events, inbox) = mpsc::channel(EVENT_QUEUE);
-    let hub = Arc::new(Hub::new(bound.udp, options.relay_limits, events.clone()));
+    let hub =
+        Arc::new(Hub::new(bound.udp, options.relay_limits, *state::random()?, events.clone()));
     let threads = relay::spawn(&hub, &stopping)?;
     let parts = core::Parts {
         store: state.store,

@@ -93,7 +93,8 @@ impl Node {
         self.note_heard_under(id, own, now);
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadDisco)?;
         match message {
-            Message::Ping { tx, padding: _ } => {
+            Message::Ping { tx, able, padding: _ } => {
+                peer.second.is_known = able & disco::TWO_LANES != 0;
                 if !peer.pings.may_answer(tx, via) {
                     return Err(DropReason::Replayed);
                 }
@@ -164,7 +165,7 @@ impl Node {
 
     /// Seals a ping that is as long as the data that holds an inner packet of `inner` bytes.
     pub(super) fn send_sized(&mut self, id: NodeId, via: Via, tx: TxId, inner: u16, whole: bool) {
-        let ping = Message::ping_of_len(tx, inner + SEAL_OVERHEAD);
+        let ping = Message::ping_of_len(tx, self.able(), inner + SEAL_OVERHEAD);
         let Via::Direct { remote, socket, .. } = via else { return };
         if !whole {
             return self.send_disco(id, via, &ping);

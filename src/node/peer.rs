@@ -7,6 +7,7 @@ use rand::Rng;
 
 use super::disco::RecentPings;
 use super::keyring::PeerKeys;
+use super::lanes::SecondLane;
 use super::part::UseRecord;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
@@ -37,6 +38,7 @@ pub(super) struct PeerControl {
     /// When packets have waited for a path for too long.
     pub(super) waiting_until: Option<Instant>,
     pub(super) use_record: UseRecord,
+    pub(super) second: SecondLane,
 }
 
 impl Node {
@@ -79,6 +81,7 @@ impl Node {
         let mut agent = PathAgent::new(self.rng.random(), now);
         agent.set_mtu_limit(self.settings.max_mtu);
         agent.set_uplinks(&self.uplinks.sockets(), now);
+        agent.share_account(self.together.clone());
         let peer = PeerControl {
             fast: Peer::new(id, info.addrs, index, session),
             agent,
@@ -90,6 +93,7 @@ impl Node {
             insight: Insight::new(now),
             waiting_until: None,
             use_record: UseRecord::new(now),
+            second: SecondLane::default(),
         };
         self.peers.insert(id, peer);
         self.index_keys(id);
@@ -202,7 +206,9 @@ impl Node {
             peer.insight.note_path(&peer.agent, from, to, why, now);
             if !is_upgrade(from, to) {
                 // What is under way on the old path is lost.
-                peer.fast.lock().sessions_mut().for_each(|session| session.hurry(now));
+                for mut lane in peer.fast.lanes() {
+                    lane.sessions_mut().for_each(|session| session.hurry(now));
+                }
             }
             if let (Some(Via::Direct { remote, .. }), Some(info)) =
                 (to, self.netmap.peers.get_mut(&id))
@@ -229,10 +235,10 @@ impl Node {
                 }
                 PathTransmit::Ping { via, tx } => {
                     if let Some(peer) = self.peers.get_mut(&id) {
-                        let sent = peer.fast.lock().sent.of(via);
+                        let sent = peer.fast.records().sent.of(via);
                         peer.agent.handle_counts(via, sent, now);
                     }
-                    self.send_disco(id, via, &Message::Ping { tx, padding: 0 });
+                    self.send_disco(id, via, &Message::ping(tx, self.able()));
                 }
                 PathTransmit::Sized { via, tx, inner, whole } => {
                     self.send_sized(id, via, tx, inner, whole);
@@ -244,7 +250,7 @@ impl Node {
                     }
                 }
                 PathTransmit::Pong { via, tx } => {
-                    let arrived = self.peers.get(&id).map(|it| it.fast.lock().arrived.of(via));
+                    let arrived = self.peers.get(&id).map(|it| it.fast.records().arrived.of(via));
                     let observed = match via {
                         Via::Direct { remote, .. } => Some(remote),
                         Via::RelayUdp | Via::RelayTcp => None,

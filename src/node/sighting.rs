@@ -1,7 +1,9 @@
 //! Where is our socket seen? Asked at the start, while the control connection is still being made:
-//! the answer is in the hello then, and peers hear of it with everything else.
+//! the answer is in the hello then, and peers hear of it with everything else. The second reflector
+//! port is asked in the same breath: behind a NAT that counts, the first round of probes must wait
+//! until the peer knows more than the server does.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -26,6 +28,8 @@ const MAX_SERVERS: usize = 4;
 pub(super) struct Sighting {
     servers: Vec<SocketAddr>,
     asked: Vec<(SocketAddr, TxId, Instant)>,
+    /// The server that answered first: where two of them see us shows nothing of a NAT's order.
+    answered: Option<IpAddr>,
     /// The round trip of the answer.
     rtt: Option<Duration>,
     tries: usize,
@@ -68,11 +72,12 @@ impl Node {
         if wait.is_none() {
             return;
         }
-        for server in self.sighting.servers.clone() {
+        let ports = |server: SocketAddr| [server, second_port(server)];
+        for port in self.sighting.servers.clone().into_iter().flat_map(ports) {
             let tx = TxId(self.rng.random());
-            self.sighting.asked.push((server, tx, now));
+            self.sighting.asked.push((port, tx, now));
             let question = Control::Reflect { tx, from_other_port: false }.encode(None);
-            self.datagrams.push_bytes(Target::udp(server), &question);
+            self.datagrams.push_bytes(Target::udp(port), &question);
         }
     }
 
@@ -86,6 +91,17 @@ impl Node {
     ) -> bool {
         let asked = self.sighting.asked.extract_if(.., |(at, it, _)| (*at, *it) == (from, tx));
         let Some((.., asked_at)) = asked.last() else { return false };
+        let first_port = self.sighting.servers.contains(&from);
+        if *self.sighting.answered.get_or_insert(from.ip()) == from.ip() {
+            if first_port {
+                self.note_first_port(observed, now);
+            } else {
+                self.note_second_port(from, observed, now);
+            }
+        }
+        if !first_port {
+            return true;
+        }
         self.sighting.rtt = Some(now.saturating_duration_since(asked_at));
         self.sighting.next_at = None;
         // Over IPv6 we are mostly seen as we are, which says nothing about IPv4.
@@ -94,4 +110,9 @@ impl Node {
         }
         true
     }
+}
+
+/// Where a server's second reflector is, unless that port was taken; it tells in its welcome.
+fn second_port(server: SocketAddr) -> SocketAddr {
+    SocketAddr::new(server.ip(), server.port().saturating_add(1))
 }

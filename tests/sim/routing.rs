@@ -34,6 +34,8 @@ pub(crate) enum Parcel {
     Lan { from: usize, to: usize, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
     /// A datagram to the server.
     Server { src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
+    /// What a hostile relay has kept back.
+    KeptBack(Sent),
     /// A host asks for a control connection.
     Connect { host: usize, attempt: u64 },
     /// It is made, or nobody listens.
@@ -197,19 +199,27 @@ impl World {
     /// Sends off what the server gave.
     pub(super) fn route_server(&mut self) {
         for sent in self.server.take_sent() {
-            match sent {
-                Sent::Udp { from, to, bytes } => {
-                    let line = self.server_line;
-                    self.send_to_edge(line, None, from, to, bytes);
+            for (later, sent) in self.relay.harm(sent, &mut self.rng) {
+                if later.is_zero() {
+                    self.route_sent(sent);
+                } else {
+                    self.launch(self.now + later, Parcel::KeptBack(sent));
                 }
-                Sent::Link(connection, frame) => {
-                    let host = self
-                        .hosts
-                        .iter()
-                        .position(|host| host.uplink.connection() == Some(connection));
-                    if let Some(host) = host {
-                        self.send_down(host, connection, frame);
-                    }
+            }
+        }
+    }
+
+    fn route_sent(&mut self, sent: Sent) {
+        match sent {
+            Sent::Udp { from, to, bytes } => {
+                let line = self.server_line;
+                self.send_to_edge(line, None, from, to, bytes);
+            }
+            Sent::Link(connection, frame) => {
+                let mut hosts = self.hosts.iter();
+                let host = hosts.position(|host| host.uplink.connection() == Some(connection));
+                if let Some(host) = host {
+                    self.send_down(host, connection, frame);
                 }
             }
         }
@@ -329,6 +339,7 @@ impl World {
                     self.send_down(host, connection, Frame::Closed);
                 }
             }
+            Parcel::KeptBack(sent) => self.route_sent(sent),
             Parcel::Up { host, connection, frame } => self.deliver_up(host, connection, frame),
             Parcel::Down { host, connection, frame } => self.deliver_down(host, connection, frame),
         }

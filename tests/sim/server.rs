@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use overlay::server::admin::{Answer, Request};
 use overlay::server::records::{Key, NetworkRecord, Record, Records, Versioned};
+use overlay::server::relay::limit::Limits;
 use overlay::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
 use overlay::server::{Connected, ConnectionId, Decision, Output, Server, Settings};
 use overlay::types::{NetworkId, NodeId, OverlayRange, PublicKey, SecretKey};
@@ -28,7 +29,7 @@ pub(crate) enum Frame {
 }
 
 /// What leaves the server.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Sent {
     /// A datagram from one of its UDP sockets.
     Udp {
@@ -118,7 +119,8 @@ impl ServerHost {
         };
         let seed = spread(self.seed, 200 + self.lives);
         let server = Server::new(settings, self.read_records(), seed, now, self.wall(now));
-        let relay = RelayTable::default();
+        let secret = spread(self.seed, 300 + self.lives);
+        let relay = RelayTable::new(Limits::default(), secret);
         self.running = Some(Running {
             server,
             relay,
@@ -322,7 +324,7 @@ impl ServerHost {
                 let from = SocketAddr::new(self.address, KNOCK_PORT);
                 self.sent.push(Sent::Udp { from, to, bytes: bytes.to_vec() });
             }
-            Verdict::Forward(Way::Udp(arrival)) => {
+            Verdict::Forward(Way::Udp(arrival) | Way::Unproved(arrival)) => {
                 let from = self.endpoint_of(arrival.socket);
                 self.sent.push(Sent::Udp { from, to: arrival.source, bytes });
             }

@@ -408,16 +408,21 @@ impl Daemon {
             name: peer.name.to_string(),
             forecast: word.into(),
             reason,
-            path: PathReport {
-                kind: peer.path.as_str().into(),
-                remote: peer.remote.map(|remote| remote.to_string()),
-                since_s: peer.since.as_secs(),
-                why: peer.why.clone(),
-                mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
-                loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
-                uplink: peer.uplink.as_ref().map(|uplink| uplink.device.clone()),
-            },
+            path: path_report(peer),
         }
+    }
+}
+
+/// The way that a packet to this peer would take now.
+pub(super) fn path_report(peer: &PeerStatus) -> PathReport {
+    PathReport {
+        kind: peer.path.as_str().into(),
+        remote: peer.remote.map(|remote| remote.to_string()),
+        since_s: peer.since.as_secs(),
+        why: peer.why.clone(),
+        mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
+        loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
+        uplink: peer.uplink.as_ref().map(|uplink| uplink.device.clone()),
     }
 }
 

@@ -8,9 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::portmap::PortMapping;
-use super::report::{
-    OwnStatus, PathReport, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis,
-};
+use super::report::{OwnStatus, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis};
 use super::rotate::Rotated;
 use super::{Daemon, Ended, explain, netcheck};
 use crate::daemon::exit;
@@ -457,6 +455,7 @@ impl Daemon {
                 drops: own.drops.iter().map(|(why, count)| ((*why).into(), *count)).collect(),
                 version: env!("CARGO_PKG_VERSION").into(),
                 offloads: self.ports.offloads(),
+                realtime: self.ports.is_realtime(),
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
                 punching: self.punching(),
                 node_key: self.key_report(),
@@ -482,19 +481,12 @@ pub(super) fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
         ipv4: peer.addrs.v4,
         ipv6: peer.addrs.v6,
         online: peer.online,
-        path: PathReport {
-            kind: peer.path.as_str().into(),
-            remote: peer.remote.map(|remote| remote.to_string()),
-            since_s: peer.since.as_secs(),
-            why: peer.why,
-            mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
-            loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
-            uplink: peer.uplink.map(|uplink| uplink.device),
-        },
+        path: explain::path_report(&peer),
         rtt_ms: peer.rtt.map(millis),
         tx_bytes: peer.tx_bytes,
         rx_bytes: peer.rx_bytes,
         too_big: peer.too_big,
         last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
+        second_session: peer.second_session,
     }
 }

@@ -17,9 +17,9 @@ use super::roam::Surroundings;
 use super::rotate::Rotation;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
-use super::uplink::{Destination, Uplink};
+use super::uplink::Uplink;
 use super::{Daemon, Ended};
-use crate::dataplane::UdpBatch;
+use crate::dataplane::{TunBatch, UdpBatch};
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
@@ -62,6 +62,8 @@ pub struct NodeOptions {
     pub settings: NodeSettings,
     /// What the data plane may ask the kernel for.
     pub offloads: Offloads,
+    /// Have the threads that move packets run ahead of ordinary programs, where that is allowed.
+    pub realtime: bool,
     /// The lease to ask the router for when it maps a port; none to leave it alone.
     pub port_mapping: Option<Duration>,
     /// Go by every default route when the preferred one fails.
@@ -244,17 +246,13 @@ pub async fn run(
     let call_epoch = clock::unix_seconds().saturating_mul(1000);
     let node = Node::new(keys.node, netmap, options.settings, rand::random(), call_epoch, now);
     let (udp_v4, udp_v6) = bind_udp(&options, enrolment.listen_port)?;
-    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()))
+    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()), options.realtime)
         .map_err(|source| StartError::Io { action: "making an event descriptor", source })?;
     let ports = Arc::new(ports);
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
     let port_mapping = PortMapping::wanted(&options, &ports, &keys.machine);
-    let uplink = Uplink::new(Destination {
-        servers: enrolment.servers.clone(),
-        server_keys: enrolment.server_keys.clone(),
-        machine_key: keys.machine,
-    });
+    let uplink = Uplink::new(enrolment.destination(keys.machine));
     let mut daemon = Daemon {
         node,
         ports: Arc::clone(&ports),
@@ -283,6 +281,7 @@ pub async fn run(
         said: Vec::new(),
         started: clock::unix_seconds(),
         out: UdpBatch::default(),
+        relayed: TunBatch::default(),
         options,
         configured,
         reload,

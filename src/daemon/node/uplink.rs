@@ -11,7 +11,8 @@ use tokio::task::JoinSet;
 
 use crate::io::clock;
 use crate::io::link::{
-    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, Way, connect_by,
+    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, RelayBatch, Way,
+    connect_by,
 };
 use crate::types::{PublicKey, SecretKey};
 use crate::wire::join::ServerAddr;
@@ -40,8 +41,10 @@ pub(super) enum UplinkEvent {
         /// To send on it.
         sender: LinkSender,
     },
-    /// Something came.
-    Inbound(Inbound),
+    /// A control message came.
+    Control(Vec<u8>),
+    /// Relay datagrams came.
+    Relayed(RelayBatch),
     /// It is gone; another is being made.
     Lost(LinkError),
     /// None of the addresses works; they are tried again.
@@ -190,10 +193,17 @@ impl Uplink {
                         received = receiver.next() => received,
                     };
                     match received {
-                        Ok(inbound) => {
+                        Ok(Inbound::Control(message)) => {
                             self.backoff.reset();
                             self.replaced = None;
-                            return UplinkEvent::Inbound(inbound);
+                            return UplinkEvent::Control(message);
+                        }
+                        Ok(Inbound::Relay(first)) => {
+                            self.backoff.reset();
+                            let mut relayed = RelayBatch::default();
+                            relayed.push(&first);
+                            receiver.more_relayed(&mut relayed);
+                            return UplinkEvent::Relayed(relayed);
                         }
                         Err(error) => {
                             self.wait();
