@@ -243,10 +243,7 @@ pub async fn run(
     let now = clock::now();
     let call_epoch = clock::unix_seconds().saturating_mul(1000);
     let node = Node::new(keys.node, netmap, options.settings, rand::random(), call_epoch, now);
-    let (udp_v4, udp_v6) = bind_udp(&options, enrolment.listen_port)?;
-    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()), options.realtime)
-        .map_err(|source| StartError::Io { action: "making an event descriptor", source })?;
-    let ports = Arc::new(ports);
+    let ports = open_ports(&options, enrolment.listen_port, &node)?;
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
     let port_mapping = PortMapping::wanted(&options, &ports, &keys.machine);
@@ -383,6 +380,17 @@ impl Daemon {
             let _ = tokio::time::timeout(limit, self.turn(stop)).await;
         }
     }
+}
+
+fn open_ports(
+    options: &NodeOptions,
+    saved_port: u16,
+    node: &Node,
+) -> Result<Arc<Ports>, StartError> {
+    let (udp_v4, udp_v6) = bind_udp(options, saved_port)?;
+    Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()), options.realtime)
+        .map(Arc::new)
+        .map_err(|source| StartError::Io { action: "making an event descriptor", source })
 }
 
 fn bind_udp(
