@@ -128,6 +128,11 @@ impl Distribution {
     fn set_reflexive(&mut self, node: NodeId, endpoint: SocketAddr) {
         let Some(described) = self.peers.get(&node) else { return };
         let mut candidates = described.peer.candidates.clone();
+        let uplink = CandidateKind::Uplink.code();
+        if candidates.iter().any(|it| it.endpoint == endpoint && it.kind == uplink) {
+            // It goes by another uplink for a while, and what it has announced holds.
+            return;
+        }
         let reflexive = WireCandidate::from(Candidate::new(endpoint, CandidateKind::Reflexive));
         candidates.retain(|candidate| candidate.kind != reflexive.kind);
         if candidates.iter().all(|candidate| candidate.endpoint != endpoint) {

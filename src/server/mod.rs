@@ -251,6 +251,12 @@ impl Server {
         &self.network.record
     }
 
+    /// Whether there is no address that a join line could name.
+    #[must_use]
+    pub fn has_no_address(&self) -> bool {
+        self.settings.addresses.is_empty()
+    }
+
     /// Replaces the addresses that join lines name.
     pub fn set_addresses(&mut self, addresses: Vec<ServerAddr>) {
         self.settings.addresses = addresses;

@@ -441,7 +441,7 @@ fn the_cost_of_a_join() {
         let member = |number: u32| Member {
             id: id(number),
             name: &names[number as usize],
-            tags: if number % 10 == 0 { &tags[(number / 10 % 20) as usize] } else { &[] },
+            tags: if number.is_multiple_of(10) { &tags[(number / 10 % 20) as usize] } else { &[] },
         };
         let start = overlay::io::clock::now();
         let mut compiled = policy.compile((1..=size).map(member));
