@@ -183,6 +183,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         },
         realtime: file.realtime.unwrap_or(true),
         port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
+        all_uplinks: file.all_uplinks.unwrap_or(true),
         metrics: file.metrics,
         rotate_key_after,
         enrol_only: args.enrol_only,

@@ -17,7 +17,7 @@ mod sockets;
 mod state;
 mod status;
 
-pub use backup::{BackupError, Restored, restore};
+pub use backup::{BackupError, Restored, records_in, restore};
 pub use local::{EventInfo, Question, StoreAnswer};
 pub use status::{RateInfo, RelayInfo, ServerStatus, WayInfo};
 

@@ -20,6 +20,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -294,15 +295,24 @@ impl Drop for Admission {
 /// When it is not one of our nodes, or not in time.
 pub async fn upgrade(stream: TcpStream, server_key: &SecretKey) -> Result<Link, UpgradeError> {
     link::tune(&stream)?;
-    timeout(HANDSHAKE_LIMIT, upgrade_at_leisure(stream, server_key))
+    let (stream, early, answered) = timeout(HANDSHAKE_LIMIT, exchange(stream, server_key))
         .await
-        .map_err(|_| UpgradeError::TimedOut)?
+        .map_err(|_| UpgradeError::TimedOut)??;
+    Ok(link::accepted(stream, early, answered)?)
 }
 
-async fn upgrade_at_leisure(
-    stream: TcpStream,
+/// Reads the request for an upgrade and answers it, over any kind of stream. Gives the stream back,
+/// with what came right behind the request.
+///
+/// # Errors
+/// When it is no request of one of our nodes.
+pub async fn exchange<S>(
+    stream: S,
     server_key: &SecretKey,
-) -> Result<Link, UpgradeError> {
+) -> Result<(S, Vec<u8>, Answered), UpgradeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let outcome = Mutex::new(Err(UpgradeError::NotOurs));
     let service = service_fn(|mut request: Request<Incoming>| {
         let answered = answer(&request, server_key);
@@ -324,9 +334,8 @@ async fn upgrade_at_leisure(
         .await?;
     let (on_upgrade, answered): (OnUpgrade, Answered) =
         outcome.into_inner().unwrap_or_else(PoisonError::into_inner)?;
-    let parts =
-        on_upgrade.await?.downcast::<TokioIo<TcpStream>>().map_err(|_| UpgradeError::NotOurs)?;
-    Ok(link::accepted(parts.io.into_inner(), parts.read_buf.to_vec(), answered)?)
+    let parts = on_upgrade.await?.downcast::<TokioIo<S>>().map_err(|_| UpgradeError::NotOurs)?;
+    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), answered))
 }
 
 fn answer(request: &Request<Incoming>, key: &SecretKey) -> Result<Answered, UpgradeError> {

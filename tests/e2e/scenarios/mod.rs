@@ -41,6 +41,7 @@ mod server;
 mod server_loss;
 mod service;
 mod spoof;
+mod uplinks;
 mod why;
 
 /// All tests; those that check the lab itself come first.
@@ -51,6 +52,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        uplinks::cases(),
         rotation::cases(),
         hard::cases(),
         idle::cases(),
