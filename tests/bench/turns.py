@@ -16,7 +16,7 @@ medians and ranges over the rounds, and the processor time that each load took.
 
 Needs root, iproute2, iputils-ping, iperf3 and a C compiler.
 """
-import argparse, os, statistics, subprocess, time
+import argparse, os, signal, statistics, subprocess, sys, time
 
 import run
 from network import busy, load_tool
@@ -72,6 +72,8 @@ def main():
     parser.add_argument("binary")
     args = parser.parse_args()
     args.no_udp, args.ethtool = False, ""
+    # Whoever ends this early, by timeout(1) say, leaves nothing running either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended early"))
     overlay = run.Pair("overlay", args.binary, 0, args)
     link = run.Pair("link", "", 1, args)
     rows = {}

@@ -468,6 +468,7 @@ impl Host {
                 | Event::Pinged { .. }
                 | Event::Knocked(_)
                 | Event::Reported(_)
+                | Event::Uplink(_)
                 | Event::Rival(_) => {}
             }
         }

@@ -66,6 +66,8 @@ pub struct NodeOptions {
     pub realtime: bool,
     /// The lease to ask the router for when it maps a port; none to leave it alone.
     pub port_mapping: Option<Duration>,
+    /// Go by every default route when the preferred one fails.
+    pub all_uplinks: bool,
     /// Where Prometheus may ask; none for nowhere.
     pub metrics: Option<LoopbackAddr>,
     /// Renew the node key when it is so old; none for never.
@@ -262,6 +264,7 @@ pub async fn run(
         uplink,
         server: None,
         link_local: None,
+        link_device: None,
         reflector_ports: (None, None),
         heard_server: now,
         notes,
@@ -398,7 +401,7 @@ fn bind_udp(
     options: &NodeOptions,
     saved_port: u16,
 ) -> Result<(Option<UdpSocket>, Option<UdpSocket>), StartError> {
-    let bind = |ip: IpAddr, port| bind_socket(SocketAddr::new(ip, port), options.offloads);
+    let bind = |ip: IpAddr, port| bind_socket(SocketAddr::new(ip, port), None, options.offloads);
     let v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port);
     let v6 = |port| bind(Ipv6Addr::UNSPECIFIED.into(), port);
     let wanted = options.listen_port.unwrap_or(saved_port);

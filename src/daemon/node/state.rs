@@ -335,6 +335,22 @@ fn parse_keys(text: &[u8]) -> Result<Keys, String> {
     Ok(Keys { machine: key(&file.machine_key)?, node, since: file.since })
 }
 
+/// What the state file `name` would hold if it was written again after it was read as `text`.
+///
+/// # Errors
+/// When a node would not start with it, and why.
+pub fn rewritten(name: &str, text: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
+    fn of_json<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<Vec<u8>> {
+        serde_json::to_vec_pretty(&serde_json::from_slice::<T>(text)?)
+    }
+    let again = match name {
+        KEY_FILE => serde_json::to_vec_pretty(&parse_keys(text)?.to_file()),
+        ENROLMENT_FILE => of_json::<Enrolment>(text),
+        _ => of_json::<Netmap>(text),
+    };
+    again.map(Zeroizing::new).map_err(|error| error.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

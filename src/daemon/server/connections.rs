@@ -87,7 +87,7 @@ async fn serve(
         },
         () = admission.pushed_out() => return debug!("a connection made room for others"),
     };
-    drop(admission);
+    let fare = admission.leave();
     let id = ConnectionId(entrance.next.fetch_add(1, Ordering::Relaxed));
     let about = Connected {
         machine_key: link.peer_key,
@@ -96,8 +96,8 @@ async fn serve(
         second_port: Some(second_port),
     };
     debug!(connection = id.0, machine = %link.peer_key.short(), remote = %link.remote, "connected");
-    let Link { sender, mut receiver, .. } = link;
-    entrance.hub.add_link(id, sender);
+    let Link { sender, mut receiver, peer_key, .. } = link;
+    entrance.hub.add_link(id, sender, (fare, peer_key));
     if entrance.events.send(Event::Connected { id, about }).await.is_ok() {
         read(id, &mut receiver, first, entrance).await;
     }

@@ -81,7 +81,7 @@ pub(crate) struct Responder;
 
 /// A finished handshake and the text of the second message.
 #[derive(Debug)]
-pub(crate) struct Answered {
+pub struct Answered {
     pub(crate) text: String,
     pub(super) secured: Secured,
 }
@@ -99,7 +99,7 @@ impl Responder {
 
 /// The keys of a connection and who is at its other end.
 #[derive(Debug)]
-pub(super) struct Secured {
+pub struct Secured {
     transport: Arc<StatelessTransportState>,
     pub(super) peer_key: PublicKey,
 }

@@ -25,6 +25,8 @@ pub(crate) struct Size {
     pub(crate) nodes: usize,
     /// How many others each node uses.
     pub(crate) peers: usize,
+    /// How many addresses they share; else 16 nodes have one.
+    pub(crate) sources: Option<usize>,
     pub(crate) wish: Wish,
 }
 
@@ -39,7 +41,7 @@ impl Size {
 async fn enrolled(size: Size) -> (Server, Crowd, Instant, Times) {
     let server = Server::start(size.wish).await;
     let start = clock::now();
-    let mut crowd = Crowd::start(&server, size.nodes, size.peers).await;
+    let mut crowd = Crowd::start(&server, size).await;
     let (_, times) = crowd.all_in(start).await;
     (server, crowd, start, times)
 }
