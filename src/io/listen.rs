@@ -34,7 +34,9 @@ pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Connections of one source (an IPv4 address or an IPv6 /64) that have not yet proved who they are.
 const STRANGERS_PER_SOURCE: usize = 64;
 /// Connections of all sources that have not yet proved who they are.
-const STRANGERS: usize = 512;
+const STRANGERS: usize = 384;
+/// So many of those that make room may still be on their way out.
+const LEAVING: usize = 32;
 /// One that came this lately is about to prove itself, and makes no room for others of its source.
 const PROVING: Duration = Duration::from_millis(500);
 /// A source may open so many connections at once: a large network behind one address comes back.
@@ -101,6 +103,8 @@ struct Strangers {
     /// Oldest first.
     by_source: BTreeMap<IpAddr, VecDeque<Stranger>>,
     total: usize,
+    /// Pushed out, and not gone yet.
+    leaving: usize,
     next: u64,
     /// When all connections of a source would have come at the steady pace.
     paid_until: HashMap<IpAddr, Instant>,
@@ -123,6 +127,7 @@ impl Strangers {
         };
         oldest.told.notify_one();
         self.total -= 1;
+        self.leaving += 1;
         self.forget_if_empty(source);
     }
 
@@ -219,6 +224,12 @@ impl Gate {
         Some(Admission { gate: Arc::clone(self), source, number, told })
     }
 
+    /// Whether those that were pushed out have to get their turn before more come: they hold memory
+    /// until then.
+    pub fn is_crowded(&self) -> bool {
+        self.lock().leaving > LEAVING
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Strangers> {
         // The counts change together, with nothing between them that could panic.
         self.strangers.lock().unwrap_or_else(PoisonError::into_inner)
@@ -265,11 +276,14 @@ impl Fare {
 impl Drop for Admission {
     fn drop(&mut self) {
         let mut strangers = self.gate.lock();
-        let Some(waiting) = strangers.by_source.get_mut(&self.source) else { return };
-        let before = waiting.len();
-        waiting.retain(|stranger| stranger.number != self.number);
-        let gone = before - waiting.len();
+        let waiting = strangers.by_source.get_mut(&self.source);
+        let gone = waiting.map_or(0, |waiting| {
+            let before = waiting.len();
+            waiting.retain(|stranger| stranger.number != self.number);
+            before - waiting.len()
+        });
         strangers.total -= gone;
+        strangers.leaving -= usize::from(gone == 0);
         strangers.forget_if_empty(self.source);
     }
 }
@@ -420,8 +434,10 @@ mod tests {
             (0..2 * STRANGERS).filter_map(|i| gate.admit(source(i % STRANGERS), epoch())).collect();
         assert!(!is_pushed_out(&honest), "one of one is not pushed out");
         assert_eq!(gate.lock().total, STRANGERS);
+        assert!(gate.is_crowded(), "who was pushed out is still there");
         drop((inside, more, honest));
-        assert_eq!(gate.lock().total, 0);
+        let left = gate.lock();
+        assert_eq!((left.total, left.leaving), (0, 0));
     }
 
     #[test]

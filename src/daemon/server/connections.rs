@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
@@ -61,6 +61,12 @@ pub(super) async fn accept(port: Listener, entrance: Arc<Entrance>) {
                 continue;
             }
         };
+        // In a flood accepting never waits: those that ended are let go of, and those that have to
+        // make room get their turn.
+        while connections.try_join_next().is_some() {}
+        while entrance.gate.is_crowded() {
+            yield_now().await;
+        }
         let Some(admission) = entrance.gate.admit(remote.ip(), clock::now()) else {
             debug!(%remote, "too many connections at once");
             continue;

@@ -16,7 +16,7 @@ use crate::member::{Common, Member, News, Order, Report};
 use crate::runs::Size;
 use crate::server::Server;
 
-/// Nodes that join at the same time; the server takes 512 strangers.
+/// Nodes that join at the same time; the server takes 384 strangers.
 const JOIN_AT_ONCE: usize = 256;
 /// The same where nodes share few addresses: a source has places for 64 strangers.
 const JOIN_FROM_FEW: usize = 48;
