@@ -64,8 +64,8 @@ class Pair:
         self.network.serve(server, hosts, listen="0.0.0.0" if relayed else None)
         with open(f"{self.dir}/node.toml", "w") as config:
             config.write("\n".join(args.config) + "\n")
-        for space, host in ((self.a, "a"), (self.b, "b")):
-            self.network.join(space, host, "--mtu", str(args.mtu), "--config", f"{self.dir}/node.toml")
+        self.nodes = [self.network.join(space, host, "--mtu", str(args.mtu), "--config", f"{self.dir}/node.toml")
+                      for space, host in ((self.a, "a"), (self.b, "b"))]
         wanted = "direct"
         if relayed:
             wanted = "relay-tcp" if args.no_udp else "relay-udp"

@@ -250,6 +250,34 @@ fn a_first_message_that_is_said_again_after_a_restart_ends_nothing() {
     }
 }
 
+/// Who claims an address need not be there, and others may say the same.
+#[test]
+fn two_peers_at_one_address_are_probed_for_like_one() {
+    let mut world = World::new(5, Line::clean(10 * MS), epoch());
+    let (easy, hard) = (
+        world.add_edge(PortRestricted, Line::clean(10 * MS)),
+        world.add_edge(Symmetric, Line::clean(10 * MS)),
+    );
+    for (edge, port) in [(easy, 5000), (hard, 5000), (hard, 5001)] {
+        world.add_host(edge, port, NodeSettings::default());
+    }
+    (0..3).for_each(|host| world.start_host(host));
+    world.run_for(Duration::from_secs(1));
+    [1, 2].into_iter().for_each(|host| world.set_partitioned(0, host, true));
+    let probes = |world: &World| world.hosts[0].node().expect("it runs").punch_counters().probes;
+    let mut sent = Vec::new();
+    for seconds in [59, 240, 300] {
+        world.run_for(Duration::from_secs(seconds));
+        sent.push(probes(&world));
+    }
+    println!("probes after 1, 5 and 10 minutes: {sent:?}");
+    assert_eq!(sent[0], 1_024, "there was a run");
+    assert!(sent[1] <= 2 * 1_024 && sent[2] <= 3 * 1_024, "ever more rarely: {sent:?}");
+    [1, 2].into_iter().for_each(|host| world.set_partitioned(0, host, false));
+    let direct = |world: &World| (1..3).all(|host| path_kind(world, 0, host) == "direct");
+    assert!(world.run_until(Duration::from_secs(3_000), direct), "and found in the end");
+}
+
 /// A node in a network of liars, without a world around it.
 fn surrounded(peers: u32, now: Instant) -> Node {
     let key = SecretKey::from_bytes([1; 32]);

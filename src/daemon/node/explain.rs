@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::Daemon;
 use super::local::{self, ask, unknown_peer};
-use super::report::{Forecast, Netcheck, PathReport, PeerReport, SCHEMA, millis};
+use super::report::{Forecast, Netcheck, PeerReport, SCHEMA, millis};
 use crate::io::clock;
 use crate::io::local::Reply;
 use crate::node::{PathKind, PeerStatus};
@@ -408,15 +408,7 @@ impl Daemon {
             name: peer.name.to_string(),
             forecast: word.into(),
             reason,
-            path: PathReport {
-                kind: peer.path.as_str().into(),
-                remote: peer.remote.map(|remote| remote.to_string()),
-                since_s: peer.since.as_secs(),
-                why: peer.why.clone(),
-                mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
-                loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
-                uplink: peer.uplink.as_ref().map(|uplink| uplink.device.clone()),
-            },
+            path: peer.into(),
         }
     }
 }

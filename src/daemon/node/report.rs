@@ -339,6 +339,21 @@ pub fn millis(duration: std::time::Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
+/// The way that a packet to this peer would take now.
+impl From<&PeerStatus> for PathReport {
+    fn from(peer: &PeerStatus) -> Self {
+        Self {
+            kind: peer.path.as_str().into(),
+            remote: peer.remote.map(|remote| remote.to_string()),
+            since_s: peer.since.as_secs(),
+            why: peer.why.clone(),
+            mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
+            loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
+            uplink: peer.uplink.as_ref().map(|uplink| uplink.device.clone()),
+        }
+    }
+}
+
 impl From<PeerStatus> for PeerReport {
     fn from(peer: PeerStatus) -> Self {
         Self {
@@ -347,15 +362,7 @@ impl From<PeerStatus> for PeerReport {
             ipv4: peer.addrs.v4,
             ipv6: peer.addrs.v6,
             online: peer.online,
-            path: PathReport {
-                kind: peer.path.as_str().into(),
-                remote: peer.remote.map(|remote| remote.to_string()),
-                since_s: peer.since.as_secs(),
-                why: peer.why,
-                mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
-                loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
-                uplink: peer.uplink.map(|uplink| uplink.device),
-            },
+            path: PathReport::from(&peer),
             rtt_ms: peer.rtt.map(millis),
             tx_bytes: peer.tx_bytes,
             rx_bytes: peer.rx_bytes,

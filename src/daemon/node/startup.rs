@@ -17,7 +17,7 @@ use super::roam::Surroundings;
 use super::rotate::Rotation;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
-use super::uplink::{Destination, Uplink};
+use super::uplink::Uplink;
 use super::{Daemon, Ended};
 use crate::dataplane::{TunBatch, UdpBatch};
 use crate::io::clock;
@@ -249,11 +249,7 @@ pub async fn run(
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
     let port_mapping = PortMapping::wanted(&options, &ports, &keys.machine);
-    let uplink = Uplink::new(Destination {
-        servers: enrolment.servers.clone(),
-        server_keys: enrolment.server_keys.clone(),
-        machine_key: keys.machine,
-    });
+    let uplink = Uplink::new(enrolment.destination(keys.machine));
     let mut daemon = Daemon {
         node,
         ports: Arc::clone(&ports),

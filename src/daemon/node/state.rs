@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use super::uplink::Destination;
 use crate::io::clock;
 use crate::io::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::node::{Netmap, NodeKeys};
@@ -69,6 +70,14 @@ pub(super) struct Enrolment {
     /// Whether the server has let us in; before that this is only what the join line said.
     #[serde(default)]
     pub(super) joined: bool,
+}
+
+impl Enrolment {
+    /// The servers, to be connected to as the holder of `machine_key`.
+    pub(super) fn destination(&self, machine_key: SecretKey) -> Destination {
+        let (servers, server_keys) = (self.servers.clone(), self.server_keys.clone());
+        Destination { servers, server_keys, machine_key }
+    }
 }
 
 /// The state directory, locked.

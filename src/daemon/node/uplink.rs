@@ -193,18 +193,17 @@ impl Uplink {
                         received = receiver.next() => received,
                     };
                     match received {
-                        Ok(inbound) => {
+                        Ok(Inbound::Control(message)) => {
                             self.backoff.reset();
                             self.replaced = None;
-                            return match inbound {
-                                Inbound::Control(message) => UplinkEvent::Control(message),
-                                Inbound::Relay(first) => {
-                                    let mut relayed = RelayBatch::default();
-                                    relayed.push(&first);
-                                    receiver.more_relayed(&mut relayed);
-                                    UplinkEvent::Relayed(relayed)
-                                }
-                            };
+                            return UplinkEvent::Control(message);
+                        }
+                        Ok(Inbound::Relay(first)) => {
+                            self.backoff.reset();
+                            let mut relayed = RelayBatch::default();
+                            relayed.push(&first);
+                            receiver.more_relayed(&mut relayed);
+                            return UplinkEvent::Relayed(relayed);
                         }
                         Err(error) => {
                             self.wait();

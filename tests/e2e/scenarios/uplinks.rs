@@ -142,17 +142,18 @@ fn direct_peer() {
     let dark = now();
     wait_by(&mut alice, "bob", "direct", Some("eth1"), PATH_LIMIT);
     eprintln!("direct by the second uplink {:.0?} after the first went dark", dark.elapsed());
-    out.wait_for_more(100);
-    back.wait_for_more(100);
     alice.wait_status("the server by eth1", PATH_LIMIT, |status| {
         status["server"]["state"] == "connected" && status["server"]["uplink"] == "eth1"
     });
     eprintln!("server by the second uplink {:.0?} after it", dark.elapsed());
+    out.wait_for_more(100);
+    back.wait_for_more(100);
     let outages = [outage(out), outage(back)];
     let silent = tcp.finish();
     eprintln!("a dark uplink, direct peer: no pings for {outages:?}, TCP silent for {silent:.0?}");
     assert!(outages.iter().all(|it| *it <= OUTAGE_LIMIT), "{outages:?}");
-    assert!(silent <= OUTAGE_LIMIT, "{silent:?}");
+    // TCP sends again after 0.2, 0.6 and 1.4 s.
+    assert!(silent <= 2 * OUTAGE_LIMIT, "{silent:?}");
     let history = alice.cli(&["history", "bob"]).success("history");
     assert!(history.contains("by eth1"), "{history}");
 
