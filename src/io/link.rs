@@ -6,6 +6,7 @@
 
 mod backoff;
 mod connect;
+mod early;
 mod noise;
 mod outbox;
 
@@ -21,7 +22,8 @@ use tokio::net::tcp::OwnedReadHalf;
 use tokio::task::JoinHandle;
 
 pub use backoff::Backoff;
-pub use connect::{ConnectError, connect, connect_over};
+pub use connect::{ConnectError, connect, connect_early, connect_over, connect_with};
+pub use early::{Offers, token_grace};
 pub(crate) use noise::{Answered, Responder};
 pub use outbox::LinkSender;
 
@@ -56,6 +58,8 @@ pub struct Link {
     pub remote: SocketAddr,
     /// Who is there: for a node the server's static key, for the server the node's machine key.
     pub peer_key: PublicKey,
+    /// The message of ours that the server has had with the handshake, and acts on.
+    pub said: Option<Vec<u8>>,
 }
 
 /// What arrives on a link.
@@ -110,7 +114,8 @@ impl Link {
             ended: false,
         };
         let sender = LinkSender::new(outbox);
-        Ok(Self { sender, receiver, local, remote, peer_key: secured.peer_key })
+        let peer_key = secured.peer_key;
+        Ok(Self { sender, receiver, local, remote, peer_key, said: None })
     }
 }
 

@@ -24,7 +24,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::link::{self, Answered, Link, LinkError, Responder};
-use crate::types::{SecretKey, source_of};
+use crate::types::{PublicKey, SecretKey, source_of};
 use crate::wire::frame::{HANDSHAKE_HEADER, UPGRADE_PATH, UPGRADE_PROTOCOL};
 
 /// From the first byte to the end of the upgrade.
@@ -230,13 +230,19 @@ impl Drop for Admission {
 }
 
 /// Makes a link of an accepted connection. Nothing that the other side says counts before its
-/// first frame has arrived: the handshake alone could be a replay.
+/// first frame has arrived, since the handshake alone could be a replay; but for what the first
+/// message of a handshake holds, if `is_new` vouches for it, given the key of who made it. That is
+/// handed out beside the link.
 ///
 /// # Errors
 /// When it is not one of our nodes, or not in time.
-pub async fn upgrade(stream: TcpStream, server_key: &SecretKey) -> Result<Link, UpgradeError> {
+pub async fn upgrade(
+    stream: TcpStream,
+    server_key: &SecretKey,
+    is_new: impl Fn(PublicKey, &[u8]) -> bool,
+) -> Result<(Link, Option<Vec<u8>>), UpgradeError> {
     link::tune(&stream)?;
-    timeout(HANDSHAKE_LIMIT, upgrade_at_leisure(stream, server_key))
+    timeout(HANDSHAKE_LIMIT, upgrade_at_leisure(stream, server_key, is_new))
         .await
         .map_err(|_| UpgradeError::TimedOut)?
 }
@@ -244,10 +250,11 @@ pub async fn upgrade(stream: TcpStream, server_key: &SecretKey) -> Result<Link, 
 async fn upgrade_at_leisure(
     stream: TcpStream,
     server_key: &SecretKey,
-) -> Result<Link, UpgradeError> {
+    is_new: impl Fn(PublicKey, &[u8]) -> bool,
+) -> Result<(Link, Option<Vec<u8>>), UpgradeError> {
     let outcome = Mutex::new(Err(UpgradeError::NotOurs));
     let service = service_fn(|mut request: Request<Incoming>| {
-        let answered = answer(&request, server_key);
+        let answered = answer(&request, server_key, &is_new);
         let response = match &answered {
             Ok(answered) => switching(answered),
             Err(UpgradeError::WrongKey) => misdirected(),
@@ -264,21 +271,26 @@ async fn upgrade_at_leisure(
         .serve_connection(TokioIo::new(stream), &service)
         .with_upgrades()
         .await?;
-    let (on_upgrade, answered): (OnUpgrade, Answered) =
+    let (on_upgrade, mut answered): (OnUpgrade, Answered) =
         outcome.into_inner().unwrap_or_else(PoisonError::into_inner)?;
     let parts =
         on_upgrade.await?.downcast::<TokioIo<TcpStream>>().map_err(|_| UpgradeError::NotOurs)?;
-    Ok(link::accepted(parts.io.into_inner(), parts.read_buf.to_vec(), answered)?)
+    let early = answered.early.take();
+    Ok((link::accepted(parts.io.into_inner(), parts.read_buf.to_vec(), answered)?, early))
 }
 
-fn answer(request: &Request<Incoming>, key: &SecretKey) -> Result<Answered, UpgradeError> {
+fn answer(
+    request: &Request<Incoming>,
+    key: &SecretKey,
+    is_new: impl Fn(PublicKey, &[u8]) -> bool,
+) -> Result<Answered, UpgradeError> {
     let headers = request.headers();
     let ours = request.method() == Method::GET
         && request.uri().path() == UPGRADE_PATH
         && has_token(headers, &UPGRADE, UPGRADE_PROTOCOL)
         && has_token(headers, &CONNECTION, "upgrade");
     let first = headers.get(HANDSHAKE_HEADER).filter(|_| ours).ok_or(UpgradeError::NotOurs)?;
-    Responder::answer(first.as_bytes(), key).map_err(|_| UpgradeError::WrongKey)
+    Responder::answer(first.as_bytes(), key, is_new).map_err(|_| UpgradeError::WrongKey)
 }
 
 /// Whether a header that is a list of words has this word (RFC 9110 section 7.6.1).

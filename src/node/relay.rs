@@ -167,8 +167,8 @@ impl Node {
     ) -> Result<(), DropReason> {
         let relaying = self.is_relaying(now);
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
-        if let Control::Reflected { tx, observed } = message {
-            let ours = self.handle_sighted(from, tx, observed, now)
+        if let Control::Reflected { tx, observed, token } = message {
+            let ours = self.handle_sighted(from, tx, (observed, token), now)
                 || self.handle_reflected(from, tx, observed, now)
                 || self.handle_server_heard(from, tx)
                 || self.handle_fresh_port(tx, observed, now);
@@ -190,7 +190,7 @@ impl Node {
         let (true, Some(sent_at)) = (genuine, sent_at) else {
             return Err(DropReason::BadRelayFrame);
         };
-        self.sighting.stop();
+        self.sighting.settle();
         session.sent.retain(|(sent, _)| *sent > counter);
         session.rtt = Some(now.saturating_duration_since(sent_at));
         session.unanswered = 0;

@@ -1,15 +1,17 @@
 //! Where is our socket seen? Asked at the start, while the control connection is still being made:
-//! the answer is in the hello then, and peers hear of it with everything else.
+//! the answer is in the hello then, and peers hear of it with everything else. With it comes a token,
+//! by which the hello may be in the first message of the connection, so it is asked for again beside
+//! each later one.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::Node;
+use super::{Event, Node};
 use crate::dataplane::Target;
 use crate::types::TxId;
-use crate::wire::relay::Control;
+use crate::wire::relay::{Control, Token};
 
 /// Waits after each question that is not answered; then the control connection has its turn.
 const RETRY: [Duration; 4] = [
@@ -42,7 +44,13 @@ impl Sighting {
         self.rtt
     }
 
-    /// A bind is answered, which says it better, or the network is another one.
+    /// A bind is answered, which says it better. A token may still come.
+    pub(super) fn settle(&mut self) {
+        let asked = std::mem::take(&mut self.asked);
+        *self = Self { asked, ..Self::default() };
+    }
+
+    /// The network is another one.
     pub(super) fn stop(&mut self) {
         *self = Self::default();
     }
@@ -57,6 +65,25 @@ impl Node {
         self.handle_sighting_timeout(now);
     }
 
+    /// Asks the servers' reflectors for tokens, once, beside a control connection that is being made;
+    /// what was asked at the start is as good.
+    pub fn ask_tokens(&mut self, servers: &[SocketAddr], now: Instant) {
+        if self.sighting.next_at.is_some() {
+            return;
+        }
+        self.sighting.asked.clear();
+        for server in servers.iter().take(MAX_SERVERS) {
+            self.ask_reflector(*server, now);
+        }
+    }
+
+    fn ask_reflector(&mut self, server: SocketAddr, now: Instant) {
+        let tx = TxId(self.rng.random());
+        self.sighting.asked.push((server, tx, now));
+        let question = Control::Reflect { tx, from_other_port: false }.encode(None);
+        self.datagrams.push_bytes(Target::udp(server), &question);
+    }
+
     /// Asks, and asks again.
     pub(super) fn handle_sighting_timeout(&mut self, now: Instant) {
         if self.sighting.next_at.is_none_or(|at| at > now) {
@@ -69,10 +96,7 @@ impl Node {
             return;
         }
         for server in self.sighting.servers.clone() {
-            let tx = TxId(self.rng.random());
-            self.sighting.asked.push((server, tx, now));
-            let question = Control::Reflect { tx, from_other_port: false }.encode(None);
-            self.datagrams.push_bytes(Target::udp(server), &question);
+            self.ask_reflector(server, now);
         }
     }
 
@@ -81,7 +105,7 @@ impl Node {
         &mut self,
         from: SocketAddr,
         tx: TxId,
-        observed: SocketAddr,
+        (observed, token): (SocketAddr, Option<Token>),
         now: Instant,
     ) -> bool {
         let asked = self.sighting.asked.extract_if(.., |(at, it, _)| (*at, *it) == (from, tx));
@@ -91,6 +115,9 @@ impl Node {
         // Over IPv6 we are mostly seen as we are, which says nothing about IPv4.
         if self.reflexive.is_none() {
             self.announce(Some(observed), now);
+        }
+        if let Some(token) = token {
+            self.events.push_back(Event::Token { server: from.ip(), token });
         }
         true
     }

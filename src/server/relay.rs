@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use super::fresh::Tokens;
 use super::{ConnectionId, reflect};
 use crate::types::{DropReason, NodeId};
 use crate::wire::PacketKind;
@@ -117,6 +118,7 @@ pub struct RelayTable {
     by_source: BTreeMap<(SocketId, SocketAddr), NodeId>,
     sightings: BTreeMap<NodeId, SocketAddr>,
     meter: Meter,
+    tokens: Option<Tokens>,
 }
 
 #[derive(Debug, Default)]
@@ -136,10 +138,10 @@ struct Binding {
 }
 
 impl RelayTable {
-    /// A table without nodes.
+    /// A table without nodes, whose reflector gives out `tokens`.
     #[must_use]
-    pub fn new(limits: Limits) -> Self {
-        Self { meter: Meter::new(limits), ..Self::default() }
+    pub fn new(limits: Limits, tokens: Tokens) -> Self {
+        Self { meter: Meter::new(limits), tokens: Some(tokens), ..Self::default() }
     }
 
     /// The limits that hold.
@@ -274,7 +276,9 @@ impl RelayTable {
             Ok(Control::Reflect { tx, from_other_port }) => {
                 let from =
                     if from_other_port { arrival.socket.other_port() } else { arrival.socket };
-                Verdict::Reply { bytes: reflect::answer(tx, arrival.source), from }
+                let token = self.tokens.as_ref();
+                let token = token.map(|tokens| tokens.issue(arrival.source.ip(), now));
+                Verdict::Reply { bytes: reflect::answer(tx, arrival.source, token), from }
             }
             Ok(Control::Knock { tx, port }) => match reflect::knock(tx, arrival.source, port) {
                 Some((bytes, to)) => Verdict::Knock { bytes, to },

@@ -28,6 +28,7 @@
 //! address seen. *Reflect* (3) and *Reflected* (4) do the same for anybody, unauthenticated: node
 //! and counter together are the 12-byte transaction id, the MAC bytes are zero, and flag 1 asks
 //! for the answer from the server's other port (RFC 5780 section 4.4: which filter has my NAT?).
+//! In the answer a [`Token`] stands in the place of the MAC.
 //! *Knock* (5) asks the server to send *knocked* (6) to another port of the address that the
 //! question came from, written as an endpoint without address, and from a socket that the asker
 //! never sent to: does the router let strangers in at that port?
@@ -60,6 +61,8 @@ const KNOCK: u8 = 5;
 const KNOCKED: u8 = 6;
 const FLAG_OTHER_PORT: u8 = 1;
 const MAC_LEN: usize = 16;
+/// Length of a token.
+pub const TOKEN_LEN: usize = MAC_LEN;
 
 /// Why a relay message was not understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -131,6 +134,11 @@ impl RelayKey {
     }
 }
 
+/// Said again in the first message of a control connection, it shows the server that this message is
+/// no old recording. The bytes mean something to the server alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Token(pub [u8; TOKEN_LEN]);
+
 /// A sign-on or reflector message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Control {
@@ -163,6 +171,8 @@ pub enum Control {
         tx: TxId,
         /// Where the question came from.
         observed: SocketAddr,
+        /// For the control connection; a server of an older version gives none.
+        token: Option<Token>,
     },
     /// Anybody to server: send to this port of my address.
     Knock {
@@ -193,7 +203,7 @@ impl Control {
             Self::Reflect { tx, from_other_port } => {
                 (REFLECT, if from_other_port { FLAG_OTHER_PORT } else { 0 }, tx.0, zero)
             }
-            Self::Reflected { tx, observed } => (REFLECTED, 0, tx.0, inverted(observed)),
+            Self::Reflected { tx, observed, .. } => (REFLECTED, 0, tx.0, inverted(observed)),
             Self::Knock { tx, port } => {
                 (KNOCK, 0, tx.0, inverted((Ipv4Addr::UNSPECIFIED, port).into()))
             }
@@ -203,6 +213,9 @@ impl Control {
         bytes[..4].copy_from_slice(&[CONTROL_MAGIC, VERSION, kind, flags]);
         bytes[4..16].copy_from_slice(&id);
         bytes[16..34].copy_from_slice(&endpoint);
+        if let Self::Reflected { token: Some(token), .. } = self {
+            bytes[CONTROL_LEN - MAC_LEN..].copy_from_slice(&token.0);
+        }
         if let Some(key) = key {
             let mac = key.mac(&bytes[..CONTROL_LEN - MAC_LEN]).finalize().into_bytes();
             bytes[CONTROL_LEN - MAC_LEN..].copy_from_slice(&mac);
@@ -233,13 +246,14 @@ impl Control {
         let node = NodeId::new(id_reader.u32()?);
         let counter = id_reader.u64()?;
         let observed = Reader(&endpoint).endpoint()?;
+        let token = Some(reader.array()?).filter(|bytes| *bytes != [0; TOKEN_LEN]).map(Token);
         match (kind, node) {
             (BIND, Some(node)) => Ok(Self::Bind { node, counter }),
             (BOUND, Some(node)) => Ok(Self::Bound { node, counter, observed }),
             (REFLECT, _) => {
                 Ok(Self::Reflect { tx: TxId(id), from_other_port: flags & FLAG_OTHER_PORT != 0 })
             }
-            (REFLECTED, _) => Ok(Self::Reflected { tx: TxId(id), observed }),
+            (REFLECTED, _) => Ok(Self::Reflected { tx: TxId(id), observed, token }),
             (KNOCK, _) => Ok(Self::Knock { tx: TxId(id), port: observed.port() }),
             (KNOCKED, _) => Ok(Self::Knocked { tx: TxId(id), at: observed }),
             _ => Err(RelayError::UnknownType { kind }),
@@ -299,25 +313,39 @@ mod tests {
             Control::Bind { node: node(), counter: 7 },
             Control::Bound { node: node(), counter: 7, observed },
             Control::Reflect { tx: TxId([1; 12]), from_other_port: true },
-            Control::Reflected { tx: TxId([1; 12]), observed },
             Control::Knock { tx: TxId([1; 12]), port: 7 },
             Control::Knocked { tx: TxId([1; 12]), at: observed },
         ] {
             assert_eq!(Control::parse(&message.encode(Some(&key))), Ok(message));
+        }
+        for token in [None, Some(Token([7; TOKEN_LEN]))] {
+            let message = Control::Reflected { tx: TxId([1; 12]), observed, token };
+            assert_eq!(Control::parse(&message.encode(None)), Ok(message));
         }
     }
 
     #[test]
     fn only_a_reflect_question_may_be_padded() {
         let question = Control::Reflect { tx: TxId([1; 12]), from_other_port: false };
-        let answer =
-            Control::Reflected { tx: TxId([1; 12]), observed: "203.0.113.9:1".parse().unwrap() };
+        let observed = "203.0.113.9:1".parse().unwrap();
+        let answer = Control::Reflected { tx: TxId([1; 12]), observed, token: None };
         let bind = Control::Bind { node: node(), counter: 7 };
         let padded = |message: Control| [&message.encode(None)[..], &[0; 1400]].concat();
         assert_eq!(Control::parse(&padded(question)), Ok(question));
         for message in [answer, bind] {
             assert_eq!(Control::parse(&padded(message)), Err(RelayError::WrongLength));
         }
+    }
+
+    #[test]
+    fn an_answer_with_a_token_reads_as_it_is_written_down() {
+        let message = Control::Reflected {
+            tx: TxId([0x11; 12]),
+            observed: "203.0.113.9:1234".parse().unwrap(),
+            token: Some(Token([0x22; TOKEN_LEN])),
+        };
+        let golden = include_str!("../../tests/golden/reflected.hex").trim();
+        assert_eq!(data_encoding::HEXLOWER.encode(&message.encode(None)), golden);
     }
 
     #[test]

@@ -6,14 +6,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::io::clock;
 use crate::io::link::{
-    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, connect,
+    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, Offers, connect_with,
 };
 use crate::types::{PublicKey, SecretKey};
 use crate::wire::join::ServerAddr;
+use crate::wire::relay::Token;
 
 /// The next address is tried beside the first after this (RFC 8305 section 5).
 const STAGGER: Duration = Duration::from_millis(250);
@@ -26,6 +28,8 @@ const MIN_PAUSE: Duration = Duration::from_secs(1);
 /// What became of the connection.
 #[derive(Debug)]
 pub(super) enum UplinkEvent {
+    /// One is being made; tokens are of use now.
+    Trying,
     /// There is one.
     Connected {
         /// Its far end.
@@ -34,6 +38,8 @@ pub(super) enum UplinkEvent {
         local: IpAddr,
         /// To send on it.
         sender: LinkSender,
+        /// The hello, if the server has had that already.
+        said: Option<Vec<u8>>,
     },
     /// Something came.
     Inbound(Inbound),
@@ -63,6 +69,10 @@ pub(super) struct Uplink {
     phase: Phase,
     backoff: Backoff,
     pause: Duration,
+    /// What there is for the first message.
+    offers: watch::Sender<Offers>,
+    /// The last attempts came to nothing, perhaps since something on the way dislikes long headers.
+    plain: bool,
 }
 
 impl Uplink {
@@ -72,7 +82,24 @@ impl Uplink {
             phase: Phase::Waiting(clock::now()),
             backoff: Backoff::default(),
             pause: MIN_PAUSE,
+            offers: watch::Sender::default(),
+            plain: false,
         }
+    }
+
+    /// These servers have been asked for tokens.
+    pub(super) fn expect_tokens(&self, servers: impl IntoIterator<Item = IpAddr>) {
+        self.offers.send_modify(|offers| offers.expect(servers));
+    }
+
+    /// A token, and what to say with it.
+    pub(super) fn offer(&self, server: IpAddr, token: Token, hello: Vec<u8>) {
+        self.offers.send_modify(|offers| offers.put(server, token, hello));
+    }
+
+    /// Whether there is a token for a connection to this server.
+    pub(super) fn has_token(&self, server: IpAddr) -> bool {
+        self.offers.borrow().has_token(server)
     }
 
     /// Whether a connection is being made at this moment, rather than waited for.
@@ -89,17 +116,23 @@ impl Uplink {
     /// network around us is another one, so nothing that failed in it counts.
     pub(super) fn try_now(&mut self) {
         self.backoff.reset();
-        self.phase = Phase::Waiting(clock::now());
+        self.wait_until(clock::now());
     }
 
     /// Drops the connection for a while, and the next time for longer.
     pub(super) fn pause(&mut self) {
-        self.phase = Phase::Waiting(clock::now() + self.pause);
+        self.wait_until(clock::now() + self.pause);
         self.pause = (self.pause * 2).min(MAX_PAUSE);
     }
 
     fn wait(&mut self) {
-        self.phase = Phase::Waiting(clock::now() + self.backoff.next_wait());
+        let at = clock::now() + self.backoff.next_wait();
+        self.wait_until(at);
+    }
+
+    fn wait_until(&mut self, at: Instant) {
+        self.offers.send_replace(Offers::default());
+        self.phase = Phase::Waiting(at);
     }
 
     /// The next event. Cancel-safe.
@@ -109,15 +142,20 @@ impl Uplink {
                 Phase::Waiting(at) => {
                     tokio::time::sleep_until((*at).into()).await;
                     self.phase = Phase::Connecting(self.start(), None);
+                    return UplinkEvent::Trying;
                 }
                 Phase::Connecting(attempts, worst) => match attempts.join_next().await {
                     Some(Ok(Ok(link))) => {
-                        let Link { sender, receiver, local, remote, .. } = link;
+                        let Link { sender, receiver, local, remote, said, .. } = link;
+                        self.plain = false;
+                        // A token is for one connection.
+                        self.offers.send_replace(Offers::default());
                         self.phase = Phase::Connected(Box::new(receiver));
                         return UplinkEvent::Connected {
                             server: remote,
                             local: local.ip(),
                             sender,
+                            said,
                         };
                     }
                     Some(Ok(Err(error))) => {
@@ -128,6 +166,7 @@ impl Uplink {
                     Some(Err(panicked)) => tracing::error!(%panicked, "connecting panicked"),
                     None => {
                         let error = worst.take();
+                        self.plain = !self.plain;
                         self.wait();
                         if let Some(error) = error {
                             return UplinkEvent::Failed(error);
@@ -153,9 +192,14 @@ impl Uplink {
         let mut delay = Duration::ZERO;
         for server in self.destination.servers.clone() {
             let destination = Arc::clone(&self.destination);
+            let offers = match self.plain {
+                true => watch::Sender::default().subscribe(),
+                false => self.offers.subscribe(),
+            };
             attempts.spawn(async move {
                 tokio::time::sleep(delay).await;
-                connect(&server, &destination.server_keys, &destination.machine_key).await
+                let Destination { server_keys, machine_key, .. } = &*destination;
+                connect_with(&server, server_keys, machine_key, offers).await
             });
             delay += STAGGER;
         }

@@ -27,6 +27,7 @@ use crate::io::link::LinkSender;
 use crate::io::service::Progress;
 use crate::io::udp::is_no_offload;
 use crate::server::ConnectionId;
+use crate::server::fresh::Tokens;
 use crate::server::relay::limit::Limits;
 use crate::server::relay::queue::{FairQueues, Train};
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
@@ -73,9 +74,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Hub {
-    pub(super) fn new(ports: Vec<UdpPort>, limits: Limits, events: mpsc::Sender<Event>) -> Self {
+    pub(super) fn new(
+        ports: Vec<UdpPort>,
+        limits: Limits,
+        tokens: Tokens,
+        events: mpsc::Sender<Event>,
+    ) -> Self {
         Self {
-            table: Mutex::new(RelayTable::new(limits)),
+            table: Mutex::new(RelayTable::new(limits, tokens)),
             links: Mutex::default(),
             progress: ports.iter().map(|_| Arc::default()).collect(),
             relayed: Default::default(),
