@@ -25,6 +25,7 @@ use super::liveness::Doubt;
 use super::mtu::BASE_MTU;
 use super::probe::Prober;
 use super::quality::Delivery;
+use super::relay_mtu::RelayMtu;
 use super::soonest::Soonest;
 use super::trickle::Trickle;
 use super::{Choice, Place, Via};
@@ -60,6 +61,7 @@ pub struct PathAgent {
     relay: Option<Via>,
     relay_prober: Prober,
     relay_delivery: Delivery,
+    relay_mtu: RelayMtu,
     mtu_limit: u16,
     /// Data is doubled onto the relay, for a reason that `proof` knows.
     doubled: bool,
@@ -103,6 +105,7 @@ impl PathAgent {
             relay: None,
             relay_prober: Prober::default(),
             relay_delivery: Delivery::default(),
+            relay_mtu: RelayMtu::default(),
             mtu_limit: BASE_MTU,
             doubled: false,
             trial: None,
@@ -160,6 +163,7 @@ impl PathAgent {
             self.stuck_since = None;
         }
         self.relay_delivery = Delivery::default();
+        self.relay_mtu = RelayMtu::default();
         self.choose("the relay changed", now);
         if (appeared || udp && !self.is_direct()) && self.wanted {
             self.start_round(Cause::Wanted, now);
@@ -247,6 +251,7 @@ impl PathAgent {
         }
         self.relay_prober.forget();
         self.relay_delivery = Delivery::default();
+        self.relay_mtu = RelayMtu::default();
         (self.trial, self.early, self.early_at) = (None, None, None);
         self.doubt = Doubt::default();
         self.choose("the local network changed", now);
@@ -316,6 +321,7 @@ impl PathAgent {
             }
             Via::RelayUdp | Via::RelayTcp => {
                 self.relay_delivery.handle_pong(tx, arrived, now);
+                self.relay_mtu.handle_pong(tx, now);
                 self.relay_prober.handle_pong(tx, now)?
             }
         };
@@ -347,6 +353,7 @@ impl PathAgent {
             self.doubt = Doubt::default();
             if let Some(sent) = traffic.sent {
                 self.note_relayed(sent, now);
+                self.note_relay_mtu(now);
             }
             return;
         };
@@ -370,6 +377,7 @@ impl PathAgent {
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.ping_due(now);
+        self.ask_for_relay_mtu(now);
         if let Some(place) = self.primary.and_then(Via::place) {
             let srtt = self.endpoints.get(&place).and_then(|endpoint| endpoint.prober.srtt());
             let suspicion = self.doubt.suspicion(srtt.unwrap_or_default(), now);
@@ -420,6 +428,7 @@ impl PathAgent {
             soonest.add(endpoint.prober.next_at(), "path probe");
         }
         soonest.add(self.relay_prober.next_at(), "relay probe");
+        soonest.add(self.relay_mtu.next_at(), "relay path MTU");
         soonest.add(self.doubt.next_at(), "path in doubt");
         soonest.add(self.keepalive_at, "path keepalive");
         soonest.add(self.retry_at, "next round of probes");
