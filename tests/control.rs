@@ -248,7 +248,9 @@ async fn relay_datagrams_go_from_udp_to_link_and_back_and_nowhere_else() {
 
     let key = RelayKey(welcome.relay_key);
     let node = NodeId::new(welcome.id).unwrap();
-    socket.send_to(&Control::Bind { node, counter: 1 }.encode(Some(&key)), relay).unwrap();
+    socket
+        .send_to(&Control::Bind { node, counter: 1, proof: None }.encode(Some(&key)), relay)
+        .unwrap();
     let (len, source) = socket.recv_from(&mut buffer).unwrap();
     assert_eq!(source, relay);
     verify(&buffer[..len], &key).unwrap();

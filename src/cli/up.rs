@@ -170,6 +170,10 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             rekey_after,
             eager_peers: file.eager_peers.map_or(defaults.eager_peers, usize::from),
             birthday_probing: file.birthday_probing.unwrap_or(defaults.birthday_probing),
+            second_lane_from: match file.second_session {
+                Some(false) => u64::MAX,
+                _ => defaults.second_lane_from,
+            },
             ..defaults
         },
         offloads: Offloads {
@@ -177,6 +181,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
             udp_gso: file.udp_gso.unwrap_or(true),
             udp_gro: file.udp_gro.unwrap_or(true),
         },
+        realtime: file.realtime.unwrap_or(true),
         port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
         metrics: file.metrics,
         rotate_key_after,

@@ -42,6 +42,9 @@ pub struct NodeConfig {
     pub port_mapping_lease_s: Option<u32>,
     /// Look for a path between hard NATs by chance when nothing else has led to one. Default: true.
     pub birthday_probing: Option<bool>,
+    /// A second session with busy peers, so that sealing and opening do not wait for one another.
+    /// Default: true.
+    pub second_session: Option<bool>,
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
@@ -50,6 +53,8 @@ pub struct NodeConfig {
     pub udp_gso: Option<bool>,
     /// Receive many datagrams of one sender as one. Default: true.
     pub udp_gro: Option<bool>,
+    /// Move packets ahead of ordinary programs, where that is allowed. Default: true.
+    pub realtime: Option<bool>,
 }
 
 /// The largest packet that the overlay carries.
@@ -178,18 +183,21 @@ mod tests {
             port_mapping,
             port_mapping_lease_s,
             birthday_probing,
+            second_session,
             metrics,
             tun_offload,
             udp_gso,
             udp_gro,
+            realtime,
         } = all;
         assert!(name.is_some() && state_dir.is_some() && socket.is_some() && interface.is_some());
         assert!(listen_port.is_some() && mtu.is_some());
         assert!(rekey_after_s.is_some() && eager_peers.is_some());
         assert!(rotate_key_after_d.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
-        assert!(birthday_probing.is_some() && metrics.is_some());
+        assert!(birthday_probing.is_some() && second_session.is_some() && metrics.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
+        assert!(realtime.is_some());
     }
 
     #[test]

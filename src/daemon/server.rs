@@ -42,6 +42,7 @@ use crate::io::service::handed_listeners;
 use crate::io::service::reload::{Reload, notify_reloaded, notify_reloading, warn_of_unapplied};
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::fresh::Tokens;
+use crate::server::relay::RelayTable;
 use crate::server::relay::limit::Limits;
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
@@ -232,9 +233,10 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
 
     let (stop, stopping) = watch::channel(false);
     let (events, inbox) = mpsc::channel(EVENT_QUEUE);
-    let tokens = Tokens::new(rand::random(), now);
-    let (limits, sender) = (options.relay_limits, events.clone());
-    let hub = Arc::new(Hub::new(bound.udp, limits, tokens.clone(), sender));
+    let tokens = Tokens::new(*state::random()?, now);
+    let table = RelayTable::new(options.relay_limits, *state::random()?);
+    let table = table.with_tokens(tokens.clone());
+    let hub = Arc::new(Hub::new(bound.udp, table, events.clone()));
     let threads = relay::spawn(&hub, &stopping)?;
     let parts = core::Parts {
         store: state.store,

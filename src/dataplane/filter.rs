@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::icmp::{self, Trouble};
-use super::peer::PeerState;
+use super::peer::Records;
 use crate::policy::{Filter, Verdict};
 use crate::types::NodeId;
 use crate::wire::ip::IpView;
@@ -13,12 +13,12 @@ pub(super) fn admit(
     filter: &Filter,
     peer: NodeId,
     packet: &[u8],
-    state: &mut PeerState,
+    records: &mut Records,
     now: Instant,
 ) -> Result<(), Option<Vec<u8>>> {
-    match filter.inbound(peer, packet, &mut state.flows, now) {
+    match filter.inbound(peer, packet, &mut records.flows, now) {
         Verdict::Allow => Ok(()),
-        Verdict::Refuse if state.answers.allow(now) => {
+        Verdict::Refuse if records.answers.allow(now) => {
             let from = IpView::parse(packet).ok().map(|view| view.dst);
             Err(from.and_then(|from| icmp::answer(packet, from, Trouble::Prohibited)))
         }

@@ -25,6 +25,20 @@ pub fn inbound(
     Run { shared, table, source, now, tun, notes, lane: None }.take(datagram);
 }
 
+/// Takes datagrams from one source: those in a row for one session are opened under one lock.
+pub fn inbound_all<'d>(
+    shared: &Shared,
+    table: &ForwardingTable,
+    source: Source,
+    datagrams: impl Iterator<Item = &'d [u8]>,
+    now: Instant,
+    tun: &mut TunBatch,
+    notes: &mut Vec<Note>,
+) {
+    let mut run = Run { shared, table, source, now, tun, notes, lane: None };
+    datagrams.for_each(|datagram| run.take(datagram));
+}
+
 /// Takes datagrams of `stride` bytes each (the last may be shorter) from one sender: those in a row
 /// for one session are opened under one lock.
 #[expect(clippy::too_many_arguments, reason = "the whole context of one train, by reference")]
@@ -38,10 +52,7 @@ pub fn inbound_train(
     tun: &mut TunBatch,
     notes: &mut Vec<Note>,
 ) {
-    let mut run = Run { shared, table, source, now, tun, notes, lane: None };
-    for datagram in train.chunks(stride.max(1)) {
-        run.take(datagram);
-    }
+    inbound_all(shared, table, source, train.chunks(stride.max(1)), now, tun, notes);
 }
 
 /// Datagrams from one source.
@@ -176,7 +187,7 @@ impl<'a> Run<'a> {
         if self.lane.as_ref().is_none_or(|lane| lane.receiver != receiver || lane.via != via) {
             self.close_lane();
             let peer = self.table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?;
-            let state = peer.lock();
+            let state = peer.lock_lane(receiver).ok_or(DropReason::UnknownSession)?;
             let (authentic, rx_packets, rx_bytes) = (false, 0, 0);
             let arrived = SizeCounts::default();
             self.lane =
@@ -201,12 +212,11 @@ impl<'a> Run<'a> {
                 return Err(DropReason::NoRoute);
             }
             if let Some(filter) = &self.table.filter {
-                admit(filter, lane.peer.id, &room[..view.len], &mut lane.state, now).map_err(
-                    |answer| {
-                        refused = answer;
-                        DropReason::Filtered
-                    },
-                )?;
+                let records = &mut lane.peer.records();
+                admit(filter, lane.peer.id, &room[..view.len], records, now).map_err(|answer| {
+                    refused = answer;
+                    DropReason::Filtered
+                })?;
             }
             lane.rx_packets += 1;
             lane.rx_bytes += view.len;
@@ -217,7 +227,9 @@ impl<'a> Run<'a> {
             lane.arrived.count(datagram.len(), 1);
         }
         self.notes.extend(refused.map(Note::Refused));
-        if confirmed {
+        if confirmed && !lane.peer.is_second(receiver) {
+            // The peer may have lost what it knew of the second lane.
+            lane.peer.seal_on_second(false);
             self.notes.push(Note::SessionConfirmed(lane.peer.id));
         }
         taken
@@ -226,9 +238,9 @@ impl<'a> Run<'a> {
     /// Unlocks the session and tells what was heard from the peer.
     fn close_lane(&mut self) {
         let Some(lane) = self.lane.take() else { return };
-        let Lane { peer, mut state, via, authentic, rx_packets, rx_bytes, arrived, .. } = lane;
-        state.arrived.add(via, arrived);
+        let Lane { peer, state, via, authentic, rx_packets, rx_bytes, arrived, .. } = lane;
         drop(state);
+        peer.records().arrived.add(via, arrived);
         if !authentic {
             return;
         }

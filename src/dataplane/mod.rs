@@ -6,13 +6,14 @@
 //!
 //! What cannot be decided here (a handshake, disco, no session yet) becomes a [`Note`] for the
 //! control plane. The control plane publishes a [`ForwardingTable`] and each peer's path; locks
-//! are held per peer only. No socket, no file, no clock.
+//! are held per peer and direction only (`lanes`). No socket, no file, no clock.
 
 mod batch;
 mod filter;
 mod gate;
 pub mod icmp;
 mod inbound;
+mod lanes;
 pub mod offload;
 mod outbound;
 mod path_counts;
@@ -24,11 +25,12 @@ mod traffic;
 mod tun_batch;
 
 pub use batch::{Run, Target, UdpBatch};
-pub use inbound::{inbound, inbound_train};
+pub use inbound::{inbound, inbound_all, inbound_train};
 pub(crate) use outbound::send_datagram;
 pub use outbound::{flush_pending, outbound, outbound_frame, send_keepalive};
 pub use path_counts::PathCounts;
-pub use peer::{LockedPeer, Peer, PeerCounters};
+pub use peer::{LockedPeer, Peer, PeerCounters, Records};
+pub(crate) use session::sender_index;
 pub use session::{
     EngineKeys, HandshakeOutcome, MIN_SEAL_BUFFER, Session, SessionSettings, handshake_sender,
 };

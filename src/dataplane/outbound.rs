@@ -118,6 +118,8 @@ struct Train<'t> {
     peer: &'t Peer,
     way: Way,
     state: LockedPeer<'t>,
+    /// Whether that is the second lane.
+    is_second: bool,
     notes: &'t mut Vec<Note>,
     now: Instant,
     /// Longest packet that the path carries uncut.
@@ -129,7 +131,7 @@ struct Train<'t> {
 
 impl Drop for Train<'_> {
     fn drop(&mut self) {
-        self.way.count(&mut self.state.sent, self.counts, self.copies);
+        self.way.count(&mut self.peer.records().sent, self.counts, self.copies);
         if let Some(via) = self.way.choice.primary {
             self.shared.sent.add(via, self.counts.total().into(), self.bytes as u64);
         }
@@ -168,13 +170,13 @@ impl<'t> Train<'t> {
         let way = Way::to(peer, table);
         let mtu = usize::from(peer.mtu());
         let (counts, copies) = (SizeCounts::default(), SizeCounts::default());
-        let mut state = peer.lock();
-        match &table.filter {
-            Some(filter) => filter.outbound(peer.id, packet, &mut state.flows, now),
-            None => state.flows.note_connection(packet, now),
-        }
-        let train = Self { shared, peer, way, state, notes, now, mtu, counts, copies, bytes: 0 };
-        Ok((train, view.len))
+        note_flow(table, peer, packet, now);
+        let (state, is_second) = peer.lock_to_seal(now);
+        let bytes = 0;
+        Ok((
+            Self { shared, peer, way, state, is_second, notes, now, mtu, counts, copies, bytes },
+            view.len,
+        ))
     }
 
     /// Tells the sender of `packet` what the path carries. The packet goes on all the same, in
@@ -186,7 +188,7 @@ impl<'t> Train<'t> {
         }
         self.peer.counters.too_big.fetch_add(1, Ordering::Relaxed);
         let mtu = u16::try_from(self.mtu).unwrap_or(u16::MAX);
-        if self.state.answers.allow(self.now)
+        if self.peer.records().answers.allow(self.now)
             && let Some(answer) = icmp::answer(packet, view.dst, Trouble::TooBig { mtu })
         {
             self.notes.push(Note::Answer(answer));
@@ -194,7 +196,14 @@ impl<'t> Train<'t> {
     }
 
     fn send(&mut self, packet: &[u8], out: &mut UdpBatch) -> Result<(), DropReason> {
-        match send(&mut self.state.session, self.peer, &self.way, packet, self.now, out) {
+        let mut sent = self.seal(packet, out);
+        if self.is_second && matches!(sent, Err(SealError::NoSession)) {
+            self.peer.seal_on_second(false);
+            self.is_second = false;
+            self.state = self.peer.lock();
+            sent = self.seal(packet, out);
+        }
+        match sent {
             Ok(copied) => {
                 self.counts.count(packet.len() + SEAL_OVERHEAD, 1);
                 self.copies.count(packet.len() + SEAL_OVERHEAD, copied.into());
@@ -210,6 +219,20 @@ impl<'t> Train<'t> {
             }
             Err(SealError::TooLarge) => Err(DropReason::TooLarge),
         }
+    }
+
+    fn seal(&mut self, packet: &[u8], out: &mut UdpBatch) -> Result<bool, SealError> {
+        send(&mut self.state.session, self.peer, &self.way, packet, self.now, out)
+    }
+}
+
+/// A packet of a flow is on its way: what comes back is wanted. Apart from the sealing, since of the
+/// two locks only one is held at a time.
+fn note_flow(table: &ForwardingTable, peer: &Peer, packet: &[u8], now: Instant) {
+    let mut records = peer.records();
+    match &table.filter {
+        Some(filter) => filter.outbound(peer.id, packet, &mut records.flows, now),
+        None => records.flows.note_connection(packet, now),
     }
 }
 
@@ -234,7 +257,7 @@ pub fn flush_pending(
         let (mut counts, mut copies) = (SizeCounts::default(), SizeCounts::default());
         counts.count(packet.len() + SEAL_OVERHEAD, 1);
         copies.count(packet.len() + SEAL_OVERHEAD, copied.into());
-        way.count(&mut state.sent, counts, copies);
+        way.count(&mut peer.records().sent, counts, copies);
         if let Some(via) = way.choice.primary {
             shared.sent.add(via, 1, packet.len() as u64);
         }
@@ -258,8 +281,8 @@ pub fn send_keepalive(
     let Ok(len) = state.session.seal(&[], &mut datagram, now) else { return false };
     let mut counts = SizeCounts::default();
     counts.count(len, 1);
-    state.sent.add(via, counts);
     drop(state);
+    peer.records().sent.add(via, counts);
     send_datagram(table, peer.id, via, &datagram[..len], out)
 }
 

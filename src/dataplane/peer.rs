@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -36,13 +36,20 @@ pub struct PeerCounters {
     pub too_big: AtomicU64,
 }
 
-/// What stands behind the peer's lock.
+/// What stands behind the lock of one lane with a peer (see `lanes`).
 #[derive(Debug)]
 pub struct PeerState {
     /// The WireGuard session that data leaves under.
     pub session: Session,
     /// Those of other keys, while some are renewed.
     pub(super) others: Vec<Session>,
+    pending: VecDeque<(Instant, Vec<u8>)>,
+}
+
+/// What both lanes with a peer write down. Locked for a moment, also while a lane is; never the other
+/// way round.
+#[derive(Debug, Default)]
+pub struct Records {
     /// Data sent, by path.
     pub sent: PathCounts,
     /// Data that arrived, by path.
@@ -50,7 +57,6 @@ pub struct PeerState {
     /// Flows with the peer, as far as access rules need to know them.
     pub(super) flows: Flows,
     pub(super) answers: AnswerLimit,
-    pending: VecDeque<(Instant, Vec<u8>)>,
 }
 
 /// A peer's state while its lock is held.
@@ -63,7 +69,7 @@ pub struct Peer {
     pub id: NodeId,
     /// Its overlay addresses: what it may send from, and what is routed to it.
     pub addrs: OverlayAddrs,
-    /// Our receiver index for its sessions (24 bits, of which the lowest two count them).
+    /// Our receiver index for its sessions (24 bits, of which the lowest three tell them apart).
     pub index: u32,
     /// Counters and stamps.
     pub counters: PeerCounters,
@@ -73,7 +79,12 @@ pub struct Peer {
     /// Longest inner packet that the path carries uncut.
     mtu: AtomicU16,
     session_wanted: AtomicBool,
-    state: Mutex<PeerState>,
+    first: Mutex<PeerState>,
+    /// The second lane, once there was one. Boxed: few peers ever have it.
+    pub(super) second: OnceLock<Box<Mutex<PeerState>>>,
+    /// Whether what leaves is sealed on the second lane.
+    pub(super) seals_second: AtomicBool,
+    records: Mutex<Records>,
 }
 
 impl Peer {
@@ -89,23 +100,24 @@ impl Peer {
             early_left: AtomicU32::new(0),
             mtu: AtomicU16::new(BASE_MTU),
             session_wanted: AtomicBool::new(false),
-            state: Mutex::new(PeerState {
-                session,
-                others: Vec::new(),
-                sent: PathCounts::default(),
-                arrived: PathCounts::default(),
-                flows: Flows::default(),
-                answers: AnswerLimit::default(),
-                pending: VecDeque::new(),
-            }),
+            first: Mutex::new(PeerState::new(session)),
+            second: OnceLock::new(),
+            seals_second: AtomicBool::new(false),
+            records: Mutex::default(),
         })
     }
 
-    /// Takes the peer's lock: once per run of packets, never while holding another peer's.
+    /// Takes the lock of the peer's first lane: once per run of packets, never while holding another
+    /// lane's, of this peer or of another.
     pub fn lock(&self) -> LockedPeer<'_> {
         // A panic while holding it can only come from the crypto library refusing a buffer; the
         // state behind it is whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.first.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is written down about the peer; let go of at once.
+    pub fn records(&self) -> MutexGuard<'_, Records> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The path of this moment.
@@ -154,6 +166,10 @@ impl Peer {
 }
 
 impl PeerState {
+    pub(super) fn new(session: Session) -> Self {
+        Self { session, others: Vec::new(), pending: VecDeque::new() }
+    }
+
     /// Keeps a packet until there is a session; the oldest makes room.
     pub(super) fn keep(&mut self, packet: &[u8], drops: &DropCounters, now: Instant) {
         if self.pending.len() >= MAX_PENDING {

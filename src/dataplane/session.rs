@@ -188,6 +188,8 @@ pub struct Session {
     attempt: Option<Attempt>,
     last_data: Option<Instant>,
     engine_tick_at: Option<Instant>,
+    /// What the peer called itself in its last handshake message that was good.
+    peer_index: Option<u32>,
 }
 
 impl std::fmt::Debug for Session {
@@ -221,6 +223,7 @@ impl Session {
             attempt: None,
             last_data: None,
             engine_tick_at: None,
+            peer_index: None,
         }
     }
 
@@ -244,6 +247,11 @@ impl Session {
     /// Our receiver index, 24 bits.
     pub(super) fn index(&self) -> u32 {
         self.index
+    }
+
+    /// The peer's receiver index, 24 bits.
+    pub(super) fn peer_index(&self) -> Option<u32> {
+        self.peer_index
     }
 
     /// Our node key in it.
@@ -349,9 +357,9 @@ impl Session {
         let is_initiation = datagram.first() == Some(&1);
         match self.engine.decapsulate(Some(from), datagram, out) {
             TunnResult::WriteToNetwork(reply) => {
+                self.peer_index = sender_index(datagram).map(|index| index >> 8);
                 if is_initiation {
-                    let index = reply.get(4..8).and_then(|bytes| bytes.try_into().ok());
-                    self.unconfirmed.extend(index.map(u32::from_le_bytes));
+                    self.unconfirmed.extend(sender_index(reply));
                     let too_many = self.unconfirmed.len().saturating_sub(MAX_UNCONFIRMED);
                     self.unconfirmed.drain(..too_many);
                     // Until the peer confirms, data goes on under the old keys, which a restarted
@@ -437,6 +445,16 @@ impl Session {
         self.poll_timeout().is_some_and(|(at, _)| at <= now)
     }
 
+    /// When data last went through it, either way.
+    pub(crate) fn last_data(&self) -> Option<Instant> {
+        self.last_data
+    }
+
+    /// Data went through the other lane: what counts is that the peer is in use.
+    pub(crate) fn note_data(&mut self, at: Option<Instant>) {
+        self.last_data = self.last_data.max(at);
+    }
+
     /// When keys are renewed, if data flows; none when it does not.
     fn rekey_at(&self) -> Option<Instant> {
         let established = self.established?;
@@ -460,6 +478,11 @@ pub fn handshake_sender(keys: &EngineKeys, initiation: &[u8]) -> Result<PublicKe
     parse_handshake_anon(&keys.secret, &keys.public, &initiation)
         .map(|half| PublicKey(half.peer_static_public))
         .map_err(|_| DropReason::BadHandshake)
+}
+
+/// By which receiver index the sender of a handshake message wants to be answered.
+pub(crate) fn sender_index(handshake: &[u8]) -> Option<u32> {
+    handshake.get(4..8).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes)
 }
 
 fn reason_of(error: &WireGuardError) -> DropReason {

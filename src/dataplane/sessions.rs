@@ -4,7 +4,7 @@
 //! Data leaves under the *current* session. One of newer keys is made beside it, and takes its place
 //! when both sides have it; the old one goes on opening what was under way until it has expired. So
 //! nothing that is sent before, during or after the change is lost. Each side has two keys at most,
-//! so there are four pairs, and the receiver index has room for as many.
+//! so there are four pairs, and the receiver index has room for as many on each lane.
 
 use std::time::Instant;
 
@@ -12,11 +12,15 @@ use super::peer::PeerState;
 use super::session::{Opened, Session};
 use crate::types::{DropReason, PublicKey};
 
-/// The lower bits of a session's index tell sessions with one peer apart.
-pub(super) const SLOT_BITS: u32 = 2;
-const SLOTS: u32 = 1 << SLOT_BITS;
+/// The lower bits of a session's index tell sessions with one peer apart: two those of different keys,
+/// one the lanes.
+pub(super) const SLOT_BITS: u32 = 3;
 /// Those bits.
-pub(crate) const SLOT_MASK: u32 = SLOTS - 1;
+pub(crate) const SLOT_MASK: u32 = (1 << SLOT_BITS) - 1;
+/// The sessions of different keys on one lane.
+const SLOTS: u32 = 1 << 2;
+pub(super) const KEY_SLOT_MASK: u32 = SLOTS - 1;
+pub(super) const LANE_BIT: u32 = SLOTS;
 
 impl PeerState {
     /// Opens a data packet for receiver index `receiver` into `out`, which is no shorter.
@@ -60,7 +64,7 @@ impl PeerState {
 
     /// Takes a session of other keys in. `make` is given its index.
     pub(crate) fn add_session(&mut self, make: impl FnOnce(u32) -> Session, now: Instant) {
-        let base = self.session.index() & !SLOT_MASK;
+        let base = self.session.index() & !KEY_SLOT_MASK;
         if self.others.len() + 1 >= SLOTS as usize {
             let oldest = self.others.iter().enumerate().min_by_key(|(_, it)| it.rank());
             if let Some((oldest, _)) = oldest {

@@ -89,8 +89,8 @@ impl ForwardingTable {
         !own && self.part_of.is_some_and(|range| range.host_of(dst).is_some())
     }
 
-    /// The peer whose session has this receiver index: the upper 22 bits are ours per peer, two
-    /// tell its sessions of different keys apart, the lower 8 count the handshakes of each.
+    /// The peer whose session has this receiver index: the upper 21 bits are ours per peer, three
+    /// tell its sessions apart, the lower 8 count the handshakes of each.
     #[must_use]
     pub fn by_receiver(&self, receiver: u32) -> Option<&Arc<Peer>> {
         self.by_index.get(&(receiver >> (8 + SLOT_BITS)))

@@ -8,6 +8,7 @@ use super::offload::{FrameHeader, MergeKinds, Segmentation, SegmentationKind};
 use super::{
     EngineKeys, ForwardingTable, MIN_SEAL_BUFFER, Note, Peer, Session, SessionSettings, Shared,
     Source, TunBatch, UdpBatch, flush_pending, inbound, inbound_train, outbound, outbound_frame,
+    sender_index,
 };
 use crate::path::{Choice, Via};
 use crate::policy::Filter;
@@ -17,6 +18,7 @@ use crate::wire::filter::{KIND_UDP, WireFilter, WireRule};
 use crate::wire::relay;
 
 mod hostile;
+mod lanes;
 
 const RELAY: &str = "203.0.113.1:41820";
 
@@ -313,7 +315,7 @@ fn who_has_not_answered_gets_few_copies_and_only_those_count_as_sent() {
     let (a, b) = pair(now);
     let direct = a.peer.choice().primary;
     let early = Choice { primary: Some(Via::RelayTcp), duplicate: direct, early: true };
-    let before = a.peer.lock().sent.of(direct.unwrap()).total();
+    let before = a.peer.records().sent.of(direct.unwrap()).total();
     let mut copies = 0;
     for round in 0..3 {
         a.peer.set_choice(early);
@@ -325,7 +327,7 @@ fn who_has_not_answered_gets_few_copies_and_only_those_count_as_sent() {
         let allowed = crate::path::EARLY_BYTES as usize / 1100;
         assert_eq!(copies, allowed, "round {round}: the same choice again gives no more");
     }
-    let sent = a.peer.lock().sent.of(direct.unwrap()).total() - before;
+    let sent = a.peer.records().sent.of(direct.unwrap()).total() - before;
     assert_eq!(sent as usize, copies);
 }
 
@@ -451,13 +453,13 @@ fn what_is_sent_and_what_arrives_is_counted_by_path_and_size_a_second_copy_too()
     let now = epoch();
     let (a, b) = pair(now);
     let via = Via::direct;
-    let before = b.peer.lock().arrived.of(via(a.endpoint));
+    let before = b.peer.records().arrived.of(via(a.endpoint));
     let mut sent = Vec::new();
     for len in [10, 1_200, 1_380] {
         let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &vec![1; len]), now);
         sent.push(only_datagram(&out));
     }
-    assert_eq!(a.peer.lock().sent.of(via(b.endpoint)).0, [1, 1, 1]);
+    assert_eq!(a.peer.records().sent.of(via(b.endpoint)).0, [1, 1, 1]);
     for datagram in sent.iter().chain(&sent[..1]) {
         deliver(&b, &a, datagram, now);
     }
@@ -465,6 +467,6 @@ fn what_is_sent_and_what_arrives_is_counted_by_path_and_size_a_second_copy_too()
     forged[40] ^= 1;
     forged[8] ^= 0x40;
     deliver(&b, &a, &forged, now);
-    let arrived = b.peer.lock().arrived.of(via(a.endpoint)).since(before);
+    let arrived = b.peer.records().arrived.of(via(a.endpoint)).since(before);
     assert_eq!(arrived.0, [2, 1, 1], "the copy counts, the forgery does not");
 }

@@ -9,6 +9,7 @@ mod connect;
 mod early;
 mod noise;
 mod outbox;
+mod relay_batch;
 
 use std::io;
 use std::net::SocketAddr;
@@ -26,6 +27,7 @@ pub use connect::{ConnectError, connect, connect_early, connect_over, connect_wi
 pub use early::{Offers, token_grace};
 pub(crate) use noise::{Answered, Responder};
 pub use outbox::LinkSender;
+pub use relay_batch::RelayBatch;
 
 use crate::types::PublicKey;
 use crate::wire::control::TICK_INTERVAL_S;
@@ -44,6 +46,10 @@ pub const GIVEN_UP_AFTER: Duration =
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// Room for one read; a link at rest keeps no more than this.
 const READ_BYTES: usize = 16 * 1024;
+/// Room for one read while more comes than that.
+const BUSY_READ_BYTES: usize = 128 * 1024;
+/// Relay datagrams that are handed over together, in bytes: two full trains.
+const RELAYED_BYTES: usize = 128 * 1024;
 
 /// An encrypted connection whose other end holds the secret half of [`Link::peer_key`].
 #[derive(Debug)]
@@ -112,6 +118,8 @@ impl Link {
             outbox: Arc::clone(&outbox),
             writer,
             ended: false,
+            stashed: None,
+            filled: false,
         };
         let sender = LinkSender::new(outbox);
         let peer_key = secured.peer_key;
@@ -131,6 +139,18 @@ pub struct LinkReceiver {
     outbox: Arc<Outbox>,
     writer: JoinHandle<Result<(), LinkError>>,
     ended: bool,
+    /// What came behind relay datagrams that were taken together.
+    stashed: Option<Result<Inbound, LinkError>>,
+    /// The last read has brought as much as there was room for.
+    filled: bool,
+}
+
+/// What a frame was.
+enum Taken {
+    /// A message, or a relay datagram by itself.
+    Inbound(Inbound),
+    /// A relay datagram that was added to others.
+    Joined,
 }
 
 impl LinkReceiver {
@@ -152,15 +172,21 @@ impl LinkReceiver {
 
     async fn next_unless_ended(&mut self) -> Result<Inbound, LinkError> {
         loop {
+            if let Some(stashed) = self.stashed.take() {
+                return stashed;
+            }
             if let Some(inbound) = self.take_frame()? {
                 return Ok(inbound);
             }
-            self.buffer.reserve(READ_BYTES);
+            self.buffer.reserve(if self.filled { BUSY_READ_BYTES } else { READ_BYTES });
+            let room = self.buffer.capacity() - self.buffer.len();
             tokio::select! {
                 read = self.stream.read_buf(&mut self.buffer) => {
-                    if read? == 0 {
+                    let read = read?;
+                    if read == 0 {
                         return Err(LinkError::Closed);
                     }
+                    self.filled = read == room;
                 }
                 outcome = &mut self.writer => {
                     return Err(match outcome {
@@ -172,13 +198,38 @@ impl LinkReceiver {
         }
     }
 
+    /// Adds the relay datagrams that are here already, up to some limit, to those of which
+    /// [`Self::next`] has given the first. Reads nothing from the socket.
+    pub fn more_relayed(&mut self, batch: &mut RelayBatch) {
+        while self.stashed.is_none() && batch.len() < RELAYED_BYTES {
+            let taken = self.take_frame_into(Some(batch));
+            match taken {
+                Ok(Some(Taken::Joined)) => {}
+                Ok(Some(Taken::Inbound(inbound))) => self.stashed = Some(Ok(inbound)),
+                Ok(None) => return,
+                Err(error) => self.stashed = Some(Err(error)),
+            }
+        }
+    }
+
     /// Takes no messages of more bytes than this from now on; called before the first one.
     pub fn limit_messages(&mut self, bytes: usize) {
         self.assembler = Assembler::with_limit(bytes);
     }
 
-    /// Takes whole frames out of the buffer until one completes a message.
     fn take_frame(&mut self) -> Result<Option<Inbound>, LinkError> {
+        Ok(self.take_frame_into(None)?.and_then(|taken| match taken {
+            Taken::Inbound(inbound) => Some(inbound),
+            Taken::Joined => None,
+        }))
+    }
+
+    /// Takes whole frames out of the buffer until one completes a message. A relay datagram goes to
+    /// `batch`, if there is one.
+    fn take_frame_into(
+        &mut self,
+        mut batch: Option<&mut RelayBatch>,
+    ) -> Result<Option<Taken>, LinkError> {
         loop {
             let waiting = self.buffer.get(self.start..).unwrap_or_default();
             let Some((length, rest)) = waiting.split_first_chunk::<LENGTH_LEN>() else {
@@ -200,16 +251,22 @@ impl LinkReceiver {
                 Some(Frame::ControlMore(body)) => {
                     self.assembler.push(body, false)?.map(Inbound::Control)
                 }
-                Some(Frame::Relay(body)) => Some(Inbound::Relay(body.to_vec())),
+                Some(Frame::Relay(body)) => match batch.as_deref_mut() {
+                    Some(batch) => {
+                        batch.push(body);
+                        return Ok(Some(Taken::Joined));
+                    }
+                    None => Some(Inbound::Relay(body.to_vec())),
+                },
                 None => None,
             };
-            if whole.is_some() {
-                return Ok(whole);
+            if let Some(whole) = whole {
+                return Ok(Some(Taken::Inbound(whole)));
             }
         }
         self.buffer.drain(..self.start);
         self.start = 0;
-        if self.buffer.is_empty() && self.buffer.capacity() > 2 * READ_BYTES {
+        if self.buffer.is_empty() && !self.filled && self.buffer.capacity() > 2 * READ_BYTES {
             self.buffer = Vec::new();
         }
         Ok(None)

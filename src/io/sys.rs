@@ -55,6 +55,23 @@ pub(crate) fn tun_interface(device: &impl AsFd) -> nix::Result<(String, libc::c_
     Ok((name.to_string_lossy().into_owned(), libc::c_int::from(flags.cast_unsigned())))
 }
 
+/// Has the calling thread run before all threads of ordinary programs, or with them as usual. What
+/// it starts runs as usual.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_NICE` and without a limit that allows it (`RLIMIT_RTPRIO`).
+pub(crate) fn run_ahead(ahead: bool) -> nix::Result<()> {
+    // The lowest of the real-time priorities. As system calls, for the musl library has none of them.
+    let (policy, priority): (libc::c_int, libc::c_int) =
+        if ahead { (libc::SCHED_RR, 1) } else { (libc::SCHED_OTHER, 0) };
+    let policy = policy | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: thread 0 is the calling one; the kernel reads one `struct sched_param`, a C int, at the
+    // address of `priority`, which lives to the end of the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const priority) };
+    nix::errno::Errno::result(result).map(drop)
+}
+
 /// Whether a datagram that is longer than a link of its path takes may be cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fragments {

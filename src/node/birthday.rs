@@ -145,7 +145,7 @@ impl Node {
             // What the daemon cannot open, or is too much, makes the run smaller.
             let Some(socket) = self.open_socket(id, target.ip()) else { break };
             let tx = TxId(self.rng.random());
-            let Some(datagram) = self.seal_disco(id, &Message::Ping { tx, padding: 0 }) else {
+            let Some(datagram) = self.seal_disco(id, &Message::ping(tx, self.able())) else {
                 break;
             };
             self.openers.push_back(Opener { remote: target, socket, ttl: OPENER_TTL, datagram });
@@ -176,7 +176,7 @@ impl Node {
     /// it came.
     fn ping_by(&mut self, id: NodeId, target: Target) {
         let tx = TxId(self.rng.random());
-        if let Some(datagram) = self.seal_disco(id, &Message::Ping { tx, padding: 0 }) {
+        if let Some(datagram) = self.seal_disco(id, &Message::ping(tx, self.able())) {
             self.datagrams.push_bytes(target, &datagram);
         }
     }

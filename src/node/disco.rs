@@ -100,7 +100,10 @@ impl Node {
         self.note_present(id, via, now);
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadDisco)?;
         match message {
-            Message::Ping { tx, padding: _ } => peer.agent.handle_ping(tx, via, now),
+            Message::Ping { tx, able, padding: _ } => {
+                peer.second.is_known = able & disco::TWO_LANES != 0;
+                peer.agent.handle_ping(tx, via, now);
+            }
             Message::Pong { tx, observed: _, arrived } => {
                 let answer = peer.agent.handle_pong(tx, via, arrived, now);
                 if let Some(answer) = answer {
@@ -157,7 +160,7 @@ impl Node {
 
     /// Seals a ping that is as long as the data that holds an inner packet of `inner` bytes.
     pub(super) fn send_sized(&mut self, id: NodeId, via: Via, tx: TxId, inner: u16, whole: bool) {
-        let ping = Message::ping_of_len(tx, inner + SEAL_OVERHEAD);
+        let ping = Message::ping_of_len(tx, self.able(), inner + SEAL_OVERHEAD);
         let (Via::Direct { remote, socket, .. }, true) = (via, whole) else {
             return self.send_disco(id, via, &ping);
         };

@@ -5,17 +5,24 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::Node;
-use crate::dataplane::{MIN_SEAL_BUFFER, send_datagram};
+use crate::dataplane::{MIN_SEAL_BUFFER, send_datagram, sender_index};
 use crate::path::{TRAFFIC_TICK, Via};
 use crate::types::{DropReason, NodeId, PublicKey};
 
 /// How a handshake message names its session.
 #[derive(Debug, Clone, Copy)]
 enum Named {
-    /// By our node key and the peer's: it starts a handshake.
-    Keys(PublicKey, PublicKey),
+    /// By our node key and the peer's, and the lane: it starts a handshake.
+    Keys(PublicKey, PublicKey, Lane),
     /// By our receiver index.
     Receiver(u32),
+}
+
+/// One of the two lanes with a peer (see `lanes`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lane {
+    First,
+    Second,
 }
 
 /// A handshake because of an unknown session is started at most this often per peer.
@@ -35,8 +42,16 @@ impl Node {
         if relayed.is_some_and(|from| from != id) {
             return Err(DropReason::BadRelayFrame);
         }
-        self.prepare_session_of(id, own, key, now);
-        self.handle_handshake(id, Named::Keys(own, key), via, from, datagram, now)
+        let second =
+            |sender| self.peers.get(&id).map(|peer| peer.fast.calls_second(own, key, sender));
+        let lane = if sender_index(datagram).and_then(second).unwrap_or(false) {
+            self.prepare_second(id, (own, key), now);
+            Lane::Second
+        } else {
+            self.prepare_session_of(id, own, key, now);
+            Lane::First
+        };
+        self.handle_handshake(id, Named::Keys(own, key, lane), via, from, datagram, now)
     }
 
     pub(super) fn handle_handshake_reply(
@@ -64,9 +79,17 @@ impl Node {
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadHandshake)?;
         let mut reply = [0; MIN_SEAL_BUFFER];
         let is_cookie = datagram.first() == Some(&3);
-        let mut state = peer.fast.lock();
+        let lane = match named {
+            Named::Keys(.., lane) => lane,
+            Named::Receiver(receiver) if peer.fast.is_second(receiver) => Lane::Second,
+            Named::Receiver(_) => Lane::First,
+        };
+        let mut state = match lane {
+            Lane::First => peer.fast.lock(),
+            Lane::Second => peer.fast.lock_second().ok_or(DropReason::UnknownSession)?,
+        };
         let session = match named {
-            Named::Keys(own, key) => state.session_of(own, key),
+            Named::Keys(own, key, _) => state.session_of(own, key),
             Named::Receiver(receiver) => state.session_at(receiver),
         };
         let session = session.ok_or(DropReason::UnknownSession)?;
@@ -74,6 +97,9 @@ impl Node {
         let own = session.own_key();
         state.settle(now);
         drop(state);
+        if outcome.established && lane == Lane::First {
+            peer.fast.seal_on_second(false);
+        }
         let proved = peer.agent.choice().primary == Some(via);
         // A cookie proves nothing about its sender: who has seen our handshake can make one.
         if !is_cookie {
@@ -96,7 +122,10 @@ impl Node {
         self.drain_agent(id, now);
         if outcome.established {
             self.handshakes += 1;
-            self.handle_session_up(id, now);
+            match lane {
+                Lane::First => self.handle_session_up(id, now),
+                Lane::Second => self.handle_second_up(id),
+            }
         }
         Ok(())
     }
@@ -111,6 +140,7 @@ impl Node {
         }
         self.engine_tick_at.get_or_insert(now);
         self.flush(id, now);
+        self.try_second(id, now);
     }
 
     /// The data plane has packets for a peer, and no session or no path.

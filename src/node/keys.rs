@@ -12,6 +12,7 @@
 use std::time::{Duration, Instant};
 
 use super::keyring::{OwnKey, PeerKeys, Told};
+use super::peer::PeerControl;
 use super::{Event, Node};
 use crate::dataplane::{Session, SessionSettings};
 use crate::types::{NodeId, PublicKey, SecretKey};
@@ -165,8 +166,15 @@ impl Node {
         if outdated(&peer.fast.lock().session) {
             self.prepare_session(id, self.keys.public(), now);
         }
+        let second = |peer: &PeerControl| peer.fast.lock_second().map(|it| outdated(&it.session));
+        if self.peers.get(&id).and_then(second) == Some(true) {
+            let newest = self.peers.get(&id).map(|peer| (self.keys.public(), peer.keys.newest));
+            newest.map(|newest| self.prepare_second(id, newest, now));
+        }
         if let Some(peer) = self.peers.get(&id) {
-            peer.fast.lock().forget_sessions(outdated, now);
+            for mut lane in peer.fast.lanes() {
+                lane.forget_sessions(outdated, now);
+            }
         }
     }
 

@@ -14,7 +14,7 @@
 //! - `punch`: costly ways, agreed on with the peer; `birthday`: our part in them
 //! - `sockets`: local ports beside the main one
 //! - `signalling`: how news travels to the peers, and who may send to whom first
-//! - `handshake`: WireGuard handshakes in and out
+//! - `handshake`: WireGuard handshakes in and out; `lanes`: a second session with busy peers
 //! - `roam`: other addresses, other routes, and waking up
 //! - `netmap`: the network as the server described it, also on disk
 //! - `pace`: paths that nobody has asked for are made one after the other
@@ -37,6 +37,7 @@ mod handshake;
 mod history;
 mod keyring;
 mod keys;
+mod lanes;
 mod mapped;
 mod nat;
 mod netmap;
@@ -76,7 +77,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::dataplane::{Note, SessionSettings, Shared, Source, Target, UdpBatch};
-use crate::path::{Answer, BASE_MTU, Via};
+use crate::path::{Answer, BASE_MTU, Together, Via};
 use crate::policy::Filter;
 use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId};
 use crate::wire::control::{ClientMessage, RefusedCode};
@@ -96,6 +97,9 @@ use sighting::Sighting;
 use sockets::Sockets;
 use standing::Calendar;
 
+/// 5 Mbit/s both ways; what acknowledges a bulk transfer of a few hundred.
+const SECOND_LANE_FROM: u64 = 64 << 10;
+
 /// What can be set about a node.
 #[derive(Debug, Clone, Copy)]
 pub struct NodeSettings {
@@ -107,6 +111,9 @@ pub struct NodeSettings {
     pub birthday_probing: bool,
     /// The largest inner MTU that is looked for on direct paths, in bytes.
     pub max_mtu: u16,
+    /// With a peer to and from which so many bytes go in a tenth of a second, a second session is made,
+    /// so that sealing and opening do not wait for one another. `u64::MAX` for never.
+    pub second_lane_from: u64,
 }
 
 impl Default for NodeSettings {
@@ -116,6 +123,7 @@ impl Default for NodeSettings {
             eager_peers: 64,
             birthday_probing: true,
             max_mtu: BASE_MTU,
+            second_lane_from: SECOND_LANE_FROM,
         }
     }
 }
@@ -243,6 +251,8 @@ pub struct Node {
     removed: Removed,
     sockets: Sockets,
     punching: Punching,
+    /// What may go to addresses for which only peers vouch.
+    together: Together,
     openers: VecDeque<Opener>,
     whole_probes: VecDeque<WholeProbe>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
@@ -302,6 +312,7 @@ impl Node {
             removed: Removed::default(),
             sockets: Sockets::default(),
             punching: Punching::default(),
+            together: Together::default(),
             openers: VecDeque::new(),
             whole_probes: VecDeque::new(),
             scratch: VecDeque::new(),

@@ -7,6 +7,7 @@ use rand::Rng;
 
 use super::disco::RecentPings;
 use super::keyring::PeerKeys;
+use super::lanes::SecondLane;
 use super::part::UseRecord;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
@@ -39,6 +40,7 @@ pub(super) struct PeerControl {
     pub(super) use_record: UseRecord,
     /// The server does not see it, and it was heard by relay: it counts as present until then.
     pub(super) heard_until: Option<Instant>,
+    pub(super) second: SecondLane,
 }
 
 impl Node {
@@ -80,6 +82,7 @@ impl Node {
         let session = self.first_session(&keys, index);
         let mut agent = PathAgent::new(self.rng.random(), now);
         agent.set_mtu_limit(self.settings.max_mtu);
+        agent.share_account(self.together.clone());
         let peer = PeerControl {
             fast: Peer::new(id, info.addrs, index, session),
             agent,
@@ -92,6 +95,7 @@ impl Node {
             waiting_until: None,
             use_record: UseRecord::new(now),
             heard_until: None,
+            second: SecondLane::default(),
         };
         self.peers.insert(id, peer);
         self.index_keys(id);
@@ -207,7 +211,9 @@ impl Node {
             peer.insight.note_path(&peer.agent, from, to, why, now);
             if !is_upgrade(from, to) {
                 // What is under way on the old path is lost.
-                peer.fast.lock().sessions_mut().for_each(|session| session.hurry(now));
+                for mut lane in peer.fast.lanes() {
+                    lane.sessions_mut().for_each(|session| session.hurry(now));
+                }
             }
             if let (Some(Via::Direct { remote, .. }), Some(info)) =
                 (to, self.netmap.peers.get_mut(&id))
@@ -234,10 +240,10 @@ impl Node {
                 }
                 PathTransmit::Ping { via, tx } => {
                     if let Some(peer) = self.peers.get_mut(&id) {
-                        let sent = peer.fast.lock().sent.of(via);
+                        let sent = peer.fast.records().sent.of(via);
                         peer.agent.handle_counts(via, sent, now);
                     }
-                    self.send_disco(id, via, &Message::Ping { tx, padding: 0 });
+                    self.send_disco(id, via, &Message::ping(tx, self.able()));
                 }
                 PathTransmit::Sized { via, tx, inner, whole } => {
                     self.send_sized(id, via, tx, inner, whole);
@@ -249,7 +255,7 @@ impl Node {
                     }
                 }
                 PathTransmit::Pong { via, tx } => {
-                    let arrived = self.peers.get(&id).map(|it| it.fast.lock().arrived.of(via));
+                    let arrived = self.peers.get(&id).map(|it| it.fast.records().arrived.of(via));
                     let observed = match via {
                         Via::Direct { remote, .. } => Some(remote),
                         Via::RelayUdp | Via::RelayTcp => None,

@@ -31,6 +31,8 @@ pub(super) struct Prediction {
     asked: Option<TxId>,
     first: Option<SocketAddr>,
     second: Option<SocketAddr>,
+    /// The two were seen to differ: calls carry guesses.
+    varies: bool,
     /// Where a NAT that counts stands, and when that was seen.
     counter: Option<(Counter, Instant)>,
     looking: Option<(TxId, Instant)>,
@@ -59,6 +61,11 @@ impl Prediction {
     /// Whether the NAT was seen to count.
     pub(super) fn counts(&self) -> bool {
         self.counter.is_some()
+    }
+
+    /// Whether our calls say more than the server knows.
+    pub(super) fn has_guesses(&self) -> bool {
+        self.varies
     }
 
     /// Where the two reflector ports see the main socket.
@@ -91,6 +98,18 @@ impl Node {
             // The NAT has started over; which answer comes first to a new socket says nothing.
             self.prediction.second = None;
         }
+        self.weigh_mappings(now);
+    }
+
+    /// The second port, as far as it can be known before a welcome, saw us.
+    pub(super) fn note_second_port(
+        &mut self,
+        from: SocketAddr,
+        observed: SocketAddr,
+        now: Instant,
+    ) {
+        self.prediction.second_port.get_or_insert(from);
+        self.prediction.second = Some(observed);
         self.weigh_mappings(now);
     }
 
@@ -140,10 +159,12 @@ impl Node {
             return;
         };
         self.test_filter(first, second, now);
-        if self.prediction.counter.is_none()
-            && let Some(counter) = Counter::observe(first, second)
-        {
-            self.prediction.counter = Some((counter, now));
+        if first == second || self.prediction.counter.is_some() {
+            return;
+        }
+        self.prediction.counter = Counter::observe(first, second).map(|counter| (counter, now));
+        let known = std::mem::replace(&mut self.prediction.varies, true);
+        if !known || self.prediction.counter.is_some() {
             self.call_everybody(now);
         }
     }
@@ -151,6 +172,7 @@ impl Node {
     /// Our guesses changed: the peers that are not direct are called.
     fn call_everybody(&mut self, now: Instant) {
         self.call_epoch += 1;
+        self.update_signalling();
         let ids: Vec<NodeId> = self.peers.keys().copied().collect();
         for id in ids {
             if let Some(peer) = self.peers.get_mut(&id) {

@@ -20,7 +20,7 @@ use rand::Rng;
 use super::Node;
 use super::birthday::{Part, Probes};
 use crate::path::Via;
-use crate::path::birthday::{Budget, History, way};
+use crate::path::birthday::{Budget, History, Targets, way};
 use crate::types::{NodeId, usable_underlay};
 use crate::wire::disco::Message;
 use crate::wire::punch::{NatHint, Punch, Step, Way};
@@ -58,6 +58,7 @@ pub(super) struct Punching {
     pub(super) counters: PunchCounters,
     pub(super) budget: Budget,
     pub(super) probes: Probes,
+    targets: Targets,
     histories: BTreeMap<NodeId, History>,
 }
 
@@ -220,8 +221,9 @@ impl Node {
         }
         let tries = tries.max(self.punching.history(id).tries());
         let on = birthday && self.settings.birthday_probing;
+        let free = offer.mapped.is_none_or(|at| self.punching.targets.allows(at.ip(), now));
         match way(offer.nat, self.prediction.nat_hint(), on, tries, own > Some(id)) {
-            Some(way) if way.is_birthday() && !self.can_probe(now) => {
+            Some(way) if way.is_birthday() && !(self.can_probe(now) && free) => {
                 self.say(id, offer.run, Step::Busy);
             }
             Some(way) => {
@@ -258,6 +260,11 @@ impl Node {
             self.punching.history(id).postpone(HOPELESS_WAIT, now);
             return self.say(id, said.run, Step::Stop { found: false });
         };
+        if way.is_birthday() && !self.punching.targets.start(target.ip(), now) {
+            // Whoever claimed that address last got nowhere.
+            self.wait_for_turn(id, now);
+            return self.say(id, said.run, Step::Stop { found: false });
+        }
         let part = match (way, we_offered) {
             (Way::BothMove, _) => Part::moving(),
             (Way::OffererOpens, true) | (Way::AccepterOpens, false) => Part::opening(target),
@@ -298,6 +305,10 @@ impl Node {
         if let Some(history) = self.punching.histories.get_mut(&id) {
             history.succeed(now);
         }
+        let primary = self.peers.get(&id).and_then(|peer| peer.agent.choice().primary);
+        if let Some(Via::Direct { remote, .. }) = primary {
+            self.punching.targets.found(remote.ip());
+        }
     }
 
     /// The run has found nothing.
@@ -322,6 +333,7 @@ impl Node {
     pub(super) fn forget_punching(&mut self, now: Instant) {
         self.clear_run(now);
         self.punching.histories.clear();
+        self.punching.targets = Targets::default();
     }
 
     /// What costly ways have cost and brought so far.

@@ -13,7 +13,7 @@ use super::Node;
 use crate::dataplane::Target;
 use crate::path::Via;
 use crate::types::{DropReason, NodeId};
-use crate::wire::relay::{Control, RelayKey, verify};
+use crate::wire::relay::{AddressProof, Control, Proving, RelayKey, verify};
 
 /// Waits between binds that are not answered; the last one repeats.
 const RETRY: [Duration; 7] = [
@@ -58,6 +58,31 @@ struct RelaySession {
     /// The binds that may still be answered, newest last.
     sent: VecDeque<(u64, Instant)>,
     rtt: Option<Duration>,
+    /// What only who receives at our address knows, as the server told it last.
+    proof: AddressProof,
+    /// Answers in a row that asked for it.
+    asked_for_proof: usize,
+}
+
+impl RelaySession {
+    /// The server says what proves our address. What it asks for is said at once, and more and more
+    /// rarely to one that sees us somewhere else each time: until then it sends little to us by UDP.
+    fn handle_proof(&mut self, Proving { proof, wanted }: Proving, now: Instant) {
+        self.proof = proof;
+        if !wanted {
+            self.asked_for_proof = 0;
+            return;
+        }
+        let again = self.asked_for_proof.checked_sub(1);
+        let wait = again.map_or(Duration::ZERO, |tries| RETRY[tries.min(RETRY.len() - 1)]);
+        self.next_at = self.next_at.min(now + wait);
+        self.asked_for_proof += 1;
+    }
+
+    /// Whether the next bind only says what the last one could not.
+    fn only_proves(&self) -> bool {
+        self.asked_for_proof == 1 && self.unanswered == 0
+    }
 }
 
 impl RelayClient {
@@ -96,6 +121,8 @@ impl RelayClient {
             next_at: now,
             sent: VecDeque::new(),
             rtt: None,
+            proof: AddressProof::default(),
+            asked_for_proof: 0,
         });
     }
 
@@ -144,12 +171,17 @@ impl Node {
             session.sent.pop_front();
         }
         session.next_at = now + RETRY[session.unanswered.min(RETRY.len() - 1)];
+        let only_proves = session.only_proves();
         session.unanswered += 1;
         let lost = session.bound && session.unanswered > SILENT_BINDS;
-        let bind = Control::Bind { node: session.node, counter: session.counter };
+        let proof = Some(session.proof);
+        let bind = Control::Bind { node: session.node, counter: session.counter, proof };
         let target = Target::udp(session.server);
         self.datagrams.push_bytes(target, &bind.encode(Some(&session.key)));
-        self.ask_second_port();
+        if !only_proves {
+            // The last bind's question is as good.
+            self.ask_second_port();
+        }
         if lost {
             if let Some(session) = &mut self.relay.session {
                 session.bound = false;
@@ -179,7 +211,7 @@ impl Node {
             return if ours { Ok(()) } else { Err(DropReason::BadRelayFrame) };
         }
         let Some(session) = &mut self.relay.session else { return Err(DropReason::BadRelayFrame) };
-        let Control::Bound { node, counter, observed } = message else {
+        let Control::Bound { node, counter, observed, proof } = message else {
             return Err(DropReason::BadRelayFrame);
         };
         let genuine = from == session.server
@@ -196,6 +228,9 @@ impl Node {
         session.unanswered = 0;
         session.bound_at = Some(now);
         session.next_at = now + if relaying { REFRESH_IN_USE } else { REFRESH };
+        if let Some(proving) = proof {
+            session.handle_proof(proving, now);
+        }
         let appeared = !std::mem::replace(&mut session.bound, true);
         let moved = self.reflexive != Some(observed) && !self.host_endpoints.contains(&observed);
         self.note_announced(moved, now);

@@ -1,9 +1,10 @@
 //! Where is our socket seen? Asked at the start, while the control connection is still being made:
-//! the answer is in the hello then, and peers hear of it with everything else. With it comes a token,
-//! by which the hello may be in the first message of the connection, so it is asked for again beside
-//! each later one.
+//! the answer is in the hello then, and peers hear of it with everything else. The second reflector
+//! port is asked in the same breath: behind a NAT that counts, the first round of probes must wait
+//! until the peer knows more than the server does. With an answer comes a token, by which the hello may be
+//! in the first message of the connection, so it is asked for again beside each later one.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -20,6 +21,8 @@ const RETRY: [Duration; 4] = [
     Duration::from_millis(400),
     Duration::from_millis(800),
 ];
+/// An answer that takes longer is of no use.
+const LATE: Duration = Duration::from_secs(2);
 /// So many addresses of servers are asked.
 const MAX_SERVERS: usize = 4;
 
@@ -28,6 +31,8 @@ const MAX_SERVERS: usize = 4;
 pub(super) struct Sighting {
     servers: Vec<SocketAddr>,
     asked: Vec<(SocketAddr, TxId, Instant)>,
+    /// The server that answered first: where two of them see us shows nothing of a NAT's order.
+    answered: Option<IpAddr>,
     /// The round trip of the answer.
     rtt: Option<Duration>,
     tries: usize,
@@ -46,8 +51,10 @@ impl Sighting {
 
     /// A bind is answered, which says it better. A token may still come.
     pub(super) fn settle(&mut self) {
-        let asked = std::mem::take(&mut self.asked);
-        *self = Self { asked, ..Self::default() };
+        let (servers, mut asked) =
+            (std::mem::take(&mut self.servers), std::mem::take(&mut self.asked));
+        asked.retain(|(server, ..)| servers.contains(server));
+        *self = Self { servers, asked, ..Self::default() };
     }
 
     /// The network is another one.
@@ -71,8 +78,16 @@ impl Node {
         if self.sighting.next_at.is_some() {
             return;
         }
-        self.sighting.asked.clear();
+        // What was asked a moment ago may still be answered.
+        let late = |at: Instant| now.saturating_duration_since(at) > LATE;
+        self.sighting.asked.retain(|(.., at)| !late(*at));
+        if self.sighting.asked.is_empty() {
+            self.sighting.servers.clear();
+        }
         for server in servers.iter().take(MAX_SERVERS) {
+            if !self.sighting.servers.contains(server) {
+                self.sighting.servers.push(*server);
+            }
             self.ask_reflector(*server, now);
         }
     }
@@ -95,8 +110,9 @@ impl Node {
         if wait.is_none() {
             return;
         }
-        for server in self.sighting.servers.clone() {
-            self.ask_reflector(server, now);
+        let ports = |server: SocketAddr| [server, second_port(server)];
+        for port in self.sighting.servers.clone().into_iter().flat_map(ports) {
+            self.ask_reflector(port, now);
         }
     }
 
@@ -110,6 +126,17 @@ impl Node {
     ) -> bool {
         let asked = self.sighting.asked.extract_if(.., |(at, it, _)| (*at, *it) == (from, tx));
         let Some((.., asked_at)) = asked.last() else { return false };
+        let first_port = self.sighting.servers.contains(&from);
+        if *self.sighting.answered.get_or_insert(from.ip()) == from.ip() {
+            if first_port {
+                self.note_first_port(observed, now);
+            } else {
+                self.note_second_port(from, observed, now);
+            }
+        }
+        if !first_port {
+            return true;
+        }
         self.sighting.rtt = Some(now.saturating_duration_since(asked_at));
         self.sighting.next_at = None;
         // Over IPv6 we are mostly seen as we are, which says nothing about IPv4.
@@ -121,4 +148,9 @@ impl Node {
         }
         true
     }
+}
+
+/// Where a server's second reflector is, unless that port was taken; it tells in its welcome.
+fn second_port(server: SocketAddr) -> SocketAddr {
+    SocketAddr::new(server.ip(), server.port().saturating_add(1))
 }

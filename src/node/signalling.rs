@@ -35,6 +35,8 @@ impl Node {
         Signalling {
             server_rtt: self.relay.rtt().or(self.sighting.rtt()),
             announced_at: self.announced_at,
+            counts: self.prediction.counts(),
+            has_guesses: self.prediction.has_guesses(),
             doubles: self.netmap.identity.as_ref().is_some_and(|own| own.id > id),
             lag: eager.then(|| GATHER_PER_NODE.saturating_mul(peers)),
         }
@@ -56,7 +58,7 @@ impl Node {
         socket: SocketId,
         tx: TxId,
     ) {
-        let Some(datagram) = self.seal_disco(id, &Message::Ping { tx, padding: 0 }) else { return };
+        let Some(datagram) = self.seal_disco(id, &Message::ping(tx, self.able())) else { return };
         self.openers.push_back(Opener { remote, socket, ttl: OPENER_TTL, datagram });
     }
 }

@@ -79,6 +79,8 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
     /// Time since the last handshake.
     pub last_handshake: Option<Duration>,
+    /// Whether there is a second session, so that sealing and opening do not wait for one another.
+    pub second_session: bool,
 }
 
 impl Node {
@@ -177,6 +179,7 @@ impl Node {
             tx_bytes: counters.tx_bytes.load(Ordering::Relaxed),
             rx_bytes: counters.rx_bytes.load(Ordering::Relaxed),
             last_handshake: established.map(|at| now.saturating_duration_since(at)),
+            second_session: peer.fast.lock_second().is_some_and(|it| it.session.is_usable(now)),
         })
     }
 }

@@ -61,7 +61,8 @@ impl Node {
             .peers
             .iter()
             .filter(|(_, peer)| {
-                engine_due || due(peer.fast.lock().poll_timeout().map(|(at, _)| at))
+                engine_due
+                    || peer.fast.lanes().any(|lane| due(lane.poll_timeout().map(|(at, _)| at)))
             })
             .map(|(id, _)| *id)
             .collect();
@@ -80,8 +81,8 @@ impl Node {
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
         let mut soonest = Soonest::default();
         for peer in self.peers.values() {
-            let timeouts = [peer.agent.poll_timeout(), peer.fast.lock().poll_timeout()];
-            for (at, what) in timeouts.into_iter().flatten() {
+            let lanes = peer.fast.lanes().filter_map(|lane| lane.poll_timeout());
+            for (at, what) in lanes.chain(peer.agent.poll_timeout()) {
                 soonest.add(Some(at), what);
             }
             soonest.add(peer.waiting_until, "packets wait for a path");
@@ -111,12 +112,13 @@ impl Node {
             let heard = self.shared.unstamp(counters.last_heard_primary.load(Ordering::Relaxed));
             let quiet = |at: Instant| now.saturating_duration_since(at) > QUIET;
             if sent.is_none_or(quiet) {
+                self.let_second_go(id);
                 continue;
             }
             busy = true;
             peer.used_at = peer.used_at.max(sent);
             if let Some(via) = peer.agent.choice().primary {
-                let counts = peer.fast.lock().sent.of(via);
+                let counts = peer.fast.records().sent.of(via);
                 peer.agent.handle_counts(via, counts, now);
             }
             peer.agent.handle_traffic(Traffic { sent, heard }, now);
@@ -124,6 +126,7 @@ impl Node {
             relay_silent |= relayed
                 && heard.is_none_or(|at| now.saturating_duration_since(at) > RELAY_PATIENCE);
             self.drain_agent(id, now);
+            self.look_at_lanes(id, now);
         }
         if relay_silent {
             self.relay.verify(now);
@@ -133,10 +136,12 @@ impl Node {
 
     fn handle_session_timeout(&mut self, id: NodeId, now: Instant) {
         let wanted = self.wanted_keys(id);
+        let via = self.peers.get(&id).and_then(|peer| peer.agent.choice().primary);
+        self.handle_second_timeout(id, via, now);
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let mut state = peer.fast.lock();
         let waiting = state.expire_pending(self.shared.drops(), now);
-        let Some(via) = peer.agent.choice().primary else {
+        let Some(via) = via else {
             // Without a path an initiation would only use up its waits; the next path hurries it.
             state.sessions_mut().for_each(Session::give_up);
             return;

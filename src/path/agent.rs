@@ -27,7 +27,7 @@ use super::probe::Prober;
 use super::quality::Delivery;
 use super::relay_mtu::RelayMtu;
 use super::soonest::Soonest;
-use super::trickle::Trickle;
+use super::trickle::{Together, Trickle};
 use super::{Choice, Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
@@ -78,6 +78,8 @@ pub struct PathAgent {
     last_switch: Option<Instant>,
     round_at: Option<Instant>,
     called_at: Option<Instant>,
+    /// A call of the peer in this round was answered with another one of ours.
+    called_back: bool,
     call_epoch: u64,
     retry_at: Option<Instant>,
     retries: usize,
@@ -89,6 +91,7 @@ pub struct PathAgent {
     /// An extra socket by which the peer is tried, too.
     fresh: Option<SocketId>,
     trickle: Trickle,
+    together: Together,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -119,6 +122,7 @@ impl PathAgent {
             last_switch: None,
             round_at: None,
             called_at: None,
+            called_back: false,
             call_epoch: 0,
             retry_at: None,
             retries: 0,
@@ -128,9 +132,15 @@ impl PathAgent {
             stuck_since: None,
             fresh: None,
             trickle: Trickle::default(),
+            together: Together::default(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
+    }
+
+    /// What goes to addresses that have proved nothing is on this account, too: that of all peers.
+    pub fn share_account(&mut self, together: Together) {
+        self.together = together;
     }
 
     // ---- what the node tells -------------------------------------------------------------------
@@ -317,6 +327,7 @@ impl PathAgent {
                 let rtt = endpoint.prober.handle_pong(tx, now)?;
                 endpoint.delivery.handle_pong(tx, arrived, now);
                 endpoint.mtu.handle_pong(tx, now);
+                self.together.note_answer(remote.ip(), now);
                 rtt
             }
             Via::RelayUdp | Via::RelayTcp => {
@@ -365,7 +376,7 @@ impl PathAgent {
         let heard = endpoint.heard.max(endpoint.prober.last_pong());
         let srtt = endpoint.prober.srtt().unwrap_or_default();
         self.doubt.handle_traffic(traffic.sent, heard, now);
-        let suspicion = self.doubt.suspicion(srtt, now);
+        let suspicion = self.doubt.suspicion(srtt, endpoint.delivery.floods(), now);
         self.act_on(suspicion, now);
         if traffic.sent.is_some_and(|sent| now.saturating_duration_since(sent) < KEEPALIVE)
             && self.doubt.is_calm()
@@ -379,8 +390,10 @@ impl PathAgent {
         self.ping_due(now);
         self.ask_for_relay_mtu(now);
         if let Some(place) = self.primary.and_then(Via::place) {
-            let srtt = self.endpoints.get(&place).and_then(|endpoint| endpoint.prober.srtt());
-            let suspicion = self.doubt.suspicion(srtt.unwrap_or_default(), now);
+            let endpoint = self.endpoints.get(&place);
+            let srtt = endpoint.and_then(|endpoint| endpoint.prober.srtt()).unwrap_or_default();
+            let floods = endpoint.is_some_and(|endpoint| endpoint.delivery.floods());
+            let suspicion = self.doubt.suspicion(srtt, floods, now);
             self.act_on(suspicion, now);
         }
         if self.keepalive_at.is_some_and(|at| at <= now) {

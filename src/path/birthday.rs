@@ -14,11 +14,14 @@
 //! inside port to another one, and Linux goes on to use that for new destinations of the old port.
 //! Nobody can see which side it was, so both sides take a fresh one.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::seq::SliceRandom;
 
+use crate::types::source_of;
 use crate::wire::punch::{NatHint, Way};
 
 /// Sockets that one side opens.
@@ -36,6 +39,8 @@ const ENTRY_LIFETIME: Duration = Duration::from_secs(30);
 /// Waits after birthday runs that found nothing; the last one repeats.
 const BACKOFF: [Duration; 3] =
     [Duration::from_secs(60), Duration::from_secs(300), Duration::from_secs(1800)];
+/// Addresses that are kept account of.
+const MAX_TARGETS: usize = 256;
 /// The wait after a fresh port did not help: it costs nothing, and another way is next.
 const NEXT_WAY: Duration = Duration::from_secs(1);
 
@@ -114,6 +119,43 @@ impl Budget {
             self.spent.iter().filter(|(at, _)| alive(*at)).map(|(_, probes)| probes).sum();
         let left = PROBES.saturating_sub(spent);
         (left >= FEWEST_PROBES).then_some(left)
+    }
+}
+
+/// When an address may be probed again, whoever claims it. A peer may lie about where it is, and
+/// have others do the same: a run that has led to no path there counts for all of them.
+#[derive(Debug, Default)]
+pub struct Targets(BTreeMap<IpAddr, (usize, Instant)>);
+
+impl Targets {
+    /// Whether a run towards this address may start now. It counts as one that finds nothing, unless
+    /// [`Self::found`] says otherwise.
+    pub fn start(&mut self, address: IpAddr, now: Instant) -> bool {
+        let address = source_of(address);
+        if !self.0.contains_key(&address) && self.0.len() >= MAX_TARGETS {
+            self.0.retain(|_, (_, not_before)| *not_before > now);
+            if self.0.len() >= MAX_TARGETS {
+                return false;
+            }
+        }
+        let (runs, not_before) = self.0.entry(address).or_insert((0, now));
+        if *not_before > now {
+            return false;
+        }
+        *not_before = now + BACKOFF[(*runs).min(BACKOFF.len() - 1)];
+        *runs += 1;
+        true
+    }
+
+    /// Whether a run towards this address could start now.
+    #[must_use]
+    pub fn allows(&self, address: IpAddr, now: Instant) -> bool {
+        self.0.get(&source_of(address)).is_none_or(|(_, not_before)| *not_before <= now)
+    }
+
+    /// There is a path to a peer at this address.
+    pub fn found(&mut self, address: IpAddr) {
+        self.0.remove(&source_of(address));
     }
 }
 
@@ -229,6 +271,22 @@ mod tests {
         assert_eq!(budget.probes(start + Duration::from_secs(29)), None);
         assert_eq!(budget.probes(start + Duration::from_secs(30)), Some(700));
         assert_eq!(budget.probes(start + Duration::from_secs(33)), Some(PROBES));
+    }
+
+    #[test]
+    fn an_address_is_probed_ever_more_rarely_whoever_claims_it() {
+        let (mut targets, start) = (Targets::default(), epoch());
+        let victim: IpAddr = "192.0.2.1".parse().unwrap();
+        // Somebody claims it each second, for two hours.
+        let runs: Vec<u64> =
+            (0..7_200).filter(|s| targets.start(victim, start + Duration::from_secs(*s))).collect();
+        assert_eq!(runs, [0, 60, 360, 2_160, 3_960, 5_760]);
+        let end = start + Duration::from_secs(7_200);
+        assert!(targets.start("192.0.2.2".parse().unwrap(), end), "another one");
+        targets.found(victim);
+        assert!(targets.start(victim, end), "it was a peer's after all");
+        let many = (0..100_000u32).map(|n| IpAddr::from((n + 0x0100_0000).to_be_bytes()));
+        assert!(many.filter(|ip| targets.start(*ip, end)).count() <= MAX_TARGETS);
     }
 
     #[test]

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const ASK_AFTER: Duration = Duration::from_millis(100);
 /// Asked, and heard nothing (or four round trips): double the data.
 const DOUBLE_AFTER: Duration = Duration::from_millis(200);
+/// The same in a flood, in which questions and answers are lost like data.
+const DOUBLE_FLOOD_AFTER: Duration = Duration::from_millis(400);
 /// Heard nothing for this long (or six round trips): the path is dead. A second is what a user
 /// may lose; the traffic tick and the switch need the rest.
 const DEAD_AFTER: Duration = Duration::from_millis(800);
@@ -92,13 +94,14 @@ impl Doubt {
         self.asked_at = Some(now);
     }
 
-    /// What to do, on a path of this round trip.
-    pub(super) fn suspicion(&mut self, srtt: Duration, now: Instant) -> Suspicion {
+    /// What to do, on a path of this round trip; `floods` when we send more than it may carry.
+    pub(super) fn suspicion(&mut self, srtt: Duration, floods: bool, now: Instant) -> Suspicion {
         let Some(since) = self.waiting_since else { return Suspicion::None };
         let ask_at = since + ASK_AFTER.max(srtt * 2);
         let dead_at = since + DEAD_AFTER.max(srtt * 6);
         self.limits = Some((ask_at, dead_at));
-        self.doubled |= now >= since + DOUBLE_AFTER.max(srtt * 4);
+        let double_after = if floods { DOUBLE_FLOOD_AFTER } else { DOUBLE_AFTER };
+        self.doubled |= now >= since + double_after.max(srtt * 4);
         if now >= dead_at {
             Suspicion::Dead
         } else if now < ask_at {

@@ -49,6 +49,7 @@ pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};
 pub use probe::ProbeOutcome;
 pub use soonest::Soonest;
+pub use trickle::Together;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

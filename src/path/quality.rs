@@ -21,8 +21,17 @@ use crate::types::{SizeCounts, TxId};
 const GRACE: Duration = Duration::from_millis(30);
 /// Pings without a pong for this long (or three round trips): double the data.
 const DOUBLE_AFTER: Duration = Duration::from_millis(150);
-/// The path is asked this often while in doubt.
+/// The same while we send more than anybody may be able to open: pings stand in the queue that
+/// overflows, and are lost there like data.
+const DOUBLE_FLOOD_AFTER: Duration = Duration::from_millis(400);
+/// The path is asked this often while in doubt,
 const ASK_SPACING: Duration = Duration::from_millis(100);
+/// and in a flood.
+const ASK_FLOOD_SPACING: Duration = Duration::from_millis(25);
+/// So many datagrams a second are a flood, counted over
+const FLOOD_PER_SECOND: u32 = 20_000;
+/// at least this long.
+const FLOOD_SPAN: Duration = Duration::from_millis(120);
 /// Doubt that nothing ended for this long (or eight round trips): the path is dead. Nothing is lost
 /// meanwhile, as all is doubled.
 const DEAD_AFTER: Duration = Duration::from_millis(1_000);
@@ -61,6 +70,7 @@ pub(super) struct Delivery {
     lossy_since: Option<Instant>,
     /// What had been sent when the proof began.
     proof_from: SizeCounts,
+    floods: bool,
 }
 
 /// Datagrams of about one size.
@@ -88,7 +98,18 @@ impl Delivery {
         if self.history.len() == HISTORY {
             self.history.pop_front();
         }
+        let long_ago = |at: Instant| now.saturating_duration_since(at) >= FLOOD_SPAN;
+        if let Some((at, before)) = self.history.iter().rev().find(|(at, _)| long_ago(*at)) {
+            let secs = now.saturating_duration_since(*at).as_secs_f64();
+            let more = sent.since(*before).total();
+            self.floods = f64::from(more) >= f64::from(FLOOD_PER_SECOND) * secs;
+        }
         self.history.push_back((now, sent));
+    }
+
+    /// Whether so much is sent that pings may be lost for no other reason.
+    pub(super) fn floods(&self) -> bool {
+        self.floods
     }
 
     /// A ping leaves on the path.
@@ -217,7 +238,7 @@ impl Delivery {
     }
 
     fn doubted_since(&self, srtt: Duration, now: Instant) -> Option<Instant> {
-        let patience = DOUBLE_AFTER.max(srtt * 3);
+        let patience = if self.floods { DOUBLE_FLOOD_AFTER } else { DOUBLE_AFTER }.max(srtt * 3);
         let unanswered = self.unanswered_since.filter(|since| now >= *since + patience);
         let missing = self.classes[..SizeCounts::LARGE].iter().filter_map(|it| it.missing_since);
         missing.chain(unanswered).chain(self.lossy_since).min()
@@ -272,11 +293,12 @@ impl Delivery {
         let short = &self.classes[..SizeCounts::LARGE];
         let missing = short.iter().any(|it| it.missing_since.is_some())
             || self.classes.iter().any(|it| it.unsure >= 2 && it.missing == 0);
-        let again = self.asked_at.map(|at| at + ASK_SPACING);
+        let spacing = if self.floods { ASK_FLOOD_SPACING } else { ASK_SPACING };
+        let again = self.asked_at.map(|at| at + spacing);
         if missing || self.lossy_since.is_some() {
             return again;
         }
-        let patience = ASK_SPACING.max(srtt * 3 / 2);
+        let patience = spacing.max(srtt * 3 / 2);
         self.unanswered_since
             .map(|since| again.map_or(since + patience, |at| at.max(since + patience)))
     }
@@ -311,165 +333,4 @@ impl Class {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::epoch;
-
-    const MS: Duration = Duration::from_millis(1);
-    const RTT: Duration = Duration::from_millis(20);
-
-    /// A sender on a path, its clock, and what has arrived at the other end.
-    struct Flow {
-        delivery: Delivery,
-        now: Instant,
-        sent: SizeCounts,
-        arrived: SizeCounts,
-        pings: u8,
-    }
-
-    impl Flow {
-        fn new() -> Self {
-            let (sent, arrived) = (SizeCounts::default(), SizeCounts::default());
-            Self { delivery: Delivery::default(), now: epoch(), sent, arrived, pings: 0 }
-        }
-
-        /// Two hundred milliseconds of traffic, of which `kept` datagrams of each class arrive, and
-        /// a ping at the end, that is answered or not.
-        fn step(&mut self, sent: [u32; 3], kept: [u32; 3], answered: bool) -> Suspicion {
-            self.now += 100 * MS;
-            self.sent.add(SizeCounts(sent));
-            self.delivery.handle_sent(self.sent, self.now);
-            self.now += 100 * MS;
-            let tx = TxId([self.pings; 12]);
-            self.pings = self.pings.wrapping_add(1);
-            self.delivery.handle_ping(tx, self.now);
-            self.delivery.handle_sent(self.sent, self.now);
-            self.arrived.add(SizeCounts(kept));
-            if answered {
-                self.delivery.handle_pong(tx, Some(self.arrived), self.now + RTT);
-            }
-            self.delivery.suspicion(RTT, self.now + RTT)
-        }
-
-        fn doubles(&self) -> bool {
-            self.delivery.wants_duplicate(RTT, self.now + RTT)
-        }
-    }
-
-    #[test]
-    fn what_arrives_is_no_cause_for_doubt_though_some_is_lost() {
-        let mut flow = Flow::new();
-        for round in 0..200 {
-            let kept = if round % 2 == 0 { [9, 10, 0] } else { [10, 9, 0] };
-            assert_eq!(flow.step([10, 10, 0], kept, true), Suspicion::None);
-            assert!(!flow.doubles());
-        }
-        assert_eq!(flow.delivery.loss_permille(), Some(50));
-    }
-
-    #[test]
-    fn data_of_one_size_that_does_not_arrive_is_doubled_at_once_and_then_given_up() {
-        for kept in [[0, 0, 0], [10, 0, 0], [0, 10, 0]] {
-            let mut flow = Flow::new();
-            flow.step([10, 10, 0], [10, 10, 0], true);
-            assert_ne!(flow.step([10, 10, 0], kept, true), Suspicion::Dead);
-            assert!(flow.doubles(), "{kept:?}");
-            let dead = (0..8).any(|_| flow.step([10, 10, 0], kept, true) == Suspicion::Dead);
-            assert!(dead, "{kept:?}");
-        }
-    }
-
-    #[test]
-    fn large_datagrams_alone_are_a_matter_of_the_mtu() {
-        let mut flow = Flow::new();
-        flow.step([5, 0, 5], [5, 0, 5], true);
-        for _ in 0..10 {
-            assert_ne!(flow.step([5, 0, 5], [5, 0, 0], true), Suspicion::Dead);
-        }
-        assert!(flow.delivery.large_missing());
-        flow.delivery.forgive_large();
-        assert!(!flow.delivery.large_missing());
-    }
-
-    #[test]
-    fn a_death_in_the_middle_of_a_burst_is_noticed_by_the_first_retransmission() {
-        let mut flow = Flow::new();
-        flow.step([50, 50, 50], [50, 50, 50], true);
-        flow.step([50, 50, 50], [45, 45, 45], true);
-        assert!(!flow.doubles() && !flow.delivery.large_missing());
-        flow.step([0, 0, 0], [0, 0, 0], true);
-        assert!(!flow.doubles() && !flow.delivery.large_missing(), "only a pause");
-        flow.step([1, 1, 1], [0, 0, 0], true);
-        assert!(flow.doubles() && flow.delivery.large_missing(), "a retransmission is lost, too");
-    }
-
-    #[test]
-    fn one_lost_datagram_of_a_quiet_pair_is_forgotten() {
-        let mut flow = Flow::new();
-        flow.step([5, 5, 0], [5, 5, 0], true);
-        flow.step([0, 1, 0], [0, 0, 0], true);
-        assert!(flow.doubles());
-        for _ in 0..8 {
-            assert_ne!(flow.step([1, 0, 0], [1, 0, 0], true), Suspicion::Dead);
-        }
-        assert!(!flow.doubles(), "it has been forgotten");
-    }
-
-    #[test]
-    fn questions_without_answers_are_doubt_whatever_arrives() {
-        let mut flow = Flow::new();
-        flow.step([10, 0, 0], [10, 0, 0], true);
-        let mut seen = Vec::new();
-        for _ in 0..8 {
-            seen.push((flow.step([10, 0, 0], [10, 0, 0], false), flow.doubles()));
-        }
-        assert!(!seen[0].1 && seen[2].1, "{seen:?}");
-        assert_eq!(seen[7].0, Suspicion::Dead);
-        assert_eq!(flow.step([10, 0, 0], [10, 0, 0], true), Suspicion::None);
-    }
-
-    #[test]
-    fn a_third_of_all_data_lost_is_too_much() {
-        let mut flow = Flow::new();
-        let dead = (0..25).any(|_| flow.step([10, 0, 0], [6, 0, 0], true) == Suspicion::Dead);
-        assert!(dead, "{:?}", flow.delivery.loss_permille());
-        assert_eq!(flow.delivery.loss_permille(), Some(400));
-        let mut flow = Flow::new();
-        for _ in 0..25 {
-            assert_eq!(flow.step([10, 0, 0], [8, 0, 0], true), Suspicion::None);
-        }
-    }
-
-    #[test]
-    fn a_path_that_is_full_is_not_left() {
-        let mut flow = Flow::new();
-        for _ in 0..25 {
-            assert_eq!(flow.step([9_000, 0, 0], [2_000, 0, 0], true), Suspicion::None);
-            assert!(!flow.doubles());
-        }
-        assert_eq!(flow.delivery.loss_permille(), Some(777), "it is told all the same");
-        for _ in 0..25 {
-            assert_eq!(flow.step([10, 0, 0], [10, 0, 0], true), Suspicion::None);
-            assert!(!flow.doubles(), "nor remembered afterwards");
-        }
-        for (sent, arrived) in [(3_000, 100), (9_000, 1_000), (9_000, 1_000), (3_000, 100)] {
-            flow.step([sent, 0, 0], [arrived, 0, 0], true);
-            assert!(!flow.doubles(), "it begins and ends between two reports");
-        }
-        let dead = (0..25).any(|_| flow.step([900, 0, 0], [200, 0, 0], true) == Suspicion::Dead);
-        assert!(dead, "the same loss where little is sent");
-    }
-
-    #[test]
-    fn a_peer_that_counts_anew_has_lost_nothing() {
-        let mut flow = Flow::new();
-        for _ in 0..5 {
-            flow.step([10, 10, 0], [10, 10, 0], true);
-        }
-        flow.arrived = SizeCounts::default();
-        for _ in 0..5 {
-            assert_eq!(flow.step([10, 10, 0], [10, 10, 0], true), Suspicion::None);
-            assert!(!flow.doubles());
-        }
-    }
-}
+mod tests;

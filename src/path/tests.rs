@@ -59,6 +59,8 @@ impl World {
                 server_rtt: Some(RELAY_ONE_WAY),
                 announced_at: Some(announced),
                 lag: None,
+                counts: false,
+                has_guesses: false,
                 doubles: false,
             });
         }
@@ -213,6 +215,8 @@ fn a_peer_that_knows_our_endpoint_only_now_has_not_opened_its_nat() {
         server_rtt: Some(RELAY_ONE_WAY),
         announced_at: Some(now),
         lag: None,
+        counts: false,
+        has_guesses: false,
         doubles: false,
     };
     side.agent.set_signalling(signalling);

@@ -4,9 +4,14 @@
 //! answers go to whoever has that address. So an address that has proved nothing gets a first
 //! handful, for all its ports together, and then a trickle. Copies of data that go there before its
 //! answer (see `agent::early`) are on the same account.
+//!
+//! Several peers may lie together, or the server for all of them: so what goes to a public address
+//! is on an account of the whole node as well, until any peer has answered from there. Peers behind
+//! one NAT then have an account each. Private addresses are many homes' own, and stay with the peers.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::types::source_of;
@@ -22,27 +27,83 @@ const V4_HEADERS: u32 = 28;
 const V6_HEADERS: u32 = 48;
 /// Addresses that are kept account of. A peer has a few; one that claims more waits.
 const MAX_SOURCES: usize = 64;
+/// The same of all peers together.
+const MAX_TOGETHER: usize = 4096;
+/// An address from which a peer answered this long ago is no stranger's.
+const ANSWER_LIFETIME: Duration = Duration::from_secs(120);
 
 /// The account of one peer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Trickle {
     /// When all that was sent there would have been at the steady pace.
     paid_until: BTreeMap<IpAddr, Instant>,
+    max_sources: usize,
+}
+
+impl Default for Trickle {
+    fn default() -> Self {
+        Self { paid_until: BTreeMap::new(), max_sources: MAX_SOURCES }
+    }
+}
+
+/// The account of all peers of a node together.
+#[derive(Debug, Clone, Default)]
+pub struct Together(Arc<Mutex<Ledger>>);
+
+#[derive(Debug)]
+struct Ledger {
+    trickle: Trickle,
+    /// When a peer last answered from there.
+    answered: BTreeMap<IpAddr, Instant>,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        let trickle = Trickle { max_sources: MAX_TOGETHER, ..Trickle::default() };
+        Self { trickle, answered: BTreeMap::new() }
+    }
+}
+
+impl Together {
+    fn lock(&self) -> MutexGuard<'_, Ledger> {
+        // Each change is one call, so nothing is left half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A peer has answered from there.
+    pub(super) fn note_answer(&self, from: IpAddr, now: Instant) {
+        let mut ledger = self.lock();
+        let fresh = |at: &Instant| now.saturating_duration_since(*at) < ANSWER_LIFETIME;
+        if ledger.answered.len() >= MAX_TOGETHER {
+            ledger.answered.retain(|_, at| fresh(at));
+        }
+        if ledger.answered.len() < MAX_TOGETHER {
+            ledger.answered.insert(source_of(from), now);
+        }
+    }
+
+    /// Whether so many more bytes, headers and all, may go to this public address.
+    pub(super) fn take_bytes(&self, bytes: u32, to: IpAddr, now: Instant) -> bool {
+        let mut ledger = self.lock();
+        let fresh = |at: &Instant| now.saturating_duration_since(*at) < ANSWER_LIFETIME;
+        ledger.answered.get(&source_of(to)).is_some_and(fresh)
+            || ledger.trickle.take_bytes(bytes, to, now)
+    }
 }
 
 impl Trickle {
     /// Whether one more datagram of `len` bytes may go to this address, which has proved nothing.
-    pub(super) fn take(&mut self, len: usize, to: IpAddr, now: Instant) -> bool {
-        let headers = if source_of(to).is_ipv4() { V4_HEADERS } else { V6_HEADERS };
-        u32::try_from(len).is_ok_and(|len| self.take_bytes(len + headers, to, now))
+    #[cfg(test)]
+    fn take(&mut self, len: usize, to: IpAddr, now: Instant) -> bool {
+        with_headers(len, to).is_some_and(|bytes| self.take_bytes(bytes, to, now))
     }
 
     /// The same for so many bytes, headers and all: all of them, or none.
     pub(super) fn take_bytes(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
         let source = source_of(to);
-        if !self.paid_until.contains_key(&source) && self.paid_until.len() >= MAX_SOURCES {
+        if !self.paid_until.contains_key(&source) && self.paid_until.len() >= self.max_sources {
             self.paid_until.retain(|_, at| *at > now);
-            if self.paid_until.len() >= MAX_SOURCES {
+            if self.paid_until.len() >= self.max_sources {
                 return false;
             }
         }
@@ -54,6 +115,12 @@ impl Trickle {
         *paid_until = at + INTERVAL * bytes;
         true
     }
+}
+
+/// Bytes of a datagram on the wire.
+pub(super) fn with_headers(len: usize, to: IpAddr) -> Option<u32> {
+    let headers = if source_of(to).is_ipv4() { V4_HEADERS } else { V6_HEADERS };
+    u32::try_from(len).ok()?.checked_add(headers)
 }
 
 #[cfg(test)]
@@ -115,5 +182,35 @@ mod tests {
         assert_eq!(sent, MAX_SOURCES);
         let later = now + INTERVAL * 100;
         assert!(trickle.take(LEN, [198, 51, 100, 1].into(), later), "later there is room");
+    }
+
+    #[test]
+    fn a_node_has_one_account_for_an_address_until_somebody_answers_there() {
+        let (together, now) = (Together::default(), epoch());
+        let count = |ip: &str, now| {
+            let ip = ip.parse().unwrap();
+            (0..1_000).filter(|_| together.take_bytes(100, ip, now)).count() as u32
+        };
+        assert_eq!(count("192.0.2.1", now), BURST / 100);
+        assert_eq!(count("192.0.2.1", now), 0);
+        assert_eq!(count("2001:db8::1", now), BURST / 100);
+        assert_eq!(count("2001:db8::2", now), 0, "one home has one /64");
+        together.note_answer("192.0.2.1".parse().unwrap(), now);
+        assert_eq!(count("192.0.2.1", now), 1_000);
+        let later = now + ANSWER_LIFETIME;
+        assert_eq!(count("192.0.2.1", later), BURST / 100, "it has fallen silent");
+    }
+
+    #[test]
+    fn the_account_of_a_node_is_of_bounded_size() {
+        let (together, now) = (Together::default(), epoch());
+        let address = |n: u32| IpAddr::from((0x0100_0000 + n).to_be_bytes());
+        let taken = (0..100_000).filter(|n| together.take_bytes(100, address(*n), now)).count();
+        assert_eq!(taken, MAX_TOGETHER);
+        (0..100_000).for_each(|n| together.note_answer(address(n), now));
+        assert_eq!(together.lock().answered.len(), MAX_TOGETHER);
+        let later = now + ANSWER_LIFETIME;
+        together.note_answer(address(7), later);
+        assert_eq!(together.lock().answered.len(), 1, "those of before make room");
     }
 }

@@ -5,6 +5,7 @@
 //! send nor be sent to; who did not sign on with its key has no address here.
 
 pub mod limit;
+mod proof;
 pub mod queue;
 
 use std::collections::BTreeMap;
@@ -16,9 +17,11 @@ use super::{ConnectionId, reflect};
 use crate::types::{DropReason, NodeId};
 use crate::wire::PacketKind;
 use crate::wire::relay::{
-    self as wire, CONTROL_LEN, Control, DATA_HEADER_LEN, RelayKey, data_header, parse_data,
+    self as wire, AddressProof, CONTROL_LEN, Control, DATA_HEADER_LEN, Proving, RelayKey,
+    data_header, parse_data,
 };
 use limit::{Admitted, Allowance, Limits, Meter};
+use proof::{Prover, Unproved};
 
 /// A node is sent to by UDP for this long after its last bind. It binds every 20 seconds, and six
 /// times more in the next ten when it is not answered.
@@ -82,6 +85,8 @@ pub enum Verdict {
 pub enum Way {
     /// By UDP.
     Udp(Arrival),
+    /// By UDP, to an address that has proved nothing: each datagram has to be asked for.
+    Unproved(Arrival),
     /// By its control connection.
     Link(ConnectionId),
 }
@@ -112,12 +117,13 @@ pub enum RelayChange {
 }
 
 /// Who is where.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct RelayTable {
     nodes: BTreeMap<NodeId, Entry>,
     by_source: BTreeMap<(SocketId, SocketAddr), NodeId>,
     sightings: BTreeMap<NodeId, SocketAddr>,
     meter: Meter,
+    prover: Prover,
     tokens: Option<Tokens>,
 }
 
@@ -129,19 +135,43 @@ struct Entry {
     connection: Option<ConnectionId>,
     sighted_at: Option<Instant>,
     allowance: Allowance,
+    unproved: Unproved,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Binding {
     arrival: Arrival,
     at: Instant,
+    /// The node has shown that it receives there.
+    proved: bool,
+}
+
+/// What a bind says.
+#[derive(Debug, Clone, Copy)]
+struct Bind {
+    node: NodeId,
+    counter: u64,
+    proof: Option<AddressProof>,
 }
 
 impl RelayTable {
-    /// A table without nodes, whose reflector gives out `tokens`.
+    /// A table without nodes. `secret` is random: who knows it can prove any address.
     #[must_use]
-    pub fn new(limits: Limits, tokens: Tokens) -> Self {
-        Self { meter: Meter::new(limits), tokens: Some(tokens), ..Self::default() }
+    pub fn new(limits: Limits, secret: [u8; 32]) -> Self {
+        Self {
+            nodes: BTreeMap::new(),
+            by_source: BTreeMap::new(),
+            sightings: BTreeMap::new(),
+            meter: Meter::new(limits),
+            prover: Prover::new(RelayKey(secret)),
+            tokens: None,
+        }
+    }
+
+    /// The same with a reflector that gives out these tokens.
+    #[must_use]
+    pub fn with_tokens(self, tokens: Tokens) -> Self {
+        Self { tokens: Some(tokens), ..self }
     }
 
     /// The limits that hold.
@@ -190,9 +220,8 @@ impl RelayTable {
             }
             RelayChange::Removed(node) => {
                 self.sightings.remove(&node);
-                if let Some(Entry { bound: Some(bound), .. }) = self.nodes.remove(&node) {
-                    self.by_source.remove(&(bound.arrival.socket, bound.arrival.source));
-                }
+                self.unbind(node);
+                self.nodes.remove(&node);
             }
         }
     }
@@ -207,7 +236,7 @@ impl RelayTable {
         match PacketKind::classify(datagram) {
             PacketKind::Relay => {
                 let sender = self.by_source.get(&(arrival.socket, arrival.source)).copied();
-                match sender.filter(|sender| self.is_bound(*sender, now)) {
+                match sender.filter(|sender| self.is_heard(*sender, datagram.len(), now)) {
                     Some(sender) => self.forward(sender, datagram, now),
                     None => Verdict::Drop(DropReason::BadRelayFrame),
                 }
@@ -230,10 +259,13 @@ impl RelayTable {
     /// Decides what to do with a relay datagram that came by the control connection of `sender`.
     ///
     /// Who sends this way although it once signed on by UDP has lost UDP, and is answered this way
-    /// too.
+    /// too. Not so who has proved nothing: it may have been sent to this way.
     pub fn handle_from(&mut self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
         let bound = self.nodes.get(&sender).and_then(|entry| entry.bound);
-        if bound.is_some_and(|bound| now.saturating_duration_since(bound.at) >= BIND_ANSWERED) {
+        let lost = |bound: Binding| {
+            bound.proved && now.saturating_duration_since(bound.at) >= BIND_ANSWERED
+        };
+        if bound.is_some_and(lost) {
             self.unbind(sender);
         }
         self.forward(sender, datagram, now)
@@ -241,20 +273,27 @@ impl RelayTable {
 
     fn unbind(&mut self, node: NodeId) {
         if let Some(bound) = self.nodes.get_mut(&node).and_then(|entry| entry.bound.take()) {
-            self.by_source.remove(&(bound.arrival.socket, bound.arrival.source));
+            let source = (bound.arrival.socket, bound.arrival.source);
+            // Another node may have it by now.
+            if self.by_source.get(&source) == Some(&node) {
+                self.by_source.remove(&source);
+            }
         }
     }
 
-    fn forward(&self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
+    fn forward(&mut self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
         let Ok((target, _)) = parse_data(datagram) else {
             return Verdict::Drop(DropReason::Malformed);
         };
         let members = self.nodes.contains_key(&sender) && sender != target;
-        let Some(entry) = self.nodes.get(&target).filter(|_| members) else {
+        let Some(entry) = self.nodes.get_mut(&target).filter(|_| members) else {
             return Verdict::Drop(DropReason::BadRelayFrame);
         };
-        let way = match (entry.bound, entry.connection) {
-            (Some(bound), _) if bound.is_fresh(now) => Way::Udp(bound.arrival),
+        let way = match (entry.bound.filter(|bound| bound.is_fresh(now)), entry.connection) {
+            (Some(bound), _) if bound.proved => Way::Udp(bound.arrival),
+            (Some(bound), _) if entry.unproved.take(datagram.len(), now) => {
+                Way::Unproved(bound.arrival)
+            }
             (_, Some(connection)) => Way::Link(connection),
             _ => return Verdict::Drop(DropReason::RelayPeerAbsent),
         };
@@ -264,14 +303,21 @@ impl RelayTable {
         Verdict::Forward(way)
     }
 
-    fn is_bound(&self, node: NodeId, now: Instant) -> bool {
-        self.nodes.get(&node).and_then(|entry| entry.bound).is_some_and(|at| at.is_fresh(now))
+    /// Whether a node may send from where it is; what comes from an address that has proved nothing
+    /// may go back there.
+    fn is_heard(&mut self, node: NodeId, len: usize, now: Instant) -> bool {
+        let Some(entry) = self.nodes.get_mut(&node) else { return false };
+        let Some(bound) = entry.bound.filter(|bound| bound.is_fresh(now)) else { return false };
+        if !bound.proved {
+            entry.unproved.heard(len);
+        }
+        true
     }
 
     fn handle_control(&mut self, datagram: &[u8], arrival: Arrival, now: Instant) -> Verdict {
         match Control::parse(datagram) {
-            Ok(Control::Bind { node, counter }) => {
-                self.handle_bind(datagram, node, counter, arrival, now)
+            Ok(Control::Bind { node, counter, proof }) => {
+                self.handle_bind(datagram, Bind { node, counter, proof }, arrival, now)
             }
             Ok(Control::Reflect { tx, from_other_port }) => {
                 let from =
@@ -292,8 +338,7 @@ impl RelayTable {
     fn handle_bind(
         &mut self,
         datagram: &[u8],
-        node: NodeId,
-        counter: u64,
+        Bind { node, counter, proof }: Bind,
         arrival: Arrival,
         now: Instant,
     ) -> Verdict {
@@ -307,27 +352,52 @@ impl RelayTable {
         if wire::verify(datagram, key).is_err() || entry.counter >= Some(counter) {
             return bad;
         }
-        let bound = Control::Bound { node, counter, observed: arrival.source };
+        let proved = proof.is_some_and(|said| self.prover.accepts(said, node, arrival, now));
+        let proof =
+            proof.map(|_| Proving { proof: self.prover.tell(node, arrival, now), wanted: !proved });
+        let bound = Control::Bound { node, counter, observed: arrival.source, proof };
         let bytes = bound.encode(Some(key));
         entry.counter = Some(counter);
-        let before = entry.bound.replace(Binding { arrival, at: now });
-        let moved = before.is_none_or(|before| before.arrival.source != arrival.source);
+        let moved = entry.bound.is_none_or(|before| before.arrival.source != arrival.source);
         let recent = |at: Instant| now.saturating_duration_since(at) < SIGHTING_SPACING;
         if (moved || entry.sighted_at.is_none()) && !entry.sighted_at.is_some_and(recent) {
             entry.sighted_at = Some(now);
             self.sightings.insert(node, arrival.source);
         }
-        if let Some(Binding { arrival, .. }) = before {
-            self.by_source.remove(&(arrival.socket, arrival.source));
+        if moved {
+            entry.unproved.moved();
         }
-        let displaced = self.by_source.insert((arrival.socket, arrival.source), node);
-        // A NAT has given an old address to another node: the old owner is not there any more.
-        if let Some(entry) =
-            displaced.filter(|id| *id != node).and_then(|id| self.nodes.get_mut(&id))
-        {
-            entry.bound = None;
-        }
+        self.bind(node, Binding { arrival, at: now, proved }, now);
         Verdict::Reply { bytes, from: arrival.socket }
+    }
+
+    /// A node is sent to there from now on. What comes from there is its own, unless another node
+    /// has shown that it is there and this one has not.
+    fn bind(&mut self, node: NodeId, binding: Binding, now: Instant) {
+        self.unbind(node);
+        if let Some(entry) = self.nodes.get_mut(&node) {
+            entry.bound = Some(binding);
+        }
+        let source = (binding.arrival.socket, binding.arrival.source);
+        let owner = self.by_source.get(&source).filter(|owner| **owner != node);
+        let owner = owner.and_then(|owner| self.nodes.get_mut(owner));
+        if let Some(owner) = owner {
+            let there = owner.bound.is_some_and(|bound| bound.proved && bound.is_fresh(now));
+            if there && !binding.proved {
+                return;
+            }
+            // A NAT has given an old address to another node: the old owner is not there any more.
+            owner.bound = None;
+        }
+        self.by_source.insert(source, node);
+    }
+}
+
+/// A table whose proofs anybody can make.
+#[cfg(test)]
+impl Default for RelayTable {
+    fn default() -> Self {
+        Self::new(Limits::default(), [0; 32])
     }
 }
 

@@ -38,12 +38,15 @@ const MAC_LEN: usize = 16;
 /// Bytes that sealing adds to a message.
 pub const OVERHEAD: usize = HEADER_LEN + NONCE_LEN + MAC_LEN;
 /// A sealed ping without padding.
-pub const PING_LEN: usize = OVERHEAD + 13;
+pub const PING_LEN: usize = OVERHEAD + 14;
 /// The longest sealed pong.
-pub const PONG_LEN: usize = PING_LEN + ENDPOINT_LEN + COUNTS_LEN;
+pub const PONG_LEN: usize = OVERHEAD + 13 + ENDPOINT_LEN + COUNTS_LEN;
 
 /// The largest packet that is opened: more than any message needs, less than costs time.
 pub const MAX_PACKET: usize = 9000;
+
+/// In a ping: the sender answers a second session beside the first.
+pub const TWO_LANES: u8 = 1;
 
 /// Of the counts in a pong.
 const COUNTS_LEN: usize = 4 * SizeCounts::CLASSES;
@@ -99,10 +102,13 @@ impl From<UnexpectedEnd> for DiscoError {
 pub enum Message {
     /// "Do you hear me on this path?" Answered by a pong on the path it came by.
     ///
-    /// Layout: type 1, 12 bytes transaction id, then padding.
+    /// Layout: type 1, 12 bytes transaction id, one byte of what the sender can do, then padding.
+    /// Older nodes send at most zeros behind the id, and can do nothing of it.
     Ping {
         /// Comes back in the pong.
         tx: TxId,
+        /// What the sender can do: [`TWO_LANES`].
+        able: u8,
         /// Zero bytes behind the message, to probe a path at a packet size.
         padding: u16,
     },
@@ -149,18 +155,27 @@ pub enum Message {
 }
 
 impl Message {
+    /// A ping as short as it can be.
+    #[must_use]
+    pub fn ping(tx: TxId, able: u8) -> Self {
+        Self::Ping { tx, able, padding: 0 }
+    }
+
     /// A ping in a packet of `len` bytes, or of its own length where that is more.
     #[must_use]
-    pub fn ping_of_len(tx: TxId, len: u16) -> Self {
-        let bare = u16::try_from(OVERHEAD + 1 + tx.0.len()).unwrap_or(u16::MAX);
-        Self::Ping { tx, padding: len.saturating_sub(bare) }
+    pub fn ping_of_len(tx: TxId, able: u8, len: u16) -> Self {
+        let bare = u16::try_from(PING_LEN).unwrap_or(u16::MAX);
+        Self::Ping { tx, able, padding: len.saturating_sub(bare) }
     }
 
     fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Ping { tx, padding } => {
+            Self::Ping { tx, able, padding } => {
                 let mut bytes = vec![PING];
                 bytes.extend_from_slice(&tx.0);
+                if *able != 0 || *padding != 0 {
+                    bytes.push(*able);
+                }
                 bytes.resize(bytes.len() + usize::from(*padding), 0);
                 bytes
             }
@@ -212,8 +227,9 @@ impl Message {
         match reader.u8()? {
             PING => {
                 let tx = TxId(reader.array()?);
+                let able = reader.u8().unwrap_or_default();
                 let padding = u16::try_from(reader.0.len()).unwrap_or(u16::MAX);
-                Ok(Self::Ping { tx, padding })
+                Ok(Self::Ping { tx, able, padding })
             }
             PONG => {
                 let tx = TxId(reader.array()?);
@@ -365,8 +381,9 @@ mod tests {
         let v4 = "203.0.113.7:41820".parse().unwrap();
         let v6 = "[2001:db8::7]:9".parse().unwrap();
         vec![
-            Message::Ping { tx: TxId([3; 12]), padding: 0 },
-            Message::Ping { tx: TxId([3; 12]), padding: 1200 },
+            Message::Ping { tx: TxId([3; 12]), able: 0, padding: 0 },
+            Message::Ping { tx: TxId([3; 12]), able: 0, padding: 1200 },
+            Message::ping(TxId([3; 12]), TWO_LANES),
             Message::Pong { tx: TxId([4; 12]), observed: Some(v4), arrived: None },
             Message::Pong {
                 tx: TxId([4; 12]),
@@ -420,12 +437,14 @@ mod tests {
     #[test]
     fn the_bytes_are_those_of_the_protocol_document() {
         let (a, _) = pair();
-        let packet = a.seal(&Message::Ping { tx: TxId([3; 12]), padding: 0 }, [9; 24]);
-        assert_eq!(packet.len(), PING_LEN);
+        let packet = a.seal(&Message::Ping { tx: TxId([3; 12]), able: 0, padding: 0 }, [9; 24]);
+        assert_eq!(packet.len(), PING_LEN - 1, "as older nodes send it");
         let observed = Some("192.0.2.1:1".parse().unwrap());
         let arrived = Some(SizeCounts::default());
         let pong = Message::Pong { tx: TxId([3; 12]), observed, arrived };
         assert_eq!(a.seal(&pong, [9; 24]).len(), PONG_LEN);
+        let ping = Message::ping(TxId([3; 12]), TWO_LANES);
+        assert_eq!(a.seal(&ping, [9; 24]).len(), PING_LEN);
         assert_eq!(
             data_encoding::HEXLOWER.encode(&packet),
             include_str!("../../tests/golden/disco-ping.hex").trim()
@@ -435,8 +454,8 @@ mod tests {
     #[test]
     fn a_ping_can_be_as_long_as_data() {
         let (a, _) = pair();
-        for len in [OVERHEAD + 13, 100, 1_312, MAX_PACKET] {
-            let ping = Message::ping_of_len(TxId([3; 12]), u16::try_from(len).unwrap());
+        for len in [PING_LEN, 100, 1_312, MAX_PACKET] {
+            let ping = Message::ping_of_len(TxId([3; 12]), TWO_LANES, u16::try_from(len).unwrap());
             assert_eq!(a.seal(&ping, [9; 24]).len(), len);
         }
     }
@@ -456,7 +475,7 @@ mod tests {
             let endpoint = SocketAddr::new(ip.to_ipv4_mapped().map_or(ip.into(), Into::into), port);
             let candidate = Candidate::new(endpoint, CandidateKind::from_code(kind));
             for message in [
-                Message::Ping { tx: TxId(tx), padding: port % 1400 },
+                Message::Ping { tx: TxId(tx), able: tx[0], padding: port % 1400 },
                 Message::CallMeMaybe { epoch, candidates: vec![candidate] },
             ] {
                 proptest::prop_assert_eq!(Message::decode(&message.encode()), Ok(message));

@@ -25,7 +25,10 @@
 //! *Bind* (1) tells the server at which address a node is; the MAC is keyed BLAKE2s over all that
 //! stands before it, under the relay key that the control connection gave out, and the counter
 //! must rise, so an old bind cannot be replayed from elsewhere. *Bound* (2) answers with the
-//! address seen. *Reflect* (3) and *Reflected* (4) do the same for anybody, unauthenticated: node
+//! address seen. What a node asks for with flag 2 in its bind, and what it may leave out, is a proof
+//! of its address: then bound has flag 2 as well, and its last 16 bytes are a proof (8) and a MAC cut
+//! to 8 bytes; the node says the proof in the first bytes of the endpoint field of its next binds.
+//! Flag 4 in bound says that the server has none yet for this address. *Reflect* (3) and *Reflected* (4) do the same for anybody, unauthenticated: node
 //! and counter together are the 12-byte transaction id, the MAC bytes are zero, and flag 1 asks
 //! for the answer from the server's other port (RFC 5780 section 4.4: which filter has my NAT?).
 //! In the answer a [`Token`] stands in the place of the MAC.
@@ -60,9 +63,15 @@ const REFLECTED: u8 = 4;
 const KNOCK: u8 = 5;
 const KNOCKED: u8 = 6;
 const FLAG_OTHER_PORT: u8 = 1;
+const FLAG_PROOF: u8 = 2;
+const FLAG_UNPROVED: u8 = 4;
 const MAC_LEN: usize = 16;
 /// Length of a token.
 pub const TOKEN_LEN: usize = MAC_LEN;
+/// Of a bound that carries a proof.
+const SHORT_MAC_LEN: usize = 8;
+/// Where the proof of a bound stands.
+const PROOF_AT: usize = CONTROL_LEN - MAC_LEN;
 
 /// Why a relay message was not understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -138,6 +147,10 @@ impl RelayKey {
 /// no old recording. The bytes mean something to the server alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Token(pub [u8; TOKEN_LEN]);
+/// What only who receives at an address knows: the server has told it there, and nowhere else. All
+/// zero is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AddressProof(pub [u8; 8]);
 
 /// A sign-on or reflector message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,6 +161,8 @@ pub enum Control {
         node: NodeId,
         /// Rises with every bind under one key.
         counter: u64,
+        /// The last one that was told; none from a node that cannot say it.
+        proof: Option<AddressProof>,
     },
     /// Server to node: I saw you at `observed`. Check with [`verify`].
     Bound {
@@ -157,6 +172,8 @@ pub enum Control {
         counter: u64,
         /// Where the bind came from: the node's reflexive candidate.
         observed: SocketAddr,
+        /// For who can say it in its next binds.
+        proof: Option<Proving>,
     },
     /// Anybody to server: where do you see me?
     Reflect {
@@ -190,15 +207,34 @@ pub enum Control {
     },
 }
 
+/// What a node is told about the proof of its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Proving {
+    /// To be said in the next binds.
+    pub proof: AddressProof,
+    /// The bind that this answers did not have it: another one is due.
+    pub wanted: bool,
+}
+
 impl Control {
     /// The 50 bytes of this message. Bind and bound need the node's `key`, the others have none.
     #[must_use]
     pub fn encode(&self, key: Option<&RelayKey>) -> [u8; CONTROL_LEN] {
         let zero = [0; ENDPOINT_LEN];
         let (kind, flags, id, endpoint) = match *self {
-            Self::Bind { node, counter } => (BIND, 0, node_id_bytes(node, counter), zero),
-            Self::Bound { node, counter, observed } => {
-                (BOUND, 0, node_id_bytes(node, counter), inverted(observed))
+            Self::Bind { node, counter, proof } => {
+                let mut field = zero;
+                field[..8].copy_from_slice(&proof.unwrap_or_default().0);
+                let flags = if proof.is_some() { FLAG_PROOF } else { 0 };
+                (BIND, flags, node_id_bytes(node, counter), field)
+            }
+            Self::Bound { node, counter, observed, proof } => {
+                let flags = match proof {
+                    None => 0,
+                    Some(Proving { wanted: false, .. }) => FLAG_PROOF,
+                    Some(Proving { wanted: true, .. }) => FLAG_PROOF | FLAG_UNPROVED,
+                };
+                (BOUND, flags, node_id_bytes(node, counter), inverted(observed))
             }
             Self::Reflect { tx, from_other_port } => {
                 (REFLECT, if from_other_port { FLAG_OTHER_PORT } else { 0 }, tx.0, zero)
@@ -216,9 +252,13 @@ impl Control {
         if let Self::Reflected { token: Some(token), .. } = self {
             bytes[CONTROL_LEN - MAC_LEN..].copy_from_slice(&token.0);
         }
+        if let Self::Bound { proof: Some(Proving { proof, .. }), .. } = self {
+            bytes[PROOF_AT..PROOF_AT + 8].copy_from_slice(&proof.0);
+        }
         if let Some(key) = key {
-            let mac = key.mac(&bytes[..CONTROL_LEN - MAC_LEN]).finalize().into_bytes();
-            bytes[CONTROL_LEN - MAC_LEN..].copy_from_slice(&mac);
+            let at = CONTROL_LEN - mac_len(&bytes);
+            let mac = key.mac(&bytes[..at]).finalize().into_bytes();
+            bytes[at..].copy_from_slice(&mac[..CONTROL_LEN - at]);
         }
         bytes
     }
@@ -241,15 +281,24 @@ impl Control {
         let kind = reader.u8()?;
         let flags = reader.u8()?;
         let id: [u8; 12] = reader.array()?;
-        let endpoint = invert(reader.array()?);
+        let field: [u8; ENDPOINT_LEN] = reader.array()?;
+        let tail: [u8; MAC_LEN] = reader.array()?;
+        let told = AddressProof(Reader(&tail).array()?);
+        let said = AddressProof(Reader(&field).array()?);
+        let proves = flags & FLAG_PROOF != 0;
+        let endpoint = invert(field);
         let mut id_reader = Reader(&id);
         let node = NodeId::new(id_reader.u32()?);
         let counter = id_reader.u64()?;
         let observed = Reader(&endpoint).endpoint()?;
-        let token = Some(reader.array()?).filter(|bytes| *bytes != [0; TOKEN_LEN]).map(Token);
+        let token = (tail != [0; TOKEN_LEN]).then_some(Token(tail));
         match (kind, node) {
-            (BIND, Some(node)) => Ok(Self::Bind { node, counter }),
-            (BOUND, Some(node)) => Ok(Self::Bound { node, counter, observed }),
+            (BIND, Some(node)) => Ok(Self::Bind { node, counter, proof: proves.then_some(said) }),
+            (BOUND, Some(node)) => {
+                let wanted = flags & FLAG_UNPROVED != 0;
+                let proof = proves.then_some(Proving { proof: told, wanted });
+                Ok(Self::Bound { node, counter, observed, proof })
+            }
             (REFLECT, _) => {
                 Ok(Self::Reflect { tx: TxId(id), from_other_port: flags & FLAG_OTHER_PORT != 0 })
             }
@@ -266,9 +315,19 @@ impl Control {
 /// # Errors
 /// When it was not made with this key.
 pub fn verify(datagram: &[u8], key: &RelayKey) -> Result<(), RelayError> {
-    let (head, mac) =
-        datagram.split_at_checked(CONTROL_LEN - MAC_LEN).ok_or(RelayError::WrongLength)?;
-    key.mac(head).verify_slice(mac).map_err(|_| RelayError::Forged)
+    let at = CONTROL_LEN - mac_len(datagram);
+    let (head, mac) = datagram.split_at_checked(at).ok_or(RelayError::WrongLength)?;
+    if mac.len() != CONTROL_LEN - at {
+        return Err(RelayError::WrongLength);
+    }
+    key.mac(head).verify_truncated_left(mac).map_err(|_| RelayError::Forged)
+}
+
+fn mac_len(datagram: &[u8]) -> usize {
+    match datagram {
+        [_, _, BOUND, flags, ..] if flags & FLAG_PROOF != 0 => SHORT_MAC_LEN,
+        _ => MAC_LEN,
+    }
 }
 
 fn node_id_bytes(node: NodeId, counter: u64) -> [u8; 12] {
@@ -294,6 +353,10 @@ mod tests {
         NodeId::new(0x0102_0304).unwrap()
     }
 
+    fn proving(wanted: bool) -> Proving {
+        Proving { proof: AddressProof([8; 8]), wanted }
+    }
+
     #[test]
     fn a_relay_header_survives_and_keeps_the_payload() {
         let mut datagram = data_header(node()).to_vec();
@@ -310,8 +373,11 @@ mod tests {
         let observed = "203.0.113.9:1234".parse().unwrap();
         let key = RelayKey([5; 32]);
         for message in [
-            Control::Bind { node: node(), counter: 7 },
-            Control::Bound { node: node(), counter: 7, observed },
+            Control::Bind { node: node(), counter: 7, proof: None },
+            Control::Bind { node: node(), counter: 7, proof: Some(AddressProof([9; 8])) },
+            Control::Bound { node: node(), counter: 7, observed, proof: None },
+            Control::Bound { node: node(), counter: 7, observed, proof: Some(proving(true)) },
+            Control::Bound { node: node(), counter: 7, observed, proof: Some(proving(false)) },
             Control::Reflect { tx: TxId([1; 12]), from_other_port: true },
             Control::Knock { tx: TxId([1; 12]), port: 7 },
             Control::Knocked { tx: TxId([1; 12]), at: observed },
@@ -329,7 +395,7 @@ mod tests {
         let question = Control::Reflect { tx: TxId([1; 12]), from_other_port: false };
         let observed = "203.0.113.9:1".parse().unwrap();
         let answer = Control::Reflected { tx: TxId([1; 12]), observed, token: None };
-        let bind = Control::Bind { node: node(), counter: 7 };
+        let bind = Control::Bind { node: node(), counter: 7, proof: None };
         let padded = |message: Control| [&message.encode(None)[..], &[0; 1400]].concat();
         assert_eq!(Control::parse(&padded(question)), Ok(question));
         for message in [answer, bind] {
@@ -349,13 +415,26 @@ mod tests {
     }
 
     #[test]
-    fn a_bind_under_another_key_or_with_another_counter_is_forged() {
+    fn a_bind_or_bound_under_another_key_or_with_a_changed_byte_is_forged() {
         let key = RelayKey([5; 32]);
-        let mut bytes = Control::Bind { node: node(), counter: 7 }.encode(Some(&key));
-        assert_eq!(verify(&bytes, &key), Ok(()));
-        assert_eq!(verify(&bytes, &RelayKey([6; 32])), Err(RelayError::Forged));
-        bytes[15] += 1;
-        assert_eq!(verify(&bytes, &key), Err(RelayError::Forged));
+        let observed = "203.0.113.9:1234".parse().unwrap();
+        for message in [
+            Control::Bind { node: node(), counter: 7, proof: None },
+            Control::Bind { node: node(), counter: 7, proof: Some(AddressProof([9; 8])) },
+            Control::Bound { node: node(), counter: 7, observed, proof: None },
+            Control::Bound { node: node(), counter: 7, observed, proof: Some(proving(true)) },
+        ] {
+            let bytes = message.encode(Some(&key));
+            assert_eq!(verify(&bytes, &key), Ok(()));
+            assert_eq!(verify(&bytes, &RelayKey([6; 32])), Err(RelayError::Forged));
+            for at in 0..CONTROL_LEN {
+                let mut changed = bytes;
+                changed[at] ^= 2;
+                assert!(verify(&changed, &key).is_err(), "{message:?}, byte {at}");
+            }
+        }
+        assert_eq!(verify(&[0xb3; 20], &key), Err(RelayError::WrongLength));
+        assert_eq!(verify(&[0xb3; 60], &key), Err(RelayError::WrongLength));
     }
 
     proptest::proptest! {

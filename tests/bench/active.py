@@ -9,10 +9,9 @@ processor time is measured. Printed for each count, the same node going on with 
 
 Needs root, iproute2 and iputils-ping. Every command is bounded in time.
 """
-import argparse, json, os, shutil, tempfile, time
+import argparse, os, time
 
-from idle import cost
-from run import Space, sh, wait_for
+from network import Network, Space, cost, sh, wait_for
 
 HUB = "10.201.0.1"
 
@@ -25,19 +24,9 @@ def plug(hub, space, number):
     space.run("ip", "link", "set", "eth0", "up")
 
 
-def up(space, args, directory, name, line):
-    with open(f"{directory}/{name}.join", "w") as file:
-        file.write(line)
-    return space.start(f"{directory}/{name}.log", args.binary, "up", f"file:{directory}/{name}.join", "--name", name,
-                       "--state-dir", f"{directory}/{name}", "--socket", f"{directory}/{name}.sock")
-
-
-def direct(hub, args, directory):
-    try:
-        peers = json.loads(hub.run(args.binary, "status", "--json", "--socket", f"{directory}/hub.sock"))["peers"]
-    except (RuntimeError, ValueError):
-        return []
-    return [peer["ipv4"] for peer in peers if peer["path"]["kind"] == "direct" and peer["last_handshake_s"] is not None]
+def direct(network):
+    return [peer["ipv4"] for peer in network.peers("hub")
+            if peer["path"]["kind"] == "direct" and peer["last_handshake_s"] is not None]
 
 
 def ping_all(hub, peers, count):
@@ -52,21 +41,17 @@ def main():
     parser.add_argument("--secs", type=int, default=10)
     parser.add_argument("binary")
     args = parser.parse_args()
-    directory = tempfile.mkdtemp(prefix="active-")
+    network = Network(args.binary)
     tag = f"a{os.getpid() % 10000}"
     hub = Space(f"{tag}h")
     spaces = [hub]
     try:
         for words in ("link add br0 type bridge", f"addr add {HUB}/16 dev br0", "link set br0 up"):
             hub.run("ip", *words.split())
-        control = f"{directory}/server.sock"
-        hub.start(f"{directory}/server.log", args.binary, "server", "--listen", f"{HUB}:41820", "--public-addr",
-                  f"{HUB}:41820", "--state-dir", f"{directory}/server", "--socket", control)
-        wait_for(lambda: os.path.exists(control), "the server")
+        network.serve(hub, [HUB])
         counts = sorted(map(int, args.peers.split(",")))
-        invite = json.loads(hub.run(args.binary, "server", "invite", "--uses", str(counts[-1] + 1), "--json",
-                                    "--socket", control))
-        node = up(hub, args, directory, "hub", invite["join"])
+        line = network.invite(counts[-1] + 1)
+        node = network.join(hub, "hub", line=line)
         print("| active peers | resident, MB | of a core, % |\n|---|---|---|")
         made = 0
         for count in counts:
@@ -74,10 +59,10 @@ def main():
                 space = Space(f"{tag}n{made}")
                 spaces.append(space)
                 plug(hub, space, made)
-                up(space, args, directory, f"n{made}", invite["join"])
+                network.join(space, f"n{made}", line=line)
                 made += 1
-            wait_for(lambda: len(direct(hub, args, directory)) == count, f"{count} direct peers", 60)
-            peers = direct(hub, args, directory)
+            wait_for(lambda: len(direct(network)) == count, f"{count} direct peers", 60)
+            peers = direct(network)
             ping_all(hub, peers, 8)
             _, before = cost(node.pid)
             started = time.time()
@@ -87,7 +72,7 @@ def main():
     finally:
         for space in spaces:
             space.close()
-        shutil.rmtree(directory, ignore_errors=True)
+        network.close()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Needs root, perf, and what run.py needs.
 """
 import argparse, collections, subprocess, tempfile, threading
 
-import run
+import network, run
 
 # What a packet thread does, by the names of functions on its stack. The first that fits counts.
 ROWS = [
@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--stacks", type=int, default=0)
     parser.add_argument("binary")
     args = parser.parse_args()
-    args.relay, args.no_udp, args.ethtool = False, False, ""
+    args.no_udp, args.ethtool = False, ""
     pair = run.Pair("overlay", args.binary, 0, args)
     data = tempfile.NamedTemporaryFile(prefix="perf-", suffix=".data")
     try:
@@ -108,7 +108,7 @@ def main():
         what = ("-e", "sched:sched_wakeup,sched:sched_switch") if args.waits else ("-g", "-F", "1999")
         # A ping run of run.py is over after two seconds.
         secs = 1 if args.load in ("half", "ping") else max(args.secs - 1, 1)
-        recorder = threading.Timer(0.5, lambda: run.sh(
+        recorder = threading.Timer(0.5, lambda: network.sh(
             "perf", "record", "-q", "-a", *what, "-o", data.name, "--", "sleep", str(secs), timeout=secs + 30))
         recorder.start()
         print(run.TESTS[args.load](pair, args.secs))

@@ -1,119 +1,44 @@
 #!/usr/bin/env python3
 """Throughput, cost and latency of the data plane between two network namespaces on one machine.
 
-usage: run.py [--rounds N] [--secs N] [--mtu N] [--relay] [--check MB] [--only TEST,...]
-              [--rival KIND=BINARY]... NAME=BINARY...
+usage: run.py [--rounds N] [--secs N] [--mtu N] [--check MB] [--only TEST,...]
+              [--rival KIND=BINARY]... [--relayed NAME=BINARY]... NAME=BINARY...
 
 Every BINARY is brought up once as a server and two nodes, side by side; then each round runs each
 test once with each of them in random order, so that the drift of the machine hits all alike. NAME
 `veth` without a binary is the bare link. Medians and ranges over the rounds are printed as a table.
+All tests take seven minutes for a round of six contenders with --secs 1; --only takes a part of them:
+tcp1,tcp8,reverse,bidir / udp64,udp512,udp1200 / flood64,packet64,train64,flood1200 / ping,half,smooth.
 
   --rival K=B another program beside ours: K is gotatun, boringtun, wireguard-go or nebula
-  --relay     the nodes can reach only the server, which forwards between them
-  --no-udp    with --relay: the nodes' UDP is dropped, so the relay has their control connections only
+  --relayed N=B  like NAME=BINARY, and the nodes can reach only the server, which forwards between them
+  --no-udp    the UDP of such nodes is dropped, so the relay has their control connections only
   --check MB  before measuring, compare SHA-256 of MB megabytes each way over IPv4 and IPv6, and
               UDP datagrams of odd sizes byte by byte
   --ethtool T settings for both ends of the link, e.g. 'tx off' to try what happens without offloads
   --config T  a line for the nodes' node.toml (may be repeated), e.g. 'udp-gso = false'
 
-Needs root, iproute2, iputils-ping and iperf3. Every command is bounded in time.
+Needs root, iproute2, iputils-ping, iperf3 and a C compiler. Every command is bounded in time.
 """
 import argparse, ctypes, hashlib, json, os, random, shutil, signal, socket, statistics
-import subprocess, sys, tempfile, threading, time
+import subprocess, sys, tempfile, time
 
 import rivals
-
-LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def sh(*cmd, check=True, timeout=30):
-    done = subprocess.run(cmd, text=True, capture_output=True, timeout=timeout)
-    if check and done.returncode:
-        raise RuntimeError(f"{' '.join(cmd)}: {done.stdout}{done.stderr}")
-    return done.stdout
-
-
-class Space:
-    """A network namespace and what runs in it."""
-
-    def __init__(self, name):
-        self.name = name
-        self.children = []
-        sh("ip", "netns", "add", name)
-        self.run("ip", "link", "set", "lo", "up")
-
-    def run(self, *cmd, **options):
-        return sh("ip", "netns", "exec", self.name, *cmd, **options)
-
-    def start(self, log, *cmd):
-        with open(log, "w") as out:
-            self.children.append(subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *cmd], stdout=out, stderr=out,
-                start_new_session=True))
-        return self.children[-1]
-
-    def inside(self, work):
-        """Runs a function on a thread in the namespace; gives its result."""
-        result = []
-
-        def body():
-            with open(f"/var/run/netns/{self.name}") as space:
-                if LIBC.setns(space.fileno(), 0x40000000):
-                    result.append(OSError("setns"))
-                    return
-            try:
-                result.append(work())
-            except Exception as error:
-                result.append(error)
-
-        thread = threading.Thread(target=body, daemon=True)
-        thread.start()
-
-        def wait(timeout=120):
-            thread.join(timeout)
-            if not result:
-                raise RuntimeError("no end in time")
-            if isinstance(result[0], Exception):
-                raise result[0]
-            return result[0]
-
-        return wait
-
-    def close(self):
-        for child in self.children:
-            child.send_signal(signal.SIGTERM)
-        for child in self.children:
-            try:
-                child.wait(3)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-        sh("ip", "netns", "del", self.name, check=False)
-
-
-def connect(one, other, net, settings):
-    """A veth pair with addresses 10.200.net.1 and .2."""
-    ends = [f"bench{net}a", f"bench{net}b"]
-    sh("ip", "link", "add", ends[0], "netns", one.name, "type", "veth",
-       "peer", "name", ends[1], "netns", other.name)
-    for space, device, host in ((one, ends[0], 1), (other, ends[1], 2)):
-        space.run("ip", "addr", "add", f"10.200.{net}.{host}/24", "dev", device)
-        space.run("ip", "link", "set", device, "up")
-        if settings:
-            space.run("ethtool", "-K", device, *settings.split())
+from network import LIBC, Network, Space, busy, connect, load_tool, wait_for
 
 
 class Pair:
     """Two ends, and how one calls the other."""
 
-    def __init__(self, name, binary, number, args, rival=False):
+    def __init__(self, name, binary, number, args, rival=False, relayed=False):
         self.name, self.binary, self.rival, self.full_load = name, binary, rival, 1e9
         self.dir = tempfile.mkdtemp(prefix="bench-")
+        self.device, self.mac = None, "-"
         tag = f"b{os.getpid() % 10000}n{number}"
         self.a, self.b = Space(f"{tag}a"), Space(f"{tag}b")
         self.spaces = [self.a, self.b]
         server = self.a
-        if args.relay and binary:
+        if relayed:
             server = Space(f"{tag}s")
             self.spaces.append(server)
             connect(server, self.a, number * 2, args.ethtool)
@@ -121,44 +46,40 @@ class Pair:
             for space in (self.a, self.b) if args.no_udp else ():
                 space.run("nft", "add table inet no; add chain inet no out { type filter hook output priority 0; }; "
                           "add rule inet no out oifname bench* meta l4proto udp drop")
-            listen, server_of = ["0.0.0.0:41820"], [f"10.200.{number * 2 + i}.1" for i in (0, 1)]
         else:
             connect(self.a, self.b, number * 2, args.ethtool)
-            listen = [f"10.200.{number * 2}.1:41820"]
-            server_of = [f"10.200.{number * 2}.1"] * 2
         self.v4, self.v6, self.back = f"10.200.{number * 2}.2", None, f"10.200.{number * 2}.1"
         if rival:
             underlay = [f"10.200.{number * 2}.{host}" for host in (1, 2)]
             rivals.start(name, self, binary, underlay, args.mtu, wait_for)
         elif binary:
-            self.bring_up(server, listen, server_of, args)
+            hosts = [f"10.200.{number * 2 + way}.1" for way in range(2 if relayed else 1)]
+            self.bring_up(server, hosts, relayed, args)
         self.b.start(os.devnull, "iperf3", "-s")
         time.sleep(0.3)
 
-    def bring_up(self, server, listen, server_of, args):
-        control = f"{self.dir}/server.sock"
-        public = [part for host in dict.fromkeys(server_of) for part in ("--public-addr", f"{host}:41820")]
-        server.start(f"{self.dir}/server.log", self.binary, "server", "--listen", *listen, *public,
-                     "--state-dir", f"{self.dir}/server", "--socket", control)
-        wait_for(lambda: os.path.exists(control), "the server")
+    def bring_up(self, server, hosts, relayed, args):
+        self.network = Network(self.binary, self.dir)
+        self.network.serve(server, hosts, listen="0.0.0.0" if relayed else None)
         with open(f"{self.dir}/node.toml", "w") as config:
             config.write("\n".join(args.config) + "\n")
         for space, host in ((self.a, "a"), (self.b, "b")):
-            invite = json.loads(server.run(self.binary, "server", "invite", "--json", "--socket", control))
-            with open(f"{self.dir}/{host}.join", "w") as join:
-                join.write(invite["join"])
-            space.start(f"{self.dir}/{host}.log", self.binary, "up", f"file:{self.dir}/{host}.join",
-                        "--name", host, "--state-dir", f"{self.dir}/{host}", "--socket",
-                        f"{self.dir}/{host}.sock", "--interface", f"ov{host}", "--mtu", str(args.mtu),
-                        "--config", f"{self.dir}/node.toml")
+            self.network.join(space, host, "--mtu", str(args.mtu), "--config", f"{self.dir}/node.toml")
         wanted = "direct"
-        if args.relay:
+        if relayed:
             wanted = "relay-tcp" if args.no_udp else "relay-udp"
         wait_for(lambda: self.path() == wanted, f"a {wanted} path")
 
+    def way_out(self):
+        """What a packet socket has to know: the interface towards the other end, the next hop's
+        address on it, and our own."""
+        route = json.loads(self.a.run("ip", "-j", "route", "get", self.v4))[0]
+        link = json.loads(self.b.run("ip", "-j", "link", "show", "dev", "bench" + route["dev"][5:-1] + "b"))[0] \
+            if route["dev"].startswith("bench") else {"address": "-"}
+        return route["dev"], link["address"], route["prefsrc"]
+
     def status(self, host="a"):
-        space = self.a if host == "a" else self.b
-        return json.loads(space.run(self.binary, "status", "--json", "--socket", f"{self.dir}/{host}.sock"))
+        return self.network.status(host)
 
     def path(self):
         try:
@@ -180,20 +101,6 @@ class Pair:
         for space in self.spaces:
             space.close()
         shutil.rmtree(self.dir, ignore_errors=True)
-
-
-def wait_for(test, what, secs=20):
-    end = time.time() + secs
-    while not test():
-        if time.time() > end:
-            raise RuntimeError(f"{what} did not come up")
-        time.sleep(0.1)
-
-
-def busy():
-    """Seconds of work of all processors; what the host took away counts as well."""
-    fields = [int(field) for field in open("/proc/stat").readline().split()[1:9]]
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def received(end):
@@ -239,8 +146,7 @@ def test_bidir(pair, secs):
 
 def test_flood(pair, secs, size, segments):
     """A sender that is not the bottleneck: sendmmsg of 64 datagrams, each cut into `segments`."""
-    sink = pair.b.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))()
-    sink.bind((pair.v4, 0))
+    sink = sink_at(pair)
     near = pair.a.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))()
     near.connect(sink.getsockname())
     if segments > 1:
@@ -252,17 +158,36 @@ def test_flood(pair, secs, size, segments):
     for number in range(64):
         batch[number * 8 + 2], batch[number * 8 + 3] = ctypes.addressof(piece), 1
 
-    def arrived():
-        lines = [line.split() for line in pair.b.run("cat", "/proc/net/snmp").splitlines() if line.startswith("Udp:")]
-        named = dict(zip(lines[0][1:], lines[1][1:]))
-        return int(named["InDatagrams"]) + int(named["RcvbufErrors"])
-
-    before, started = arrived(), time.time()
+    before, started = arrived(pair), time.time()
     while time.time() < started + secs:
         for _ in range(8):
             LIBC.sendmmsg(near.fileno(), batch, 64, 0)
     took = time.time() - started
-    return (arrived() - before) / took / 1e3
+    return (arrived(pair) - before) / took / 1e3
+
+
+def sink_at(pair):
+    sink = pair.b.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))()
+    sink.bind((pair.v4, 0))
+    return sink
+
+
+def arrived(pair):
+    """Datagrams that came to a socket at the far end, whether it had room for them or not."""
+    lines = [line.split() for line in pair.b.run("cat", "/proc/net/snmp").splitlines() if line.startswith("Udp:")]
+    named = dict(zip(lines[0][1:], lines[1][1:]))
+    return int(named["InDatagrams"]) + int(named["RcvbufErrors"])
+
+
+def test_packet(pair, secs, size):
+    """The same from a packet socket, straight into the interface: no socket, route or queue of the
+    sender's is in the way. What it made is told as well."""
+    sink = sink_at(pair)
+    device, mac, source = pair.way_out()
+    before = arrived(pair)
+    out = pair.a.run(load_tool(), "flood", device, mac, source, pair.v4, str(sink.getsockname()[1]), str(size), str(secs))
+    what = f"{size} B, packet socket"
+    return {f"{what}, kpps": (arrived(pair) - before) / secs / 1e3, f"{what}: made by it, kpps": int(out) / secs / 1e3}
 
 
 TESTS = {
@@ -274,6 +199,7 @@ TESTS = {
     "udp512": lambda pair, secs: {"udp512 kpps": test_udp(pair, secs, 512)},
     "udp1200": lambda pair, secs: {"udp1200 kpps": test_udp(pair, secs, 1200)},
     "flood64": lambda pair, secs: {"64 B, unbounded sender, kpps": test_flood(pair, secs, 64, 1)},
+    "packet64": lambda pair, secs: test_packet(pair, secs, 64),
     "train64": lambda pair, secs: {"64 B, sender with trains, kpps": test_flood(pair, secs, 64, 32)},
     "flood1200": lambda pair, secs: {"1200 B, unbounded sender, kpps": test_flood(pair, secs, 1200, 1)},
     "ping": lambda pair, secs: test_ping(pair),
@@ -338,7 +264,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=int, default=3)
     parser.add_argument("--mtu", type=int, default=1280)
-    parser.add_argument("--relay", action="store_true")
+    parser.add_argument("--relayed", action="append", default=[])
     parser.add_argument("--no-udp", action="store_true")
     parser.add_argument("--check", type=int, default=0)
     parser.add_argument("--ethtool", default="")
@@ -347,12 +273,11 @@ def main():
     parser.add_argument("--rival", action="append", default=[])
     parser.add_argument("contenders", nargs="*")
     args = parser.parse_args()
-    contenders = [(*contender.partition("=")[::2], False) for contender in args.contenders]
-    if args.rival and args.relay:
-        parser.error("--rival: the rivals are measured on the direct link, leave out --relay")
+    contenders = [(*contender.partition("=")[::2], False, False) for contender in args.contenders]
+    contenders += [(*contender.partition("=")[::2], False, True) for contender in args.relayed]
     for kind, _, binary in (rival.partition("=") for rival in args.rival):
         try:
-            contenders.append((kind, rivals.find(kind, binary), True))
+            contenders.append((kind, rivals.find(kind, binary), True, False))
         except rivals.Missing as missing:
             parser.error(str(missing))
     if not contenders:
@@ -361,8 +286,8 @@ def main():
     # Whoever ends this early, by timeout(1) say, leaves nothing running either.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended early"))
     try:
-        for number, (name, binary, rival) in enumerate(contenders):
-            pairs.append(Pair(name, binary, number, args, rival))
+        for number, (name, binary, rival, relayed) in enumerate(contenders):
+            pairs.append(Pair(name, binary, number, args, rival, relayed))
             if binary and not rival:
                 print(f"{name}: offloads {pairs[-1].status()['self'].get('offloads')}", flush=True)
         if args.check:
@@ -379,6 +304,8 @@ def main():
                         continue
                     for what, value in measured.items():
                         results.setdefault(what, {}).setdefault(pair.name, []).append(value)
+        if args.rounds < 5:
+            print("\nless than five rounds: no figures to publish")
         names = [pair.name for pair in pairs]
         print("\n| | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
         for what, by_name in results.items():

@@ -8,6 +8,7 @@
 //!   large     networks of more nodes than everybody is told of
 //!   filtered    paths that let questions through and no data
 //!   rotation    node keys are renewed
+//!   evil      a relay that harms what it carries, and a server that names victims
 //!   transition  what can happen              check    what must be true
 //!     world       clock, flights, turns        oracle   which path must be found
 //!       routing     lines, NATs, LANs            ledger   every inner packet, once, in time
@@ -47,9 +48,11 @@
 mod bounds;
 mod check;
 mod edge;
+mod evil;
 mod filtered;
 mod hard;
 mod host;
+mod lanes;
 mod large;
 mod ledger;
 mod link;

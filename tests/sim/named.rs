@@ -129,6 +129,32 @@ fn routers_with_an_open_input_are_not_spoiled() {
 }
 
 #[test]
+fn a_nat_that_counts_does_not_spoil_an_open_input() {
+    for (first, second) in [(10, 10), (60, 5), (5, 60), (1, 1)] {
+        for counting in [0, 1] {
+            for gap in [0, 1, 7, 30, 100, 450, 2_000] {
+                let mut world = World::new(7, Line::clean(10 * MS), epoch());
+                for (number, ms) in [first, second].into_iter().enumerate() {
+                    let edge = world.add_edge(PortRestricted, Line::clean(ms * MS));
+                    if number == counting {
+                        world.edges[edge].sequential(21);
+                    } else {
+                        world.edges[edge].open_input(11);
+                    }
+                    world.add_host(edge, 5000, NodeSettings::default());
+                }
+                world.start_host(0);
+                world.run_for(gap * MS);
+                world.start_host(1);
+                world.run_for(Duration::from_secs(3));
+                println!("{counting} counts, {first} and {second} ms, the second {gap} ms later");
+                check_paths(&world);
+            }
+        }
+    }
+}
+
+#[test]
 fn the_next_ports_of_a_nat_that_counts_are_guessed() {
     // The other side guesses too, or has one port and a filter; who is first may be either.
     for (sequential, bound) in [

@@ -35,6 +35,8 @@ pub(crate) enum Parcel {
     Lan { from: usize, to: usize, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
     /// A datagram to the server.
     Server { src: SocketAddr, dst: SocketAddr, bytes: Vec<u8> },
+    /// What a hostile relay has kept back.
+    KeptBack(Sent),
     /// A host asks for a control connection.
     Connect { host: usize, attempt: u64, early: Option<(Token, Hello)> },
     /// TCP has led to somebody.
@@ -207,19 +209,29 @@ impl World {
     pub(super) fn route_server(&mut self) {
         self.note_over();
         for sent in self.server.take_sent() {
-            match sent {
-                Sent::Udp { from, to, bytes } => {
-                    let line = self.server_line;
-                    self.send_to_edge(line, None, from, to, bytes);
+            for (later, sent) in self.relay.harm(sent, &mut self.rng) {
+                if later.is_zero() {
+                    self.route_sent(sent);
+                } else {
+                    self.launch(self.now + later, Parcel::KeptBack(sent));
                 }
-                Sent::Link(connection, frame) => {
-                    let host = self.hosts.iter().position(|host| {
-                        let uplink = &host.uplink;
-                        uplink.connection().or(uplink.opening) == Some(connection)
-                    });
-                    if let Some(host) = host {
-                        self.send_down(host, connection, frame);
-                    }
+            }
+        }
+    }
+
+    fn route_sent(&mut self, sent: Sent) {
+        match sent {
+            Sent::Udp { from, to, bytes } => {
+                let line = self.server_line;
+                self.send_to_edge(line, None, from, to, bytes);
+            }
+            Sent::Link(connection, frame) => {
+                let mut hosts = self.hosts.iter();
+                let host = hosts.position(|host| {
+                    host.uplink.connection().or(host.uplink.opening) == Some(connection)
+                });
+                if let Some(host) = host {
+                    self.send_down(host, connection, frame);
                 }
             }
         }
@@ -357,6 +369,7 @@ impl World {
                     self.send_down(host, connection, Frame::Closed);
                 }
             }
+            Parcel::KeptBack(sent) => self.route_sent(sent),
             Parcel::Up { host, connection, frame } => self.deliver_up(host, connection, frame),
             Parcel::Down { host, connection, frame } => self.deliver_down(host, connection, frame),
         }

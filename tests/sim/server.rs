@@ -31,7 +31,7 @@ pub(crate) enum Frame {
 }
 
 /// What leaves the server.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Sent {
     /// A datagram from one of its UDP sockets.
     Udp {
@@ -126,8 +126,9 @@ impl ServerHost {
         };
         let seed = spread(self.seed, 200 + self.lives);
         let server = Server::new(settings, self.read_records(), seed, now, self.wall(now));
+        let secret = spread(self.seed, 300 + self.lives);
         let tokens = Tokens::new(spread(self.seed, 400 + self.lives), now);
-        let relay = RelayTable::new(Limits::default(), tokens.clone());
+        let relay = RelayTable::new(Limits::default(), secret).with_tokens(tokens.clone());
         self.running = Some(Running {
             server,
             relay,
@@ -381,7 +382,7 @@ impl ServerHost {
                 let from = SocketAddr::new(self.address, KNOCK_PORT);
                 self.sent.push(Sent::Udp { from, to, bytes: bytes.to_vec() });
             }
-            Verdict::Forward(Way::Udp(arrival)) => {
+            Verdict::Forward(Way::Udp(arrival) | Way::Unproved(arrival)) => {
                 let from = self.endpoint_of(arrival.socket);
                 self.sent.push(Sent::Udp { from, to: arrival.source, bytes });
             }

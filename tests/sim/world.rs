@@ -20,6 +20,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::edge::Edge;
+use crate::evil::Relay;
 use crate::host::{Host, spread};
 use crate::ledger::Ledger;
 use crate::link::Line;
@@ -68,6 +69,8 @@ pub(crate) struct World {
     pub(crate) healed: bool,
     /// What does not get through between hosts.
     pub(crate) filters: Vec<Filter>,
+    /// What the relay does to what it carries.
+    pub(crate) relay: Relay,
     /// Of a thousand datagrams straight between hosts, so many vanish.
     pub(crate) loss_between_hosts: u32,
     /// When the first packet of data that one host sent straight to another arrived there.
@@ -94,6 +97,7 @@ impl World {
             partitions: BTreeSet::new(),
             healed: false,
             filters: Vec::new(),
+            relay: Relay::Honest,
             loss_between_hosts: 0,
             direct_data: BTreeMap::new(),
             start: now,

@@ -69,7 +69,7 @@ enum Condition {
 impl Interface {
     /// Makes and configures it; when this returns, the overlay address is usable. If one of `kept`,
     /// the devices of an earlier run, is what is wanted, that one goes on as it is.
-    pub(super) async fn create(
+    async fn create(
         options: &NodeOptions,
         identity: Identity,
         kept: Vec<Tun>,
@@ -212,7 +212,8 @@ impl Interface {
         if self.is_kept {
             return Ok(());
         }
-        Netlink::connect()?.del_addresses(self.tun.index()).await
+        withdraw(&Netlink::connect()?, &self.tun).await;
+        Ok(())
     }
 
     pub(super) fn tun(&self) -> Arc<Tun> {
@@ -248,22 +249,23 @@ async fn choose(
         if fits && tun.is(wanted) && chosen.is_none() {
             chosen = Some(tun);
         } else {
-            tracing::info!(
-                interface = tun.name(),
-                "the interface of before is not as it is wanted \
-                now, and is removed"
-            );
+            tracing::info!(interface = tun.name(), "the interface of before is not what is wanted");
             delete(netlink, &tun).await;
         }
     }
     Ok(chosen)
 }
 
-/// Addresses first, as in [`Interface::withdraw`].
-async fn delete(netlink: &Netlink, tun: &Tun) {
+/// Takes the addresses away. What fails here goes with the interface.
+async fn withdraw(netlink: &Netlink, tun: &Tun) {
     if let Err(error) = netlink.del_addresses(tun.index()).await {
         tracing::debug!(%error, "the addresses go with the interface");
     }
+}
+
+/// Addresses first, as in [`Interface::withdraw`].
+async fn delete(netlink: &Netlink, tun: &Tun) {
+    withdraw(netlink, tun).await;
     match netlink.delete_link(tun.index()).await {
         // Somebody was faster.
         Err(error) if error.kernel_error() == Some(Errno::ENODEV) => {}
@@ -368,7 +370,7 @@ impl Daemon {
         }
         let Some(interface) = &self.interface else { return };
         if let Err(error) = interface.withdraw().await {
-            tracing::debug!(%error, "the addresses go with the interface");
+            tracing::debug!(%error, "the addresses stay until the interface goes");
         }
     }
 
@@ -406,14 +408,30 @@ impl Daemon {
         }
     }
 
-    /// Makes the interface, in place of the one that there is.
+    /// Makes the interface, in place of the one that there is. That takes the kernel some
+    /// milliseconds, and peers hear of us meanwhile: what paths need is served all the time, or a
+    /// peer would knock before our NAT is open.
     pub(super) async fn make_interface(
         &mut self,
         identity: Identity,
     ) -> Result<(), InterfaceError> {
         self.remove_interface().await;
-        let kept = std::mem::take(&mut self.kept);
-        let interface = Interface::create(&self.options, identity, kept).await?;
+        let (kept, options) = (std::mem::take(&mut self.kept), self.options.clone());
+        self.ports.expect_tun();
+        let runtime = tokio::runtime::Handle::current();
+        let mut making = tokio::task::spawn_blocking(move || {
+            runtime.block_on(Interface::create(&options, identity, kept))
+        });
+        let made = loop {
+            self.flush();
+            tokio::select! {
+                biased;
+                made = &mut making => break made,
+                () = self.path_turn() => {}
+            }
+        };
+        let made = made.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        let interface = made.inspect_err(|_| self.ports.set_tun(None))?;
         self.ports.set_tun(Some(interface.tun()));
         self.interface = Some(interface);
         self.route_peers().await;

@@ -457,6 +457,7 @@ impl Daemon {
                 drops: own.drops.iter().map(|(why, count)| ((*why).into(), *count)).collect(),
                 version: env!("CARGO_PKG_VERSION").into(),
                 offloads: self.ports.offloads(),
+                realtime: self.ports.is_realtime(),
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
                 punching: self.punching(),
                 node_key: self.key_report(),
@@ -493,5 +494,6 @@ pub(super) fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
         rx_bytes: peer.rx_bytes,
         too_big: peer.too_big,
         last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
+        second_session: peer.second_session,
     }
 }

@@ -37,9 +37,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound};
+use crate::dataplane::{Note, Source, TunBatch, UdpBatch, inbound_all};
 use crate::io::clock;
-use crate::io::link::{ConnectError, Inbound};
+use crate::io::link::{ConnectError, RelayBatch};
 use crate::io::metrics::MetricsServer;
 use crate::io::service::Watchdog;
 use crate::io::service::reload::Reload;
@@ -113,6 +113,8 @@ struct Daemon {
     /// In seconds since 1970.
     started: u64,
     out: UdpBatch,
+    /// What came by the control connection, on its way to the interface.
+    relayed: TunBatch,
     options: NodeOptions,
     /// The options as they were given.
     configured: NodeOptions,
@@ -148,14 +150,7 @@ impl Daemon {
             Some(request) = self.requests.recv() => self.handle_request(request),
             surprise = self.surroundings.next() => self.handle_surprise(surprise, clock::now()),
             event = self.uplink.next() => self.handle_uplink(event),
-            Some(note) = self.notes.recv() => {
-                let now = clock::now();
-                self.node.handle_note(note, now);
-                for _ in 1..NOTES_PER_TURN {
-                    let Ok(note) = self.notes.try_recv() else { break };
-                    self.node.handle_note(note, now);
-                }
-            }
+            Some(note) = self.notes.recv() => self.take_notes(note),
             Some((from, answer)) = self.scratch.1.recv() => {
                 self.node.handle_scratch(from, &answer, clock::now());
             }
@@ -174,6 +169,27 @@ impl Daemon {
         self.node.handle_timeout(now);
         self.look_at_key(now);
         self.watchdog.look(now);
+    }
+
+    /// The part of a [turn](Self::turn) that paths need. Cancel-safe.
+    async fn path_turn(&mut self) {
+        let far = || clock::now() + Duration::from_secs(1);
+        let deadline = self.node.poll_timeout().map_or_else(far, |(at, _)| at);
+        tokio::select! {
+            event = self.uplink.next() => self.handle_uplink(event),
+            Some(note) = self.notes.recv() => self.take_notes(note),
+            () = tokio::time::sleep_until(deadline.into()) => {}
+        }
+        self.node.handle_timeout(clock::now());
+    }
+
+    fn take_notes(&mut self, first: Note) {
+        let now = clock::now();
+        self.node.handle_note(first, now);
+        for _ in 1..NOTES_PER_TURN {
+            let Ok(note) = self.notes.try_recv() else { break };
+            self.node.handle_note(note, now);
+        }
     }
 
     fn deadline(&self) -> Instant {
@@ -224,7 +240,7 @@ impl Daemon {
                 }
                 self.ports.set_link(Some(sender));
             }
-            UplinkEvent::Inbound(Inbound::Control(bytes)) => {
+            UplinkEvent::Control(bytes) => {
                 self.heard_server = now;
                 match control::decode::<ServerMessage>(&bytes) {
                     Ok(message) => {
@@ -242,9 +258,9 @@ impl Daemon {
                     Err(error) => tracing::warn!(%error, "message of the server not understood"),
                 }
             }
-            UplinkEvent::Inbound(Inbound::Relay(datagram)) => {
+            UplinkEvent::Relayed(datagrams) => {
                 self.heard_server = now;
-                self.handle_relayed(&datagram, now);
+                self.handle_relayed(&datagrams, now);
             }
             UplinkEvent::Lost(error) => {
                 if self.server.is_some() {
@@ -275,13 +291,15 @@ impl Daemon {
         self.node.handle_link_down(clock::now());
     }
 
-    /// A relay frame that came by the control connection takes the same way in as one by UDP.
-    fn handle_relayed(&mut self, datagram: &[u8], now: Instant) {
+    /// Relay frames that came by the control connection take the same way in as those by UDP.
+    fn handle_relayed(&mut self, datagrams: &RelayBatch, now: Instant) {
         let shared = Arc::clone(self.node.shared());
         let table = shared.table();
-        let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
-        inbound(&shared, &table, Source::Link, datagram, now, &mut tun, &mut notes);
+        let (mut tun, mut notes) = (std::mem::take(&mut self.relayed), Vec::new());
+        tun.clear(self.ports.trains());
+        inbound_all(&shared, &table, Source::Link, datagrams.iter(), now, &mut tun, &mut notes);
         write_tun(&self.ports, &mut tun);
+        self.relayed = tun;
         for note in notes {
             self.node.handle_note(note, now);
         }
@@ -294,6 +312,24 @@ impl Daemon {
         while let Some(event) = self.node.poll_event() {
             self.handle_event(event, now).await?;
         }
+        self.flush();
+        if self.surroundings.rescan_at.is_some_and(|at| at <= now) {
+            self.surroundings.rescan_at = None;
+            if !self.options.enrol_only {
+                self.mend_interface(now).await;
+            }
+            self.scan_interfaces().await;
+        }
+        if self.save_at.is_some_and(|at| at <= now) {
+            self.save_at = None;
+            self.save();
+        }
+        Ok(())
+    }
+
+    /// Carries out what needs no waiting: everything that goes to sockets and threads.
+    fn flush(&mut self) {
+        let now = clock::now();
         let orders = self.node.take_socket_orders();
         for (socket, error) in self.ports.extra.carry_out(&orders, self.options.offloads) {
             tracing::warn!(%error, "an extra UDP socket could not be opened");
@@ -324,18 +360,6 @@ impl Daemon {
                 let _ = link.try_send_control(control::encode(&message));
             }
         }
-        if self.surroundings.rescan_at.is_some_and(|at| at <= now) {
-            self.surroundings.rescan_at = None;
-            if !self.options.enrol_only {
-                self.mend_interface(now).await;
-            }
-            self.scan_interfaces().await;
-        }
-        if self.save_at.is_some_and(|at| at <= now) {
-            self.save_at = None;
-            self.save();
-        }
-        Ok(())
     }
 
     async fn handle_event(&mut self, event: Event, now: Instant) -> Result<(), StartError> {

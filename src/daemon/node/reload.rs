@@ -31,9 +31,11 @@ impl Daemon {
             ("listen-port", new.listen_port != old.listen_port),
             ("mtu", new.mtu != old.mtu),
             ("rekey-after-s", new.settings.rekey_after != old.settings.rekey_after),
+            ("second-session", new.settings.second_lane_from != old.settings.second_lane_from),
             ("tun-offload", new.offloads.tun != old.offloads.tun),
             ("udp-gso", new.offloads.udp_gso != old.offloads.udp_gso),
             ("udp-gro", new.offloads.udp_gro != old.offloads.udp_gro),
+            ("realtime", new.realtime != old.realtime),
         ]);
         let settings = &mut self.options.settings;
         settings.birthday_probing = new.settings.birthday_probing;

@@ -54,6 +54,9 @@ pub struct OwnStatus {
     /// Offloads in use.
     #[serde(default)]
     pub offloads: OffloadReport,
+    /// Whether packets are moved ahead of ordinary programs.
+    #[serde(default)]
+    pub realtime: bool,
     /// The port that the router forwards to us; none when it is not to be asked.
     #[serde(default)]
     pub port_mapping: Option<PortMappingReport>,
@@ -169,6 +172,9 @@ pub struct PeerReport {
     pub too_big: u64,
     /// Seconds since the last WireGuard handshake.
     pub last_handshake_s: Option<u64>,
+    /// Whether there is a second session, so that sealing and opening do not wait for one another.
+    #[serde(default)]
+    pub second_session: bool,
 }
 
 /// A way to a peer.

@@ -19,7 +19,7 @@ use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
 use super::uplink::{Destination, Uplink};
 use super::{Daemon, Ended};
-use crate::dataplane::UdpBatch;
+use crate::dataplane::{TunBatch, UdpBatch};
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
@@ -62,6 +62,8 @@ pub struct NodeOptions {
     pub settings: NodeSettings,
     /// What the data plane may ask the kernel for.
     pub offloads: Offloads,
+    /// Have the threads that move packets run ahead of ordinary programs, where that is allowed.
+    pub realtime: bool,
     /// The lease to ask the router for when it maps a port; none to leave it alone.
     pub port_mapping: Option<Duration>,
     /// Where Prometheus may ask; none for nowhere.
@@ -242,7 +244,7 @@ pub async fn run(
     let call_epoch = clock::unix_seconds().saturating_mul(1000);
     let node = Node::new(keys.node, netmap, options.settings, rand::random(), call_epoch, now);
     let (udp_v4, udp_v6) = bind_udp(&options, enrolment.listen_port)?;
-    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()))
+    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()), options.realtime)
         .map_err(|source| StartError::Io { action: "making an event descriptor", source })?;
     let ports = Arc::new(ports);
     let (note_sender, notes) = mpsc::channel(QUEUE);
@@ -280,6 +282,7 @@ pub async fn run(
         said: Vec::new(),
         started: clock::unix_seconds(),
         out: UdpBatch::default(),
+        relayed: TunBatch::default(),
         options,
         configured,
         reload,
@@ -309,10 +312,7 @@ pub async fn run(
         ready(&daemon.node);
         return Ok(Ended::Stopped);
     }
-    let threads = match threads {
-        Some(threads) => threads,
-        None => start_threads()?,
-    };
+    let threads = threads.map_or_else(start_threads, Ok)?;
     daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;

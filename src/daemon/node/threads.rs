@@ -7,8 +7,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwapOption;
@@ -18,7 +18,9 @@ use tokio::sync::mpsc;
 
 use super::extra::ExtraSockets;
 use super::report::OffloadReport;
+use crate::dataplane::offload::MergeKinds;
 use crate::dataplane::{Note, Run, Shared, Target, TunBatch, UdpBatch};
+use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
 use crate::io::service::Progress;
@@ -28,11 +30,15 @@ use crate::node::{Opener, WholeProbe};
 use crate::types::{DropReason, SocketId};
 
 mod pump;
+mod turn;
 
 use pump::{NoteSender, Outlet, run_inbound, run_outbound};
+use turn::Turn;
 
 /// How long a full socket is waited for before its datagrams are dropped.
 const FULL_SOCKET_WAIT_MS: u8 = 5;
+/// Packets that may wait for an interface which is being made: the first of a few peers.
+const WAITING_PACKETS: usize = 64;
 
 /// Everything that datagrams and packets can leave by.
 #[derive(Debug)]
@@ -41,6 +47,8 @@ pub(super) struct Ports {
     pub(super) udp_v6: Option<UdpSocket>,
     pub(super) extra: ExtraSockets,
     tun: ArcSwapOption<Tun>,
+    /// Packets that came while the interface is being made; none when it is not.
+    waiting: Mutex<Option<Vec<Box<[u8]>>>>,
     link: ArcSwapOption<LinkSender>,
     shared: Arc<Shared>,
     stop: EventFd,
@@ -49,6 +57,9 @@ pub(super) struct Ports {
     /// Tell the threads that there is another interface, or that it is theirs to watch.
     wake_sender: EventFd,
     wake_receiver: EventFd,
+    /// Whether the threads are to run ahead of ordinary programs, and how many of them do.
+    realtime: bool,
+    ahead: AtomicUsize,
     /// How far the two threads have come: out, in.
     progress: [Arc<Progress>; 2],
 }
@@ -58,6 +69,7 @@ impl Ports {
         udp_v4: Option<UdpSocket>,
         udp_v6: Option<UdpSocket>,
         shared: Arc<Shared>,
+        realtime: bool,
     ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         Ok(Self {
@@ -65,14 +77,29 @@ impl Ports {
             udp_v6,
             extra: ExtraSockets::new()?,
             tun: ArcSwapOption::empty(),
+            waiting: Mutex::new(None),
             link: ArcSwapOption::empty(),
             shared,
             stop: EventFd::from_value_and_flags(0, flags)?,
             sender_watches: AtomicBool::new(false),
             wake_sender: EventFd::from_value_and_flags(0, flags)?,
             wake_receiver: EventFd::from_value_and_flags(0, flags)?,
+            realtime,
+            ahead: AtomicUsize::new(0),
             progress: Default::default(),
         })
+    }
+
+    /// The calling thread begins to move packets.
+    fn begin_turn(&self) -> Turn {
+        let turn = Turn::new(self.realtime, clock::now());
+        self.ahead.fetch_add(turn.is_granted().into(), Ordering::Relaxed);
+        turn
+    }
+
+    /// Whether both threads run ahead of ordinary programs.
+    pub(super) fn is_realtime(&self) -> bool {
+        self.ahead.load(Ordering::Relaxed) == self.progress.len()
     }
 
     /// How far the two threads have come.
@@ -89,11 +116,30 @@ impl Ports {
         self.link.store(link.map(Arc::new));
     }
 
+    /// An interface is being made: what comes for it waits.
+    pub(super) fn expect_tun(&self) {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+    }
+
     pub(super) fn set_tun(&self, tun: Option<Arc<Tun>>) {
         self.tun.store(tun);
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for packet in waiting.into_iter().flatten() {
+            write_packet(self, &packet);
+        }
         // These fail only when the counter is full, and then the thread is awake anyway.
         let _ = self.wake_sender.write(1);
         let _ = self.wake_receiver.write(1);
+    }
+
+    /// Keeps a packet for the interface that is being made; `false` when there is none or no room.
+    fn keep_waiting(&self, packet: &[u8]) -> bool {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(packets) = waiting.as_mut().filter(|it| it.len() < WAITING_PACKETS) else {
+            return false;
+        };
+        packets.push(packet.into());
+        true
     }
 
     /// Lets one thread watch the interface, and the other one not.
@@ -120,9 +166,14 @@ impl Ports {
         socket.and_then(|socket| socket.local_addr().ok()).map_or(0, |addr| addr.port())
     }
 
+    /// What the interface takes as trains.
+    pub(super) fn trains(&self) -> MergeKinds {
+        self.tun.load().as_ref().map(|tun| tun.trains()).unwrap_or_default()
+    }
+
     /// The offloads in use at this moment.
     pub(super) fn offloads(&self) -> OffloadReport {
-        let trains = self.tun.load().as_ref().map(|tun| tun.trains()).unwrap_or_default();
+        let trains = self.trains();
         let all = |has: fn(&UdpSocket) -> bool| self.sockets().all(has);
         OffloadReport {
             tun_tso: trains.tcp,
@@ -255,10 +306,13 @@ pub(super) fn write_tun(ports: &Ports, batch: &mut TunBatch) {
     batch.finish();
     let tun = ports.tun.load();
     for frame in batch.frames() {
-        let written = tun.as_ref().map(|tun| tun.write_frame(&frame));
-        if !matches!(written, Some(Ok(()))) {
-            let packets = frame.packets().count() as u64;
-            ports.shared.drops().count_many(DropReason::TunWriteFailed, packets);
+        let lost = match tun.as_ref() {
+            Some(tun) if tun.write_frame(&frame).is_ok() => 0,
+            Some(_) => frame.packets().count(),
+            None => frame.packets().filter(|packet| !ports.keep_waiting(packet)).count(),
+        };
+        if lost > 0 {
+            ports.shared.drops().count_many(DropReason::TunWriteFailed, lost as u64);
         }
     }
 }

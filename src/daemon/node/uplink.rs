@@ -11,7 +11,8 @@ use tokio::task::JoinSet;
 
 use crate::io::clock;
 use crate::io::link::{
-    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, Offers, connect_with,
+    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, Offers, RelayBatch,
+    connect_with,
 };
 use crate::types::{PublicKey, SecretKey};
 use crate::wire::join::ServerAddr;
@@ -41,8 +42,10 @@ pub(super) enum UplinkEvent {
         /// The hello, if the server has had that already.
         said: Option<Vec<u8>>,
     },
-    /// Something came.
-    Inbound(Inbound),
+    /// A control message came.
+    Control(Vec<u8>),
+    /// Relay datagrams came.
+    Relayed(RelayBatch),
     /// It is gone; another is being made.
     Lost(LinkError),
     /// None of the addresses works; they are tried again.
@@ -174,9 +177,16 @@ impl Uplink {
                     }
                 },
                 Phase::Connected(receiver) => match receiver.next().await {
-                    Ok(inbound) => {
+                    Ok(Inbound::Control(message)) => {
                         self.backoff.reset();
-                        return UplinkEvent::Inbound(inbound);
+                        return UplinkEvent::Control(message);
+                    }
+                    Ok(Inbound::Relay(first)) => {
+                        self.backoff.reset();
+                        let mut relayed = RelayBatch::default();
+                        relayed.push(&first);
+                        receiver.more_relayed(&mut relayed);
+                        return UplinkEvent::Relayed(relayed);
                     }
                     Err(error) => {
                         self.wait();

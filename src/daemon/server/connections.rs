@@ -15,7 +15,7 @@ use super::core::Event;
 use super::relay::Hub;
 use super::sockets::Listener;
 use crate::io::clock;
-use crate::io::link::{Inbound, Link, LinkReceiver};
+use crate::io::link::{Inbound, Link, LinkReceiver, RelayBatch};
 use crate::io::listen::{self, Admission, Gate, HANDSHAKE_LIMIT};
 use crate::server::fresh::{Freshness, Tokens};
 use crate::server::{Connected, ConnectionId};
@@ -162,7 +162,12 @@ async fn read(
     let mut budget = Budget::new();
     loop {
         match inbound {
-            Ok(Inbound::Relay(datagram)) => entrance.hub.handle_link_datagram(id, datagram),
+            Ok(Inbound::Relay(first)) => {
+                let mut datagrams = RelayBatch::default();
+                datagrams.push(&first);
+                receiver.more_relayed(&mut datagrams);
+                entrance.hub.handle_link_datagrams(id, &mut datagrams);
+            }
             Ok(Inbound::Control(bytes)) => {
                 budget.spend().await;
                 let message = match decode::<ClientMessage>(&bytes) {

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,22 +18,23 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, error};
 
 mod decide;
+mod trains;
 
 use super::StartError;
 use super::core::Event;
 use super::metrics::Relayed;
 use super::sockets::UdpPort;
 use crate::io::clock;
-use crate::io::link::LinkSender;
+use crate::io::link::{LinkSender, RelayBatch};
 use crate::io::service::Progress;
 use crate::io::udp::is_no_offload;
 use crate::server::ConnectionId;
-use crate::server::fresh::Tokens;
 use crate::server::relay::limit::Limits;
 use crate::server::relay::queue::{FairQueues, Train};
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
 use crate::types::{DropCounters, DropReason, NodeId};
 use decide::{Decided, decide, keep_within_limits};
+use trains::Trains;
 
 /// How long a thread may take to notice that it should stop.
 const POLL_MS: u16 = 200;
@@ -74,14 +76,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Hub {
-    pub(super) fn new(
-        ports: Vec<UdpPort>,
-        limits: Limits,
-        tokens: Tokens,
-        events: mpsc::Sender<Event>,
-    ) -> Self {
+    pub(super) fn new(ports: Vec<UdpPort>, table: RelayTable, events: mpsc::Sender<Event>) -> Self {
         Self {
-            table: Mutex::new(RelayTable::new(limits, tokens)),
+            table: Mutex::new(table),
             links: Mutex::default(),
             progress: ports.iter().map(|_| Arc::default()).collect(),
             relayed: Default::default(),
@@ -179,29 +176,44 @@ impl Hub {
         lock(&self.table).apply(change);
     }
 
-    /// Passes on a relay datagram that came over a control connection.
-    pub(super) fn handle_link_datagram(&self, connection: ConnectionId, mut datagram: Vec<u8>) {
+    /// Passes on relay datagrams that came over a control connection. Those in a row that go the same
+    /// way leave as one train.
+    pub(super) fn handle_link_datagrams(
+        &self,
+        connection: ConnectionId,
+        datagrams: &mut RelayBatch,
+    ) {
         let sender = lock(&self.links).get(&connection).and_then(|exit| exit.node);
         let Some(sender) = sender else {
-            return self.drops.count(DropReason::BadRelayFrame);
+            let count = datagrams.ranges().count() as u64;
+            return self.drops.count_many(DropReason::BadRelayFrame, count);
         };
         let now = clock::now();
+        let ranges: Vec<Range<usize>> = datagrams.ranges().collect();
+        let bytes = datagrams.bytes_mut();
+        let mut trains = Trains::default();
         let mut table = lock(&self.table);
-        let mut verdict = table.handle_from(sender, &mut datagram, now);
-        if matches!(verdict, Verdict::Forward(_)) {
-            let admitted = table.admit(sender, 1, datagram.len(), now);
-            if admitted.datagrams == 0 {
-                verdict = Verdict::Drop(admitted.refused);
+        for range in ranges {
+            let Some(datagram) = bytes.get_mut(range.clone()) else { continue };
+            let mut verdict = table.handle_from(sender, datagram, now);
+            if matches!(verdict, Verdict::Forward(_)) {
+                let admitted = table.admit(sender, 1, datagram.len(), now);
+                if admitted.datagrams == 0 {
+                    verdict = Verdict::Drop(admitted.refused);
+                }
+            }
+            match verdict {
+                Verdict::Forward(way) => trains.push(way, range),
+                Verdict::Drop(reason) => self.drops.count(reason),
+                // Only UDP sockets are asked questions.
+                Verdict::Reply { .. } | Verdict::Knock { .. } => {
+                    self.drops.count(DropReason::Malformed);
+                }
             }
         }
         drop(table);
-        match verdict {
-            Verdict::Forward(way) => self.forward(way, &datagram, datagram.len(), None),
-            Verdict::Drop(reason) => self.drops.count(reason),
-            // Only UDP sockets are asked questions.
-            Verdict::Reply { .. } | Verdict::Knock { .. } => {
-                self.drops.count(DropReason::Malformed);
-            }
+        for (way, range, segment_bytes) in trains.0 {
+            self.forward(way, bytes.get(range).unwrap_or_default(), segment_bytes, None);
         }
     }
 
@@ -238,7 +250,9 @@ impl Hub {
                 Verdict::Forward(_) if bytes.is_empty() => {}
                 Verdict::Forward(way) => {
                     let turn = match way {
-                        Way::Udp(exit) => turns.entry((exit.socket, exit.source)).or_insert(0),
+                        Way::Udp(exit) | Way::Unproved(exit) => {
+                            turns.entry((exit.socket, exit.source)).or_insert(0)
+                        }
                         Way::Link(_) => &mut 0,
                     };
                     forward.push((*turn, way, buffer, bytes, segment_bytes));
@@ -282,10 +296,12 @@ impl Hub {
         waiting: Option<&mut FairQueues>,
     ) {
         let [by_udp, by_tcp] = &self.relayed;
-        let relayed = if matches!(way, Way::Udp(_)) { by_udp } else { by_tcp };
+        let relayed = if matches!(way, Way::Link(_)) { by_tcp } else { by_udp };
         relayed.add(bytes.len().div_ceil(segment_bytes.max(1)), bytes.len());
         match way {
-            Way::Udp(exit) => self.send_udp(exit, bytes, segment_bytes, waiting),
+            Way::Udp(exit) | Way::Unproved(exit) => {
+                self.send_udp(exit, bytes, segment_bytes, waiting);
+            }
             Way::Link(connection) => {
                 let sender = self.sender(connection);
                 let datagrams = bytes.len().div_ceil(segment_bytes.max(1));

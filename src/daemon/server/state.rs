@@ -96,7 +96,7 @@ pub(super) async fn open(options: &Options) -> Result<State, StartError> {
     Ok(State { key, store, records, lock, seed: rng.random() })
 }
 
-fn random() -> Result<Zeroizing<[u8; 32]>, StartError> {
+pub(super) fn random() -> Result<Zeroizing<[u8; 32]>, StartError> {
     let mut bytes = Zeroizing::new([0; 32]);
     OsRng.try_fill_bytes(&mut *bytes).map_err(|error| StartError::System {
         action: "get random numbers",

@@ -19,6 +19,8 @@ use crate::wire::frame::{Frame, MAX_BODY, MAX_MESSAGE, split_control};
 
 /// Relay datagrams that may wait; more would only be delay.
 const RELAY_QUEUE_DATAGRAMS: usize = 256;
+/// Relay datagrams that are taken out of the queue at once: a control message waits for no more.
+const TAKEN_TOGETHER: usize = 32;
 /// Control messages that may wait: a burst of changes in a network of thousands.
 const CONTROL_QUEUE_MESSAGES: usize = 4096;
 /// Bytes of control messages that may wait: two of the largest.
@@ -134,7 +136,7 @@ struct Queues {
 
 enum Queued {
     Control(Vec<u8>),
-    Relay(Vec<u8>),
+    Relay(Vec<Vec<u8>>),
 }
 
 impl Outbox {
@@ -155,8 +157,9 @@ impl Outbox {
             queues.control_bytes -= message.len();
             return Next::Send(Queued::Control(message));
         }
-        if let Some(datagram) = queues.relay.pop_front() {
-            return Next::Send(Queued::Relay(datagram));
+        if !queues.relay.is_empty() {
+            let count = queues.relay.len().min(TAKEN_TOGETHER);
+            return Next::Send(Queued::Relay(queues.relay.drain(..count).collect()));
         }
         if queues.closed { Next::End } else { Next::Wait }
     }
@@ -193,8 +196,10 @@ async fn write_until_closed(
                     flush(socket, &mut bytes, WRITE_BYTES).await?;
                 }
             }
-            Next::Send(Queued::Relay(datagram)) => {
-                sealer.seal(&Frame::Relay(&datagram), &mut bytes)?;
+            Next::Send(Queued::Relay(datagrams)) => {
+                for datagram in datagrams {
+                    sealer.seal(&Frame::Relay(&datagram), &mut bytes)?;
+                }
                 flush(socket, &mut bytes, WRITE_BYTES).await?;
             }
             Next::Wait if bytes.is_empty() => outbox.changed.notified().await,

@@ -113,6 +113,63 @@ async fn a_train_arrives_as_its_datagrams_and_its_losses_are_counted() {
 }
 
 #[tokio::test]
+async fn what_has_come_together_is_taken_together_and_in_its_order() {
+    let (client, mut server) = pair().await;
+    let train: Vec<u8> = (0..200u8).flat_map(|number| [number; 1_000]).collect();
+    let (mut taken, mut calls, mut most) = (Vec::new(), 0, 0);
+    for round in 0..20u8 {
+        assert_eq!(client.sender.try_send_train(&train, 1_000), Ok(()));
+        let Inbound::Relay(first) = server.receiver.next().await.unwrap() else {
+            panic!("round {round}: a datagram comes first")
+        };
+        client.sender.try_send_control(vec![round]).unwrap();
+        let mut pending = first;
+        loop {
+            let mut batch = RelayBatch::default();
+            batch.push(&pending);
+            server.receiver.more_relayed(&mut batch);
+            calls += 1;
+            most = most.max(batch.iter().count());
+            assert!(batch.len() <= RELAYED_BYTES + 1_000, "{}", batch.len());
+            taken.extend(batch.iter().map(<[u8]>::to_vec));
+            match server.receiver.next().await.unwrap() {
+                Inbound::Relay(datagram) => pending = datagram,
+                Inbound::Control(message) => {
+                    assert_eq!(message, [round]);
+                    break;
+                }
+            }
+        }
+        // The message overtakes what was not taken out of the queue yet.
+        while taken.len() < usize::from(round + 1) * 200 {
+            match server.receiver.next().await.unwrap() {
+                Inbound::Relay(datagram) => taken.push(datagram),
+                Inbound::Control(_) => panic!("one message a round"),
+            }
+        }
+    }
+    let expected: Vec<Vec<u8>> =
+        (0..20).flat_map(|_| (0..200u8).map(|number| vec![number; 1_000])).collect();
+    assert!(taken == expected, "every datagram, in order");
+    assert!(most > 1, "{calls} calls, {most} datagrams at the most");
+}
+
+#[tokio::test]
+async fn a_forged_frame_behind_relay_datagrams_ends_the_link_after_them() {
+    let (client, mut server) = pair().await;
+    client.sender.try_send_train(&[7; 30], 10).unwrap();
+    let mut batch = RelayBatch::default();
+    let Inbound::Relay(first) = server.receiver.next().await.unwrap() else { panic!("relay") };
+    batch.push(&first);
+    server.receiver.buffer.extend_from_slice(&[0, 17]);
+    server.receiver.buffer.extend_from_slice(&[0; 17]);
+    server.receiver.more_relayed(&mut batch);
+    assert_eq!(batch.iter().collect::<Vec<_>>(), [[7; 10]; 3]);
+    assert!(matches!(server.receiver.next().await, Err(LinkError::Forged)));
+    assert!(matches!(server.receiver.next().await, Err(LinkError::Closed)));
+}
+
+#[tokio::test]
 async fn queues_are_bounded() {
     let (client, _server) = pair().await;
     let results: Vec<_> =

@@ -59,7 +59,7 @@ impl PathAgent {
                 && endpoint.prober.sent_pings() > 0
         });
         let fit = self.wanted && spaced && relayed && announced;
-        if fit && self.trickle.take_bytes(EARLY_BYTES, place.remote.ip(), now) {
+        if fit && self.may_spend(EARLY_BYTES, place.remote.ip(), now) {
             self.early = Some(Early { place, since: now });
             self.early_at = Some(now);
         }

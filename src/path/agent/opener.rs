@@ -15,7 +15,9 @@
 //! - A datagram of the peer arrived on the path: its NAT is open. The hold ends.
 //!
 //! All that holds only when the peer knows the endpoint that our NAT gives us. Until that is sure,
-//! nothing of the peer proves that it has opened its NAT for us.
+//! nothing of the peer proves that it has opened its NAT for us. Behind a NAT that counts the
+//! server never knows it: only our call tells the peer the ports that come next, and it may have to
+//! wait until we have looked where the NAT stands.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -45,6 +47,10 @@ pub struct Signalling {
     /// How late the server may tell the peer what it tells us, when the peer acts on that at once;
     /// none when it waits to be called.
     pub lag: Option<Duration>,
+    /// Our NAT hands out a port for each destination, in order: only our calls tell where we are.
+    pub counts: bool,
+    /// Our calls say more than the server knows: ports that we guess, or that may be forwarded.
+    pub has_guesses: bool,
     /// Of the two sides, one sends to guessed ports in another order, so that their guesses meet.
     pub doubles: bool,
 }
@@ -70,8 +76,12 @@ impl PathAgent {
 
     /// How long pings into the peer's NAT wait in a round of this cause.
     pub(super) fn hold(&self, cause: Cause, now: Instant) -> Duration {
-        let Signalling { server_rtt, announced_at, lag, .. } = self.signalling;
+        let Signalling { server_rtt, announced_at, lag, counts, .. } = self.signalling;
         let call = server_rtt.map_or(UNMEASURED, |rtt| rtt.max(SHORTEST_CALL));
+        if counts {
+            // With the look at the NAT.
+            return call + server_rtt.unwrap_or_default();
+        }
         let settle = SETTLE.max(server_rtt.unwrap_or_default() * 2);
         let settled = announced_at.is_some_and(|at| now.saturating_duration_since(at) >= settle);
         match (cause, lag) {

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::opener::Cause;
+use super::opener::{Cause, is_private};
 use super::{Endpoint, PathAgent, PathTransmit};
 use crate::path::probe::{Due, ProbeOutcome};
+use crate::path::trickle::with_headers;
 use crate::path::{Place, Via, predict};
 use crate::types::{CandidateKind, TxId, usable_underlay};
 use crate::wire::disco::PING_LEN;
@@ -18,6 +19,8 @@ const MAX_LEARNED: usize = 8;
 const ROUND_SPACING: Duration = Duration::from_secs(1);
 /// The peer is asked to probe at most this often.
 const CALL_SPACING: Duration = Duration::from_secs(2);
+/// In so many rounds a call of ours may have come before the peer knew us.
+const EARLY_ROUNDS: usize = 3;
 /// Waits between rounds while a wanted peer is not direct; the last one repeats.
 const RETRY: [Duration; 6] = [
     Duration::from_secs(5),
@@ -95,7 +98,11 @@ impl PathAgent {
             }
             let spacing = if cause == Cause::Guess { GUESS_AGAIN / 2 } else { CALL_SPACING };
             let recent = |at: Instant| now.saturating_duration_since(at) < spacing;
-            if !self.called_at.is_some_and(recent) {
+            // Who calls may have missed our first call, and with it what only that says.
+            let early = cause == Cause::Called && self.retries < EARLY_ROUNDS;
+            let missed = early && self.signalling.has_guesses && !self.called_back;
+            self.called_back = missed || self.called_back && started;
+            if missed || !self.called_at.is_some_and(recent) {
                 self.called_at = Some(now);
                 self.transmits.push_back(PathTransmit::CallMeMaybe { via });
             }
@@ -242,7 +249,14 @@ impl PathAgent {
     pub(super) fn may_send(&mut self, via: Via, len: usize, now: Instant) -> bool {
         let (Some(place), Via::Direct { remote, .. }) = (via.place(), via) else { return true };
         self.endpoints.get(&place).is_some_and(|endpoint| endpoint.proved(now))
-            || self.trickle.take(len, remote.ip(), now)
+            || with_headers(len, remote.ip())
+                .is_some_and(|bytes| self.may_spend(bytes, remote.ip(), now))
+    }
+
+    /// Whether so many bytes, headers and all, may go to an address that has proved nothing.
+    pub(super) fn may_spend(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
+        self.trickle.take_bytes(bytes, to, now)
+            && (is_private(to.to_canonical()) || self.together.take_bytes(bytes, to, now))
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {

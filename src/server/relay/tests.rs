@@ -22,6 +22,7 @@ fn online(table: &mut RelayTable, number: u32) -> RelayKey {
     key
 }
 
+/// A bind of who has shown that it receives there.
 fn bind(
     table: &mut RelayTable,
     number: u32,
@@ -30,7 +31,18 @@ fn bind(
     port: u16,
     now: Instant,
 ) -> Verdict {
-    let mut datagram = Control::Bind { node: node(number), counter }.encode(Some(key));
+    let proof = Some(table.prover.tell(node(number), arrival(port), now));
+    bind_with(table, (number, key, counter), proof, port, now)
+}
+
+fn bind_with(
+    table: &mut RelayTable,
+    (number, key, counter): (u32, &RelayKey, u64),
+    proof: Option<AddressProof>,
+    port: u16,
+    now: Instant,
+) -> Verdict {
+    let mut datagram = Control::Bind { node: node(number), counter, proof }.encode(Some(key));
     table.handle_datagram(&mut datagram, arrival(port), now)
 }
 
@@ -120,7 +132,12 @@ fn a_bind_counts_once_and_only_with_its_key() {
     assert_eq!(from, SocketId(0));
     assert_eq!(wire::verify(&bytes, &key), Ok(()));
     let observed = arrival(1002).source;
-    assert_eq!(Control::parse(&bytes), Ok(Control::Bound { node: node(1), counter: 6, observed }));
+    let bound = Control::parse(&bytes);
+    assert!(
+        matches!(bound, Ok(Control::Bound { node: id, counter: 6, observed: at, proof: Some(_) })
+            if id == node(1) && at == observed),
+        "{bound:?}"
+    );
     online(&mut table, 2);
     assert_eq!(table.handle_datagram(&mut data(2), arrival(1001), now), BAD, "it has moved");
     let new_key = RelayKey([77; 32]);
@@ -128,6 +145,117 @@ fn a_bind_counts_once_and_only_with_its_key() {
     table.apply(RelayChange::Online { node: node(1), key: new_key.clone(), connection });
     assert_eq!(bind(&mut table, 1, &key, 7, 1001, now), BAD, "the key of an older connection");
     assert!(matches!(bind(&mut table, 1, &new_key, 0, 1001, now), Verdict::Reply { .. }));
+}
+
+/// What a table says to a bind: whether it wants a proof, and which.
+fn told(verdict: &Verdict) -> Option<Proving> {
+    let Verdict::Reply { bytes, .. } = verdict else { panic!("a bind is answered: {verdict:?}") };
+    match Control::parse(bytes) {
+        Ok(Control::Bound { proof, .. }) => proof,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_bind_with_a_forged_source_turns_a_trickle_of_others_data_there_and_no_more() {
+    let start = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    let (mut bytes, mut datagrams, mut by_link) = (0, 0, 0);
+    // A minute of binds from the address of a victim, each with another port, and a flood for it.
+    for (ms, counter) in (0..60_000).step_by(20).zip(1..) {
+        let now = start + Duration::from_millis(ms);
+        let port = 1_000 + u16::try_from(counter % 50_000).unwrap();
+        let forged = Some(AddressProof([counter as u8; 8]));
+        let answer = bind_with(&mut table, (1, &key, counter), forged, port, now);
+        assert!(told(&answer).is_some_and(|proving| proving.wanted));
+        for _ in 0..10 {
+            let mut datagram = [data(1), vec![0; 1_300]].concat();
+            match table.handle_from(node(2), &mut datagram, now) {
+                Verdict::Forward(Way::Unproved(to)) if to == arrival(port) => {
+                    bytes += datagram.len() + 28;
+                    datagrams += 1;
+                }
+                Verdict::Forward(Way::Link(ConnectionId(1))) => by_link += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert!(datagrams > 0 && bytes < 60_000, "{bytes} bytes in a minute, in {datagrams}");
+    assert_eq!(datagrams + by_link, 30_000, "the node itself loses nothing");
+}
+
+#[test]
+fn who_says_what_it_was_told_is_sent_all_from_then_on() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    let none = Some(AddressProof::default());
+    let first = told(&bind_with(&mut table, (1, &key, 1), none, 1001, now)).unwrap();
+    assert!(first.wanted);
+    // At once, before any proof.
+    let verdict = table.handle_from(node(2), &mut data(1), now);
+    assert_eq!(verdict, Verdict::Forward(Way::Unproved(arrival(1001))));
+    let elsewhere = bind_with(&mut table, (1, &key, 2), Some(first.proof), 1002, now);
+    assert!(told(&elsewhere).unwrap().wanted, "it is good for one address");
+    let second = bind_with(&mut table, (1, &key, 3), Some(first.proof), 1001, now);
+    assert!(!told(&second).unwrap().wanted);
+    for _ in 0..1_000 {
+        let mut large = [data(1), vec![0; 1_300]].concat();
+        let verdict = table.handle_from(node(2), &mut large, now);
+        assert_eq!(verdict, Verdict::Forward(Way::Udp(arrival(1001))));
+    }
+}
+
+#[test]
+fn a_member_cannot_take_the_address_of_another_by_forging_it() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let (victim, thief) = (online(&mut table, 1), online(&mut table, 2));
+    online(&mut table, 3);
+    bind(&mut table, 1, &victim, 1, 1001, now);
+    let none = Some(AddressProof::default());
+    for counter in 1..100 {
+        let forged = bind_with(&mut table, (2, &thief, counter), none, 1001, now);
+        assert!(told(&forged).unwrap().wanted);
+        let verdict = table.handle_from(node(3), &mut data(1), now);
+        assert_eq!(verdict, Verdict::Forward(Way::Udp(arrival(1001))), "it is sent to as before");
+        let mut sent = data(3);
+        let verdict = table.handle_datagram(&mut sent, arrival(1001), now);
+        assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(3))));
+        assert_eq!(parse_data(&sent).map(|(from, _)| from), Ok(node(1)), "in its own name");
+    }
+    // Gone again: what the thief never had is not taken from its owner with it.
+    table.apply(RelayChange::Removed(node(2)));
+    let verdict = table.handle_datagram(&mut data(3), arrival(1001), now);
+    assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(3))));
+}
+
+#[test]
+fn a_node_that_cannot_prove_its_address_is_sent_what_it_sends_and_the_rest_by_its_link() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    let old = bind_with(&mut table, (1, &key, 1), None, 1001, now);
+    assert_eq!(told(&old), None, "an answer that it can read");
+    let large = |target| [data(target), vec![0; 1_300]].concat();
+    while table.handle_from(node(2), &mut large(1), now)
+        == Verdict::Forward(Way::Unproved(arrival(1001)))
+    {}
+    let by_link = Verdict::Forward(Way::Link(ConnectionId(1)));
+    assert_eq!(table.handle_from(node(2), &mut large(1), now), by_link);
+    table.handle_datagram(&mut large(2), arrival(1001), now);
+    let as_much = Verdict::Forward(Way::Unproved(arrival(1001)));
+    assert_eq!(table.handle_from(node(2), &mut large(1), now), as_much);
+    assert_eq!(table.handle_from(node(2), &mut large(1), now), by_link);
+    // It answers what came by the link there, and may go on by UDP all the same.
+    let later = now + BIND_ANSWERED * 2;
+    table.handle_from(node(1), &mut data(2), later);
+    let verdict = table.handle_datagram(&mut data(2), arrival(1001), later);
+    assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(2))));
 }
 
 #[test]

@@ -327,7 +327,7 @@ impl Relay {
 
     async fn bind(&mut self) {
         self.counter += 1;
-        let bind = Control::Bind { node: self.node, counter: self.counter };
+        let bind = Control::Bind { node: self.node, counter: self.counter, proof: None };
         // A full socket buffer loses it, as the Internet may.
         let _ = self.socket.send(&bind.encode(Some(&self.key))).await;
         self.next = clock::now() + BIND_INTERVAL;

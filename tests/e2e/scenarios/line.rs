@@ -17,7 +17,7 @@ use crate::flow::Flow;
 use crate::lab::{Host, Net};
 use crate::line::{Faults, Line};
 use crate::nat::Nat;
-use crate::overlay::{Node, START_LIMIT, Server};
+use crate::overlay::{Node, START_LIMIT, Server, find_peer};
 use crate::ping;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -71,6 +71,10 @@ fn transfer() {
         arrived.part()
     );
     assert!(sessions >= 2.0, "{sessions} handshakes");
+    for (node, peer) in [(&alice, "bob"), (&bob, "alice")] {
+        let status = node.status().unwrap();
+        assert_eq!(find_peer(&status, peer)["second_session"], true, "so much went both ways");
+    }
     let carried = count(&counts.bytes);
     let most = 2 * megabytes * 1_000_000;
     // A machine with much else to do lets paths fall silent, and then the relay carries a part.

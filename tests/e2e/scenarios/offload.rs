@@ -1,7 +1,9 @@
 //! Many packets per system call change no byte, with every switch in every position.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -14,7 +16,7 @@ use crate::lab::{Host, Net};
 use crate::nat::Nat;
 use crate::overlay::{Node, Server};
 
-const SWITCHES: [&str; 3] = ["tun-offload", "udp-gso", "udp-gro"];
+const SWITCHES: [&str; 4] = ["tun-offload", "udp-gso", "udp-gro", "realtime"];
 /// More than a TCP window, less than a second of a debug build.
 const TRANSFER_BYTES: usize = 6_000_000;
 const LIMIT: Duration = Duration::from_secs(20);
@@ -73,7 +75,42 @@ fn start(net: &Net, server: &Server, name: &str, off: &[&str]) -> Node {
     assert_eq!(shown("udp_gso"), !is_off("udp-gso"), "{status}");
     assert_eq!(shown("udp_gro"), !is_off("udp-gro"), "{status}");
     assert!(!shown("tun_uso") || !is_off("tun-offload"), "{status}");
+    assert_realtime(&mut node, realtime_is_allowed() && !is_off("realtime"));
     node
+}
+
+/// Whether this machine lets a program of ours have it: the kernel is asked in another way.
+fn realtime_is_allowed() -> bool {
+    let probe = Command::new("chrt").args(["--rr", "1", "true"]).status().unwrap();
+    probe.success() && thread::available_parallelism().unwrap().get() > 1
+}
+
+/// What the node says of its packet threads, and what the kernel does.
+fn assert_realtime(node: &mut Node, expected: bool) {
+    let process = node.daemon().id();
+    node.wait_status("its packet threads run", LIMIT, |status| {
+        status["self"]["realtime"] == Value::Bool(expected) && packet_threads(process).len() == 2
+    });
+    let wanted = if expected { libc::SCHED_RR } else { libc::SCHED_OTHER };
+    assert_eq!(packet_threads(process), [wanted; 2]);
+}
+
+/// The scheduling policies of the threads that move packets; no other thread has one of its own.
+fn packet_threads(process: u32) -> Vec<i32> {
+    let mut found = Vec::new();
+    for task in fs::read_dir(format!("/proc/{process}/task")).unwrap() {
+        let Ok(stat) = fs::read_to_string(task.unwrap().path().join("stat")) else { continue };
+        let (name, fields) = stat.split_once('(').unwrap().1.rsplit_once(')').unwrap();
+        // The policy is field 41 of proc_pid_stat(5); the third field comes first here.
+        let policy: i32 = fields.split_whitespace().nth(38).unwrap().parse().unwrap();
+        let policy = policy & !libc::SCHED_RESET_ON_FORK;
+        if ["tun-to-udp", "udp-to-tun"].contains(&name) {
+            found.push(policy);
+        } else {
+            assert_eq!(policy, libc::SCHED_OTHER, "{stat}");
+        }
+    }
+    found
 }
 
 /// A program that sends more than the path takes loses some of it. That is no reason to send all of

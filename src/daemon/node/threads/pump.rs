@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::mpsc;
 
+use super::turn::Turn;
 use super::{Ports, send_all, send_now, send_runs, write_tun};
 use crate::dataplane::{
     Note, Shared, Source, Target, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
@@ -131,6 +132,7 @@ impl Drained {
 
 pub(super) fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
     let mut quiet = 0;
+    let mut turn = ports.begin_turn();
     loop {
         let tun = ports.watched_tun(true);
         let mut fds = vec![
@@ -138,7 +140,7 @@ pub(super) fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSe
             PollFd::new(ports.wake_sender.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(tun.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds, &ports.progress[0]) {
+        if !wait(&mut fds, &ports.progress[0], &mut turn) {
             return;
         }
         if is_ready(fds.get(WAKE_AT)) {
@@ -163,6 +165,7 @@ pub(super) fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSe
 }
 
 pub(super) fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
+    let mut turn = ports.begin_turn();
     let mut inlet =
         Inlet { buffers: RecvBuffers::default(), batch: TunBatch::default(), asked: Vec::new() };
     loop {
@@ -176,7 +179,7 @@ pub(super) fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSen
         fds.extend(ports.sockets().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
         let tun_at = fds.len();
         fds.extend(watched.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds, &ports.progress[1]) {
+        if !wait(&mut fds, &ports.progress[1], &mut turn) {
             return;
         }
         if is_ready(fds.get(WAKE_AT)) {
@@ -289,9 +292,12 @@ fn is_broken(fd: Option<&PollFd<'_>>) -> bool {
 }
 
 /// Waits for any of `fds`; `false` when the first one, the stop signal, is set.
-fn wait(fds: &mut [PollFd<'_>], progress: &Progress) -> bool {
+fn wait(fds: &mut [PollFd<'_>], progress: &Progress, turn: &mut Turn) -> bool {
     progress.step();
-    match poll(fds, PollTimeout::from(IDLE_MS)) {
+    let from = clock::now();
+    let ready = poll(fds, PollTimeout::from(IDLE_MS));
+    turn.waited(from, clock::now());
+    match ready {
         Ok(_) | Err(nix::errno::Errno::EINTR) => fds[0].any() != Some(true),
         Err(error) => {
             tracing::error!(%error, "poll failed, packets stop");

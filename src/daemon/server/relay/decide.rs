@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use quinn_udp::RecvMeta;
 
-use crate::server::relay::{Arrival, RelayTable, SocketId, Verdict};
+use crate::server::relay::{Arrival, RelayTable, SocketId, Verdict, Way};
 use crate::types::DropCounters;
 use crate::wire::relay::{DATA_HEADER_LEN, parse_data};
 
@@ -48,7 +48,8 @@ pub(super) fn decide(
         }
         let verdict = table.handle_datagram(datagram, arrival, now);
         let goes = datagram.first_chunk::<DATA_HEADER_LEN>().copied();
-        let forwards = matches!(verdict, Verdict::Forward(_));
+        // What goes to an address that has proved nothing is asked for one by one.
+        let forwards = matches!(verdict, Verdict::Forward(Way::Udp(_) | Way::Link(_)));
         last_headers = came.zip(goes).filter(|_| forwards);
         match decided.last_mut() {
             Some(last) if forwards && last.buffer == number && last.verdict == verdict => {

@@ -1,0 +1,112 @@
+//! When a packet thread runs: ahead of ordinary programs, as the kernel's own network code does, but
+//! not for ever.
+//!
+//! A packet that wakes a thread on a busy machine waits until a program has used up its turn, at each
+//! end: that is most of a round trip under load. So the threads ask for real-time scheduling, of the
+//! lowest priority. In a flood that would leave a machine with two processors nothing for anything
+//! else, so whoever works for long without a pause is an ordinary thread now and then.
+
+use std::time::{Duration, Instant};
+
+use crate::io::sched;
+
+/// A wait this long was a pause: others could run.
+const PAUSE: Duration = Duration::from_micros(50);
+/// Without a pause, so long ahead of the others,
+const AHEAD: Duration = Duration::from_millis(20);
+/// and so long among them.
+const AMONG: Duration = Duration::from_millis(2);
+
+/// How the calling thread is scheduled.
+#[derive(Debug)]
+pub(super) struct Turn {
+    /// None when it is not allowed, or not wanted.
+    state: Option<State>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct State {
+    ahead: bool,
+    since: Instant,
+}
+
+impl State {
+    /// Takes when the thread has waited for work; tells what it is to be from here on, if that is
+    /// something else.
+    fn waited(&mut self, from: Instant, until: Instant) -> Option<bool> {
+        let paused = until.saturating_duration_since(from) >= PAUSE;
+        if paused {
+            self.since = until;
+        }
+        let limit = if self.ahead { AHEAD } else { AMONG };
+        let is_over = until.saturating_duration_since(self.since) >= limit;
+        let ahead = if is_over { !self.ahead } else { self.ahead || paused };
+        if ahead == self.ahead {
+            return None;
+        }
+        *self = Self { ahead, since: until };
+        Some(ahead)
+    }
+}
+
+impl Turn {
+    /// Asks for the calling thread, if that is wanted.
+    pub(super) fn new(wanted: bool, now: Instant) -> Self {
+        // With a single processor there is none left for whoever is not ahead.
+        let others = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
+        let granted = wanted && others && sched::run_ahead(true).is_ok();
+        Self { state: granted.then_some(State { ahead: true, since: now }) }
+    }
+
+    /// Whether the thread runs ahead of others.
+    pub(super) fn is_granted(&self) -> bool {
+        self.state.is_some()
+    }
+
+    /// The thread has waited for work.
+    pub(super) fn waited(&mut self, from: Instant, until: Instant) {
+        let Some(state) = &mut self.state else { return };
+        if let Some(ahead) = state.waited(from, until)
+            && let Err(error) = sched::run_ahead(ahead)
+        {
+            tracing::warn!(%error, ahead, "the packet thread cannot be scheduled anew");
+            self.state = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::epoch;
+
+    const US: Duration = Duration::from_micros(1);
+
+    #[test]
+    fn who_works_without_a_pause_lets_the_others_have_their_turn() {
+        let mut now = epoch();
+        let mut state = State { ahead: true, since: now };
+        let mut among = Duration::ZERO;
+        for _ in 0..10_000 {
+            let before = now;
+            now += 100 * US;
+            among += if state.ahead { Duration::ZERO } else { now - before };
+            state.waited(now, now);
+        }
+        assert!(among > Duration::from_millis(80), "{among:?} of a second");
+        assert!(among < Duration::from_millis(120), "{among:?} of a second");
+    }
+
+    #[test]
+    fn who_waits_for_work_stays_ahead() {
+        let mut now = epoch();
+        let mut state = State { ahead: false, since: now };
+        assert_eq!(state.waited(now, now + 60 * US), Some(true), "the first pause is enough");
+        for _ in 0..1_000 {
+            now += Duration::from_millis(10);
+            assert_eq!(state.waited(now, now), None, "work");
+            now += 60 * US;
+            assert_eq!(state.waited(now - 60 * US, now), None, "pause");
+        }
+    }
+}
