@@ -44,8 +44,8 @@ fn addrs(host: u32) -> OverlayAddrs {
 
 fn peer(host: u32, key: &SecretKey, other: &SecretKey) -> Arc<Peer> {
     let engine = EngineKeys::new(key);
-    let session = Session::new(&engine, &other.public(), host << 2, SessionSettings::default());
-    Peer::new(NodeId::new(host).unwrap(), addrs(host), host << 2, session)
+    let session = Session::new(&engine, &other.public(), host << 3, SessionSettings::default());
+    Peer::new(NodeId::new(host).unwrap(), addrs(host), host << 3, session)
 }
 
 fn side(own: u32, other: u32) -> Side {
@@ -84,6 +84,23 @@ fn pair(now: Instant) -> (Side, Side) {
         &mut notes,
     );
     (a, b)
+}
+
+/// Gives two sides that have a session a second one, on which `b` seals.
+fn add_second(a: &Side, b: &Side, now: Instant) {
+    let keys = [1, 2].map(|host| EngineKeys::new(&SecretKey::from_bytes([host; 32])));
+    for (side, own, other) in [(a, &keys[0], &keys[1]), (b, &keys[1], &keys[0])] {
+        let make = |index| Session::new(own, &other.public(), index, SessionSettings::default());
+        side.peer.prepare_second(own.public(), other.public(), make, now);
+    }
+    let (mut to_a, mut to_b) = ([0; MIN_SEAL_BUFFER], [0; MIN_SEAL_BUFFER]);
+    let [mut at_a, mut at_b] = [a, b].map(|side| side.peer.lock_second().unwrap());
+    let len = at_b.session.initiate(&mut to_a, now).unwrap();
+    let answer = at_a.session.handle_handshake(&to_a[..len], b.endpoint.ip(), &mut to_b, now);
+    let len = answer.unwrap().reply.unwrap();
+    let done = at_b.session.handle_handshake(&to_b[..len], a.endpoint.ip(), &mut to_a, now);
+    assert!(done.unwrap().established);
+    b.peer.seal_on_second(true);
 }
 
 /// What the interface hands over: one TCP super-packet with its virtio header.
@@ -192,6 +209,58 @@ fn trains(c: &mut Criterion) {
     group.finish();
 }
 
+/// One thread seals for a peer while another one opens from it, as much as that.
+fn both_ways(c: &mut Criterion) {
+    const TRAINS: usize = 50;
+    let now = clock::now();
+    let mut group = c.benchmark_group("50 trains sealed and 50 opened at once");
+    group.throughput(Throughput::Elements((2 * TRAINS * SEGMENTS) as u64));
+    for (name, sessions) in [("one session", 1), ("two sessions", 2)] {
+        let (a, b) = pair(now);
+        if sessions == 2 {
+            add_second(&a, &b, now);
+        }
+        let (frame, back) = (super_packet(&a, &b), super_packet(&b, &a));
+        let (table, far_table) = (a.shared.table(), b.shared.table());
+        let (mut out, mut tun) = (UdpBatch::default(), TunBatch::default());
+        let source = Source::udp(b.endpoint, None);
+        let seal = |out: &mut UdpBatch| {
+            for _ in 0..TRAINS {
+                out.clear();
+                outbound_frame(&a.shared, &table, &mut frame.clone(), now, out, &mut vec![]);
+            }
+        };
+        let mut open = |sealed: &UdpBatch| {
+            for (run, bytes) in sealed.runs() {
+                tun.clear(MergeKinds { tcp: true, udp: true });
+                let notes = &mut vec![];
+                inbound_train(&a.shared, &table, source, bytes, run.segment, now, &mut tun, notes);
+                assert_eq!(tun.packets().count(), bytes.len().div_ceil(run.segment));
+            }
+        };
+        group.bench_function(name, |bench| {
+            bench.iter_batched(
+                || {
+                    let mut sealed = UdpBatch::default();
+                    for _ in 0..TRAINS {
+                        let (frame, notes) = (&mut back.clone(), &mut vec![]);
+                        outbound_frame(&b.shared, &far_table, frame, now, &mut sealed, notes);
+                    }
+                    sealed
+                },
+                |sealed| {
+                    std::thread::scope(|scope| {
+                        scope.spawn(|| seal(&mut out));
+                        open(&sealed);
+                    });
+                },
+                BatchSize::PerIteration,
+            );
+        });
+    }
+    group.finish();
+}
+
 fn routes(c: &mut Criterion) {
     let (own, other) = (SecretKey::from_bytes([1; 32]), SecretKey::from_bytes([2; 32]));
     let mut table = ForwardingTable::new(None, None);
@@ -254,5 +323,5 @@ fn filter(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, trains, routes, filter);
+criterion_group!(benches, trains, both_ways, routes, filter);
 criterion_main!(benches);

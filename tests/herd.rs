@@ -15,6 +15,7 @@ mod runs;
 mod server;
 
 use std::fmt::Debug;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use figures::Figures;
@@ -28,7 +29,8 @@ fn die(wanted: &str, why: &dyn Debug) -> ! {
 /// The limits are those of a loaded machine and a program without optimisation.
 fn size(whole_netmap_up_to: usize) -> Size {
     let nodes = std::env::var("OVERLAY_HERD_NODES").map_or(200, |text| text.parse().unwrap());
-    Size { nodes, peers: 5, wish: Wish { whole_netmap_up_to, core: None } }
+    let wish = Wish { whole_netmap_up_to, core: None, at: Ipv4Addr::LOCALHOST };
+    Size { nodes, peers: 5, sources: None, wish }
 }
 
 fn nothing_is_lost(figures: &Figures) {
@@ -43,6 +45,13 @@ async fn a_restarted_server_has_all_nodes_back_and_sends_no_whole_netmap_in_a_la
     assert_eq!(figures.get("whole netmaps"), 0.0, "{}", figures.table());
     assert_eq!(figures.get("gaps"), 0.0, "{}", figures.table());
     assert!(figures.get("server rss") < 150.0, "{}", figures.table());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_herd_behind_one_address_comes_back_too() {
+    let figures = runs::storm(Size { sources: Some(1), ..size(0) }).await;
+    assert!(figures.get("all back") < 15_000.0, "{}", figures.table());
+    assert_eq!(figures.get("gaps"), 0.0, "{}", figures.table());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,7 +5,7 @@ use clap::Args;
 use super::ask::SocketArg;
 use super::{Done, print};
 use crate::daemon::node::Question;
-use crate::daemon::node::report::{Netcheck, PortMappingReport};
+use crate::daemon::node::report::{Netcheck, PortMappingReport, UplinkProbe};
 
 /// Arguments of `overlay netcheck`.
 #[derive(Debug, Clone, Args)]
@@ -48,6 +48,16 @@ pub fn run(args: &NetcheckArgs) -> Done {
         let mtu = server.path_mtu.map(|mtu| format!(", path MTU {mtu}")).unwrap_or_default();
         let blocked = if server.udp_blocked { ", UDP blocked or server away" } else { "" };
         lines.push(format!("server      {}  {rtt}{mtu}{blocked}", server.address));
+    }
+    for uplink in &report.uplinks {
+        let UplinkProbe { interface, family, preferred, strict_filter, .. } = uplink;
+        let place = if *preferred { "preferred" } else { "for when that fails" };
+        let seen = match (&uplink.endpoint, uplink.rtt_ms) {
+            (Some(endpoint), Some(rtt)) => format!("{endpoint}, {rtt:.1} ms"),
+            _ if *strict_filter => "no answer: strict reverse path filter (rp_filter=1)".into(),
+            _ => "no answer".into(),
+        };
+        lines.push(format!("uplink      {interface} {family} ({place})  {seen}"));
     }
     for peer in &report.forecast {
         lines.push(format!("peer        {}  {}: {}", peer.name, peer.forecast, peer.reason));

@@ -106,11 +106,18 @@ enum Command {
         #[arg(long = "state-dir", value_name = "DIR")]
         place: Option<PathBuf>,
     },
-    /// Set when a node's membership ends; more time lets an expired node in at once
+    /// Set when a node's membership ends, or how long those of new nodes last
+    ///
+    /// More time lets an expired node in at once. With --new, nodes that join from now on have a
+    /// membership of this length, counted from when each joins; those that are there keep theirs.
     Expire {
         /// Its name, overlay address or id
-        node: String,
-        /// In this time from now: 12h, 180d
+        #[arg(required_unless_present = "new")]
+        node: Option<String>,
+        /// The nodes that join from now on, in place of one that is there
+        #[arg(long, conflicts_with = "node")]
+        new: bool,
+        /// In this time, from now or from when a new node joins: 12h, 180d
         #[arg(long = "in", value_name = "TIME", value_parser = admin::duration, required_unless_present = "never")]
         within: Option<std::time::Duration>,
         /// Not at all
@@ -253,6 +260,16 @@ async fn serve(options: Options, read: Read<Options>) -> Result<(), Failure> {
 fn explain(error: &StartError, options: &Options) -> Failure {
     let failure = |help: &dyn Display| Failure::caused_by("the server cannot start", error, help);
     match error {
+        StartError::Listen { source, .. }
+            if source.kind() == io::ErrorKind::AddrInUse && answers(&options.socket) =>
+        {
+            Failure::new(
+                "a server runs already on this machine",
+                format!("it answers on {}", options.socket.display()),
+                "ask it: overlay server nodes; a second one needs a --listen, --socket and \
+                 --state-dir of its own",
+            )
+        }
         StartError::Listen { address, source, .. } => failure(&listen_help(*address, source)),
         StartError::Store(StoreError::File(error)) | StartError::File(error) => {
             failure(&file_help(error))
@@ -297,6 +314,11 @@ fn explain(error: &StartError, options: &Options) -> Failure {
     }
 }
 
+/// Whether a server listens on this local socket.
+fn answers(socket: &std::path::Path) -> bool {
+    std::os::unix::net::UnixStream::connect(socket).is_ok()
+}
+
 const RESTORE: &str = "bring the last backup back: overlay server restore --force FILE (what is \
                        there is kept aside)";
 const RESTORE_AGAIN: &str = "restore it once more: overlay server restore FILE";
@@ -325,6 +347,9 @@ fn file_help(error: &FileError) -> String {
         FileError::TooOpen { path, .. } => format!("sudo chmod 600 {}", path.display()),
         FileError::TooLarge { path, .. } => {
             format!("restore {} from a backup; it was not changed", path.display())
+        }
+        FileError::Io { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            "the file system is read-only: choose another place with --state-dir".into()
         }
         FileError::Io { .. } => "run it with sudo, or choose another place with --state-dir".into(),
     }

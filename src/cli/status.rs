@@ -7,7 +7,7 @@ use clap::Args;
 use super::ask::SocketArg;
 use super::{Done, print};
 use crate::daemon::node::Question;
-use crate::daemon::node::report::{PeerReport, Status};
+use crate::daemon::node::report::{PeerReport, Status, UplinkReport};
 
 /// Arguments of `overlay status`.
 #[derive(Debug, Clone, Args)]
@@ -48,20 +48,41 @@ pub fn run(args: &StatusArgs) -> Done {
     }
 }
 
+/// The uplink, where it is not the preferred one.
+fn by(uplink: Option<&str>) -> String {
+    uplink.map(|uplink| format!(" by {uplink}")).unwrap_or_default()
+}
+
+fn uplink_line(uplink: &UplinkReport) -> String {
+    let UplinkReport { interface, family, preferred, state, .. } = uplink;
+    let place = match (preferred, uplink.in_use) {
+        (true, true) => "preferred",
+        (true, false) => "preferred, not in use",
+        (false, true) => "in use",
+        (false, false) => "for when that fails",
+    };
+    let state = if state == "unknown" { "not asked" } else { state };
+    let rtt = uplink.rtt_ms.filter(|_| state == "answers");
+    let rtt = rtt.map(|rtt| format!(", {rtt:.1} ms")).unwrap_or_default();
+    format!("uplink {interface} {family} ({place})  {state}{rtt}")
+}
+
 fn text(status: &Status) -> String {
     let own = &status.own;
     let server = &status.server;
     let mut lines = vec![
         format!("{}  {}  {}  ({}, id {})", own.name, own.ipv4, own.ipv6, own.interface, own.id),
         format!(
-            "server {}  {}{}",
+            "server {}  {}{}{}",
             server.address.as_deref().unwrap_or("unknown"),
             server.state,
-            server.rtt_ms.map(|rtt| format!(", {rtt:.1} ms")).unwrap_or_default()
+            server.rtt_ms.map(|rtt| format!(", {rtt:.1} ms")).unwrap_or_default(),
+            by(server.uplink.as_deref())
         ),
         String::new(),
     ];
-    lines.splice(2..2, own.warnings.iter().map(|warning| format!("warning: {warning}")));
+    let warnings = own.warnings.iter().map(|warning| format!("warning: {warning}"));
+    lines.splice(2..2, own.uplinks.iter().map(uplink_line).chain(warnings).collect::<Vec<_>>());
     if let Some(nodes) = status.nodes {
         let known = status.peers.len();
         lines.push(format!(
@@ -85,6 +106,7 @@ fn text(status: &Status) -> String {
             (Some(remote), "direct") => format!("direct {remote}"),
             (_, kind) => kind.to_string(),
         };
+        let path = path + &by(peer.path.uplink.as_deref());
         table.add_row(vec![
             peer.name.clone(),
             peer.ipv4.to_string(),

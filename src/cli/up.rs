@@ -183,6 +183,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         },
         realtime: file.realtime.unwrap_or(true),
         port_mapping: file.port_mapping.unwrap_or(true).then_some(port_mapping),
+        all_uplinks: file.all_uplinks.unwrap_or(true),
         metrics: file.metrics,
         rotate_key_after,
         enrol_only: args.enrol_only,
@@ -288,6 +289,15 @@ fn failure(error: &StartError) -> Failure {
         ),
         StartError::State(StateError::File(FileError::TooOpen { path, .. })) => {
             Failure::caused_by(STATE, error, format!("sudo chmod 600 {}", path.display()))
+        }
+        StartError::State(StateError::File(FileError::Io { source, .. }))
+            if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
+        {
+            Failure::caused_by(
+                STATE,
+                error,
+                "the file system is read-only: choose another place with --state-dir",
+            )
         }
         StartError::State(error) => Failure::caused_by(
             STATE,

@@ -45,6 +45,9 @@ fn text(why: &Why) -> String {
         format!("{}: {}", why.name, why.verdict.sentence),
         format!("to do: {}", why.verdict.remedy),
     ];
+    if let Some(uplink) = why.peer.as_ref().and_then(|peer| peer.path.uplink.as_ref()) {
+        lines.push(format!("it goes by {uplink}: by the preferred uplink nothing answers"));
+    }
     for (side, other) in [(&why.here, &why.there), (&why.there, &why.here)] {
         let Some(side) = side else { continue };
         let other = other.as_ref().map_or(why.name.as_str(), |other| other.name.as_str());

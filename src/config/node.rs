@@ -45,6 +45,8 @@ pub struct NodeConfig {
     /// A second session with busy peers, so that sealing and opening do not wait for one another.
     /// Default: true.
     pub second_session: Option<bool>,
+    /// Go by every default route when the preferred one fails. Default: true.
+    pub all_uplinks: Option<bool>,
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
     /// Let the kernel hand over and take many packets of one flow at once. Default: true.
@@ -184,6 +186,7 @@ mod tests {
             port_mapping_lease_s,
             birthday_probing,
             second_session,
+            all_uplinks,
             metrics,
             tun_offload,
             udp_gso,
@@ -196,6 +199,7 @@ mod tests {
         assert!(rotate_key_after_d.is_some());
         assert!(port_mapping.is_some() && port_mapping_lease_s.is_some());
         assert!(birthday_probing.is_some() && second_session.is_some() && metrics.is_some());
+        assert!(all_uplinks.is_some());
         assert!(tun_offload.is_some() && udp_gso.is_some() && udp_gro.is_some());
         assert!(realtime.is_some());
     }

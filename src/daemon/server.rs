@@ -17,7 +17,7 @@ mod sockets;
 mod state;
 mod status;
 
-pub use backup::{BackupError, Restored, restore};
+pub use backup::{BackupError, Restored, records_in, restore};
 pub use local::{EventInfo, Question, StoreAnswer};
 pub use status::{RateInfo, RelayInfo, ServerStatus, WayInfo};
 
@@ -287,7 +287,8 @@ fn allow_many_connections() {
 
 /// The join line that a server without nodes shows when it starts.
 async fn first_join_line(core: &mut core::Core) -> Result<Option<JoinText>, StartError> {
-    if !core.has_no_members() {
+    // A line that names no address is of no use; `Core::warn` says what to do.
+    if !core.has_no_members() || core.has_no_address() {
         return Ok(None);
     }
     let request =

@@ -15,22 +15,15 @@
 //! lane when its sender's index differs in this bit from that of a first lane of the same keys.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use super::Peer;
-use super::peer::{LockedPeer, PeerState};
+use super::peer::LockedPeer;
 use super::session::Session;
 use super::sessions::{KEY_SLOT_MASK, LANE_BIT};
 use crate::types::PublicKey;
 
 impl Peer {
-    /// Takes the lock of the second lane, if there is one; by the rules of [`Peer::lock`].
-    pub(crate) fn lock_second(&self) -> Option<LockedPeer<'_>> {
-        let second = self.second.get()?;
-        Some(second.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     /// Takes the lock of both lanes, one after the other.
     pub(crate) fn lanes(&self) -> impl Iterator<Item = LockedPeer<'_>> {
         std::iter::once_with(|| Some(self.lock()))
@@ -67,23 +60,20 @@ impl Peer {
     }
 
     /// From here on data leaves on the second lane, or on the first.
-    pub(crate) fn seal_on_second(&self, second: bool) {
+    pub fn seal_on_second(&self, second: bool) {
         self.seals_second.store(second, Ordering::Relaxed);
     }
 
     /// Sees to it that the second lane has a session of these two keys, and no others but such as
     /// still open what is under way. `make` is given its index.
-    pub(crate) fn prepare_second(
+    pub fn prepare_second(
         &self,
         own: PublicKey,
         peer: PublicKey,
         make: impl Fn(u32) -> Session,
         now: Instant,
     ) {
-        let new =
-            || Box::new(Mutex::new(PeerState::new(make(self.index & !KEY_SLOT_MASK ^ LANE_BIT))));
-        self.second.get_or_init(new);
-        let Some(mut state) = self.lock_second() else { return };
+        let mut state = self.second_or(|| make(self.index & !KEY_SLOT_MASK ^ LANE_BIT));
         state.retire_sessions(now);
         if state.session_of(own, peer).is_none() {
             state.add_session(make, now);

@@ -349,7 +349,11 @@ fn send(
 pub(super) fn target_of(via: Via, table: &ForwardingTable) -> Option<Target> {
     match via {
         Via::Direct { remote, local, socket } => Some(Target::Udp { remote, local, socket }),
-        Via::RelayUdp => table.relay.map(Target::udp),
+        Via::RelayUdp => table.relay.map(|remote| Target::Udp {
+            remote,
+            local: None,
+            socket: table.relay_socket,
+        }),
         Via::RelayTcp => Some(Target::Link),
     }
 }

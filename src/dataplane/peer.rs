@@ -81,7 +81,7 @@ pub struct Peer {
     session_wanted: AtomicBool,
     first: Mutex<PeerState>,
     /// The second lane, once there was one. Boxed: few peers ever have it.
-    pub(super) second: OnceLock<Box<Mutex<PeerState>>>,
+    second: OnceLock<Box<Mutex<PeerState>>>,
     /// Whether what leaves is sealed on the second lane.
     pub(super) seals_second: AtomicBool,
     records: Mutex<Records>,
@@ -113,6 +113,17 @@ impl Peer {
         // A panic while holding it can only come from the crypto library refusing a buffer; the
         // state behind it is whole.
         self.first.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the lock of the second lane, if there is one; by the rules of [`Self::lock`].
+    pub fn lock_second(&self) -> Option<LockedPeer<'_>> {
+        Some(self.second.get()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The same; if there is none yet, there is one with this session.
+    pub(super) fn second_or(&self, make: impl FnOnce() -> Session) -> LockedPeer<'_> {
+        let new = || Box::new(Mutex::new(PeerState::new(make())));
+        self.second.get_or_init(new).lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is written down about the peer; let go of at once.

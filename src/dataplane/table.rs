@@ -10,7 +10,7 @@ use prefix_trie::PrefixMap;
 use super::Peer;
 use super::sessions::SLOT_BITS;
 use crate::policy::Filter;
-use crate::types::{NodeId, OverlayAddrs, OverlayRange};
+use crate::types::{NodeId, OverlayAddrs, OverlayRange, SocketId};
 use crate::wire::disco::Tag;
 
 /// Immutable once published; the control plane makes a new one for each change of the netmap.
@@ -20,6 +20,8 @@ pub struct ForwardingTable {
     pub own: Option<OverlayAddrs>,
     /// Where relay datagrams go to and come from.
     pub relay: Option<SocketAddr>,
+    /// The socket that they go by.
+    pub relay_socket: SocketId,
     /// What is let in; none when everything is.
     pub filter: Option<Arc<Filter>>,
     /// The overlay's range, when peers may be in it that are not in the table.

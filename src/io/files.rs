@@ -296,6 +296,47 @@ mod tests {
     }
 
     #[test]
+    fn writing_follows_no_link_and_changes_no_file_with_another_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, other) = (dir.path().join("state"), dir.path().join("other"));
+        private_dir(&state).unwrap();
+        let path = state.join("node.key");
+        let precious = || {
+            assert_eq!(fs::read(&other).unwrap(), b"precious");
+            assert_eq!(fs::metadata(&other).unwrap().permissions().mode() & 0o777, 0o644);
+        };
+        fs::write(&other, "precious").unwrap();
+        fs::set_permissions(&other, fs::Permissions::from_mode(0o644)).unwrap();
+        let [new, backup] = other_places(&path);
+        let make: [fn(&Path, &Path) -> io::Result<()>; 2] = [
+            |original, link| std::os::unix::fs::symlink(original, link),
+            |original, link| fs::hard_link(original, link),
+        ];
+        for link in make {
+            for place in [&path, &new, &backup] {
+                let _ = fs::remove_file(place);
+                link(&other, place).unwrap();
+            }
+            write_twice(&path, b"secret", SECRET_MODE).unwrap();
+            precious();
+            for place in [&path, &backup] {
+                let written = fs::symlink_metadata(place).unwrap();
+                assert!(written.is_file() && written.nlink() == 1, "a file of its own");
+                assert_eq!(read_secret(place).unwrap().unwrap().as_slice(), b"secret");
+            }
+            assert!(fs::symlink_metadata(&new).is_err(), "nothing is left beside it");
+        }
+        // One that leads nowhere is no way to make a file there.
+        let nowhere = dir.path().join("nowhere");
+        for place in [&path, &new, &backup] {
+            let _ = fs::remove_file(place);
+            std::os::unix::fs::symlink(&nowhere, place).unwrap();
+        }
+        write_twice(&path, b"secret", SECRET_MODE).unwrap();
+        assert!(fs::symlink_metadata(&nowhere).is_err());
+    }
+
+    #[test]
     fn a_secret_that_others_may_read_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("server.key");

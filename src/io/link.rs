@@ -23,9 +23,10 @@ use tokio::net::tcp::OwnedReadHalf;
 use tokio::task::JoinHandle;
 
 pub use backoff::Backoff;
-pub use connect::{ConnectError, connect, connect_early, connect_over, connect_with};
+pub use connect::{ConnectError, Way, connect, connect_by, connect_early, connect_over, exchange};
 pub use early::{Offers, token_grace};
-pub(crate) use noise::{Answered, Responder};
+pub(crate) use noise::Responder;
+pub use noise::{Answered, Secured};
 pub use outbox::LinkSender;
 pub use relay_batch::RelayBatch;
 
@@ -102,7 +103,7 @@ pub enum LinkError {
 
 impl Link {
     /// A link over `stream`, after the handshake; `early` are bytes that came right behind it.
-    fn start(stream: TcpStream, early: Vec<u8>, secured: noise::Secured) -> io::Result<Self> {
+    fn start(stream: TcpStream, early: Vec<u8>, secured: Secured) -> io::Result<Self> {
         let local = canonical(stream.local_addr()?);
         let remote = canonical(stream.peer_addr()?);
         let (read, write) = stream.into_split();

@@ -6,6 +6,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::convert::Infallible;
+use std::hash::Hash;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +20,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -32,15 +34,19 @@ pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Connections of one source (an IPv4 address or an IPv6 /64) that have not yet proved who they are.
 const STRANGERS_PER_SOURCE: usize = 64;
 /// Connections of all sources that have not yet proved who they are.
-const STRANGERS: usize = 640;
+const STRANGERS: usize = 384;
+/// So many of those that make room may still be on their way out.
+const LEAVING: usize = 32;
 /// One that came this lately is about to prove itself, and makes no room for others of its source.
 const PROVING: Duration = Duration::from_millis(500);
 /// A source may open so many connections at once: a large network behind one address comes back.
 const CONNECTION_BURST: u32 = 1000;
 /// And one more after each of these.
 const CONNECTION_INTERVAL: Duration = Duration::from_millis(5);
-/// Sources whose pace is known.
+/// Sources whose pace is known, and members that have had their place back.
 const RATED_SOURCES: usize = 4096;
+/// A member has its connection back in the count of its source once in this time.
+const MEMBER_INTERVAL: Duration = Duration::from_secs(10);
 /// The least that the HTTP library takes; our request needs 400 bytes.
 const HEADER_BYTES: usize = 8 * 1024;
 /// Connections that the kernel keeps while we are busy: all nodes of a network at once.
@@ -97,9 +103,13 @@ struct Strangers {
     /// Oldest first.
     by_source: BTreeMap<IpAddr, VecDeque<Stranger>>,
     total: usize,
+    /// Pushed out, and not gone yet.
+    leaving: usize,
     next: u64,
     /// When all connections of a source would have come at the steady pace.
     paid_until: HashMap<IpAddr, Instant>,
+    /// When a member may have a connection back again.
+    next_return: HashMap<PublicKey, Instant>,
 }
 
 #[derive(Debug)]
@@ -117,6 +127,7 @@ impl Strangers {
         };
         oldest.told.notify_one();
         self.total -= 1;
+        self.leaving += 1;
         self.forget_if_empty(source);
     }
 
@@ -154,23 +165,39 @@ impl Strangers {
 
     /// Whether a source may connect again already: each connection may cost two Diffie-Hellman
     /// operations. This machine itself has no limit.
-    fn is_in_time(&mut self, source: IpAddr, now: Instant) -> bool {
-        if source.is_loopback() {
-            return true;
-        }
-        if self.paid_until.len() >= RATED_SOURCES && !self.paid_until.contains_key(&source) {
-            self.paid_until.retain(|_, at| *at > now);
-            if self.paid_until.len() >= RATED_SOURCES {
-                self.paid_until.clear();
-            }
-        }
+    fn is_in_time(&self, source: IpAddr, now: Instant) -> bool {
+        let late = |at: &Instant| *at > now + CONNECTION_INTERVAL * CONNECTION_BURST;
+        source.is_loopback() || !self.paid_until.get(&source).is_some_and(late)
+    }
+
+    /// One more connection of this source.
+    fn pay(&mut self, source: IpAddr, now: Instant) {
+        make_room_in(&mut self.paid_until, &source, now);
         let paid_until = self.paid_until.entry(source).or_insert(now);
-        let at = (*paid_until).max(now);
-        if at > now + CONNECTION_INTERVAL * CONNECTION_BURST {
-            return false;
+        *paid_until = (*paid_until).max(now) + CONNECTION_INTERVAL;
+    }
+
+    /// It was a member's, so it does not count. One that comes again and again does.
+    fn give_back(&mut self, source: IpAddr, member: PublicKey, now: Instant) {
+        if self.next_return.get(&member).is_some_and(|at| *at > now) {
+            return;
         }
-        *paid_until = at + CONNECTION_INTERVAL;
-        true
+        make_room_in(&mut self.next_return, &member, now);
+        self.next_return.insert(member, now + MEMBER_INTERVAL);
+        if let Some(paid_until) = self.paid_until.get_mut(&source) {
+            *paid_until = paid_until.checked_sub(CONNECTION_INTERVAL).unwrap_or(*paid_until);
+        }
+    }
+}
+
+/// Keeps such a table from growing without end: what is over is forgotten, and at the worst all.
+fn make_room_in<K: Eq + Hash>(table: &mut HashMap<K, Instant>, key: &K, now: Instant) {
+    if table.len() < RATED_SOURCES || table.contains_key(key) {
+        return;
+    }
+    table.retain(|_, at| *at > now);
+    if table.len() >= RATED_SOURCES {
+        table.clear();
     }
 }
 
@@ -183,9 +210,11 @@ impl Gate {
         if !strangers.is_in_time(source, now) {
             return None;
         }
+        // Who finds no room has cost nothing, and may ask again.
         if !strangers.make_room(source, now) {
             return None;
         }
+        strangers.pay(source, now);
         let (number, told) = (strangers.next, Arc::new(Notify::new()));
         strangers.next += 1;
         strangers.total += 1;
@@ -193,6 +222,12 @@ impl Gate {
         strangers.by_source.entry(source).or_default().push_back(stranger);
         drop(strangers);
         Some(Admission { gate: Arc::clone(self), source, number, told })
+    }
+
+    /// Whether those that were pushed out have to get their turn before more come: they hold memory
+    /// until then.
+    pub fn is_crowded(&self) -> bool {
+        self.lock().leaving > LEAVING
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Strangers> {
@@ -211,20 +246,50 @@ pub struct Admission {
 }
 
 impl Admission {
+    /// The connection has proved that somebody is there: it needs no place any more. What it has
+    /// cost its source is given back when it turns out to be a member's.
+    #[must_use]
+    pub fn leave(self) -> Fare {
+        self.fare()
+    }
+
+    /// The same for one that needs its place for a moment more.
+    #[must_use]
+    pub fn fare(&self) -> Fare {
+        Fare { gate: Arc::clone(&self.gate), source: self.source }
+    }
+
     /// Waits until the place is needed for somebody else.
     pub async fn pushed_out(&self) {
         self.told.notified().await;
     }
 }
 
+/// What a connection counts for its source.
+#[derive(Debug)]
+pub struct Fare {
+    gate: Arc<Gate>,
+    source: IpAddr,
+}
+
+impl Fare {
+    /// The connection is that of a member.
+    pub fn give_back(self, member: PublicKey, now: Instant) {
+        self.gate.lock().give_back(self.source, member, now);
+    }
+}
+
 impl Drop for Admission {
     fn drop(&mut self) {
         let mut strangers = self.gate.lock();
-        let Some(waiting) = strangers.by_source.get_mut(&self.source) else { return };
-        let before = waiting.len();
-        waiting.retain(|stranger| stranger.number != self.number);
-        let gone = before - waiting.len();
+        let waiting = strangers.by_source.get_mut(&self.source);
+        let gone = waiting.map_or(0, |waiting| {
+            let before = waiting.len();
+            waiting.retain(|stranger| stranger.number != self.number);
+            before - waiting.len()
+        });
         strangers.total -= gone;
+        strangers.leaving -= usize::from(gone == 0);
         strangers.forget_if_empty(self.source);
     }
 }
@@ -242,16 +307,37 @@ pub async fn upgrade(
     is_new: impl Fn(PublicKey, &[u8]) -> bool,
 ) -> Result<(Link, Option<Vec<u8>>), UpgradeError> {
     link::tune(&stream)?;
-    timeout(HANDSHAKE_LIMIT, upgrade_at_leisure(stream, server_key, is_new))
-        .await
-        .map_err(|_| UpgradeError::TimedOut)?
+    let (stream, early, mut answered) =
+        timeout(HANDSHAKE_LIMIT, exchange_with(stream, server_key, is_new))
+            .await
+            .map_err(|_| UpgradeError::TimedOut)??;
+    let said = answered.early.take();
+    Ok((link::accepted(stream, early, answered)?, said))
 }
 
-async fn upgrade_at_leisure(
-    stream: TcpStream,
+/// Reads the request for an upgrade and answers it, over any kind of stream. Gives the stream back,
+/// with what came right behind the request.
+///
+/// # Errors
+/// When it is no request of one of our nodes.
+pub async fn exchange<S>(
+    stream: S,
+    server_key: &SecretKey,
+) -> Result<(S, Vec<u8>, Answered), UpgradeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    exchange_with(stream, server_key, |_, _| false).await
+}
+
+async fn exchange_with<S>(
+    stream: S,
     server_key: &SecretKey,
     is_new: impl Fn(PublicKey, &[u8]) -> bool,
-) -> Result<(Link, Option<Vec<u8>>), UpgradeError> {
+) -> Result<(S, Vec<u8>, Answered), UpgradeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let outcome = Mutex::new(Err(UpgradeError::NotOurs));
     let service = service_fn(|mut request: Request<Incoming>| {
         let answered = answer(&request, server_key, &is_new);
@@ -271,12 +357,10 @@ async fn upgrade_at_leisure(
         .serve_connection(TokioIo::new(stream), &service)
         .with_upgrades()
         .await?;
-    let (on_upgrade, mut answered): (OnUpgrade, Answered) =
+    let (on_upgrade, answered): (OnUpgrade, Answered) =
         outcome.into_inner().unwrap_or_else(PoisonError::into_inner)?;
-    let parts =
-        on_upgrade.await?.downcast::<TokioIo<TcpStream>>().map_err(|_| UpgradeError::NotOurs)?;
-    let early = answered.early.take();
-    Ok((link::accepted(parts.io.into_inner(), parts.read_buf.to_vec(), answered)?, early))
+    let parts = on_upgrade.await?.downcast::<TokioIo<S>>().map_err(|_| UpgradeError::NotOurs)?;
+    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), answered))
 }
 
 fn answer(
@@ -336,6 +420,7 @@ fn plain(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::link::Backoff;
     use crate::testing::epoch;
 
     fn is_pushed_out(admission: &Admission) -> bool {
@@ -378,8 +463,10 @@ mod tests {
             (0..2 * STRANGERS).filter_map(|i| gate.admit(source(i % STRANGERS), epoch())).collect();
         assert!(!is_pushed_out(&honest), "one of one is not pushed out");
         assert_eq!(gate.lock().total, STRANGERS);
+        assert!(gate.is_crowded(), "who was pushed out is still there");
         drop((inside, more, honest));
-        assert_eq!(gate.lock().total, 0);
+        let left = gate.lock();
+        assert_eq!((left.total, left.leaving), (0, 0));
     }
 
     #[test]
@@ -391,5 +478,69 @@ mod tests {
         assert_eq!(count(loud, epoch() + CONNECTION_INTERVAL * 3), 3);
         assert!(gate.admit("192.0.2.2".parse().unwrap(), epoch()).is_some());
         assert_eq!(count("127.0.0.1".parse().unwrap(), epoch()), 5000);
+    }
+
+    /// Until `nodes` behind one address are back at a server that has restarted, each with a round
+    /// trip of 100 ms between its request and its first message.
+    fn return_of(nodes: u16) -> Duration {
+        enum Step {
+            Ask,
+            Prove(Admission),
+        }
+        let gate = Arc::new(Gate::default());
+        let source: IpAddr = "192.0.2.1".parse().unwrap();
+        let mut backoffs: Vec<Backoff> = (0..nodes).map(|_| Backoff::default()).collect();
+        let mut steps: BTreeMap<(Duration, u16), Step> = BTreeMap::new();
+        for (node, backoff) in (0..nodes).zip(&mut backoffs) {
+            steps.insert((backoff.next_wait(), node), Step::Ask);
+        }
+        let mut last = Duration::ZERO;
+        while let Some(((at, node), step)) = steps.pop_first() {
+            last = at;
+            match step {
+                Step::Ask => match gate.admit(source, epoch() + at) {
+                    Some(place) => {
+                        steps.insert((at + Duration::from_millis(100), node), Step::Prove(place));
+                    }
+                    None => {
+                        let wait = backoffs[usize::from(node)].next_wait();
+                        steps.insert((at + wait, node), Step::Ask);
+                    }
+                },
+                Step::Prove(place) => {
+                    assert!(!is_pushed_out(&place), "an honest one is not pushed out");
+                    let mut key = [0; 32];
+                    key[..2].copy_from_slice(&node.to_be_bytes());
+                    place.leave().give_back(PublicKey(key), epoch() + at);
+                }
+            }
+        }
+        last
+    }
+
+    #[test]
+    fn a_thousand_nodes_behind_one_address_are_back_in_seconds() {
+        for (nodes, seconds) in [(64, 1), (1_000, 8), (5_000, 25)] {
+            let took = return_of(nodes);
+            eprintln!("{nodes} nodes: {took:?}");
+            assert!(took < Duration::from_secs(seconds), "{nodes} nodes need {took:?}");
+        }
+    }
+
+    #[test]
+    fn a_member_that_comes_again_and_again_counts_and_strangers_always_do() {
+        let gate = Arc::new(Gate::default());
+        let loud: IpAddr = "192.0.2.1".parse().unwrap();
+        let come = |key: Option<u8>| {
+            let place = gate.admit(loud, epoch())?.leave();
+            if let Some(key) = key {
+                place.give_back(PublicKey([key; 32]), epoch());
+            }
+            Some(())
+        };
+        // Each of a hundred members comes ten times, and has one of them back.
+        let members = (0..1_000).filter_map(|i| come(Some((i % 100) as u8))).count();
+        let strangers = (0..5_000).filter_map(|_| come(None)).count();
+        assert_eq!((members, strangers), (1_000, CONNECTION_BURST as usize + 1 - 900));
     }
 }

@@ -25,7 +25,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Deserializer};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
@@ -162,8 +163,13 @@ where
     }
 }
 
-async fn serve<F, R>(stream: TcpStream, report: F) -> hyper::Result<()>
+/// Answers one question for the page, over any kind of stream.
+///
+/// # Errors
+/// When what comes is no HTTP, or the stream fails.
+pub async fn serve<S, F, R>(stream: S, report: F) -> hyper::Result<()>
 where
+    S: AsyncRead + AsyncWrite + Unpin,
     F: Fn() -> R + Send + Sync,
     R: Future<Output = Option<Page>> + Send,
 {
@@ -237,6 +243,7 @@ fn plain(status: StatusCode, kind: &'static str, text: String) -> Response<Full<
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
 
     use super::*;
 

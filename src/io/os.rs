@@ -14,6 +14,8 @@ use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::link::LinkMessage;
 use rtnetlink::{LinkUnspec, RouteMessageBuilder};
@@ -119,6 +121,34 @@ impl Route {
     /// Whether this is a default route.
     pub fn is_default(&self) -> bool {
         self.dst.prefix_len() == 0
+    }
+}
+
+/// What one message of the kernel says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// Of an interface.
+    Link(Link),
+    /// Of an address, if it has what makes one.
+    Address(Option<InterfaceAddress>),
+    /// Of a route, with several next hops of several.
+    Routes(Vec<Route>),
+}
+
+/// Reads one netlink message as [`Netlink`] reads the kernel's lists; none when it is about
+/// something else, or nothing that the library can read.
+pub fn read_message(bytes: &[u8]) -> Option<Heard> {
+    let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes).ok()?;
+    let NetlinkPayload::InnerMessage(message) = message.payload else { return None };
+    match message {
+        RouteNetlinkMessage::NewLink(link) => Some(Heard::Link(messages::link(&link))),
+        RouteNetlinkMessage::NewAddress(address) => {
+            let link = LinkMessage::default();
+            let link = Link { index: address.header.index, ..messages::link(&link) };
+            Some(Heard::Address(messages::address(&address, &[link])))
+        }
+        RouteNetlinkMessage::NewRoute(route) => Some(Heard::Routes(messages::routes(&route))),
+        _ => None,
     }
 }
 

@@ -38,9 +38,21 @@ impl UdpSocket {
     /// # Errors
     /// What the kernel says; `AddrInUse` when the port is taken.
     pub fn bind(addr: SocketAddr) -> io::Result<Self> {
+        Self::bind_to(addr, None)
+    }
+
+    /// Binds a socket that sends and receives by this network interface only, whatever the routes of
+    /// the others say: SO_BINDTODEVICE, socket(7).
+    ///
+    /// # Errors
+    /// What the kernel says; `ENODEV` when there is no such interface.
+    pub fn bind_to(addr: SocketAddr, device: Option<&str>) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
         if addr.is_ipv6() {
             socket.set_only_v6(true)?;
+        }
+        if device.is_some() {
+            socket.bind_device(device.map(str::as_bytes))?;
         }
         socket.bind(&addr.into())?;
         let socket = std::net::UdpSocket::from(socket);

@@ -94,6 +94,7 @@ impl Node {
             let second = welcome.second_port.map(|port| SocketAddr::new(server.ip(), port));
             self.prediction.set_second_port(second);
             self.relay.start(relay, identity.id, RelayKey(welcome.relay_key), now);
+            self.hurry_lines(now);
             self.handle_relay_timeout(now);
         }
         self.publish();
@@ -225,6 +226,7 @@ impl Node {
         let mut candidates: Vec<Candidate> = self.mapped.candidates(true).collect();
         candidates.extend(reflexive);
         candidates.extend(self.mapped.candidates(false));
+        candidates.extend(self.uplinks.candidates());
         candidates.retain(|candidate| usable_underlay(candidate.endpoint));
         candidates.extend(self.host_endpoints.iter().map(host));
         let mut seen = BTreeSet::new();

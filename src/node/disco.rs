@@ -9,7 +9,7 @@ use rand::Rng;
 use super::{Event, Node, WholeProbe};
 use crate::dataplane::{Source, send_datagram};
 use crate::path::{SEAL_OVERHEAD, Via};
-use crate::types::{DropReason, NodeId, TxId};
+use crate::types::{DropReason, NodeId, SocketId, TxId};
 use crate::wire::PacketKind;
 use crate::wire::disco::{self, Message};
 
@@ -62,8 +62,8 @@ impl Node {
             (PacketKind::HandshakeReply { receiver }, _) => {
                 self.handle_handshake_reply(via, receiver, ip, datagram, now)
             }
-            (PacketKind::RelayControl, Source::Udp { remote, .. }) if relayed.is_none() => {
-                self.handle_relay_control(remote, datagram, now)
+            (PacketKind::RelayControl, Source::Udp { remote, socket, .. }) if relayed.is_none() => {
+                self.handle_relay_control(remote, socket, datagram, now)
             }
             _ => Err(DropReason::Malformed),
         };
@@ -108,7 +108,16 @@ impl Node {
                 let answer = peer.agent.handle_pong(tx, via, arrived, now);
                 if let Some(answer) = answer {
                     let loss = peer.agent.loss_permille(answer.via);
-                    peer.insight.history.note_answer(answer.via, answer.rtt, loss, now);
+                    let via = match answer.via {
+                        Via::Direct { remote, local, socket } => {
+                            // Of the sockets those of uplinks are paths of their own.
+                            let line = self.uplinks.has_socket(socket);
+                            let socket = if line { socket } else { SocketId::MAIN };
+                            Via::Direct { remote, local, socket }
+                        }
+                        relay => relay,
+                    };
+                    peer.insight.history.note_answer(via, answer.rtt, loss, now);
                 }
                 if let (Some(answer), Some((token, _))) = (answer, self.open_pings.remove(&tx)) {
                     self.events.push_back(Event::Pinged { token, answer });

@@ -29,7 +29,7 @@ pub struct PathChange {
 /// The round trips that were measured on one path.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PathRecord {
-    /// Which one; our own address and socket do not count.
+    /// Which one; our own address does not count, and of the sockets only those of uplinks.
     pub via: Via,
     /// How many round trips.
     pub samples: u64,
@@ -148,7 +148,7 @@ impl History {
 
 fn by_remote(via: Via) -> Via {
     match via {
-        Via::Direct { remote, .. } => Via::direct(remote),
+        Via::Direct { remote, socket, .. } => Via::Direct { remote, local: None, socket },
         relay => relay,
     }
 }

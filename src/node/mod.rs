@@ -13,6 +13,7 @@
 //! - `predict`: which ports our NAT will give us next
 //! - `punch`: costly ways, agreed on with the peer; `birthday`: our part in them
 //! - `sockets`: local ports beside the main one
+//! - `uplinks`: several default routes, and which of them the relay goes by
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out; `lanes`: a second session with busy peers
 //! - `roam`: other addresses, other routes, and waking up
@@ -57,6 +58,7 @@ mod sockets;
 mod standing;
 mod status;
 mod timers;
+mod uplinks;
 
 pub use history::{History, PathChange, PathRecord, PathTimes};
 pub use keyring::NodeKeys;
@@ -67,6 +69,7 @@ pub use punch::PunchCounters;
 pub use report::{Explanation, RemovedPeer};
 pub use sockets::{MAX_EXTRA_SOCKETS, SocketOrder};
 pub use status::{PathKind, PeerStatus, SelfStatus};
+pub use uplinks::UplinkStatus;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -79,7 +82,7 @@ use rand::{Rng, SeedableRng};
 use crate::dataplane::{Note, SessionSettings, Shared, Source, Target, UdpBatch};
 use crate::path::{Answer, BASE_MTU, Together, Via};
 use crate::policy::Filter;
-use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId};
+use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId, Uplink};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use crate::wire::relay::Token;
@@ -96,6 +99,7 @@ use report::Removed;
 use sighting::Sighting;
 use sockets::Sockets;
 use standing::Calendar;
+use uplinks::Uplinks;
 
 /// 5 Mbit/s both ways; what acknowledges a bulk transfer of a few hundred.
 const SECOND_LANE_FROM: u64 = 64 << 10;
@@ -185,6 +189,8 @@ pub enum Event {
     Reported(NodeId),
     /// The server ended this membership, or does not know it.
     Refused(RefusedCode, String),
+    /// The relay is reached by this uplink from here on; none for the preferred one.
+    Uplink(Option<Uplink>),
     /// Another machine with our keys wanted in, from there; the server turned it away.
     Rival(SocketAddr),
 }
@@ -250,6 +256,7 @@ pub struct Node {
     filter_test: FilterTest,
     removed: Removed,
     sockets: Sockets,
+    uplinks: Uplinks,
     punching: Punching,
     /// What may go to addresses for which only peers vouch.
     together: Together,
@@ -282,7 +289,7 @@ impl Node {
             settings,
             rng: StdRng::from_seed(seed),
             // From another stream, so that it tells nothing of the first.
-            instance: StdRng::from_seed(seed.map(|byte| !byte)).random(),
+            instance: other_stream(seed, 0xff).random(),
             shared: keys.new_shared(now),
             keys,
             netmap: Netmap::default(),
@@ -311,8 +318,9 @@ impl Node {
             filter_test: FilterTest::default(),
             removed: Removed::default(),
             sockets: Sockets::default(),
+            uplinks: Uplinks::default(),
             punching: Punching::default(),
-            together: Together::default(),
+            together: Together::new(other_stream(seed, 0x5a).random(), now),
             openers: VecDeque::new(),
             whole_probes: VecDeque::new(),
             scratch: VecDeque::new(),
@@ -395,4 +403,9 @@ impl Node {
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
+}
+
+/// A source of randomness beside that of `seed`.
+fn other_stream(seed: [u8; 32], mask: u8) -> StdRng {
+    StdRng::from_seed(seed.map(|byte| byte ^ mask))
 }

@@ -83,6 +83,7 @@ impl Node {
         let mut agent = PathAgent::new(self.rng.random(), now);
         agent.set_mtu_limit(self.settings.max_mtu);
         agent.share_account(self.together.clone());
+        agent.set_uplinks(&self.uplinks.sockets(), now);
         let peer = PeerControl {
             fast: Peer::new(id, info.addrs, index, session),
             agent,
@@ -117,6 +118,7 @@ impl Node {
     pub(super) fn publish(&mut self) {
         let own = self.netmap.identity.as_ref().map(|identity| identity.addrs);
         let mut table = ForwardingTable::new(own, self.relay.server());
+        table.relay_socket = self.relay.socket();
         table.filter.clone_from(&self.filter);
         let identity = self.netmap.identity.as_ref();
         table.part_of = identity.filter(|_| self.netmap.members.is_some()).map(|own| own.range);

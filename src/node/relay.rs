@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use super::Node;
 use crate::dataplane::Target;
 use crate::path::Via;
-use crate::types::{DropReason, NodeId};
+use crate::types::{DropReason, NodeId, SocketId};
 use crate::wire::relay::{AddressProof, Control, Proving, RelayKey, verify};
 
 /// Waits between binds that are not answered; the last one repeats.
-const RETRY: [Duration; 7] = [
+pub(super) const RETRY: [Duration; 7] = [
     Duration::from_millis(100),
     Duration::from_millis(200),
     Duration::from_millis(400),
@@ -32,10 +32,12 @@ const ANSWERABLE: usize = 8;
 /// A relay that answered this long ago is not asked again, whatever seems silent.
 const CHECK_SPACING: Duration = Duration::from_secs(2);
 /// Keeps the NAT binding of the relay socket: 30 s on the worst common routers.
-const REFRESH: Duration = Duration::from_secs(20);
+pub(super) const REFRESH: Duration = Duration::from_secs(20);
 /// While somebody talks to us by relay, we want to know soon that UDP stopped reaching us: the
 /// other side cannot tell.
 const REFRESH_IN_USE: Duration = Duration::from_secs(5);
+/// The same when there is another uplink to go by.
+const REFRESH_WITH_CHOICE: Duration = Duration::from_secs(1);
 /// A relayed peer that was heard or sent to this long ago is in use.
 const IN_USE: Duration = Duration::from_secs(30);
 
@@ -43,6 +45,8 @@ const IN_USE: Duration = Duration::from_secs(30);
 #[derive(Debug, Default)]
 pub(super) struct RelayClient {
     session: Option<RelaySession>,
+    /// The socket that it is bound by.
+    socket: SocketId,
 }
 
 #[derive(Debug)]
@@ -57,6 +61,8 @@ struct RelaySession {
     next_at: Instant,
     /// The binds that may still be answered, newest last.
     sent: VecDeque<(u64, Instant)>,
+    /// Other uplinks were asked because of this silence.
+    called_others: bool,
     rtt: Option<Duration>,
     /// What only who receives at our address knows, as the server told it last.
     proof: AddressProof,
@@ -120,10 +126,52 @@ impl RelayClient {
             unanswered: 0,
             next_at: now,
             sent: VecDeque::new(),
+            called_others: false,
             rtt: None,
             proof: AddressProof::default(),
             asked_for_proof: 0,
         });
+    }
+
+    /// The socket that it is bound by.
+    pub(super) fn socket(&self) -> SocketId {
+        self.socket
+    }
+
+    /// Binds by this socket from now on.
+    pub(super) fn set_socket(&mut self, socket: SocketId, now: Instant) {
+        self.socket = socket;
+        if let Some(session) = &mut self.session {
+            session.unanswered = 0;
+            session.sent.clear();
+            session.next_at = now;
+            session.called_others = false;
+        }
+    }
+
+    /// When the first of the binds was sent that no answer has come to.
+    pub(super) fn silent_since(&self) -> Option<Instant> {
+        let session = self.session.as_ref().filter(|session| session.unanswered > 0)?;
+        session.sent.front().map(|(_, at)| *at)
+    }
+
+    /// Whether a second bind had to be sent; once for each silence.
+    pub(super) fn wants_another(&mut self) -> bool {
+        let Some(session) = &mut self.session else { return false };
+        let wants = session.unanswered >= 2 && !session.called_others;
+        session.called_others |= wants;
+        wants
+    }
+
+    /// The main socket leaves by another way: what it owed by the last one says nothing.
+    pub(super) fn start_over(&mut self, now: Instant) {
+        if self.socket == SocketId::MAIN
+            && let Some(session) = &mut self.session
+        {
+            session.sent.clear();
+            session.called_others = false;
+        }
+        self.hurry(now);
     }
 
     /// The server ended the membership: there is no relay.
@@ -176,9 +224,10 @@ impl Node {
         let lost = session.bound && session.unanswered > SILENT_BINDS;
         let proof = Some(session.proof);
         let bind = Control::Bind { node: session.node, counter: session.counter, proof };
-        let target = Target::udp(session.server);
+        let socket = self.relay.socket;
+        let target = Target::Udp { remote: session.server, local: None, socket };
         self.datagrams.push_bytes(target, &bind.encode(Some(&session.key)));
-        if !only_proves {
+        if !only_proves && socket == SocketId::MAIN {
             // The last bind's question is as good.
             self.ask_second_port();
         }
@@ -194,13 +243,17 @@ impl Node {
     pub(super) fn handle_relay_control(
         &mut self,
         from: SocketAddr,
+        socket: SocketId,
         datagram: &[u8],
         now: Instant,
     ) -> Result<(), DropReason> {
         let relaying = self.is_relaying(now);
+        let has_choice = self.uplinks.has_choice();
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
         if let Control::Reflected { tx, observed, token } = message {
-            let ours = self.handle_sighted(from, tx, (observed, token), now)
+            let from_server = self.relay.server() == Some(from);
+            let ours = from_server && self.handle_line_seen(socket, tx, observed, now)
+                || self.handle_sighted(from, tx, (observed, token), now)
                 || self.handle_reflected(from, tx, observed, now)
                 || self.handle_server_heard(from, tx)
                 || self.handle_fresh_port(tx, observed, now);
@@ -214,7 +267,9 @@ impl Node {
         let Control::Bound { node, counter, observed, proof } = message else {
             return Err(DropReason::BadRelayFrame);
         };
+        // What was asked by a line that was left says nothing of the one in use.
         let genuine = from == session.server
+            && socket == self.relay.socket
             && node == session.node
             && verify(datagram, &session.key).is_ok();
         // On a long way several binds are sent before the first is answered.
@@ -226,12 +281,26 @@ impl Node {
         session.sent.retain(|(sent, _)| *sent > counter);
         session.rtt = Some(now.saturating_duration_since(sent_at));
         session.unanswered = 0;
+        session.called_others = false;
         session.bound_at = Some(now);
-        session.next_at = now + if relaying { REFRESH_IN_USE } else { REFRESH };
+        session.next_at = now
+            + match (relaying, has_choice) {
+                (false, _) => REFRESH,
+                (true, false) => REFRESH_IN_USE,
+                (true, true) => REFRESH_WITH_CHOICE,
+            };
         if let Some(proving) = proof {
             session.handle_proof(proving, now);
         }
         let appeared = !std::mem::replace(&mut session.bound, true);
+        if self.relay.socket != SocketId::MAIN {
+            // It says where that line is seen, and nothing of the main socket.
+            self.note_line_endpoint(self.relay.socket, observed, now);
+            if appeared {
+                self.update_peers(now);
+            }
+            return Ok(());
+        }
         let moved = self.reflexive != Some(observed) && !self.host_endpoints.contains(&observed);
         self.note_announced(moved, now);
         self.handle_reflexive(observed, now);

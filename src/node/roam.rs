@@ -20,7 +20,7 @@ impl Node {
         self.forget_punching(now);
         self.filter_test = super::nat::FilterTest::default();
         self.update_signalling();
-        self.relay.hurry(now);
+        self.relay.start_over(now);
         self.handle_relay_timeout(now);
         self.tell_agents(now, PathAgent::handle_network_change);
     }
@@ -56,7 +56,7 @@ impl Node {
     }
 
     /// Asks the server for a sign of life on the control connection.
-    fn ask_server(&mut self, now: Instant) {
+    pub(super) fn ask_server(&mut self, now: Instant) {
         self.asked_server_at = Some(now);
         if self.link_up {
             let message = ClientMessage { ping: Some(self.call_epoch), ..ClientMessage::default() };

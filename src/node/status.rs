@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Identity, Node};
 use crate::path::{Quality, Via};
-use crate::types::{Candidate, NodeId, NodeName, OverlayAddrs, PublicKey};
+use crate::types::{Candidate, NodeId, NodeName, OverlayAddrs, PublicKey, Uplink};
 
 /// How a peer can be reached at this moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +71,8 @@ pub struct PeerStatus {
     pub mtu: u16,
     /// Of a thousand datagrams sent on that path in the last seconds, so many did not arrive.
     pub loss_permille: Option<u16>,
+    /// The further uplink that the path goes by; none for the preferred one.
+    pub uplink: Option<Uplink>,
     /// Inner packets that were too long for the path, and told so to their sender.
     pub too_big: u64,
     /// Inner bytes sent.
@@ -175,6 +177,11 @@ impl Node {
             rtt: peer.agent.rtt(),
             mtu: peer.fast.mtu(),
             loss_permille: primary.and_then(|via| peer.agent.loss_permille(via)),
+            uplink: match primary {
+                Some(Via::Direct { socket, .. }) => self.uplink_of(socket).cloned(),
+                Some(Via::RelayUdp) => self.relay_uplink().cloned(),
+                Some(Via::RelayTcp) | None => None,
+            },
             too_big: counters.too_big.load(Ordering::Relaxed),
             tx_bytes: counters.tx_bytes.load(Ordering::Relaxed),
             rx_bytes: counters.rx_bytes.load(Ordering::Relaxed),

@@ -3,6 +3,7 @@
 //! - each path agent: probes, doubt, keepalives, retries
 //! - each session: a handshake to repeat, keys to renew, the engine's own timers
 //! - the relay: binds
+//! - uplinks: questions whether they work, and the relay by another one
 //! - old node keys, ours and those of peers, which go when they are no longer needed
 //! - the traffic tick: tells the agents of busy peers what the data plane counted
 //! - a costly way to a peer that is due, or under way
@@ -31,6 +32,7 @@ impl Node {
     /// Does all that is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.handle_relay_timeout(now);
+        self.handle_uplinks_timeout(now);
         self.handle_sighting_timeout(now);
         self.handle_look_timeout(now);
         self.handle_pace_timeout(now);
@@ -91,6 +93,7 @@ impl Node {
         }
         soonest.add(self.wanted.next_at(), "peers of a large network");
         soonest.add(self.relay.next_at(), "relay bind");
+        soonest.add(self.uplinks_next_at(), "uplinks");
         soonest.add(self.keys.next_at(), "our own keys");
         soonest.add(self.calendar.next_at(), "a membership ends");
         soonest.add(self.sighting.next_at(), "where are we seen");

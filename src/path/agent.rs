@@ -12,6 +12,7 @@ mod opener;
 mod proof;
 mod rounds;
 mod sockets;
+mod uplinks;
 mod views;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -28,7 +29,7 @@ use super::quality::Delivery;
 use super::relay_mtu::RelayMtu;
 use super::soonest::Soonest;
 use super::trickle::{Together, Trickle};
-use super::{Choice, Place, Via};
+use super::{Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
 };
@@ -41,6 +42,8 @@ pub use messages::{Answer, PathEvent, PathTransmit, Traffic};
 use opener::Cause;
 pub use opener::{OPENER_TTL, Signalling};
 use proof::{Trial, Trust};
+pub use uplinks::Line;
+use uplinks::Uplinks;
 
 /// An endpoint that answered this long ago, and was not heard since, has to prove itself again.
 const PROOF_LIFETIME: Duration = Duration::from_secs(60);
@@ -90,8 +93,10 @@ pub struct PathAgent {
     stuck_since: Option<Instant>,
     /// An extra socket by which the peer is tried, too.
     fresh: Option<SocketId>,
+    uplinks: Uplinks,
     trickle: Trickle,
-    together: Together,
+    /// That of all peers, if there is one.
+    together: Option<Together>,
     transmits: VecDeque<PathTransmit>,
     events: VecDeque<PathEvent>,
 }
@@ -131,8 +136,9 @@ impl PathAgent {
             keepalive_at: None,
             stuck_since: None,
             fresh: None,
+            uplinks: Uplinks::default(),
             trickle: Trickle::default(),
-            together: Together::default(),
+            together: None,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -140,7 +146,7 @@ impl PathAgent {
 
     /// What goes to addresses that have proved nothing is on this account, too: that of all peers.
     pub fn share_account(&mut self, together: Together) {
-        self.together = together;
+        self.together = Some(together);
     }
 
     // ---- what the node tells -------------------------------------------------------------------
@@ -189,8 +195,11 @@ impl PathAgent {
             .take(MAX_CANDIDATES)
             .map(|candidate| (Place::main(candidate.endpoint), candidate.kind))
             .collect();
+        let uplinks = &self.uplinks;
         self.endpoints.retain(|place, endpoint| {
+            let by_line = uplinks.has(place.socket);
             announced.contains_key(place)
+                || by_line && announced.contains_key(&Place::main(place.remote))
                 || endpoint.kind == CandidateKind::PeerReflexive
                 || endpoint.is_told_in_calls()
                 || endpoint.proved(now)
@@ -198,8 +207,9 @@ impl PathAgent {
         let mut fresh = false;
         for (place, kind) in announced {
             fresh |= !self.endpoints.contains_key(&place);
-            self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind));
+            self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind)).note_uplink(kind);
         }
+        self.spread();
         if !fresh {
             return;
         }
@@ -207,6 +217,7 @@ impl PathAgent {
         if self.is_direct() {
             // The peer's NAT has given it another endpoint, perhaps in place of ours.
             self.verify(now);
+            self.plan_stand_by(now);
         } else if self.wanted {
             self.start_round(Cause::ToldBoth, now);
         }
@@ -227,14 +238,19 @@ impl PathAgent {
         for (rank, candidate) in candidates.iter().take(MAX_CANDIDATES).enumerate() {
             if usable_underlay(candidate.endpoint) && self.endpoints.len() < 2 * MAX_CANDIDATES {
                 let endpoint = self.endpoints.entry(Place::main(candidate.endpoint));
-                endpoint.or_insert_with(|| Endpoint::new(candidate.kind)).rank = rank;
+                let endpoint = endpoint.or_insert_with(|| Endpoint::new(candidate.kind));
+                endpoint.rank = rank;
+                endpoint.note_uplink(candidate.kind);
             }
         }
+        self.spread();
         if self.is_direct() {
             // The peer is not direct, or it has moved: does our path still lead to it?
             self.verify(now);
             if moved {
                 self.handle_peer_moved(now);
+            } else if self.has_uplinks() {
+                self.start_side_round(Cause::Called, now);
             }
         } else {
             self.start_round(Cause::Called, now);
@@ -252,10 +268,17 @@ impl PathAgent {
     pub fn handle_network_change(&mut self, now: Instant) {
         self.forget_extra_sockets(now);
         self.stuck_since = None;
-        self.endpoints.retain(|_, endpoint| endpoint.kind != CandidateKind::PeerReflexive);
-        for endpoint in self.endpoints.values_mut() {
-            endpoint.forget();
+        // What goes by a line goes on: it was proved by the socket that it has still.
+        let uplinks = &self.uplinks;
+        self.endpoints.retain(|place, endpoint| {
+            uplinks.has(place.socket) || endpoint.kind != CandidateKind::PeerReflexive
+        });
+        for (place, endpoint) in &mut self.endpoints {
             endpoint.local = None;
+            if uplinks.has(place.socket) {
+                continue;
+            }
+            endpoint.forget();
             endpoint.penalty_until = None;
             (endpoint.trust, endpoint.failures) = (Trust::default(), 0);
         }
@@ -327,7 +350,9 @@ impl PathAgent {
                 let rtt = endpoint.prober.handle_pong(tx, now)?;
                 endpoint.delivery.handle_pong(tx, arrived, now);
                 endpoint.mtu.handle_pong(tx, now);
-                self.together.note_answer(remote.ip(), now);
+                if let Some(together) = &self.together {
+                    together.note_answer(remote.ip(), now);
+                }
                 rtt
             }
             Via::RelayUdp | Via::RelayTcp => {
@@ -369,6 +394,7 @@ impl PathAgent {
             return;
         };
         self.used_at = self.used_at.max(traffic.sent);
+        self.note_used(now);
         let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         if let Some(heard) = traffic.heard {
             endpoint.heard = endpoint.heard.max(Some(heard));
@@ -408,6 +434,7 @@ impl PathAgent {
         }
         self.choose("the path stopped answering", now);
         self.watch(now);
+        self.watch_uplinks(now);
     }
 
     /// Pings the peer on the path that data takes; the pong is handed out by
@@ -446,21 +473,9 @@ impl PathAgent {
         soonest.add(self.keepalive_at, "path keepalive");
         soonest.add(self.retry_at, "next round of probes");
         soonest.add(self.next_proof(), "path to be proved");
+        soonest.add(self.uplinks.next_at(), "other uplinks");
         soonest.add(self.early.map(|early| early.ends_at()), "end of copies before an answer");
         soonest.get()
-    }
-
-    /// The path that a packet sent now takes, and whether it is doubled.
-    #[must_use]
-    pub fn choice(&self) -> Choice {
-        let duplicate = if self.is_direct() {
-            self.relay.filter(|_| self.doubled || self.doubt.wants_duplicate())
-        } else {
-            let trial = self.trial.map(|trial| trial.place);
-            trial.or(self.early.map(|early| early.place)).and_then(|place| self.direct(place))
-        };
-        let early = self.early.is_some() && duplicate.is_some();
-        Choice { primary: self.primary, duplicate, early }
     }
 
     /// Since when the primary is what it is.

@@ -42,7 +42,7 @@ mod trickle;
 pub mod verdict;
 
 pub use agent::{
-    Answer, EARLY_BYTES, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic,
+    Answer, EARLY_BYTES, Line, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic,
     UNDERLAY_BYTES,
 };
 pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};

@@ -20,6 +20,8 @@ enum Tier {
     Local,
     /// Anything else that is direct.
     Remote,
+    /// By an uplink that one side prefers another one to.
+    Second,
 }
 
 impl Score {
@@ -31,6 +33,11 @@ impl Score {
         Self { tier: if private { Tier::Local } else { Tier::Remote }, rtt }
     }
 
+    /// The same path, when it goes by an uplink that one side prefers another one to.
+    pub(crate) fn of_further_uplink(self) -> Self {
+        Self { tier: Tier::Second, ..self }
+    }
+
     /// Whether this path is of a better tier, and not only faster.
     pub(crate) fn is_nearer_than(self, other: Self) -> bool {
         self.tier < other.tier
@@ -38,7 +45,12 @@ impl Score {
 
     /// Whether to leave a working path of score `current` for this one.
     pub(crate) fn clearly_beats(self, current: Self) -> bool {
-        if self.tier != current.tier {
+        if self.tier == Tier::Second || current.tier == Tier::Second {
+            // Not a matter of speed: the administrator has set the order, and it may be one of price.
+            if self.tier != current.tier {
+                return self.tier < current.tier;
+            }
+        } else if self.tier != current.tier {
             // A local path that is much slower than the remote one is a detour through somebody
             // else's tunnel, whatever its address looks like.
             return if self.tier < current.tier {
@@ -75,6 +87,16 @@ mod tests {
     }
 
     #[test]
+    fn a_further_uplink_is_for_when_the_others_fail() {
+        let slow = score("203.0.113.1:1", 600);
+        let fast = score("203.0.113.2:1", 10).of_further_uplink();
+        assert!(slow.clearly_beats(fast) && slow.is_nearer_than(fast) && slow < fast);
+        assert!(!fast.clearly_beats(slow));
+        let faster = score("203.0.113.3:1", 5).of_further_uplink();
+        assert!(faster.clearly_beats(fast), "but among them the faster one is better");
+    }
+
+    #[test]
     fn two_paths_never_beat_each_other() {
         let paths = ["10.0.0.1:1", "203.0.113.1:1"];
         for a in paths {
@@ -82,7 +104,10 @@ mod tests {
                 for x in 0..60 {
                     for y in 0..60 {
                         let (a, b) = (score(a, x), score(b, y));
-                        assert!(!(a.clearly_beats(b) && b.clearly_beats(a)), "{a:?} {b:?}");
+                        let second = [a.of_further_uplink(), b.of_further_uplink()];
+                        for (a, b) in [(a, b), (a, second[1]), (second[0], second[1])] {
+                            assert!(!(a.clearly_beats(b) && b.clearly_beats(a)), "{a:?} {b:?}");
+                        }
                     }
                 }
             }

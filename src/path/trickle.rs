@@ -10,8 +10,10 @@
 //! one NAT then have an account each. Private addresses are many homes' own, and stay with the peers.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::types::source_of;
@@ -27,68 +29,17 @@ const V4_HEADERS: u32 = 28;
 const V6_HEADERS: u32 = 48;
 /// Addresses that are kept account of. A peer has a few; one that claims more waits.
 const MAX_SOURCES: usize = 64;
-/// The same of all peers together.
-const MAX_TOGETHER: usize = 4096;
-/// An address from which a peer answered this long ago is no stranger's.
-const ANSWER_LIFETIME: Duration = Duration::from_secs(120);
+
+/// Places in the account of a node. Addresses that share one share what may go there.
+const PLACES: usize = 4096;
+/// An address from which a peer answered so many seconds ago is no stranger's.
+const ANSWER_LIFETIME_S: u64 = 120;
 
 /// The account of one peer.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Trickle {
     /// When all that was sent there would have been at the steady pace.
     paid_until: BTreeMap<IpAddr, Instant>,
-    max_sources: usize,
-}
-
-impl Default for Trickle {
-    fn default() -> Self {
-        Self { paid_until: BTreeMap::new(), max_sources: MAX_SOURCES }
-    }
-}
-
-/// The account of all peers of a node together.
-#[derive(Debug, Clone, Default)]
-pub struct Together(Arc<Mutex<Ledger>>);
-
-#[derive(Debug)]
-struct Ledger {
-    trickle: Trickle,
-    /// When a peer last answered from there.
-    answered: BTreeMap<IpAddr, Instant>,
-}
-
-impl Default for Ledger {
-    fn default() -> Self {
-        let trickle = Trickle { max_sources: MAX_TOGETHER, ..Trickle::default() };
-        Self { trickle, answered: BTreeMap::new() }
-    }
-}
-
-impl Together {
-    fn lock(&self) -> MutexGuard<'_, Ledger> {
-        // Each change is one call, so nothing is left half done.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A peer has answered from there.
-    pub(super) fn note_answer(&self, from: IpAddr, now: Instant) {
-        let mut ledger = self.lock();
-        let fresh = |at: &Instant| now.saturating_duration_since(*at) < ANSWER_LIFETIME;
-        if ledger.answered.len() >= MAX_TOGETHER {
-            ledger.answered.retain(|_, at| fresh(at));
-        }
-        if ledger.answered.len() < MAX_TOGETHER {
-            ledger.answered.insert(source_of(from), now);
-        }
-    }
-
-    /// Whether so many more bytes, headers and all, may go to this public address.
-    pub(super) fn take_bytes(&self, bytes: u32, to: IpAddr, now: Instant) -> bool {
-        let mut ledger = self.lock();
-        let fresh = |at: &Instant| now.saturating_duration_since(*at) < ANSWER_LIFETIME;
-        ledger.answered.get(&source_of(to)).is_some_and(fresh)
-            || ledger.trickle.take_bytes(bytes, to, now)
-    }
 }
 
 impl Trickle {
@@ -101,9 +52,9 @@ impl Trickle {
     /// The same for so many bytes, headers and all: all of them, or none.
     pub(super) fn take_bytes(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
         let source = source_of(to);
-        if !self.paid_until.contains_key(&source) && self.paid_until.len() >= self.max_sources {
+        if !self.paid_until.contains_key(&source) && self.paid_until.len() >= MAX_SOURCES {
             self.paid_until.retain(|_, at| *at > now);
-            if self.paid_until.len() >= self.max_sources {
+            if self.paid_until.len() >= MAX_SOURCES {
                 return false;
             }
         }
@@ -121,6 +72,73 @@ impl Trickle {
 pub(super) fn with_headers(len: usize, to: IpAddr) -> Option<u32> {
     let headers = if source_of(to).is_ipv4() { V4_HEADERS } else { V6_HEADERS };
     u32::try_from(len).ok()?.checked_add(headers)
+}
+
+/// The account of all peers of a node together: a table of fixed size, shared by their agents.
+#[derive(Debug, Clone)]
+pub struct Together(Arc<Table>);
+
+#[derive(Debug)]
+struct Table {
+    /// Chooses the places: nobody outside can know which addresses share one.
+    seed: u64,
+    origin: Instant,
+    places: Box<[Place]>,
+}
+
+#[derive(Debug, Default)]
+struct Place {
+    /// When all that was sent there would have been at the steady pace, in nanoseconds.
+    paid_until: AtomicU64,
+    /// The last address of a peer's answer, as 32 bits of its hash, and 32 bits of seconds and one.
+    answered: AtomicU64,
+}
+
+impl Together {
+    /// An account on which nothing is.
+    #[must_use]
+    pub fn new(seed: u64, now: Instant) -> Self {
+        let places = (0..PLACES).map(|_| Place::default()).collect();
+        Self(Arc::new(Table { seed, origin: now, places }))
+    }
+
+    fn place(&self, of: IpAddr) -> (&Place, u64) {
+        let mut hasher = DefaultHasher::new();
+        (self.0.seed, source_of(of)).hash(&mut hasher);
+        let hash = hasher.finish();
+        (&self.0.places[hash as usize % PLACES], hash >> 32)
+    }
+
+    fn passed(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.0.origin)
+    }
+
+    /// A peer has answered from there.
+    pub(super) fn note_answer(&self, from: IpAddr, now: Instant) {
+        let (place, tag) = self.place(from);
+        let seconds = (self.passed(now).as_secs() + 1) & u64::from(u32::MAX);
+        place.answered.store(tag << 32 | seconds, Ordering::Relaxed);
+    }
+
+    /// Whether so many more bytes, headers and all, may go to this public address.
+    pub(super) fn take_bytes(&self, bytes: u32, to: IpAddr, now: Instant) -> bool {
+        let (place, tag) = self.place(to);
+        let passed = self.passed(now);
+        let answered = place.answered.load(Ordering::Relaxed);
+        let (of, at) = (answered >> 32, answered & u64::from(u32::MAX));
+        if at != 0 && of == tag && passed.as_secs() + 1 < at + ANSWER_LIFETIME_S {
+            return true;
+        }
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let now = nanos(passed);
+        let paid_until = place.paid_until.load(Ordering::Relaxed).max(now);
+        let after = paid_until.saturating_add(nanos(INTERVAL * bytes));
+        if after > now.saturating_add(nanos(INTERVAL * BURST)) {
+            return false;
+        }
+        place.paid_until.store(after, Ordering::Relaxed);
+        true
+    }
 }
 
 #[cfg(test)]
@@ -186,31 +204,31 @@ mod tests {
 
     #[test]
     fn a_node_has_one_account_for_an_address_until_somebody_answers_there() {
-        let (together, now) = (Together::default(), epoch());
+        let now = epoch();
+        let together = Together::new(7, now);
         let count = |ip: &str, now| {
             let ip = ip.parse().unwrap();
             (0..1_000).filter(|_| together.take_bytes(100, ip, now)).count() as u32
         };
         assert_eq!(count("192.0.2.1", now), BURST / 100);
         assert_eq!(count("192.0.2.1", now), 0);
+        assert_eq!(count("192.0.2.1", now + INTERVAL * 399), 3);
         assert_eq!(count("2001:db8::1", now), BURST / 100);
         assert_eq!(count("2001:db8::2", now), 0, "one home has one /64");
         together.note_answer("192.0.2.1".parse().unwrap(), now);
         assert_eq!(count("192.0.2.1", now), 1_000);
-        let later = now + ANSWER_LIFETIME;
+        let later = now + Duration::from_secs(ANSWER_LIFETIME_S);
         assert_eq!(count("192.0.2.1", later), BURST / 100, "it has fallen silent");
     }
 
     #[test]
-    fn the_account_of_a_node_is_of_bounded_size() {
-        let (together, now) = (Together::default(), epoch());
+    fn an_answer_from_one_address_opens_no_other() {
+        let now = epoch();
+        let together = Together::new(7, now);
         let address = |n: u32| IpAddr::from((0x0100_0000 + n).to_be_bytes());
-        let taken = (0..100_000).filter(|n| together.take_bytes(100, address(*n), now)).count();
-        assert_eq!(taken, MAX_TOGETHER);
-        (0..100_000).for_each(|n| together.note_answer(address(n), now));
-        assert_eq!(together.lock().answered.len(), MAX_TOGETHER);
-        let later = now + ANSWER_LIFETIME;
-        together.note_answer(address(7), later);
-        assert_eq!(together.lock().answered.len(), 1, "those of before make room");
+        (0..10_000).for_each(|n| together.note_answer(address(n), now));
+        for n in 10_000..20_000 {
+            assert!(!together.take_bytes(BURST + 1, address(n), now), "{n}");
+        }
     }
 }

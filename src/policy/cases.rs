@@ -40,7 +40,7 @@ impl Policy {
     fn allows(&self, case: &Case) -> bool {
         // Two nodes of one network; a node without a name in the case has one that no group knows.
         let (sender, receiver) = (Stand::new(&case.from, 1), Stand::new(&case.to, 2));
-        let compiled = self.compile([sender.member(), receiver.member()]);
+        let mut compiled = self.compile([sender.member(), receiver.member()]);
         let Some(filter) = Filter::new(&compiled.filter_of(receiver.id)) else { return true };
         match case.protocol {
             Protocol::Any => filter.admits_everything(sender.id),

@@ -17,7 +17,8 @@ pub struct Member<'m> {
     pub tags: &'m [Tag],
 }
 
-/// Rules about the nodes that there are.
+/// Rules about the nodes that there are. A node that comes, goes or is called something else costs what
+/// it changes, not what there is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Compiled {
     rules: Vec<CompiledRule>,
@@ -25,55 +26,176 @@ pub struct Compiled {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct CompiledRule {
-    /// None for every node.
-    receivers: Option<BTreeSet<NodeId>>,
+    to: Selected,
+    from: Selected,
+    /// The sources are those of `from`, unless that has changed since.
     rule: WireRule,
+    stale: bool,
+}
+
+/// A selection, and the nodes in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Selected {
+    selection: Selection,
+    /// None for every node.
+    nodes: Option<BTreeSet<NodeId>>,
+}
+
+/// Nodes for which the rules may say something else than before.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Affected {
+    everybody: bool,
+    nodes: BTreeSet<NodeId>,
+}
+
+impl Affected {
+    /// All that there are.
+    #[must_use]
+    pub fn everybody() -> Self {
+        Self { everybody: true, nodes: BTreeSet::new() }
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_nobody(&self) -> bool {
+        !self.everybody && self.nodes.is_empty()
+    }
+
+    /// Whether this one is among them.
+    #[must_use]
+    pub fn holds(&self, node: NodeId) -> bool {
+        self.everybody || self.nodes.contains(&node)
+    }
+
+    /// All of them by number; none when they are everybody.
+    #[must_use]
+    pub fn nodes(&self) -> Option<&BTreeSet<NodeId>> {
+        (!self.everybody).then_some(&self.nodes)
+    }
+
+    /// And these.
+    pub fn merge(&mut self, other: &Self) {
+        self.everybody |= other.everybody;
+        if self.everybody {
+            self.nodes.clear();
+        } else {
+            self.nodes.extend(&other.nodes);
+        }
+    }
+
+    fn add(&mut self, nodes: Option<&BTreeSet<NodeId>>) {
+        match nodes {
+            Some(nodes) if !self.everybody => self.nodes.extend(nodes),
+            Some(_) => {}
+            None => self.merge(&Self::everybody()),
+        }
+    }
+}
+
+impl Selected {
+    fn new(selection: &Selection) -> Self {
+        let nodes = matches!(selection, Selection::Marked(_)).then(BTreeSet::new);
+        Self { selection: selection.clone(), nodes }
+    }
+
+    /// Takes a node with these marks, or one that is gone; whether that makes a difference.
+    fn put(&mut self, node: NodeId, marks: Option<&Marks>) -> bool {
+        let Some(nodes) = &mut self.nodes else { return false };
+        if marks.is_some_and(|marks| self.selection.holds(marks)) {
+            nodes.insert(node)
+        } else {
+            nodes.remove(&node)
+        }
+    }
 }
 
 impl Policy {
     /// Finds out which nodes the rules are about.
     #[must_use]
     pub fn compile<'m>(&self, members: impl IntoIterator<Item = Member<'m>>) -> Compiled {
-        let members: Vec<(NodeId, Marks)> = members
-            .into_iter()
-            .map(|member| {
-                let tags = member.tags.iter().cloned().map(Mark::Tag);
-                (member.id, tags.chain([Mark::Name(member.name.clone())]).collect())
-            })
-            .collect();
-        let select = |selection: &Selection| match selection {
-            Selection::Any => None,
-            Selection::Marked(_) => Some(
-                members
-                    .iter()
-                    .filter(|(_, marks)| selection.holds(marks))
-                    .map(|(id, _)| *id)
-                    .collect::<BTreeSet<NodeId>>(),
-            ),
-        };
         let rules = self.rules.iter().map(|rule| CompiledRule {
-            receivers: select(&rule.to),
+            to: Selected::new(&rule.to),
+            from: Selected::new(&rule.from),
             rule: WireRule {
                 kind: kind(rule.protocol),
-                sources: select(&rule.from).map(|ids| runs(&ids)),
+                sources: matches!(rule.from, Selection::Marked(_)).then(Vec::new),
                 ports: rule.ports.clone(),
             },
+            stale: false,
         });
-        Compiled { rules: rules.collect() }
+        let mut compiled = Compiled { rules: rules.collect() };
+        for member in members {
+            let marks = marks(member);
+            for rule in &mut compiled.rules {
+                rule.to.put(member.id, Some(&marks));
+                rule.stale |= rule.from.put(member.id, Some(&marks));
+            }
+        }
+        compiled
     }
 }
 
+fn marks(member: Member<'_>) -> Marks {
+    let tags = member.tags.iter().cloned().map(Mark::Tag);
+    tags.chain([Mark::Name(member.name.clone())]).collect()
+}
+
 impl Compiled {
-    /// What `node` lets in. A rule that is about no other node is left out.
+    /// Takes a node that is new, or whose name or tags are.
+    pub fn put(&mut self, member: Member<'_>) -> Affected {
+        self.change(member.id, Some(&marks(member)))
+    }
+
+    /// A node is gone.
+    pub fn remove(&mut self, node: NodeId) -> Affected {
+        self.change(node, None)
+    }
+
+    fn change(&mut self, node: NodeId, marks: Option<&Marks>) -> Affected {
+        let mut affected = Affected::default();
+        for rule in &mut self.rules {
+            if rule.to.put(node, marks) && !affected.everybody {
+                affected.nodes.insert(node);
+            }
+            if rule.from.put(node, marks) {
+                rule.stale = true;
+                affected.add(rule.to.nodes.as_ref());
+            }
+        }
+        affected
+    }
+
+    /// The rules that say what `node` lets in, by their places. Nodes with the same ones let in the
+    /// same. A rule that is about no other node is left out.
     #[must_use]
-    pub fn filter_of(&self, node: NodeId) -> WireFilter {
-        let rules = self
-            .rules
-            .iter()
-            .filter(|rule| rule.receivers.as_ref().is_none_or(|ids| ids.contains(&node)))
-            .filter(|rule| rule.rule.sources.as_ref().is_none_or(|sources| !sources.is_empty()))
-            .map(|rule| rule.rule.clone());
-        WireFilter { rules: Some(rules.collect()) }
+    pub fn rules_of(&self, node: NodeId) -> Vec<usize> {
+        let about =
+            |selected: &Selected| selected.nodes.as_ref().is_none_or(|nodes| nodes.contains(&node));
+        let some =
+            |selected: &Selected| selected.nodes.as_ref().is_none_or(|nodes| !nodes.is_empty());
+        let rules = self.rules.iter().enumerate();
+        rules.filter(|(_, rule)| about(&rule.to) && some(&rule.from)).map(|(at, _)| at).collect()
+    }
+
+    /// What is let in by these rules.
+    #[must_use]
+    pub fn filter_by(&mut self, rules: &[usize]) -> WireFilter {
+        let mut said = Vec::with_capacity(rules.len());
+        for at in rules {
+            let Some(rule) = self.rules.get_mut(*at) else { continue };
+            if std::mem::take(&mut rule.stale) {
+                rule.rule.sources = rule.from.nodes.as_ref().map(runs);
+            }
+            said.push(rule.rule.clone());
+        }
+        WireFilter { rules: Some(said) }
+    }
+
+    /// What `node` lets in.
+    #[must_use]
+    pub fn filter_of(&mut self, node: NodeId) -> WireFilter {
+        let rules = self.rules_of(node);
+        self.filter_by(&rules)
     }
 }
 
@@ -121,13 +243,86 @@ mod tests {
             Member { id: id(number), name, tags }
         };
         let all = [member(1, &[][..]), member(2, &web), member(3, &web), member(4, &[])];
-        let compiled = policy.compile(all);
+        let mut compiled = policy.compile(all);
         let admins = WireRule { kind: KIND_ANY, sources: Some(vec![(1, 1)]), ports: None };
         let https =
             WireRule { kind: KIND_TCP, sources: None, ports: Some(vec![(443, 443), (8000, 8100)]) };
         let pings = WireRule { kind: KIND_ICMP, sources: Some(vec![(2, 3)]), ports: None };
-        let rules = |number: u32| compiled.filter_of(id(number)).rules.unwrap();
+        let mut rules = |number: u32| compiled.filter_of(id(number)).rules.unwrap();
         assert_eq!(rules(2), [admins.clone(), https, pings]);
         assert_eq!(rules(4), [admins]);
+    }
+
+    const GROUPS: &str = "[groups]\nweb = 'tag:web'\nops = ['tag:ops', 'boss']\n\
+        [[rules]]\nfrom = 'ops'\nto = 'any'\nprotocol = 'any'\n\
+        [[rules]]\nfrom = 'any'\nto = 'web'\nprotocol = 'tcp'\nports = [443]\n\
+        [[rules]]\nfrom = 'web'\nto = 'web'\nprotocol = 'icmp'\n\
+        [[rules]]\nfrom = 'web'\nto = 'ops'\nprotocol = 'udp'\nports = [514]\n";
+
+    fn id(number: u32) -> NodeId {
+        NodeId::new(number).unwrap()
+    }
+
+    #[test]
+    fn who_comes_concerns_only_those_who_are_told_something_else() {
+        let policy = Policy::parse(GROUPS).unwrap();
+        let web: Vec<Tag> = vec!["web".parse().unwrap()];
+        let names: Vec<NodeName> =
+            (0..1_002).map(|number| format!("n{number}").parse().unwrap()).collect();
+        let tags_of = |number: u32| if number <= 10 { &web[..] } else { &[] };
+        let member = |number: u32| Member {
+            id: id(number),
+            name: &names[number as usize],
+            tags: tags_of(number),
+        };
+        let mut compiled = policy.compile((1..=1_000).map(member));
+        let nobody = compiled.put(member(1_001));
+        assert!(nobody.is_nobody(), "it has no marks that a rule knows: {nobody:?}");
+        let again = compiled.put(member(5));
+        assert!(again.is_nobody(), "nothing about it has changed: {again:?}");
+        let one_more = compiled.put(Member { tags: &web, ..member(1_001) });
+        let mut told: Vec<u32> = (1..=10).chain([1_001]).collect();
+        let nodes = one_more.nodes().unwrap();
+        assert_eq!(nodes.iter().map(|id| id.number()).collect::<Vec<_>>(), told);
+        let gone = compiled.remove(id(1_001));
+        told.pop();
+        assert!(told.iter().all(|number| gone.holds(id(*number))) && !gone.holds(id(11)));
+        let boss: NodeName = "boss".parse().unwrap();
+        let everybody = compiled.put(Member { name: &boss, ..member(7) });
+        assert_eq!(everybody, Affected::everybody(), "all let it in");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn changes_one_by_one_come_to_the_same_as_all_anew(
+            changes in proptest::collection::vec((1u32..12, 0u8..10), 1..60),
+        ) {
+            let policy = Policy::parse(GROUPS).unwrap();
+            let [web, ops]: [Tag; 2] = ["web", "ops"].map(|tag| tag.parse().unwrap());
+            let tags = [vec![], vec![web.clone()], vec![ops.clone()], vec![web, ops]];
+            let mut there: std::collections::BTreeMap<u32, (NodeName, Vec<Tag>)> = Default::default();
+            let mut compiled = policy.compile([]);
+            for (number, kind) in changes {
+                let before: Vec<WireFilter> =
+                    (1..12).map(|other| compiled.filter_of(id(other))).collect();
+                let affected = if kind >= 8 {
+                    there.remove(&number);
+                    compiled.remove(id(number))
+                } else {
+                    let name = if kind % 2 == 0 { "boss".into() } else { format!("n{number}") };
+                    let marked = (name.parse().unwrap(), tags[usize::from(kind / 2)].clone());
+                    let (name, tags) = there.entry(number).insert_entry(marked).into_mut();
+                    compiled.put(Member { id: id(number), name, tags })
+                };
+                let members = there.iter();
+                let members = members.map(|(at, (name, tags))| Member { id: id(*at), name, tags });
+                let mut anew = policy.compile(members);
+                for (other, before) in (1..12).zip(before) {
+                    let now = compiled.filter_of(id(other));
+                    proptest::prop_assert_eq!(&now, &anew.filter_of(id(other)));
+                    proptest::prop_assert!(now == before || affected.holds(id(other)));
+                }
+            }
+        }
     }
 }

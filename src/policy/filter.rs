@@ -75,12 +75,14 @@ impl Filter {
             starts.insert(*first);
             starts.extend(last.checked_add(1));
         }
+        let sources: Vec<Option<Runs>> =
+            rules.iter().map(|rule| rule.sources.as_deref().map(merged)).collect();
         let mut known: BTreeMap<Vec<usize>, usize> = BTreeMap::new();
         let mut runs: Vec<(u32, usize)> = Vec::new();
         let mut classes = Vec::new();
         for start in starts {
             let speaking: Vec<usize> =
-                (0..rules.len()).filter(|index| speaks_of(&rules[*index], start)).collect();
+                (0..rules.len()).filter(|rule| speaks_of(&sources[*rule], start)).collect();
             let class = *known.entry(speaking).or_insert_with_key(|speaking| {
                 classes.push(Class::of(speaking.iter().map(|index| &rules[*index])));
                 classes.len() - 1
@@ -166,9 +168,28 @@ impl Filter {
     }
 }
 
-fn speaks_of(rule: &WireRule, node: u32) -> bool {
-    let inside = |(first, last): &(u32, u32)| (*first..=*last).contains(&node);
-    rule.sources.as_ref().is_none_or(|sources| sources.iter().any(inside))
+/// Runs of node numbers, first and last, in their order and without overlap.
+type Runs = Vec<(u32, u32)>;
+
+fn merged(sources: &[(u32, u32)]) -> Runs {
+    let mut runs: Runs = sources.iter().copied().filter(|(first, last)| first <= last).collect();
+    runs.sort_unstable();
+    let mut merged: Runs = Vec::with_capacity(runs.len());
+    for (first, last) in runs {
+        match merged.last_mut() {
+            Some(before) if first <= before.1 => before.1 = before.1.max(last),
+            _ => merged.push((first, last)),
+        }
+    }
+    merged
+}
+
+/// A search, since there are as many questions as runs.
+fn speaks_of(sources: &Option<Runs>, node: u32) -> bool {
+    sources.as_ref().is_none_or(|runs| {
+        let behind = runs.partition_point(|(first, _)| *first <= node);
+        behind > 0 && runs[behind - 1].1 >= node
+    })
 }
 
 impl Class {

@@ -21,7 +21,7 @@ mod fragments;
 mod packet;
 
 pub use cases::CaseResult;
-pub use compile::{Compiled, Member};
+pub use compile::{Affected, Compiled, Member};
 pub use file::{MAX_POLICY_BYTES, Policy};
 pub use filter::{Filter, Verdict};
 pub use flows::Flows;

@@ -76,6 +76,11 @@ pub enum Request {
         /// In so many seconds; none for never.
         in_s: Option<u64>,
     },
+    /// Set how long the memberships last of nodes that join from now on.
+    ExpireNew {
+        /// So many seconds; none for ever.
+        in_s: Option<u64>,
+    },
     /// Show the access rules.
     PolicyShow,
     /// Set the access rules.
@@ -132,6 +137,9 @@ pub enum RequestError {
     /// Numbers that make no sense.
     #[error("an invite has at least one use and lives between one second and {} days", MAX_TTL_S / 86400)]
     BadInvite,
+    /// Nothing that a join line could name.
+    #[error("this machine has no address under which nodes could find the server")]
+    NoAddress,
     /// More tags than a node can have.
     #[error("a node has 32 tags at the most")]
     TooManyTags,
@@ -168,6 +176,8 @@ pub enum Answer {
     Tagged(NodeInfo),
     /// A node whose membership ends at another time now.
     Expiring(NodeInfo),
+    /// How long new memberships last now.
+    ExpiringNew(NewMembers),
     /// The access rules.
     Policy(PolicyInfo),
 }
@@ -286,6 +296,15 @@ pub struct NodeInfo {
     pub cloned: bool,
 }
 
+/// `overlay server expire --new --json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewMembers {
+    /// See [`SCHEMA`].
+    pub schema: u32,
+    /// How long the memberships last of nodes that join, in seconds; none for ever.
+    pub members_last_s: Option<u64>,
+}
+
 /// A time as all answers have it (RFC 3339, UTC).
 #[must_use]
 pub fn rfc3339(unix_seconds: u64) -> String {
@@ -335,6 +354,7 @@ impl Server {
             Request::Rename { node, name } => self.decide_rename(&node, name, wall),
             Request::Tag { node, tags } => self.decide_tag(&node, tags, wall),
             Request::Expire { node, in_s } => self.decide_expire(&node, in_s, wall),
+            Request::ExpireNew { in_s } => self.decide_expire_new(in_s),
             Request::PolicyShow => Ok(self.decide_policy_show()),
             Request::PolicySet { text } => self.decide_policy_set(text, wall),
             Request::PolicyClear => Ok(self.decide_policy_clear(wall)),
@@ -351,6 +371,9 @@ impl Server {
     ) -> Result<Decision, RequestError> {
         if uses == 0 || !(1..=MAX_TTL_S).contains(&ttl_s) {
             return Err(RequestError::BadInvite);
+        }
+        if self.settings.addresses.is_empty() {
+            return Err(RequestError::NoAddress);
         }
         let (record, secret) = self.invites.make(uses, ttl_s, name, tags, &mut self.rng, wall);
         let line = JoinLine {

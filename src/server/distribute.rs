@@ -18,6 +18,7 @@ use super::parts::Parts;
 use super::records::MemberRecord;
 use super::update::{Update, in_order};
 use super::{ConnectionId, Output, Server};
+use crate::policy::Affected;
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, NodeId, OverlayAddrs, usable_underlay,
 };
@@ -49,8 +50,8 @@ pub(super) struct Distribution {
     removed: BTreeSet<NodeId>,
     /// Nodes whose own name changed.
     renamed: BTreeSet<NodeId>,
-    /// Whether access rules have to be compiled again for the nodes.
-    rules_stale: bool,
+    /// For whom the access rules may say something else.
+    rules_stale: Affected,
     next_flush: Instant,
     /// A time that is past.
     origin: Instant,
@@ -74,7 +75,7 @@ impl Distribution {
             changed: BTreeSet::new(),
             removed: BTreeSet::new(),
             renamed: BTreeSet::new(),
-            rules_stale: false,
+            rules_stale: Affected::default(),
             next_flush: now,
             origin: now,
         }
@@ -127,6 +128,11 @@ impl Distribution {
     fn set_reflexive(&mut self, node: NodeId, endpoint: SocketAddr) {
         let Some(described) = self.peers.get(&node) else { return };
         let mut candidates = described.peer.candidates.clone();
+        let uplink = CandidateKind::Uplink.code();
+        if candidates.iter().any(|it| it.endpoint == endpoint && it.kind == uplink) {
+            // It goes by another uplink for a while, and what it has announced holds.
+            return;
+        }
         let reflexive = WireCandidate::from(Candidate::new(endpoint, CandidateKind::Reflexive));
         candidates.retain(|candidate| candidate.kind != reflexive.kind);
         if candidates.iter().all(|candidate| candidate.endpoint != endpoint) {
@@ -161,10 +167,10 @@ impl Distribution {
         self.peers.get(&node).is_some_and(|described| described.peer.online)
     }
 
-    /// The next delta says what has become of the access rules.
-    pub(super) fn set_rules_stale(&mut self) {
-        self.rules_stale = true;
-        self.parts.note_rules();
+    /// The next delta says to these what has become of the access rules.
+    pub(super) fn set_rules_stale(&mut self, affected: &Affected) {
+        self.rules_stale.merge(affected);
+        self.parts.note_rules(affected);
     }
 
     /// The message with all that `receiver` is told of, who lets in what `filter` says.
@@ -194,7 +200,7 @@ impl Distribution {
         self.changed.clear();
         self.removed.clear();
         self.renamed.clear();
-        self.rules_stale = false;
+        self.rules_stale = Affected::default();
     }
 
     /// When the next delta should go out, if there is something in it.
@@ -202,7 +208,7 @@ impl Distribution {
         let nothing = self.changed.is_empty()
             && self.removed.is_empty()
             && self.renamed.is_empty()
-            && !self.rules_stale;
+            && self.rules_stale.is_nobody();
         if nothing {
             return None;
         }
@@ -258,7 +264,8 @@ impl Distribution {
     fn narrow(&mut self, node: NodeId) {
         let known: Vec<NodeId> = self.peers.keys().copied().collect();
         self.parts.enter(node, known, self.whole_epoch);
-        self.parts.put_untold(node, &self.changed, &self.removed, self.rules_stale);
+        let stale = self.rules_stale.holds(node);
+        self.parts.put_untold(node, &self.changed, &self.removed, stale);
         if self.renamed.contains(&node) {
             self.parts.note_renamed(node);
         }
@@ -315,12 +322,13 @@ impl Server {
         let online = u32::try_from(self.online.len()).unwrap_or(u32::MAX);
         self.distribution.next_flush = now + GATHER.min(GATHER_PER_NODE * online.min(1_000));
         let shared = self.distribution.delta(from, None, None);
-        let stale = self.distribution.rules_stale;
+        let stale = std::mem::take(&mut self.distribution.rules_stale);
         for (node, connection) in &self.online {
             if self.distribution.parts.contains(*node) {
                 continue;
             }
-            let filter = if stale { self.access.news_for(*node, &self.members) } else { None };
+            let filter =
+                stale.holds(*node).then(|| self.access.news_for(*node, &self.members)).flatten();
             let is_in_it = self.distribution.changed.contains(node);
             let message = if is_in_it || filter.is_some() {
                 self.distribution.delta(from, Some(*node), filter.as_deref())

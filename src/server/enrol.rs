@@ -163,7 +163,7 @@ impl Server {
             invite: invite.id,
             tags: invite.tags.clone(),
             key_since: wall,
-            expires: None,
+            expires: self.network.record.members_last_s.map(|last| wall.saturating_add(last)),
             expiry_noted: crate::server::records::ExpiryNoted::Nothing,
         };
         invite.used += 1;

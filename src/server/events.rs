@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::expiry::lasting_event;
 use super::records::{Change, InviteRecord, Key, MemberRecord, NetworkRecord, Record};
 use super::{Act, ConnectionId, Decision, Server};
 use crate::types::NodeId;
@@ -103,6 +104,9 @@ impl Server {
                 invite_event(self.invites.of(*id).map(|invite| &invite.record), new, event)
             }
             (Key::Network, Some(Record::Network(new))) => {
+                if self.network.record.members_last_s != new.members_last_s {
+                    return Some(lasting_event(new.members_last_s, event));
+                }
                 let range = new.range;
                 Some(event("range-changed").with("ipv4", range.v4()).with("ipv6", range.v6()))
             }
@@ -187,7 +191,8 @@ mod tests {
         let range: OverlayRange =
             OverlayRange::new("10.77.0.0/20".parse().unwrap(), "fd00::/48".parse().unwrap())
                 .unwrap();
-        let record = NetworkRecord { id: NetworkId([1; 8]), range, created: 0 };
+        let record =
+            NetworkRecord { id: NetworkId([1; 8]), range, created: 0, members_last_s: None };
         let member = MemberRecord {
             id: NodeId::new(7).unwrap(),
             machine_key: PublicKey([1; 32]),
@@ -212,7 +217,7 @@ mod tests {
         };
         let settings = Settings {
             server_key: PublicKey([3; 32]),
-            addresses: Vec::new(),
+            addresses: vec!["192.0.2.1".parse().unwrap()],
             whole_netmap_up_to: crate::server::WHOLE_NETMAP_UP_TO,
         };
         let mut server = Server::new(settings, records, [0; 32], crate::io::clock::now(), 0);

@@ -7,9 +7,9 @@
 
 use std::collections::BTreeSet;
 
-use super::admin::{Answer, RequestError, rfc3339};
+use super::admin::{Answer, NewMembers, RequestError, SCHEMA, rfc3339};
 use super::events::Event;
-use super::records::{ExpiryNoted, MemberRecord};
+use super::records::{Change, ExpiryNoted, MemberRecord, NetworkRecord, Record};
 use super::relay::RelayChange;
 use super::{Act, ConnectionId, Decision, Output, Server};
 use crate::types::NodeId;
@@ -37,6 +37,20 @@ impl Expiries {
         }
         self.0.extend(after.and_then(due));
     }
+}
+
+/// Turns down a time that makes no sense.
+fn check(in_s: Option<u64>) -> Result<(), RequestError> {
+    match in_s {
+        Some(in_s) if !(1..=MAX_S).contains(&in_s) => Err(RequestError::BadExpiry),
+        _ => Ok(()),
+    }
+}
+
+/// The line in the log for another time that the memberships of new nodes last.
+pub(super) fn lasting_event(members_last_s: Option<u64>, event: impl Fn(&str) -> Event) -> Event {
+    let lasting = members_last_s.map_or_else(|| "for ever".into(), |last| format!("{last} s"));
+    event("network-expiry-set").with("members-last", lasting)
 }
 
 impl MemberRecord {
@@ -71,14 +85,27 @@ impl Server {
         in_s: Option<u64>,
         wall: u64,
     ) -> Result<Decision, RequestError> {
-        if in_s.is_some_and(|in_s| !(1..=MAX_S).contains(&in_s)) {
-            return Err(RequestError::BadExpiry);
-        }
+        check(in_s)?;
         let mut record = self.member(node)?;
         record.expires = in_s.map(|in_s| wall.saturating_add(in_s));
         record.expiry_noted = ExpiryNoted::Nothing;
         let answer = Answer::Expiring(self.node_info(&record, wall));
         Ok(Decision { changes: vec![self.members.write(record)], act: Act::Answer(answer) })
+    }
+
+    /// How long the memberships of nodes last that join from now on. Those that are there keep their
+    /// ends.
+    pub(super) fn decide_expire_new(&self, in_s: Option<u64>) -> Result<Decision, RequestError> {
+        check(in_s)?;
+        let network = &self.network;
+        let record = NetworkRecord { members_last_s: in_s, ..network.record.clone() };
+        let answer = Answer::ExpiringNew(NewMembers { schema: SCHEMA, members_last_s: in_s });
+        let changed = record != network.record;
+        let change = Change::put(Record::Network(record), network.rev);
+        Ok(Decision {
+            changes: Vec::from_iter(changed.then_some(change)),
+            act: Act::Answer(answer),
+        })
     }
 
     /// The line in the log for a change of a member's end, if that is what changed.

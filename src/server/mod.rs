@@ -38,6 +38,7 @@ use rand::rngs::StdRng;
 
 pub use addresses::choose_range;
 
+use crate::policy::Affected;
 use crate::types::{NodeId, PublicKey};
 use crate::wire::control::{
     self, ClientMessage, Refused, RefusedCode, ServerMessage, TICK_INTERVAL_S, usable_candidates,
@@ -251,6 +252,12 @@ impl Server {
         &self.network.record
     }
 
+    /// Whether there is no address that a join line could name.
+    #[must_use]
+    pub fn has_no_address(&self) -> bool {
+        self.settings.addresses.is_empty()
+    }
+
     /// Replaces the addresses that join lines name.
     pub fn set_addresses(&mut self, addresses: Vec<ServerAddr>) {
         self.settings.addresses = addresses;
@@ -366,7 +373,7 @@ impl Server {
             (_, Some(Record::Invite(record))) => self.invites.put(Versioned { rev, record }),
             (_, Some(Record::Policy(record))) => {
                 self.access.put(Some(Versioned { rev, record }));
-                self.distribution.set_rules_stale();
+                self.distribution.set_rules_stale(&Affected::everybody());
             }
             (_, Some(Record::Member(record))) => {
                 let old = self.members.of(record.id).map(|member| member.record.clone());
@@ -382,12 +389,12 @@ impl Server {
                     }
                 }
                 let limit = self.settings.whole_netmap_up_to;
-                let was_small = self.members.len() <= limit;
+                let (was_small, node) = (self.members.len() <= limit, record.id);
                 self.members.put(Versioned { rev, record });
                 if was_small && self.members.len() > limit {
                     self.tell_parts();
                 }
-                self.stale_rules();
+                self.follow_rules(node);
             }
             (Key::Member(node), None) => self.forget_member(node),
             (Key::Invite(id), None) => self.invites.remove(id),
@@ -401,7 +408,7 @@ impl Server {
         for connection in self.waiting(node) {
             self.refuse(connection, RefusedCode::NotMember);
         }
-        self.stale_rules();
+        self.follow_rules(node);
         self.access.forget(node);
         self.seen.remove(&node);
         self.clones.forget(node);

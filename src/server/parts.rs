@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use crate::policy::Affected;
 use crate::types::NodeId;
 
 /// The least time between two changes for a node with many peers: some messages a second.
@@ -202,9 +203,12 @@ impl Parts {
         }
     }
 
-    /// The access rules may have changed for everybody.
-    pub(super) fn note_rules(&mut self) {
-        let receivers: Vec<NodeId> = self.parts.keys().copied().collect();
+    /// The access rules may have changed for these.
+    pub(super) fn note_rules(&mut self, affected: &Affected) {
+        let receivers: Vec<NodeId> = match affected.nodes() {
+            Some(nodes) => nodes.iter().filter(|node| self.contains(**node)).copied().collect(),
+            None => self.parts.keys().copied().collect(),
+        };
         for receiver in receivers {
             if let Some(part) = self.parts.get_mut(&receiver) {
                 part.rules_stale = true;

@@ -5,6 +5,7 @@
 //! thing for that node.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +13,7 @@ use super::admin::{Answer, RequestError, SCHEMA, rfc3339};
 use super::members::Members;
 use super::records::{Change, MemberRecord, PolicyRecord, Record, Versioned};
 use super::{Act, Decision, Server};
-use crate::policy::{Compiled, Member, Policy};
+use crate::policy::{Affected, Compiled, Member, Policy};
 use crate::types::{NodeId, Tag};
 use crate::wire::control::encode;
 use crate::wire::filter::WireFilter;
@@ -42,8 +43,10 @@ pub(super) struct Access {
     policy: Option<Policy>,
     /// The rules about the members of this moment; none when that has to be found out.
     compiled: Option<Compiled>,
+    /// What some rules say, encoded: many nodes are told the same.
+    encoded: BTreeMap<Vec<usize>, Arc<[u8]>>,
     /// The encoded filter that each node has.
-    told: BTreeMap<NodeId, Vec<u8>>,
+    told: BTreeMap<NodeId, Arc<[u8]>>,
 }
 
 impl Access {
@@ -60,15 +63,33 @@ impl Access {
         self.policy = text.map(|text| Policy::parse(text).expect("stored rules were checked"));
         self.record = record;
         self.compiled = None;
+        self.encoded.clear();
     }
 
     pub(super) fn forget(&mut self, node: NodeId) {
         self.told.remove(&node);
     }
 
+    /// A member is new, or its name or tags are, or it is gone: for whom the rules may say something
+    /// else now.
+    pub(super) fn change(&mut self, node: NodeId, member: Option<&MemberRecord>) -> Affected {
+        if self.policy.is_none() {
+            return Affected::default();
+        }
+        let Some(compiled) = &mut self.compiled else { return Affected::everybody() };
+        let affected = match member {
+            Some(member) => compiled.put(about(member)),
+            None => compiled.remove(node),
+        };
+        if !affected.is_nobody() {
+            self.encoded.clear();
+        }
+        affected
+    }
+
     /// What `node` lets in, encoded; none when there are no rules. It counts as told.
-    pub(super) fn whole_for(&mut self, node: NodeId, members: &Members) -> Option<Vec<u8>> {
-        let filter = self.filter_of(node, members).map(|filter| encode(&filter));
+    pub(super) fn whole_for(&mut self, node: NodeId, members: &Members) -> Option<Arc<[u8]>> {
+        let filter = self.filter_of(node, members);
         match &filter {
             Some(filter) => self.told.insert(node, filter.clone()),
             None => self.told.remove(&node),
@@ -77,30 +98,30 @@ impl Access {
     }
 
     /// What `node` lets in, encoded, when it was told something else before.
-    pub(super) fn news_for(&mut self, node: NodeId, members: &Members) -> Option<Vec<u8>> {
+    pub(super) fn news_for(&mut self, node: NodeId, members: &Members) -> Option<Arc<[u8]>> {
         match self.filter_of(node, members) {
             Some(filter) => {
-                let filter = encode(&filter);
                 if self.told.get(&node) == Some(&filter) {
                     return None;
                 }
                 self.told.insert(node, filter.clone());
                 Some(filter)
             }
-            None => self.told.remove(&node).map(|_| encode(&WireFilter::default())),
+            None => self.told.remove(&node).map(|_| encode(&WireFilter::default()).into()),
         }
     }
 
-    fn filter_of(&mut self, node: NodeId, members: &Members) -> Option<WireFilter> {
+    fn filter_of(&mut self, node: NodeId, members: &Members) -> Option<Arc<[u8]>> {
         let policy = self.policy.as_ref()?;
-        let compiled = self.compiled.get_or_insert_with(|| {
-            policy.compile(members.iter().map(|member| Member {
-                id: member.id,
-                name: &member.name,
-                tags: &member.tags,
-            }))
-        });
-        Some(compiled.filter_of(node))
+        let compiled =
+            self.compiled.get_or_insert_with(|| policy.compile(members.iter().map(about)));
+        let rules = compiled.rules_of(node);
+        if let Some(encoded) = self.encoded.get(&rules) {
+            return Some(Arc::clone(encoded));
+        }
+        let encoded: Arc<[u8]> = encode(&compiled.filter_by(&rules)).into();
+        self.encoded.insert(rules, Arc::clone(&encoded));
+        Some(encoded)
     }
 
     fn info(&self) -> PolicyInfo {
@@ -115,12 +136,18 @@ impl Access {
     }
 }
 
+/// A member as the rules see it.
+fn about(member: &MemberRecord) -> Member<'_> {
+    Member { id: member.id, name: &member.name, tags: &member.tags }
+}
+
 impl Server {
     /// Somebody came, went, or is called something else: the rules may mean other nodes.
-    pub(super) fn stale_rules(&mut self) {
-        if self.access.policy.is_some() {
-            self.access.compiled = None;
-            self.distribution.set_rules_stale();
+    pub(super) fn follow_rules(&mut self, node: NodeId) {
+        let member = self.members.of(node).map(|member| &member.record);
+        let affected = self.access.change(node, member);
+        if !affected.is_nobody() {
+            self.distribution.set_rules_stale(&affected);
         }
     }
 

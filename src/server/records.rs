@@ -13,6 +13,9 @@ pub struct NetworkRecord {
     pub range: OverlayRange,
     /// When it was made, in Unix seconds.
     pub created: u64,
+    /// How long the memberships last of nodes that join, in seconds; none for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub members_last_s: Option<u64>,
 }
 
 /// A node that is let in.

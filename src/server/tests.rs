@@ -106,7 +106,12 @@ impl World {
     fn new(range: &str) -> Self {
         let range =
             OverlayRange::new(range.parse().unwrap(), "fd12:3456:789a::/48".parse().unwrap());
-        let record = NetworkRecord { id: NetworkId([7; 8]), range: range.unwrap(), created: WALL };
+        let record = NetworkRecord {
+            id: NetworkId([7; 8]),
+            range: range.unwrap(),
+            created: WALL,
+            members_last_s: None,
+        };
         let records = Records {
             network: Versioned { rev: 1, record },
             members: Vec::new(),

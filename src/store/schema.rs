@@ -9,7 +9,7 @@ use sqlx::{Any, AnyPool, Row, Transaction};
 use super::{Store, StoreError, StoredRecord, sum_of, unsigned};
 
 /// The version of the tables that this program writes.
-pub const SCHEMA: i64 = 3;
+pub const SCHEMA: i64 = 4;
 
 /// What a new store gets; equal to the oldest version after all steps.
 const TABLES: [&str; 5] = [
@@ -18,7 +18,7 @@ const TABLES: [&str; 5] = [
      deleted BIGINT NOT NULL, body TEXT NOT NULL, sum TEXT NOT NULL DEFAULT '', \
      PRIMARY KEY (kind, id))",
     EVENTS,
-    "INSERT INTO meta (key, value) VALUES ('schema', 3)",
+    "INSERT INTO meta (key, value) VALUES ('schema', 4)",
     "INSERT INTO meta (key, value) VALUES ('rev', 0)",
 ];
 const EVENTS: &str = "CREATE TABLE events (seq BIGINT NOT NULL PRIMARY KEY, at BIGINT NOT NULL, \
@@ -43,6 +43,8 @@ impl Store {
                 1 => add_sums_and_events(&mut transaction).await?,
                 // 2 to 3: a member may have an end, which a program that knows of none would lose.
                 2 => {}
+                // 3 to 4: so may the members that a network will have.
+                3 => {}
                 _ => return Err(StoreError::Unknown { found }),
             }
             let done = sqlx::query("UPDATE meta SET value = $1 WHERE key = 'schema'")

@@ -160,10 +160,17 @@ async fn events_have_numbers_without_gaps_and_go_with_their_change() {
 
 #[tokio::test]
 async fn a_store_of_the_version_before_is_copied_and_brought_up_to_date() {
+    for version in [2, 3] {
+        brought_up_to_date_from(version).await;
+    }
+}
+
+async fn brought_up_to_date_from(version: i64) {
     let (_dir, path) = database();
     let store = Store::open(&path).await.unwrap();
     store.commit(&[put("member", 0, "kept")], &[]).await.unwrap();
-    sqlx::query("UPDATE meta SET value = 2 WHERE key = 'schema'")
+    sqlx::query("UPDATE meta SET value = $1 WHERE key = 'schema'")
+        .bind(version)
         .execute(&store.pool)
         .await
         .unwrap();
@@ -173,5 +180,6 @@ async fn a_store_of_the_version_before_is_copied_and_brought_up_to_date() {
     assert_eq!(row.await.unwrap().try_get::<i64, _>(0).unwrap(), SCHEMA);
     let records = store.load().await.unwrap();
     assert!(records.iter().any(|record| record.body.as_deref() == Some("kept")));
-    assert!(path.with_file_name("odd name?#%.db.schema-2").exists(), "the old one is kept");
+    let kept = path.with_file_name(format!("odd name?#%.db.schema-{version}"));
+    assert!(kept.exists(), "the old one is kept");
 }

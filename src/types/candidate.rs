@@ -23,6 +23,8 @@ pub enum CandidateKind {
     Predicted,
     /// Our own port at our public address: somebody may have forwarded it by hand.
     Static,
+    /// Our address as the server sees it by another uplink than the preferred one: for when that fails.
+    Uplink,
 }
 
 impl CandidateKind {
@@ -36,6 +38,7 @@ impl CandidateKind {
             Self::PortMapped => 4,
             Self::Predicted => 5,
             Self::Static => 6,
+            Self::Uplink => 7,
         }
     }
 
@@ -48,6 +51,7 @@ impl CandidateKind {
             3 => Self::PeerReflexive,
             4 => Self::PortMapped,
             5 => Self::Predicted,
+            7 => Self::Uplink,
             _ => Self::Static,
         }
     }
@@ -62,6 +66,7 @@ impl CandidateKind {
             Self::PortMapped => "port-mapped",
             Self::Predicted => "predicted",
             Self::Static => "static",
+            Self::Uplink => "uplink",
         }
     }
 }
@@ -139,7 +144,7 @@ mod tests {
 
     #[test]
     fn kinds_survive_their_code() {
-        for code in 1..=6 {
+        for code in 1..=7 {
             assert_eq!(CandidateKind::from_code(code).code(), code);
         }
     }

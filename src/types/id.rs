@@ -37,7 +37,8 @@ impl NodeId {
 /// One of this machine's UDP sockets, for as long as the process lives. Never leaves the machine.
 ///
 /// [`SocketId::MAIN`] stands for the two sockets, one per address family, that every node has. The
-/// others are *extra sockets*: the node core orders them when a path needs a local port of its own.
+/// others are *extra sockets*: the node core orders them when a path needs a local port of its own,
+/// or an uplink a socket of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SocketId(u16);
 

@@ -10,6 +10,7 @@ mod key;
 mod name;
 mod net;
 mod tag;
+mod uplink;
 
 pub use candidate::{Candidate, CandidateKind, MAX_CANDIDATES, usable_underlay};
 pub use counts::SizeCounts;
@@ -19,3 +20,4 @@ pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
 pub use net::{OverlayAddrs, OverlayRange, RangeError, source_of};
 pub use tag::{Tag, TagError};
+pub use uplink::Uplink;

@@ -39,9 +39,25 @@ pub enum RangeError {
 
 /// The address range of a network: one IPv4 prefix and one IPv6 unique local prefix (RFC 4193).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Prefixes")]
 pub struct OverlayRange {
     v4: Ipv4Net,
     v6: Ipv6Net,
+}
+
+/// A range as it lies in a file, not yet checked.
+#[derive(Deserialize)]
+struct Prefixes {
+    v4: Ipv4Net,
+    v6: Ipv6Net,
+}
+
+impl TryFrom<Prefixes> for OverlayRange {
+    type Error = RangeError;
+
+    fn try_from(Prefixes { v4, v6 }: Prefixes) -> Result<Self, RangeError> {
+        Self::new(v4, v6)
+    }
 }
 
 impl OverlayRange {
@@ -154,6 +170,18 @@ mod tests {
 
     fn range(v4: &str) -> Result<OverlayRange, RangeError> {
         OverlayRange::new(v4.parse().unwrap(), "fd12:3456:789a::/48".parse().unwrap())
+    }
+
+    #[test]
+    fn a_range_that_no_network_can_have_cannot_be_read_from_a_file() {
+        let read = |text: &str| serde_json::from_str::<OverlayRange>(text);
+        let good = r#"{"v4":"10.77.0.0/20","v6":"fd12:3456:789a::/48"}"#;
+        assert_eq!(read(good).unwrap(), range("10.77.0.0/20").unwrap());
+        for bad in ["0.0.0.0/0", "10.77.0.0/31", "10.77.0.0/32", "8.8.8.0/24"] {
+            let error = read(&good.replace("10.77.0.0/20", bad)).unwrap_err().to_string();
+            assert!(error.contains("the IPv4 range"), "{error}");
+        }
+        assert!(read(&good.replace("fd12", "2001")).is_err());
     }
 
     #[test]

@@ -12,6 +12,7 @@ tcp1,tcp8,reverse,bidir / udp64,udp512,udp1200 / flood64,packet64,train64,flood1
 
   --rival K=B another program beside ours: K is gotatun, boringtun, wireguard-go or nebula
   --relayed N=B  like NAME=BINARY, and the nodes can reach only the server, which forwards between them
+  --relay     so it is for each NAME=BINARY
   --no-udp    the UDP of such nodes is dropped, so the relay has their control connections only
   --check MB  before measuring, compare SHA-256 of MB megabytes each way over IPv4 and IPv6, and
               UDP datagrams of odd sizes byte by byte
@@ -63,8 +64,8 @@ class Pair:
         self.network.serve(server, hosts, listen="0.0.0.0" if relayed else None)
         with open(f"{self.dir}/node.toml", "w") as config:
             config.write("\n".join(args.config) + "\n")
-        for space, host in ((self.a, "a"), (self.b, "b")):
-            self.network.join(space, host, "--mtu", str(args.mtu), "--config", f"{self.dir}/node.toml")
+        self.nodes = [self.network.join(space, host, "--mtu", str(args.mtu), "--config", f"{self.dir}/node.toml")
+                      for space, host in ((self.a, "a"), (self.b, "b"))]
         wanted = "direct"
         if relayed:
             wanted = "relay-tcp" if args.no_udp else "relay-udp"
@@ -264,6 +265,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=int, default=3)
     parser.add_argument("--mtu", type=int, default=1280)
+    parser.add_argument("--relay", action="store_true")
     parser.add_argument("--relayed", action="append", default=[])
     parser.add_argument("--no-udp", action="store_true")
     parser.add_argument("--check", type=int, default=0)
@@ -273,7 +275,7 @@ def main():
     parser.add_argument("--rival", action="append", default=[])
     parser.add_argument("contenders", nargs="*")
     args = parser.parse_args()
-    contenders = [(*contender.partition("=")[::2], False, False) for contender in args.contenders]
+    contenders = [(*contender.partition("=")[::2], False, args.relay) for contender in args.contenders]
     contenders += [(*contender.partition("=")[::2], False, True) for contender in args.relayed]
     for kind, _, binary in (rival.partition("=") for rival in args.rival):
         try:

@@ -1,6 +1,9 @@
 //! What a hostile client can do with the control protocol and the relay, at a real server.
 
+use std::sync::{Arc, Mutex};
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
@@ -268,5 +271,152 @@ async fn relay_frames_to_oneself_to_nobody_and_of_nobody_go_nowhere() {
     assert!(counted > 0 && counted <= sent, "dropped and counted, all for one reason: {drops:?}");
     assert!(drops.iter().all(|(reason, _)| *reason == "bad-relay-frame"), "{drops:?}");
     assert!(other_welcome.id != welcome.id);
+    server.stop().await;
+}
+
+/// All ways in which a secret could stand in a capture.
+fn forms(secret: &[u8]) -> [Vec<u8>; 5] {
+    use data_encoding::{BASE64, BASE64URL_NOPAD, HEXLOWER, HEXUPPER};
+    [
+        secret.to_vec(),
+        HEXLOWER.encode(secret).into_bytes(),
+        HEXUPPER.encode(secret).into_bytes(),
+        BASE64.encode(secret).trim_end_matches('=').into(),
+        BASE64URL_NOPAD.encode(secret).into_bytes(),
+    ]
+}
+
+fn assert_not_in(capture: &[u8], secrets: &[(&str, &[u8])]) {
+    for (name, secret) in secrets {
+        for form in forms(secret) {
+            let found = capture.windows(form.len()).any(|window| window == form);
+            assert!(!found, "the {name} is in {} bytes of capture", capture.len());
+        }
+    }
+}
+
+/// A proxy before `server` that keeps all that passes, both ways: one who terminates an outer TLS with
+/// a certificate of its own sees this.
+async fn curious_proxy(server: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<u8>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let seen: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let kept = Arc::clone(&seen);
+    tokio::spawn(async move {
+        let (node, _) = listener.accept().await.unwrap();
+        let (from_node, to_node) = node.into_split();
+        let (from_server, to_server) = TcpStream::connect(server).await.unwrap().into_split();
+        let pass = |mut from: OwnedReadHalf, mut to: OwnedWriteHalf| {
+            let kept = Arc::clone(&kept);
+            async move {
+                let mut buffer = vec![0; 65_536];
+                while let Ok(length @ 1..) = from.read(&mut buffer).await {
+                    kept.lock().unwrap().extend_from_slice(&buffer[..length]);
+                    if to.write_all(&buffer[..length]).await.is_err() {
+                        break;
+                    }
+                }
+            }
+        };
+        tokio::join!(pass(from_node, to_server), pass(from_server, to_node));
+    });
+    (address, seen)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_reads_all_between_node_and_server_learns_no_secret_and_no_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start(options(dir.path())).await.unwrap();
+    let (line, address) = (open_line(dir.path()).await, server.listening()[0]);
+    let (_other, _) = joined(&line, address, 2).await;
+    let (proxy, seen) = curious_proxy(address).await;
+    let (mut node, welcome) = joined(&line, proxy, 1).await;
+    let netmap = node.netmap().await;
+    assert_eq!(netmap.peers.len(), 1, "it works, and there was something to be seen");
+    node.say(&ClientMessage { ping: Some(7), ..Default::default() });
+    while node.hear().await.pong != Some(7) {}
+    let machine_key = SecretKey::from_bytes([1; 32]);
+    let capture = seen.lock().unwrap().clone();
+    assert_not_in(
+        &capture,
+        &[
+            ("secret of the invite", &line.secret.0),
+            ("machine key", &machine_key.expose()[..]),
+            ("public machine key", &machine_key.public().0),
+            ("node key", &[101; 32]),
+            ("node key of a peer", &netmap.peers[0].node_key),
+            ("relay key", &welcome.relay_key),
+            ("name", b"node1"),
+            ("name of a peer", b"node2"),
+        ],
+    );
+    assert!(capture.windows(17).any(|it| it == b"overlay-handshake"), "no blind witness");
+    server.stop().await;
+}
+
+/// Answers one upgrade as somebody would who has another key, in the way of its own that `number`
+/// chooses, and returns all that the node said.
+async fn impostor(listener: TcpListener, number: usize) -> Vec<u8> {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut said = Vec::new();
+    let mut buffer = [0; 4096];
+    while !said.windows(4).any(|end| end == b"\r\n\r\n") {
+        let length = stream.read(&mut buffer).await.unwrap();
+        assert!(length > 0, "the node asks first");
+        said.extend_from_slice(&buffer[..length]);
+    }
+    let encode = |bytes: &[u8]| data_encoding::BASE64URL_NOPAD.encode(bytes);
+    // As a responder with a key of its own would answer, if it could open the first message.
+    let ephemeral = SecretKey::from_bytes([9; 32]).public().0;
+    let answer = [&ephemeral[..], &[0; 16]].concat();
+    let upgraded = |handshake: &str| {
+        format!(
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\
+             Upgrade: overlay-control\r\noverlay-handshake: {handshake}\r\n\r\n"
+        )
+    };
+    let answer = match number {
+        0 => upgraded(&encode(&answer)),
+        1 => upgraded(&encode(&[0; 48])),
+        2 => upgraded(""),
+        3 => "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n".to_owned(),
+        _ => format!(
+            "HTTP/1.1 421 Misdirected Request\r\noverlay-handshake: {}\r\n\
+             Content-Length: 0\r\n\r\n",
+            encode(&answer)
+        ),
+    };
+    stream.write_all(answer.as_bytes()).await.unwrap();
+    while let Ok(length @ 1..) = stream.read(&mut buffer).await {
+        said.extend_from_slice(&buffer[..length]);
+    }
+    said
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_another_key_than_the_join_line_names_hears_no_byte_of_the_invite() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start(options(dir.path())).await.unwrap();
+    let line = open_line(dir.path()).await;
+    let machine_key = SecretKey::from_bytes([1; 32]);
+    for number in 0..5 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let heard = tokio::spawn(impostor(listener, number));
+        let link = connect(&address.into(), &[line.server_key], &machine_key).await;
+        assert!(link.is_err(), "answer {number} was believed");
+        let said = tokio::time::timeout(LIMIT, heard).await.expect("the node hangs up").unwrap();
+        assert_not_in(
+            &said,
+            &[
+                ("secret of the invite", &line.secret.0),
+                ("number of the invite", &line.invite.0),
+                ("public machine key", &machine_key.public().0),
+            ],
+        );
+        // The request and the first message, which opens with the pinned key only; nothing after.
+        let text = String::from_utf8(said).expect("HTTP and nothing else");
+        assert!(text.ends_with("\r\n\r\n") && text.matches("\r\n\r\n").count() == 1, "{text}");
+    }
     server.stop().await;
 }

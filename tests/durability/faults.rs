@@ -263,6 +263,7 @@ pub(crate) fn read_only() -> Completion {
         let log = place.log();
         assert_eq!(status.and_then(|status| status.code()), Some(1), "{log}");
         assert!(log.contains("Read-only") && log.contains("help: "), "{log}");
+        assert!(log.contains("choose another place with --state-dir"), "{log}");
         assert!(before == content(&place.state()), "nothing was changed");
         place.start().await.stop().await;
     });

@@ -13,8 +13,9 @@ mod oracle;
 
 use std::time::{Duration, Instant};
 
-use overlay::policy::{Filter, Flows, Verdict};
-use overlay::types::NodeId;
+use overlay::policy::{Filter, Flows, Member, Policy, Verdict};
+use overlay::types::{NodeId, NodeName, Tag};
+use overlay::wire::control::encode;
 use overlay::wire::filter::{KIND_ANY, KIND_ICMP, KIND_TCP, KIND_UDP, WireFilter, WireRule};
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
@@ -412,5 +413,50 @@ fn the_cost_of_a_verdict_with_a_hundred_rules() {
         }
         let took = start.elapsed();
         println!("{name}: {:.1} ns", took.as_nanos() as f64 / f64::from(ROUNDS));
+    }
+}
+
+/// What a node that joins costs the rules, and what it would cost to compile them anew for everybody:
+/// `cargo test --release --test policy -- cost --nocapture`.
+#[test]
+fn the_cost_of_a_join() {
+    let sizes: &[u32] = if cfg!(debug_assertions) { &[500] } else { &[1_000, 10_000] };
+    let mut text = String::from("[groups]\n");
+    for group in 0..20 {
+        text += &format!("g{group} = 'tag:t{group}'\n");
+    }
+    for rule in 0..40 {
+        let (from, to, port) = (rule % 20, (rule * 7 + 1) % 20, rule + 1);
+        text += &format!(
+            "[[rules]]\nfrom = 'g{from}'\nto = 'g{to}'\nprotocol = 'tcp'\nports = [{port}]\n"
+        );
+    }
+    let policy = Policy::parse(&text).unwrap();
+    for &size in sizes {
+        let names: Vec<NodeName> =
+            (0..=size + 1).map(|n| format!("n{n}").parse().unwrap()).collect();
+        let tags: Vec<Vec<Tag>> = (0..20).map(|n| vec![format!("t{n}").parse().unwrap()]).collect();
+        let id = |number: u32| NodeId::new(number).unwrap();
+        // A tenth of the nodes have tags.
+        let member = |number: u32| Member {
+            id: id(number),
+            name: &names[number as usize],
+            tags: if number.is_multiple_of(10) { &tags[(number / 10 % 20) as usize] } else { &[] },
+        };
+        let start = overlay::io::clock::now();
+        let mut compiled = policy.compile((1..=size).map(member));
+        let anew: usize = (1..=size).map(|node| encode(&compiled.filter_of(id(node))).len()).sum();
+        println!("{size} nodes, anew: {:?}, {anew} bytes", start.elapsed());
+        for (name, tags) in [("a plain node", &[][..]), ("a node with a tag", &tags[3][..])] {
+            let start = overlay::io::clock::now();
+            let affected = compiled.put(Member { tags, ..member(size + 1) });
+            let told = affected.nodes().expect("no rule is about everybody");
+            let bytes: usize =
+                told.iter().map(|node| encode(&compiled.filter_of(*node)).len()).sum();
+            println!("{size} nodes, {name}: {:?}, {} are told", start.elapsed(), told.len());
+            assert_eq!(told.is_empty(), tags.is_empty());
+            assert!(bytes < anew / 4, "{bytes} of {anew} bytes");
+            compiled.remove(id(size + 1));
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use overlay::dataplane::{Target, UdpBatch};
-use overlay::lab::nat::NatKind::{PortRestricted, Symmetric};
+use overlay::lab::nat::NatKind::{self, PortRestricted, Symmetric};
 use overlay::node::{Netmap, Node, NodeSettings};
 use overlay::types::{CandidateKind, SecretKey};
 use overlay::wire::control::{NetmapUpdate, ServerMessage, Welcome, WireCandidate, WirePeer};
@@ -204,6 +204,78 @@ fn a_server_that_says_the_peer_is_gone_does_not_end_a_direct_path() {
     assert_eq!(outage(&world, &pings), None, "not one packet, over two renewals of keys");
     assert_eq!(path_kind(&world, 0, 1), "direct");
     assert_eq!(path_kind(&world, 1, 0), "direct");
+}
+
+#[test]
+fn a_first_message_that_is_said_again_after_a_restart_ends_nothing() {
+    // What the engine remembers of the other side's time stamps ends with the process.
+    for restarted in [0, 1] {
+        let mut world = running_with(&[NatKind::None; 2], settings());
+        talk(&mut world, Duration::from_secs(12), 50 * MS);
+        // Now the other side calls.
+        world.stop_host(1);
+        world.start_host(1);
+        talk(&mut world, Duration::from_secs(12), 50 * MS);
+        let to = restarted;
+        let calls: Vec<Vec<u8>> = std::mem::take(&mut world.calls)
+            .into_iter()
+            .filter(|((_, called), _)| *called == to)
+            .map(|(_, call)| call)
+            .collect();
+        world.stop_host(restarted);
+        world.start_host(restarted);
+        world.run_for(Duration::from_secs(3));
+        let target = world.hosts[to].endpoint;
+        let stranger: SocketAddr = "198.51.100.66:4000".parse().expect("an endpoint");
+        let own = world.hosts[1 - to].endpoint;
+        let (mut pings, mut forged) = (Vec::new(), 0);
+        world.strays = 0;
+        for _ in 0..100 {
+            for call in &calls {
+                // From anywhere, and as from where it once came from.
+                for source in [stranger, own] {
+                    world.forge(source, target, call.clone());
+                    forged += 1;
+                }
+            }
+            pings.extend(talk(&mut world, 50 * MS, 25 * MS));
+        }
+        world.run_for(Duration::from_secs(1));
+        println!("{forged} forged of {} calls, {} bytes went astray", calls.len(), world.strays);
+        assert!(!calls.is_empty(), "there were handshakes");
+        assert_eq!(outage(&world, &pings), None, "not one packet is lost");
+        assert_eq!((path_kind(&world, 0, 1), path_kind(&world, 1, 0)), ("direct", "direct"));
+        // An answer is shorter than its question, and probes are a trickle.
+        assert!(world.strays <= forged / 2 * 148 + 25_000, "{} bytes", world.strays);
+    }
+}
+
+/// Who claims an address need not be there, and others may say the same.
+#[test]
+fn two_peers_at_one_address_are_probed_for_like_one() {
+    let mut world = World::new(5, Line::clean(10 * MS), epoch());
+    let (easy, hard) = (
+        world.add_edge(PortRestricted, Line::clean(10 * MS)),
+        world.add_edge(Symmetric, Line::clean(10 * MS)),
+    );
+    for (edge, port) in [(easy, 5000), (hard, 5000), (hard, 5001)] {
+        world.add_host(edge, port, NodeSettings::default());
+    }
+    (0..3).for_each(|host| world.start_host(host));
+    world.run_for(Duration::from_secs(1));
+    [1, 2].into_iter().for_each(|host| world.set_partitioned(0, host, true));
+    let probes = |world: &World| world.hosts[0].node().expect("it runs").punch_counters().probes;
+    let mut sent = Vec::new();
+    for seconds in [59, 240, 300] {
+        world.run_for(Duration::from_secs(seconds));
+        sent.push(probes(&world));
+    }
+    println!("probes after 1, 5 and 10 minutes: {sent:?}");
+    assert_eq!(sent[0], 1_024, "there was a run");
+    assert!(sent[1] <= 2 * 1_024 && sent[2] <= 3 * 1_024, "ever more rarely: {sent:?}");
+    [1, 2].into_iter().for_each(|host| world.set_partitioned(0, host, false));
+    let direct = |world: &World| (1..3).all(|host| path_kind(world, 0, host) == "direct");
+    assert!(world.run_until(Duration::from_secs(3_000), direct), "and found in the end");
 }
 
 /// A node in a network of liars, without a world around it.

@@ -502,6 +502,7 @@ impl Host {
                 | Event::Pinged { .. }
                 | Event::Knocked(_)
                 | Event::Reported(_)
+                | Event::Uplink(_)
                 | Event::Rival(_) => {}
             }
         }

@@ -188,11 +188,12 @@ impl World {
         dst: SocketAddr,
         bytes: Vec<u8>,
     ) {
-        let edge = self.edges.iter().position(|edge| edge.owns(dst.ip()));
-        if let Some(edge) = edge {
-            let there = self.edges[edge].line;
-            self.fly(here, there, &Parcel::Edge { edge, from, src, dst, bytes });
-        }
+        let Some(edge) = self.edges.iter().position(|edge| edge.owns(dst.ip())) else {
+            self.strays += bytes.len();
+            return;
+        };
+        let there = self.edges[edge].line;
+        self.fly(here, there, &Parcel::Edge { edge, from, src, dst, bytes });
     }
 
     /// Over two lines: each may lose, double or delay it.
@@ -253,6 +254,11 @@ impl World {
         let at = self.hosts[host].uplink.down_free_at.map_or(soonest, |at| at.max(soonest));
         self.hosts[host].uplink.down_free_at = Some(at);
         self.launch(at, Parcel::Down { host, connection, frame });
+    }
+
+    /// Somebody who is nobody's host sends this, as from there.
+    pub(crate) fn forge(&mut self, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8>) {
+        self.send_to_edge(Line::clean(std::time::Duration::ZERO), None, src, dst, bytes);
     }
 
     /// The host's end of its connection is gone; the server hears of it.

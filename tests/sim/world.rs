@@ -73,6 +73,10 @@ pub(crate) struct World {
     pub(crate) relay: Relay,
     /// Of a thousand datagrams straight between hosts, so many vanish.
     pub(crate) loss_between_hosts: u32,
+    /// The first messages of handshakes that one host sent straight to another.
+    pub(crate) calls: Vec<((usize, usize), Vec<u8>)>,
+    /// Bytes that went to addresses where nobody is.
+    pub(crate) strays: usize,
     /// When the first packet of data that one host sent straight to another arrived there.
     pub(crate) direct_data: BTreeMap<(usize, usize), Instant>,
     start: Instant,
@@ -99,6 +103,8 @@ impl World {
             filters: Vec::new(),
             relay: Relay::Honest,
             loss_between_hosts: 0,
+            calls: Vec::new(),
+            strays: 0,
             direct_data: BTreeMap::new(),
             start: now,
             seed,
@@ -357,6 +363,9 @@ impl World {
             && !self.filters.iter().any(|it| it.takes(from, datagram));
         if passes && datagram.first() == Some(&4) && datagram.len() > EMPTY_DATA {
             self.direct_data.entry((from, to)).or_insert(self.now);
+        }
+        if passes && datagram.first() == Some(&1) {
+            self.calls.push(((from, to), datagram.to_vec()));
         }
         passes
     }

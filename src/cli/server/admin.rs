@@ -90,7 +90,11 @@ pub(super) fn run(command: Command, socket: &Path) -> Done {
         }
         Command::Expire { node, within, json, .. } => {
             let in_s = within.map(|within| within.as_secs());
-            (Request::Expire { node, in_s }, Show::of(json))
+            let request = match node {
+                Some(node) => Request::Expire { node, in_s },
+                None => Request::ExpireNew { in_s },
+            };
+            (request, Show::of(json))
         }
         Command::Tag { node, tags } => (Request::Tag { node, tags }, Show::Text),
         Command::Policy(policy) => {
@@ -130,6 +134,11 @@ fn print(answer: &Answer, show: Show) -> Done {
             let ends = node.expires.as_deref().unwrap_or("never");
             line(format!("the membership of {} ({}) ends: {ends}", node.name, node.ipv4))
         }
+        (Answer::ExpiringNew(members), Show::Json) => json(members),
+        (Answer::ExpiringNew(members), Show::Text) => line(format!(
+            "{}; memberships of nodes that are there end when they did before",
+            lasting(members.members_last_s)
+        )),
         (Answer::Acknowledged(progress), _) => json(progress),
         (Answer::Policy(policy), Show::Json) => json(policy),
         (Answer::Policy(policy), Show::Text) => super::policy::print(policy),
@@ -146,6 +155,17 @@ fn print(answer: &Answer, show: Show) -> Done {
             line(format!("{} is called {} now", node.ipv4, node.name))
         }
     }
+}
+
+/// How long the memberships of new nodes last, as a sentence.
+pub(super) fn lasting(seconds: Option<u64>) -> String {
+    let time = match seconds {
+        None => "ever".into(),
+        Some(86_400) => "a day".into(),
+        Some(seconds) if seconds % 86_400 == 0 => format!("{} days", seconds / 86_400),
+        Some(seconds) => humantime::format_duration(Duration::from_secs(seconds)).to_string(),
+    };
+    format!("nodes that join are members for {time}")
 }
 
 fn print_invited(invited: &Invited) -> Done {

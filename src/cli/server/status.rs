@@ -27,6 +27,9 @@ fn print(status: &ServerStatus) -> Done {
         "nodes: {} of {} online, {} control connections",
         status.online, status.nodes, status.connections
     ))?;
+    if status.members_last_s.is_some() {
+        line(super::admin::lasting(status.members_last_s))?;
+    }
     line(format!("relayed by UDP: {}", way(relay.udp)))?;
     line(format!("relayed by TCP: {}", way(relay.tcp)))?;
     line(format!(

@@ -8,8 +8,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::Daemon;
-use super::local::{self, ask, peer_report, unknown_peer};
-use super::report::{Forecast, Netcheck, PathReport, PeerReport, SCHEMA, millis};
+use super::local::{self, ask, unknown_peer};
+use super::report::{Forecast, Netcheck, PeerReport, SCHEMA, millis};
 use crate::io::clock;
 use crate::io::local::Reply;
 use crate::node::{PathKind, PeerStatus};
@@ -307,7 +307,7 @@ impl Daemon {
             here: Some(side_report(self.own_name(), &explanation.own)),
             there: explanation.peer.map(|side| side_report(name.clone(), &side)),
             there_missing,
-            peer: Some(peer_report(status)),
+            peer: Some(status.into()),
             name,
         })
     }
@@ -346,7 +346,6 @@ impl Daemon {
         let name = self.node.peer_info(id)?.name.to_string();
         let wall = clock::wall().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let at = |then: Instant| wall.saturating_sub(now.saturating_duration_since(then));
-        let show = |via: Option<Via>| via.map_or_else(|| "none".into(), |via| via.to_string());
         let times = history.times(now);
         let mut paths = history.paths().to_vec();
         paths.sort_by_key(|path| std::cmp::Reverse(path.last));
@@ -361,8 +360,8 @@ impl Daemon {
                 .changes()
                 .map(|change| ChangeReport {
                     at: seconds(at(change.at)),
-                    from: show(change.from),
-                    to: show(change.to),
+                    from: self.show_path(change.from),
+                    to: self.show_path(change.to),
                     cause: change.cause.into(),
                     rtt_ms: change.rtt.map(millis),
                 })
@@ -370,7 +369,7 @@ impl Daemon {
             paths: paths
                 .iter()
                 .map(|path| PathStatistics {
-                    path: path.via.to_string(),
+                    path: self.show_path(Some(path.via)),
                     samples: path.samples,
                     rtt_min_ms: millis(path.rtt_min),
                     rtt_avg_ms: millis(path.rtt_avg),
@@ -409,14 +408,7 @@ impl Daemon {
             name: peer.name.to_string(),
             forecast: word.into(),
             reason,
-            path: PathReport {
-                kind: peer.path.as_str().into(),
-                remote: peer.remote.map(|remote| remote.to_string()),
-                since_s: peer.since.as_secs(),
-                why: peer.why.clone(),
-                mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
-                loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
-            },
+            path: peer.into(),
         }
     }
 }

@@ -49,13 +49,15 @@ impl ExtraSockets {
         }
         let mut open = Table::clone(&self.open.load());
         for order in orders {
-            match *order {
-                SocketOrder::Open { socket, bind } => match self.open_one(socket, bind, offloads) {
-                    Ok(opened) => drop(open.insert(socket, Arc::new(opened))),
-                    Err(error) => failed.push((socket, error)),
-                },
+            match order {
+                SocketOrder::Open { socket, bind, device } => {
+                    match self.open_one(*socket, *bind, device.as_deref(), offloads) {
+                        Ok(opened) => drop(open.insert(*socket, Arc::new(opened))),
+                        Err(error) => failed.push((*socket, error)),
+                    }
+                }
                 SocketOrder::Close { socket } => {
-                    if let Some(closed) = open.remove(&socket) {
+                    if let Some(closed) = open.remove(socket) {
                         // A packet thread may hold it for a moment longer.
                         let _ = self.epoll.delete(closed.as_fd());
                     }
@@ -70,9 +72,10 @@ impl ExtraSockets {
         &self,
         id: SocketId,
         bind: SocketAddr,
+        device: Option<&str>,
         offloads: Offloads,
     ) -> io::Result<UdpSocket> {
-        let socket = bind_socket(bind, offloads)?;
+        let socket = bind_socket(bind, device, offloads)?;
         let event = EpollEvent::new(EpollFlags::EPOLLIN, u64::from(id.number()));
         self.epoll.add(socket.as_fd(), event)?;
         Ok(socket)
@@ -99,12 +102,16 @@ impl AsFd for ExtraSockets {
     }
 }
 
-/// Binds a UDP socket with the offloads that are wanted.
+/// Binds a UDP socket, to one interface if it is named, with the offloads that are wanted.
 ///
 /// # Errors
 /// What the kernel says.
-pub(super) fn bind_socket(addr: SocketAddr, offloads: Offloads) -> io::Result<UdpSocket> {
-    let mut socket = UdpSocket::bind(addr)?;
+pub(super) fn bind_socket(
+    addr: SocketAddr,
+    device: Option<&str>,
+    offloads: Offloads,
+) -> io::Result<UdpSocket> {
+    let mut socket = UdpSocket::bind_to(addr, device)?;
     if !offloads.udp_gso {
         socket.disable_gso();
     }
@@ -132,7 +139,7 @@ mod tests {
     fn an_extra_socket_is_ready_when_something_came_and_gone_when_closed() {
         let sockets = ExtraSockets::new().unwrap();
         let bind = "127.0.0.1:0".parse().unwrap();
-        let open = |number| SocketOrder::Open { socket: SocketId::new(number), bind };
+        let open = |number| SocketOrder::Open { socket: SocketId::new(number), bind, device: None };
         assert!(sockets.carry_out(&[open(1), open(2)], OFFLOADS).is_empty());
         assert!(!readable(&sockets, 0));
 
@@ -153,9 +160,16 @@ mod tests {
     fn what_cannot_be_opened_is_told() {
         let sockets = ExtraSockets::new().unwrap();
         let foreign = "192.0.2.77:0".parse().unwrap();
-        let order = SocketOrder::Open { socket: SocketId::new(1), bind: foreign };
-        let failed = sockets.carry_out(&[order], OFFLOADS);
-        assert_eq!(failed.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [SocketId::new(1)]);
+        let any = "0.0.0.0:0".parse().unwrap();
+        let order = |number, bind, device| SocketOrder::Open {
+            socket: SocketId::new(number),
+            bind,
+            device,
+        };
+        let orders = [order(1, foreign, None), order(2, any, Some("no-such-device".into()))];
+        let failed = sockets.carry_out(&orders, OFFLOADS);
+        let ids: Vec<SocketId> = failed.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, [SocketId::new(1), SocketId::new(2)]);
         assert!(sockets.get(SocketId::new(1)).is_none());
     }
 }

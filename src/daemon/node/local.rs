@@ -8,9 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::portmap::PortMapping;
-use super::report::{
-    OwnStatus, PathReport, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis,
-};
+use super::report::{OwnStatus, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis};
 use super::rotate::Rotated;
 use super::{Daemon, Ended, explain, netcheck};
 use crate::daemon::exit;
@@ -462,38 +460,16 @@ impl Daemon {
                 punching: self.punching(),
                 node_key: self.key_report(),
                 warnings: self.warnings(now),
+                uplinks: self.uplink_reports(),
             },
             server: ServerStatus {
                 state: state.into(),
                 address,
                 rtt_ms: own.server_rtt.filter(|_| own.link_up).map(millis),
+                uplink: self.link_device.clone().filter(|_| self.server.is_some()),
             },
-            peers: self.node.peer_statuses(now).into_iter().map(peer_report).collect(),
+            peers: self.node.peer_statuses(now).into_iter().map(PeerReport::from).collect(),
             nodes: self.node.network_size(),
         })
-    }
-}
-
-pub(super) fn peer_report(peer: crate::node::PeerStatus) -> PeerReport {
-    PeerReport {
-        id: peer.id.to_string(),
-        name: peer.name.to_string(),
-        ipv4: peer.addrs.v4,
-        ipv6: peer.addrs.v6,
-        online: peer.online,
-        path: PathReport {
-            kind: peer.path.as_str().into(),
-            remote: peer.remote.map(|remote| remote.to_string()),
-            since_s: peer.since.as_secs(),
-            why: peer.why,
-            mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
-            loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
-        },
-        rtt_ms: peer.rtt.map(millis),
-        tx_bytes: peer.tx_bytes,
-        rx_bytes: peer.rx_bytes,
-        too_big: peer.too_big,
-        last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
-        second_session: peer.second_session,
     }
 }

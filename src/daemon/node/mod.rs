@@ -4,11 +4,12 @@
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
 //! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `roam`
 //! follows the network around us, `portmap` asks the router for a port, `local` answers the command
-//! line, `metrics` Prometheus, `rotate` renews the node key, `reload` applies a new configuration, `explain` has its answers about paths, `netcheck` measures the network in front of us.
+//! line, `lines` knows the uplinks beside the preferred one, `metrics` Prometheus, `rotate` renews the node key, `reload` applies a new configuration, `explain` has its answers about paths, `netcheck` measures the network in front of us.
 
 pub mod explain;
 mod extra;
 mod interface;
+mod lines;
 mod local;
 mod metrics;
 mod netcheck;
@@ -28,7 +29,7 @@ mod uplink;
 pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
 pub use startup::{NodeOptions, Offloads, StartError, run};
-pub use state::{ENROLMENT_FILE, StateError};
+pub use state::{ENROLMENT_FILE, StateError, rewritten};
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -91,6 +92,8 @@ struct Daemon {
     server: Option<SocketAddr>,
     /// Our address on the control connection.
     link_local: Option<IpAddr>,
+    /// The further uplink that it goes by; none for what the routes say.
+    link_device: Option<String>,
     reflector_ports: (Option<u16>, Option<u16>),
     heard_server: Instant,
     notes: mpsc::Receiver<Note>,
@@ -221,10 +224,11 @@ impl Daemon {
                 self.node.ask_tokens(&reflectors, now);
                 self.uplink.expect_tokens(reflectors.iter().map(SocketAddr::ip));
             }
-            UplinkEvent::Connected { server, local, sender, said } => {
+            UplinkEvent::Connected { server, local, device, sender, said } => {
                 tracing::debug!(%server, early = said.is_some(), "the key exchange is through");
                 self.server = Some(server);
                 self.link_local = Some(local);
+                self.link_device = device;
                 self.heard_server = now;
                 // What was queued for an older connection is in the hello already.
                 while self.node.poll_message().is_some() {}
@@ -399,6 +403,7 @@ impl Daemon {
                     let _ = waiting.send(());
                 }
             }
+            Event::Uplink(by) => self.note_uplink(by.as_ref()),
             Event::Refused(code, message) => self.handle_refused(code, message),
             Event::Rival(from) => {
                 self.note_rival(format!("it comes from {} and is kept out", from.ip()));
@@ -437,7 +442,7 @@ impl Daemon {
 
     /// What the user should do something about.
     fn warnings(&self, now: Instant) -> Vec<String> {
-        [self.rival_warnings(now), self.standing_warnings(now)].concat()
+        [self.rival_warnings(now), self.standing_warnings(now), self.uplink_warnings()].concat()
     }
 
     fn rival_warnings(&self, now: Instant) -> Vec<String> {
@@ -460,10 +465,8 @@ impl Daemon {
         why: &str,
     ) {
         let name = self.node.peer_info(peer).map(|info| info.name.to_string()).unwrap_or_default();
-        let show = |via: Option<crate::path::Via>| {
-            via.map_or_else(|| "none".to_string(), |via| via.to_string())
-        };
-        tracing::info!(peer = name, path = show(to), was = show(from), why, "path changed");
+        let (path, was) = (self.show_path(to), self.show_path(from));
+        tracing::info!(peer = name, path, was, why, "path changed");
     }
 
     fn save(&self) {

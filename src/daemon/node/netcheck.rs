@@ -4,15 +4,20 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::net::UdpSocket;
 use tokio::time::{sleep_until, timeout};
 
+use super::lines::{family, filters_strictly};
 use super::portmap::PortMapping;
-use super::report::{NatReport, Netcheck, PortMappingReport, SCHEMA, ServerProbe, millis};
+use super::report::{
+    NatReport, Netcheck, PortMappingReport, SCHEMA, ServerProbe, UplinkProbe, millis,
+};
 use super::{Daemon, path_mtu};
 use crate::io::clock;
+use crate::node::UplinkStatus;
 use crate::path::{NatFacts, NatKind};
-use crate::types::TxId;
+use crate::types::{TxId, Uplink};
 use crate::wire::control::DEFAULT_PORT;
 use crate::wire::relay::{CONTROL_LEN, Control};
 
@@ -32,6 +37,8 @@ pub(super) struct Inputs {
     local: Vec<IpAddr>,
     /// What the daemon has got from the router.
     mapped: Option<PortMappingReport>,
+    /// All default routes, when there are several.
+    uplinks: Vec<UplinkStatus>,
 }
 
 impl Inputs {
@@ -66,7 +73,8 @@ impl Daemon {
         reflectors.truncate(8);
         let local = self.node.host_endpoints().iter().map(SocketAddr::ip).collect();
         let mapped = self.port_mapping.as_ref().map(PortMapping::report);
-        Inputs { reflectors, local, mapped }
+        let uplinks = self.node.uplink_statuses();
+        Inputs { reflectors, local, mapped, uplinks }
     }
 }
 
@@ -74,7 +82,7 @@ impl Daemon {
 pub(super) async fn run(inputs: Inputs) -> Netcheck {
     let v4 = inputs.reflectors.iter().find(|pair| pair[0].is_ipv4()).copied();
     let v6 = inputs.reflectors.iter().find(|pair| pair[0].is_ipv6()).copied();
-    let (nat, ipv6, servers) = tokio::join!(
+    let (nat, ipv6, servers, uplinks) = tokio::join!(
         async {
             match v4 {
                 Some(pair) => measure_nat(pair, &inputs.local).await,
@@ -87,6 +95,7 @@ pub(super) async fn run(inputs: Inputs) -> Netcheck {
             reflect(&socket, pair[0], false).await.map(|(observed, _)| observed)
         },
         probe_servers(&inputs.reflectors),
+        probe_uplinks(&inputs.uplinks, &inputs.reflectors),
     );
     let udp = servers.iter().any(|server| server.rtt_ms.is_some());
     let global_v6 = inputs.local.iter().find(|ip| match ip {
@@ -119,6 +128,7 @@ pub(super) async fn run(inputs: Inputs) -> Netcheck {
             mapped: inputs.mapped,
         },
         servers,
+        uplinks,
         verdict: verdict(kind, udp, ipv6.is_some()).into(),
         forecast: Vec::new(),
     }
@@ -181,6 +191,42 @@ async fn probe_servers(reflectors: &[[SocketAddr; 2]]) -> Vec<ServerProbe> {
     .await;
     probes.sort_by_key(|(place, _)| *place);
     probes.into_iter().map(|(_, probe)| probe).collect()
+}
+
+async fn probe_uplinks(
+    uplinks: &[UplinkStatus],
+    reflectors: &[[SocketAddr; 2]],
+) -> Vec<UplinkProbe> {
+    let mut probes = Vec::new();
+    for status in uplinks {
+        let uplink = status.uplink.clone();
+        let server = reflectors.iter().map(|pair| pair[0]).find(|it| it.is_ipv6() == uplink.ipv6);
+        let preferred = status.preferred;
+        probes.push(async move {
+            let seen = match server {
+                Some(server) => seen_by(&uplink, server).await,
+                None => None,
+            };
+            UplinkProbe {
+                strict_filter: !preferred && filters_strictly(&uplink),
+                interface: uplink.device,
+                family: family(uplink.ipv6).into(),
+                preferred,
+                endpoint: seen.map(|(observed, _)| observed.to_string()),
+                rtt_ms: seen.map(|(_, rtt)| millis(rtt)),
+            }
+        });
+    }
+    futures_util::future::join_all(probes).await
+}
+
+/// Where the server sees a socket that is bound to this interface.
+async fn seen_by(uplink: &Uplink, server: SocketAddr) -> Option<(SocketAddr, Duration)> {
+    let any: IpAddr =
+        if uplink.ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).await.ok()?;
+    SockRef::from(&socket).bind_device(Some(uplink.device.as_bytes())).ok()?;
+    reflect(&socket, server, false).await
 }
 
 async fn probe_server(server: SocketAddr) -> ServerProbe {

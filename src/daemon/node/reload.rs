@@ -45,6 +45,10 @@ impl Daemon {
             self.options.port_mapping = new.port_mapping;
             self.remake_port_mapping().await;
         }
+        if new.all_uplinks != self.options.all_uplinks {
+            self.options.all_uplinks = new.all_uplinks;
+            self.surroundings.rescan_at = Some(clock::now());
+        }
         if new.metrics != self.options.metrics {
             self.options.metrics = new.metrics;
             self.serve_metrics(new.metrics);

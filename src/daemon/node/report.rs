@@ -6,6 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::node::PeerStatus;
+
 /// Version of all of these.
 pub const SCHEMA: u32 = 1;
 
@@ -69,6 +71,45 @@ pub struct OwnStatus {
     /// What the user should do something about, in sentences.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// The default routes, the preferred one of each family first; empty when there is no choice.
+    #[serde(default)]
+    pub uplinks: Vec<UplinkReport>,
+}
+
+/// An interface with a default route.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UplinkReport {
+    /// Its name.
+    pub interface: String,
+    /// `ipv4` or `ipv6`.
+    pub family: String,
+    /// Whether the kernel sends by it.
+    pub preferred: bool,
+    /// Whether the server answers by it: `answers`, `silent` or `unknown`.
+    pub state: String,
+    /// Where the server sees this node by it.
+    pub endpoint: Option<String>,
+    /// Round trip to the server by it, in milliseconds.
+    pub rtt_ms: Option<f64>,
+    /// Whether the relay is reached by it.
+    pub in_use: bool,
+}
+
+/// What `overlay netcheck` has measured by one uplink.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UplinkProbe {
+    /// Its interface.
+    pub interface: String,
+    /// `ipv4` or `ipv6`.
+    pub family: String,
+    /// Whether the kernel sends by it.
+    pub preferred: bool,
+    /// Where the server sees this node by it; none when no answer came.
+    pub endpoint: Option<String>,
+    /// Round trip to the server by it, in milliseconds.
+    pub rtt_ms: Option<f64>,
+    /// Whether the kernel drops what comes by it from places that it sends to by another uplink.
+    pub strict_filter: bool,
 }
 
 /// The node key.
@@ -144,6 +185,10 @@ pub struct ServerStatus {
     pub address: Option<String>,
     /// Round trip to its relay, in milliseconds.
     pub rtt_ms: Option<f64>,
+    /// The interface of the uplink that the control connection goes by, when it is not the preferred
+    /// one.
+    #[serde(default)]
+    pub uplink: Option<String>,
 }
 
 /// Another node.
@@ -194,6 +239,9 @@ pub struct PathReport {
     /// Percent of the data of the last seconds that did not arrive; none when little was sent.
     #[serde(default)]
     pub loss_percent: Option<f64>,
+    /// The interface of the uplink that it goes by, when it is not the preferred one.
+    #[serde(default)]
+    pub uplink: Option<String>,
 }
 
 /// `overlay netcheck --json`.
@@ -211,6 +259,9 @@ pub struct Netcheck {
     pub nat: NatReport,
     /// The reflectors that were asked.
     pub servers: Vec<ServerProbe>,
+    /// Each default route, the preferred one of each family first; empty when there is no choice.
+    #[serde(default)]
+    pub uplinks: Vec<UplinkProbe>,
     /// What it means, in a sentence.
     pub verdict: String,
     /// What is to be expected of the path to each peer.
@@ -286,4 +337,38 @@ pub struct Addresses {
 #[must_use]
 pub fn millis(duration: std::time::Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// The way that a packet to this peer would take now.
+impl From<&PeerStatus> for PathReport {
+    fn from(peer: &PeerStatus) -> Self {
+        Self {
+            kind: peer.path.as_str().into(),
+            remote: peer.remote.map(|remote| remote.to_string()),
+            since_s: peer.since.as_secs(),
+            why: peer.why.clone(),
+            mtu: Some(peer.mtu).filter(|_| peer.remote.is_some()),
+            loss_percent: peer.loss_permille.map(|permille| f64::from(permille) / 10.0),
+            uplink: peer.uplink.as_ref().map(|uplink| uplink.device.clone()),
+        }
+    }
+}
+
+impl From<PeerStatus> for PeerReport {
+    fn from(peer: PeerStatus) -> Self {
+        Self {
+            id: peer.id.to_string(),
+            name: peer.name.to_string(),
+            ipv4: peer.addrs.v4,
+            ipv6: peer.addrs.v6,
+            online: peer.online,
+            path: PathReport::from(&peer),
+            rtt_ms: peer.rtt.map(millis),
+            tx_bytes: peer.tx_bytes,
+            rx_bytes: peer.rx_bytes,
+            too_big: peer.too_big,
+            last_handshake_s: peer.last_handshake.map(|at| at.as_secs()),
+            second_session: peer.second_session,
+        }
+    }
 }

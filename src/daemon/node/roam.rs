@@ -168,6 +168,7 @@ impl Daemon {
         let now = clock::now();
         let before = self.surroundings.underlay.replace(underlay.clone());
         let rerouted = before.as_ref().is_some_and(|before| before.gateways != underlay.gateways);
+        self.take_uplinks(&underlay);
         self.check_link(&underlay, rerouted);
         if before.is_some_and(|before| before != underlay) && self.server.is_none() {
             // The attempt under way may be one into a network that is gone.
@@ -193,7 +194,13 @@ impl Daemon {
             return;
         }
         let gone = !underlay.present.contains(&local);
-        let elsewhere = || rerouted && source_towards(server).is_ok_and(|source| source != local);
+        let lost = self.link_device.as_ref().map(|by| {
+            // Bound to its interface, it goes on for as long as that has a default route.
+            underlay.uplinks.iter().all(|uplink| uplink.device != *by)
+        });
+        let elsewhere = || {
+            lost.unwrap_or(rerouted) && source_towards(server).is_ok_and(|source| source != local)
+        };
         if gone || elsewhere() {
             let why = if gone { "its address is gone" } else { "packets leave another way" };
             tracing::info!(why, "the control connection is made anew");

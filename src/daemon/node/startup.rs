@@ -17,7 +17,7 @@ use super::roam::Surroundings;
 use super::rotate::Rotation;
 use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
-use super::uplink::{Destination, Uplink};
+use super::uplink::Uplink;
 use super::{Daemon, Ended};
 use crate::dataplane::{TunBatch, UdpBatch};
 use crate::io::clock;
@@ -66,6 +66,8 @@ pub struct NodeOptions {
     pub realtime: bool,
     /// The lease to ask the router for when it maps a port; none to leave it alone.
     pub port_mapping: Option<Duration>,
+    /// Go by every default route when the preferred one fails.
+    pub all_uplinks: bool,
     /// Where Prometheus may ask; none for nowhere.
     pub metrics: Option<LoopbackAddr>,
     /// Renew the node key when it is so old; none for never.
@@ -243,18 +245,11 @@ pub async fn run(
     let now = clock::now();
     let call_epoch = clock::unix_seconds().saturating_mul(1000);
     let node = Node::new(keys.node, netmap, options.settings, rand::random(), call_epoch, now);
-    let (udp_v4, udp_v6) = bind_udp(&options, enrolment.listen_port)?;
-    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()), options.realtime)
-        .map_err(|source| StartError::Io { action: "making an event descriptor", source })?;
-    let ports = Arc::new(ports);
+    let ports = open_ports(&options, &node, enrolment.listen_port)?;
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
     let port_mapping = PortMapping::wanted(&options, &ports, &keys.machine);
-    let uplink = Uplink::new(Destination {
-        servers: enrolment.servers.clone(),
-        server_keys: enrolment.server_keys.clone(),
-        machine_key: keys.machine,
-    });
+    let uplink = Uplink::new(enrolment.destination(keys.machine));
     let mut daemon = Daemon {
         node,
         ports: Arc::clone(&ports),
@@ -265,6 +260,7 @@ pub async fn run(
         uplink,
         server: None,
         link_local: None,
+        link_device: None,
         reflector_ports: (None, None),
         heard_server: now,
         notes,
@@ -323,6 +319,18 @@ pub async fn run(
     daemon.end_portmap().await;
     daemon.save();
     ended
+}
+
+/// Binds the main sockets, for the two threads and the control task.
+fn open_ports(
+    options: &NodeOptions,
+    node: &Node,
+    listen_port: u16,
+) -> Result<Arc<Ports>, StartError> {
+    let (udp_v4, udp_v6) = bind_udp(options, listen_port)?;
+    let ports = Ports::new(udp_v4, udp_v6, Arc::clone(node.shared()), options.realtime)
+        .map_err(|source| StartError::Io { action: "making an event descriptor", source })?;
+    Ok(Arc::new(ports))
 }
 
 impl Daemon {
@@ -386,7 +394,7 @@ fn bind_udp(
     options: &NodeOptions,
     saved_port: u16,
 ) -> Result<(Option<UdpSocket>, Option<UdpSocket>), StartError> {
-    let bind = |ip: IpAddr, port| bind_socket(SocketAddr::new(ip, port), options.offloads);
+    let bind = |ip: IpAddr, port| bind_socket(SocketAddr::new(ip, port), None, options.offloads);
     let v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port);
     let v6 = |port| bind(Ipv6Addr::UNSPECIFIED.into(), port);
     let wanted = options.listen_port.unwrap_or(saved_port);

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use super::uplink::Destination;
 use crate::io::clock;
 use crate::io::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::node::{Netmap, NodeKeys};
@@ -69,6 +70,14 @@ pub(super) struct Enrolment {
     /// Whether the server has let us in; before that this is only what the join line said.
     #[serde(default)]
     pub(super) joined: bool,
+}
+
+impl Enrolment {
+    /// The servers, to be connected to as the holder of `machine_key`.
+    pub(super) fn destination(&self, machine_key: SecretKey) -> Destination {
+        let (servers, server_keys) = (self.servers.clone(), self.server_keys.clone());
+        Destination { servers, server_keys, machine_key }
+    }
 }
 
 /// The state directory, locked.
@@ -333,6 +342,22 @@ fn parse_keys(text: &[u8]) -> Result<Keys, String> {
         told: !file.untold,
     };
     Ok(Keys { machine: key(&file.machine_key)?, node, since: file.since })
+}
+
+/// What the state file `name` would hold if it was written again after it was read as `text`.
+///
+/// # Errors
+/// When a node would not start with it, and why.
+pub fn rewritten(name: &str, text: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
+    fn of_json<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<Vec<u8>> {
+        serde_json::to_vec_pretty(&serde_json::from_slice::<T>(text)?)
+    }
+    let again = match name {
+        KEY_FILE => serde_json::to_vec_pretty(&parse_keys(text)?.to_file()),
+        ENROLMENT_FILE => of_json::<Enrolment>(text),
+        _ => of_json::<Netmap>(text),
+    };
+    again.map(Zeroizing::new).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

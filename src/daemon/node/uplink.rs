@@ -1,7 +1,8 @@
 //! The control connection, kept up: all known server addresses are tried side by side, the first
 //! that answers with the pinned key wins, and a lost connection is made again with growing,
-//! jittered waits.
+//! jittered waits. Further uplinks are tried beside the preferred one, a little later.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use tokio::task::JoinSet;
 use crate::io::clock;
 use crate::io::link::{
     Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, Offers, RelayBatch,
-    connect_with,
+    Way, connect_by,
 };
 use crate::types::{PublicKey, SecretKey};
 use crate::wire::join::ServerAddr;
@@ -20,6 +21,8 @@ use crate::wire::relay::Token;
 
 /// The next address is tried beside the first after this (RFC 8305 section 5).
 const STAGGER: Duration = Duration::from_millis(250);
+/// A further uplink is tried so much later than the preferred one: more than a slow server takes.
+const FURTHER_DELAY: Duration = Duration::from_secs(1);
 /// When another machine connected with our key, there is less and less hurry to throw it out again:
 /// twice the last wait, up to this.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
@@ -37,6 +40,8 @@ pub(super) enum UplinkEvent {
         server: SocketAddr,
         /// Our address on it.
         local: IpAddr,
+        /// The further uplink that it goes by; none for what the routes say.
+        device: Option<String>,
         /// To send on it.
         sender: LinkSender,
         /// The hello, if the server has had that already.
@@ -60,9 +65,18 @@ pub(super) struct Destination {
     pub(super) machine_key: SecretKey,
 }
 
+/// A connection that was made, and how.
+struct Made {
+    link: Link,
+    server: ServerAddr,
+    device: Option<String>,
+}
+
+type Attempts = JoinSet<Result<Made, ConnectError>>;
+
 enum Phase {
     Waiting(Instant),
-    Connecting(JoinSet<Result<Link, ConnectError>>, Option<ConnectError>),
+    Connecting(Attempts, Option<ConnectError>),
     Connected(Box<LinkReceiver>),
 }
 
@@ -76,6 +90,17 @@ pub(super) struct Uplink {
     offers: watch::Sender<Offers>,
     /// The last attempts came to nothing, perhaps since something on the way dislikes long headers.
     plain: bool,
+    /// The interfaces of further uplinks.
+    devices: Vec<String>,
+    /// The one of them by which the server is known to answer, when it does not by the preferred one.
+    favoured: Option<String>,
+    /// Where each server was when it was last connected to.
+    addresses: BTreeMap<String, SocketAddr>,
+    /// Attempts at a connection by another uplink, in place of the one there is.
+    better: Attempts,
+    /// The connection that was replaced: it ends when the new one is at work, since its end would make
+    /// us look offline for a moment.
+    replaced: Option<Box<LinkReceiver>>,
 }
 
 impl Uplink {
@@ -87,6 +112,11 @@ impl Uplink {
             pause: MIN_PAUSE,
             offers: watch::Sender::default(),
             plain: false,
+            devices: Vec::new(),
+            favoured: None,
+            addresses: BTreeMap::new(),
+            better: JoinSet::new(),
+            replaced: None,
         }
     }
 
@@ -119,7 +149,27 @@ impl Uplink {
     /// network around us is another one, so nothing that failed in it counts.
     pub(super) fn try_now(&mut self) {
         self.backoff.reset();
+        self.better = JoinSet::new();
+        self.replaced = None;
         self.wait_until(clock::now());
+    }
+
+    /// The interfaces of the further uplinks that there are.
+    pub(super) fn set_devices(&mut self, devices: Vec<String>) {
+        self.devices = devices;
+    }
+
+    /// The server is known to answer by this further uplink only; none when it is not so.
+    pub(super) fn favour(&mut self, device: Option<&str>) {
+        self.favoured = device.map(str::to_owned);
+    }
+
+    /// Replaces the connection by one over this further uplink, or the preferred one, as soon as
+    /// there is such a one.
+    pub(super) fn improve(&mut self, device: Option<&str>) {
+        if matches!(self.phase, Phase::Connected(_)) {
+            self.better = self.start_by(device);
+        }
     }
 
     /// Drops the connection for a while, and the next time for longer.
@@ -129,6 +179,8 @@ impl Uplink {
     }
 
     fn wait(&mut self) {
+        self.better = JoinSet::new();
+        self.replaced = None;
         let at = clock::now() + self.backoff.next_wait();
         self.wait_until(at);
     }
@@ -148,19 +200,7 @@ impl Uplink {
                     return UplinkEvent::Trying;
                 }
                 Phase::Connecting(attempts, worst) => match attempts.join_next().await {
-                    Some(Ok(Ok(link))) => {
-                        let Link { sender, receiver, local, remote, said, .. } = link;
-                        self.plain = false;
-                        // A token is for one connection.
-                        self.offers.send_replace(Offers::default());
-                        self.phase = Phase::Connected(Box::new(receiver));
-                        return UplinkEvent::Connected {
-                            server: remote,
-                            local: local.ip(),
-                            sender,
-                            said,
-                        };
-                    }
+                    Some(Ok(Ok(made))) => return self.take(made),
                     Some(Ok(Err(error))) => {
                         if worst.as_ref().is_none_or(|worst| telling(&error) > telling(worst)) {
                             *worst = Some(error);
@@ -176,44 +216,92 @@ impl Uplink {
                         }
                     }
                 },
-                Phase::Connected(receiver) => match receiver.next().await {
-                    Ok(Inbound::Control(message)) => {
-                        self.backoff.reset();
-                        return UplinkEvent::Control(message);
+                Phase::Connected(receiver) => {
+                    let received = tokio::select! {
+                        biased;
+                        Some(attempt) = self.better.join_next() => {
+                            if let Ok(Ok(made)) = attempt {
+                                return self.take(made);
+                            }
+                            continue;
+                        }
+                        received = receiver.next() => received,
+                    };
+                    match received {
+                        Ok(Inbound::Control(message)) => {
+                            self.backoff.reset();
+                            self.replaced = None;
+                            return UplinkEvent::Control(message);
+                        }
+                        Ok(Inbound::Relay(first)) => {
+                            self.backoff.reset();
+                            let mut relayed = RelayBatch::default();
+                            relayed.push(&first);
+                            receiver.more_relayed(&mut relayed);
+                            return UplinkEvent::Relayed(relayed);
+                        }
+                        Err(error) => {
+                            self.wait();
+                            return UplinkEvent::Lost(error);
+                        }
                     }
-                    Ok(Inbound::Relay(first)) => {
-                        self.backoff.reset();
-                        let mut relayed = RelayBatch::default();
-                        relayed.push(&first);
-                        receiver.more_relayed(&mut relayed);
-                        return UplinkEvent::Relayed(relayed);
-                    }
-                    Err(error) => {
-                        self.wait();
-                        return UplinkEvent::Lost(error);
-                    }
-                },
+                }
             }
         }
     }
 
-    fn start(&self) -> JoinSet<Result<Link, ConnectError>> {
+    fn take(&mut self, made: Made) -> UplinkEvent {
+        let Link { sender, receiver, local, remote, said, .. } = made.link;
+        self.plain = false;
+        // A token is for one connection.
+        self.offers.send_replace(Offers::default());
+        self.better = JoinSet::new();
+        self.addresses.insert(made.server.to_string(), remote);
+        let before = std::mem::replace(&mut self.phase, Phase::Connected(Box::new(receiver)));
+        self.replaced = match before {
+            Phase::Connected(receiver) => Some(receiver),
+            Phase::Waiting(_) | Phase::Connecting(..) => None,
+        };
+        let (local, device) = (local.ip(), made.device);
+        UplinkEvent::Connected { server: remote, local, device, sender, said }
+    }
+
+    /// Tries all servers by all uplinks.
+    fn start(&self) -> Attempts {
+        let mut attempts = self.start_by(None);
+        for device in &self.devices {
+            let favoured = self.favoured.as_ref() == Some(device);
+            let delay = if favoured { Duration::ZERO } else { FURTHER_DELAY };
+            self.add_attempts(&mut attempts, Some(device), delay);
+        }
+        attempts
+    }
+
+    fn start_by(&self, device: Option<&str>) -> Attempts {
         let mut attempts = JoinSet::new();
-        let mut delay = Duration::ZERO;
+        self.add_attempts(&mut attempts, device, Duration::ZERO);
+        attempts
+    }
+
+    fn add_attempts(&self, attempts: &mut Attempts, device: Option<&str>, mut delay: Duration) {
         for server in self.destination.servers.clone() {
             let destination = Arc::clone(&self.destination);
-            let offers = match self.plain {
+            let offers = match self.plain || device.is_some() {
+                // Seen from another address a token is worth nothing.
                 true => watch::Sender::default().subscribe(),
                 false => self.offers.subscribe(),
             };
+            let device = device.map(str::to_owned);
+            let address = device.as_ref().and(self.addresses.get(&server.to_string())).copied();
+            let way = Way { device, address };
             attempts.spawn(async move {
                 tokio::time::sleep(delay).await;
                 let Destination { server_keys, machine_key, .. } = &*destination;
-                connect_with(&server, server_keys, machine_key, offers).await
+                let link = connect_by(&way, &server, server_keys, machine_key, offers).await?;
+                Ok(Made { link, server, device: way.device })
             });
             delay += STAGGER;
         }
-        attempts
     }
 }
 

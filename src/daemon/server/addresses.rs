@@ -57,7 +57,15 @@ impl Advertised {
     pub(super) fn warn(&self) {
         let addresses = self.look();
         let literal = |address: &ServerAddr| address.literal().map(|literal| literal.ip());
-        if addresses.iter().all(|address| literal(address).is_some_and(|ip| ip.is_loopback())) {
+        if addresses.is_empty() {
+            warn!(
+                "this machine has no address that a join line could name: --public-addr HOST says \
+                 how nodes reach it; or when its network is up: overlay server invite"
+            );
+        } else if addresses
+            .iter()
+            .all(|address| literal(address).is_some_and(|ip| ip.is_loopback()))
+        {
             warn!("only this machine itself can reach the server: it listens on loopback alone");
         } else if addresses.iter().all(|address| literal(address).is_some_and(|ip| !is_global(ip)))
         {

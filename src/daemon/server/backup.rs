@@ -18,6 +18,7 @@ use super::StartError;
 use super::state::{self, KEY_FILE, RESTORING_FILE, STORE_FILE};
 use crate::io::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::server::admin::rfc3339;
+use crate::server::records::Records;
 use crate::store::{Snapshot, Store, StoreError};
 use crate::types::{NetworkId, SecretKey};
 
@@ -144,6 +145,25 @@ fn read(text: &str) -> Result<(Header, Content), BackupError> {
     Ok((header, content))
 }
 
+/// The key and the records, if a server can start with them.
+fn checked(content: &Content) -> Result<(SecretKey, Records), BackupError> {
+    let damaged = |reason: &str| BackupError::Damaged { reason: reason.into() };
+    let key = state::parse_key(content.key.expose().as_bytes())
+        .ok_or_else(|| damaged("its key is none"))?;
+    let records = state::parse(&content.store.records)?
+        .ok_or_else(|| damaged("there is no network in it"))?;
+    Ok((key, records))
+}
+
+/// What the server of the backup `text` has on record, checked as [`restore`] checks it.
+///
+/// # Errors
+/// When the backup is damaged.
+pub fn records_in(text: &str) -> Result<Records, BackupError> {
+    let (_, content) = read(text)?;
+    Ok(checked(&content)?.1)
+}
+
 /// Puts the backup `text` in place in `state_dir`. A network that is there is refused, or with
 /// `replace` moved into a directory beside the new one. Killed on the way, it leaves a directory
 /// that no server starts from; the same call again completes it.
@@ -158,10 +178,7 @@ pub async fn restore(
     wall: u64,
 ) -> Result<Restored, BackupError> {
     let (header, content) = read(text)?;
-    let key = state::parse_key(content.key.expose().as_bytes())
-        .ok_or_else(|| BackupError::Damaged { reason: "its key is none".into() })?;
-    let records = state::parse(&content.store.records)?
-        .ok_or_else(|| BackupError::Damaged { reason: "there is no network in it".into() })?;
+    let (key, records) = checked(&content)?;
     files::private_dir(state_dir)?;
     let _lock = DirLock::acquire(state_dir)?;
     let marker = state_dir.join(RESTORING_FILE);

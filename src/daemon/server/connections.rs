@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
@@ -81,6 +81,12 @@ pub(super) async fn accept(port: Listener, entrance: Arc<Entrance>) {
                 continue;
             }
         };
+        // In a flood accepting never waits: those that ended are let go of, and those that have to
+        // make room get their turn.
+        while connections.try_join_next().is_some() {}
+        while entrance.gate.is_crowded() {
+            yield_now().await;
+        }
         let Some(admission) = entrance.gate.admit(remote.ip(), clock::now()) else {
             debug!(%remote, "too many connections at once");
             continue;
@@ -107,6 +113,7 @@ async fn serve(
         },
         () = admission.pushed_out() => return debug!("a connection made room for others"),
     };
+    let fare = admission.fare();
     let id = ConnectionId(entrance.next.fetch_add(1, Ordering::Relaxed));
     let about = Connected {
         machine_key: link.peer_key,
@@ -115,8 +122,8 @@ async fn serve(
         second_port: Some(second_port),
     };
     debug!(connection = id.0, machine = %link.peer_key.short(), remote = %link.remote, "connected");
-    let Link { sender, mut receiver, .. } = link;
-    entrance.hub.add_link(id, sender);
+    let Link { sender, mut receiver, peer_key, .. } = link;
+    entrance.hub.add_link(id, sender, (fare, peer_key));
     if entrance.events.send(Event::Connected { id, about }).await.is_ok() {
         let admission = (!proved).then_some(admission);
         read(id, &mut receiver, first, admission, entrance).await;

@@ -106,6 +106,14 @@ impl Core {
         self.server.network().id.to_string()
     }
 
+    pub(super) fn members_last_s(&self) -> Option<u64> {
+        self.server.network().members_last_s
+    }
+
+    pub(super) fn has_no_address(&self) -> bool {
+        self.server.has_no_address()
+    }
+
     pub(super) fn has_no_members(&self) -> bool {
         self.server.has_no_members()
     }
@@ -361,6 +369,11 @@ fn refusal(error: &RequestError) -> Refusal {
             exit::USAGE,
             "its number of uses (--uses) or its time (--ttl) makes no sense",
             "overlay server invite --uses 1 --ttl 1h",
+        ),
+        RequestError::NoAddress => (
+            exit::FAILED,
+            "the network of this machine is not up, or --public-addr has to say how it is reached",
+            "look at its addresses: ip addr; or name one: overlay server --public-addr HOST",
         ),
         RequestError::TooManyTags => (
             exit::USAGE,

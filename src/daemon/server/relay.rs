@@ -26,13 +26,14 @@ use super::metrics::Relayed;
 use super::sockets::UdpPort;
 use crate::io::clock;
 use crate::io::link::{LinkSender, RelayBatch};
+use crate::io::listen::Fare;
 use crate::io::service::Progress;
 use crate::io::udp::is_no_offload;
 use crate::server::ConnectionId;
 use crate::server::relay::limit::Limits;
 use crate::server::relay::queue::{FairQueues, Train};
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
-use crate::types::{DropCounters, DropReason, NodeId};
+use crate::types::{DropCounters, DropReason, NodeId, PublicKey};
 use decide::{Decided, decide, keep_within_limits};
 use trains::Trains;
 
@@ -68,6 +69,8 @@ pub(super) struct Hub {
 struct Exit {
     sender: LinkSender,
     node: Option<NodeId>,
+    /// What it counts for its source as long as it may be a stranger's.
+    fare: Option<(Fare, PublicKey)>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -137,9 +140,15 @@ impl Hub {
     }
 
     /// A connection is there and can be sent to.
-    pub(super) fn add_link(&self, connection: ConnectionId, sender: LinkSender) {
+    pub(super) fn add_link(
+        &self,
+        connection: ConnectionId,
+        sender: LinkSender,
+        fare: (Fare, PublicKey),
+    ) {
         self.links_made.fetch_add(1, Ordering::Relaxed);
-        lock(&self.links).insert(connection, Exit { sender, node: None });
+        let exit = Exit { sender, node: None, fare: Some(fare) };
+        lock(&self.links).insert(connection, exit);
     }
 
     pub(super) fn remove_link(&self, connection: ConnectionId) {
@@ -159,6 +168,9 @@ impl Hub {
             RelayChange::Online { node, connection, .. } => {
                 if let Some(exit) = links.get_mut(connection) {
                     exit.node = Some(*node);
+                    if let Some((fare, member)) = exit.fare.take() {
+                        fare.give_back(member, clock::now());
+                    }
                 }
             }
             RelayChange::Offline { connection, .. } => {

@@ -124,7 +124,8 @@ async fn create_network(
     let local = addresses::local_prefixes();
     let range = choose_range(options.network, options.network_ipv6, &local, rng)?;
     let created = crate::io::clock::unix_seconds();
-    let record = NetworkRecord { id: NetworkId(rng.random()), range, created };
+    let id = NetworkId(rng.random());
+    let record = NetworkRecord { id, range, created, members_last_s: None };
     info!(network = %record.id, ipv4 = %range.v4(), ipv6 = %range.v6(), "network created");
     let change = records::Change {
         key: Key::Network,

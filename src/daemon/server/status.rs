@@ -26,6 +26,9 @@ pub struct ServerStatus {
     pub online: usize,
     /// Control connections.
     pub connections: usize,
+    /// How long the memberships last of nodes that join, in seconds; none for ever.
+    #[serde(default)]
+    pub members_last_s: Option<u64>,
     /// The relay.
     pub relay: RelayInfo,
     /// Datagrams that died here, by reason; only the reasons that have occurred.
@@ -94,6 +97,7 @@ impl Core {
             nodes,
             online,
             connections: hub.connections().0,
+            members_last_s: self.members_last_s(),
             relay: RelayInfo {
                 udp,
                 tcp,

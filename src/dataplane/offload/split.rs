@@ -129,6 +129,8 @@ impl Cut {
         } else {
             put(ip, 4, word_of(len - 40));
         }
+        // Only in UDP a sum of zero means that there is none (RFC 768).
+        let finish = if self.is_tcp { checksum::finish } else { checksum::finish_transport };
         let field = if self.is_tcp {
             let step = number.wrapping_mul(u32::try_from(self.size).unwrap_or(0));
             let seq = u32::from_be_bytes([transport[4], transport[5], transport[6], transport[7]]);
@@ -146,7 +148,7 @@ impl Cut {
         };
         put(transport, field, 0);
         let sum = self.pseudo + checksum::word(word_of(transport.len()));
-        let sum = checksum::finish_transport(checksum::sum(transport, sum));
+        let sum = finish(checksum::sum(transport, sum));
         transport[field..field + 2].copy_from_slice(&sum.to_ne_bytes());
     }
 }

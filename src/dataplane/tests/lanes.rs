@@ -2,6 +2,7 @@
 
 use std::sync::mpsc;
 
+use super::super::peer::PeerState;
 use super::*;
 
 /// Far more than a packet takes on the busiest machine.
@@ -167,6 +168,15 @@ fn a_second_lane_that_is_over_gives_way_to_the_first() {
         assert_eq!(deliver(&a, &b, &sealed, now).0.len(), 1, "{seconds}");
         assert_eq!(b.peer.seals_second(), seconds < 175, "{seconds}");
     }
+}
+
+#[test]
+fn a_second_lane_costs_no_more_than_it_is_said_to() {
+    let bytes = size_of::<PeerState>();
+    assert!(
+        (4_000..12_000).contains(&bytes),
+        "{bytes} bytes of keys and timers for each busy peer"
+    );
 }
 
 #[test]

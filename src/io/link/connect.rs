@@ -10,13 +10,14 @@ use hyper::body::Bytes;
 use hyper::header::{CONNECTION, HOST, HeaderValue, UPGRADE};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::early::{Offers, token_grace};
-use super::noise::Initiator;
+use super::noise::{Initiator, Secured};
 use super::{Link, tune};
 use crate::io::clock;
 use crate::types::{PublicKey, SecretKey};
@@ -91,15 +92,27 @@ pub async fn connect(
     server_keys: &[PublicKey],
     machine_key: &SecretKey,
 ) -> Result<Link, ConnectError> {
-    let (_, none) = watch::channel(Offers::default());
-    connect_with(server, server_keys, machine_key, none).await
+    let none = watch::Sender::<Offers>::default().subscribe();
+    connect_by(&Way::default(), server, server_keys, machine_key, none).await
 }
 
-/// The same with a hello in the first message, if there is a token for that in time.
+/// By which way a server is connected to.
+#[derive(Debug, Clone, Default)]
+pub struct Way {
+    /// The only network interface to use; none for what the routes say.
+    pub device: Option<String>,
+    /// The server's address, where its name need not be looked up: whoever knows names may be behind
+    /// another interface.
+    pub address: Option<SocketAddr>,
+}
+
+/// The same by another way than the routes say, and with a hello in the first message, if there is a
+/// token for that in time.
 ///
 /// # Errors
 /// As [`connect`].
-pub async fn connect_with(
+pub async fn connect_by(
+    way: &Way,
     server: &ServerAddr,
     server_keys: &[PublicKey],
     machine_key: &SecretKey,
@@ -107,7 +120,7 @@ pub async fn connect_with(
 ) -> Result<Link, ConnectError> {
     for server_key in server_keys {
         let start = clock::now();
-        let stream = match timeout(TCP_LIMIT, connect_tcp(server)).await {
+        let stream = match timeout(TCP_LIMIT, connect_tcp(way, server)).await {
             Ok(stream) => stream?,
             Err(_) => return Err(timed_out(server, "TCP connection", TCP_LIMIT)),
         };
@@ -151,18 +164,23 @@ pub async fn connect_early(
     machine_key: &SecretKey,
     early: &[u8],
 ) -> Result<Link, ConnectError> {
-    timeout(UPGRADE_LIMIT, upgrade(server, stream, server_key, machine_key, early))
-        .await
-        .unwrap_or_else(|_| Err(timed_out(server, "answer to the upgrade", UPGRADE_LIMIT)))
+    let (stream, behind, secured, taken) =
+        timeout(UPGRADE_LIMIT, exchange_with(stream, server, server_key, machine_key, early))
+            .await
+            .unwrap_or_else(|_| Err(timed_out(server, "answer to the upgrade", UPGRADE_LIMIT)))?;
+    let mut link = Link::start(stream, behind, secured)
+        .map_err(|source| ConnectError::Unreachable { address: server.clone(), source })?;
+    link.said = Early::parse(early).filter(|_| taken).map(|early| early.hello.to_vec());
+    Ok(link)
 }
 
 fn timed_out(server: &ServerAddr, waiting_for: &'static str, limit: Duration) -> ConnectError {
     ConnectError::TimedOut { address: server.clone(), waiting_for, limit }
 }
 
-async fn connect_tcp(server: &ServerAddr) -> Result<TcpStream, ConnectError> {
+async fn connect_tcp(way: &Way, server: &ServerAddr) -> Result<TcpStream, ConnectError> {
     let resolve = |source| ConnectError::Resolve { host: server.host.clone(), source };
-    let addrs: Vec<SocketAddr> = match server.literal() {
+    let addrs: Vec<SocketAddr> = match server.literal().or(way.address) {
         Some(addr) => vec![addr],
         None => tokio::net::lookup_host((server.host.as_str(), server.port))
             .await
@@ -171,9 +189,14 @@ async fn connect_tcp(server: &ServerAddr) -> Result<TcpStream, ConnectError> {
     };
     let mut attempts = JoinSet::new();
     for (addr, number) in interleaved(addrs).into_iter().zip(0u32..) {
+        let device = way.device.clone();
         attempts.spawn(async move {
             sleep(ATTEMPT_DELAY * number).await;
-            let stream = TcpStream::connect(addr).await?;
+            let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+            if let Some(device) = device {
+                socket.bind_device(Some(device.as_bytes()))?;
+            }
+            let stream = socket.connect(addr).await?;
             tune(&stream)?;
             Ok(stream)
         });
@@ -206,13 +229,36 @@ fn interleaved(addrs: Vec<SocketAddr>) -> Vec<SocketAddr> {
     order
 }
 
-async fn upgrade(
+/// Asks for the upgrade and reads the answer, over any kind of stream. Gives the stream back, with
+/// what came right behind the answer.
+///
+/// # Errors
+/// When the other end is no such server.
+pub async fn exchange<S>(
+    stream: S,
     server: &ServerAddr,
-    stream: TcpStream,
+    server_key: &PublicKey,
+    machine_key: &SecretKey,
+) -> Result<(S, Vec<u8>, Secured), ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (stream, behind, secured, _) =
+        exchange_with(stream, server, server_key, machine_key, &[]).await?;
+    Ok((stream, behind, secured))
+}
+
+/// The same with this in the first message; tells whether it counts.
+async fn exchange_with<S>(
+    stream: S,
+    server: &ServerAddr,
     server_key: &PublicKey,
     machine_key: &SecretKey,
     early: &[u8],
-) -> Result<Link, ConnectError> {
+) -> Result<(S, Vec<u8>, Secured, bool), ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let wrong_key = |_| ConnectError::WrongKey { address: server.clone() };
     let closed = || ConnectError::Closed { address: server.clone() };
     let (handshake, first) = Initiator::start(server_key, machine_key, early).map_err(wrong_key)?;
@@ -234,12 +280,9 @@ async fn upgrade(
         (Err(error), Err(ConnectError::Closed { .. })) => return Err(http_error(server, &error)),
         (_, outcome) => outcome?,
     };
-    let parts = upgraded.downcast::<TokioIo<TcpStream>>().map_err(|_| closed())?;
+    let parts = upgraded.downcast::<TokioIo<S>>().map_err(|_| closed())?;
     let (secured, taken) = handshake.finish(answer.as_bytes()).map_err(wrong_key)?;
-    let mut link = Link::start(parts.io.into_inner(), parts.read_buf.to_vec(), secured)
-        .map_err(|source| ConnectError::Unreachable { address: server.clone(), source })?;
-    link.said = Early::parse(early).filter(|_| taken).map(|early| early.hello.to_vec());
-    Ok(link)
+    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), secured, taken))
 }
 
 fn request(server: &ServerAddr, first: &str) -> Request<Empty<Bytes>> {

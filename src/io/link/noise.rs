@@ -91,7 +91,7 @@ pub(crate) struct Responder;
 
 /// A finished handshake and the text of the second message.
 #[derive(Debug)]
-pub(crate) struct Answered {
+pub struct Answered {
     pub(crate) text: String,
     /// What the first message held, if it counts.
     pub(crate) early: Option<Vec<u8>>,
@@ -118,7 +118,7 @@ impl Responder {
 
 /// The keys of a connection and who is at its other end.
 #[derive(Debug)]
-pub(super) struct Secured {
+pub struct Secured {
     transport: Arc<StatelessTransportState>,
     pub(super) peer_key: PublicKey,
 }

@@ -271,8 +271,8 @@ async fn early(
         };
         listen::upgrade(stream, &server_key(), is_new).await.unwrap()
     };
-    let (keys, machine) = ([server_key().public()], machine_key());
-    let client = connect_with(&addr, &keys, &machine, offered);
+    let (way, keys, machine) = (Way::default(), [server_key().public()], machine_key());
+    let client = connect_by(&way, &addr, &keys, &machine, offered);
     let ((server, read), client) = tokio::join!(serve, client);
     (client.unwrap(), server, read)
 }

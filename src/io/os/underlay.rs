@@ -9,11 +9,15 @@ use std::cmp::Reverse;
 use std::net::IpAddr;
 
 use super::{InterfaceAddress, Link, LinkKind, Route};
+use crate::types::Uplink;
 
 /// The most addresses of one family.
 const MAX_PER_FAMILY: usize = 16;
 /// The most of both: a node's other candidates want room in [`crate::types::MAX_CANDIDATES`] too.
 const MAX_ADDRESSES: usize = 20;
+/// The most uplinks of one family: the preferred one, and two for when it fails. Each costs a socket,
+/// and a packet to the server every 20 s.
+const MAX_UPLINKS: usize = 3;
 
 /// How this machine hangs on the networks around it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -24,6 +28,11 @@ pub struct Underlay {
     pub present: Vec<IpAddr>,
     /// The default route in use, of each family that has one.
     pub gateways: Vec<Route>,
+    /// Every uplink that packets of ours may leave by, the preferred one of each family first. Those of
+    /// a family are left out when it has only one.
+    pub uplinks: Vec<Uplink>,
+    /// The addresses on the interfaces of `gateways`.
+    pub sources: Vec<IpAddr>,
 }
 
 impl Underlay {
@@ -46,10 +55,19 @@ impl Underlay {
             .collect();
         ranked.sort_unstable();
         ranked.dedup_by_key(|(_, address)| *address);
+        let gateways: Vec<Route> =
+            [true, false].into_iter().filter_map(|v4| facts.default_in_use(v4)).collect();
+        let preferred = |index| gateways.iter().any(|route| route.index == index);
         Self {
             addresses: cap(ranked.into_iter().map(|(_, address)| address)),
             present: working.iter().map(|address| address.addr.addr()).collect(),
-            gateways: [true, false].into_iter().filter_map(|v4| facts.default_in_use(v4)).collect(),
+            uplinks: [true, false].into_iter().flat_map(|v4| facts.uplinks(v4)).collect(),
+            sources: working
+                .iter()
+                .filter(|address| preferred(address.index))
+                .map(|address| address.addr.addr())
+                .collect(),
+            gateways,
         }
     }
 }
@@ -147,17 +165,50 @@ impl Facts<'_> {
         self.defaults(v4).any(|route| !tunnel(route.index))
     }
 
+    fn link(&self, index: u32) -> Option<&Link> {
+        self.links.iter().find(|link| link.index == index)
+    }
+
+    /// The kernel's order among routes to everywhere.
+    fn order(&self, route: &Route) -> impl Ord + use<> {
+        let carrier = self.link(route.index).is_some_and(|link| link.carrier);
+        (Reverse(carrier), Reverse(route.dst.prefix_len()), route.metric.unwrap_or(0))
+    }
+
     fn default_in_use(&self, v4: bool) -> Option<Route> {
-        let carrier = |index| {
-            let link = self.links.iter().find(|link| link.index == index);
-            link.is_some_and(|link| link.carrier)
+        self.defaults(v4).min_by_key(|route| self.order(route)).cloned()
+    }
+
+    /// The interfaces with a default route, the preferred one first; none unless there are several.
+    /// Who sends everything through a tunnel wants nothing to leave beside it, and a tunnel with a
+    /// route behind the preferred one is another network's.
+    fn uplinks(&self, v4: bool) -> Vec<Uplink> {
+        let mut routes: Vec<&Route> = self.defaults(v4).collect();
+        routes.sort_by_key(|route| self.order(route));
+        let own_line = |index| {
+            let link = self.link(index)?;
+            let tunnel = matches!(link.kind, LinkKind::Tunnel | LinkKind::Tap);
+            (!tunnel).then_some(link)
         };
-        self.defaults(v4)
-            .min_by_key(|route| {
-                let metric = route.metric.unwrap_or(0);
-                (Reverse(carrier(route.index)), Reverse(route.dst.prefix_len()), metric)
-            })
-            .cloned()
+        let Some(preferred) = routes.first().and_then(|route| own_line(route.index)) else {
+            return Vec::new();
+        };
+        let works = |link: &Link| {
+            let of_family = |address: &&&InterfaceAddress| {
+                let ip = address.addr.addr();
+                address.index == link.index && ip.is_ipv4() == v4 && !is_link_local(ip)
+            };
+            link.carrier && self.addresses.iter().any(|address| of_family(&address))
+        };
+        let uplink = |link: &Link| Uplink { device: link.name.clone(), ipv6: !v4 };
+        let mut uplinks = vec![uplink(preferred)];
+        for link in routes.iter().filter_map(|route| own_line(route.index)).filter(|it| works(it)) {
+            if !uplinks.contains(&uplink(link)) {
+                uplinks.push(uplink(link));
+            }
+        }
+        uplinks.truncate(MAX_UPLINKS);
+        if uplinks.len() < 2 { Vec::new() } else { uplinks }
     }
 }
 
@@ -304,6 +355,46 @@ mod tests {
         ];
         let underlay = Underlay::of(&links, &addresses, &[], None);
         assert_eq!(underlay.addresses, ips(&["2001:db8::1", "2001:db8:1::9"]));
+    }
+
+    #[test]
+    fn uplinks_are_what_has_a_default_route_in_the_kernels_order() {
+        let mut unplugged = link(5, LinkKind::Device);
+        unplugged.carrier = false;
+        let links = [
+            link(1, LinkKind::Device),
+            link(2, LinkKind::PointToPoint),
+            link(3, LinkKind::Tunnel),
+            link(4, LinkKind::Tap),
+            unplugged,
+            link(6, LinkKind::Device),
+            link(7, LinkKind::Tunnel),
+        ];
+        let mut addresses: Vec<InterfaceAddress> =
+            (1..=5).map(|index| address(index, &format!("10.{index}.0.2/24"))).collect();
+        addresses.push(address(1, "2001:db8::2/64"));
+        addresses.push(address(7, "10.77.0.1/20"));
+        let names = |metrics: &[(u32, u32)]| -> Vec<String> {
+            let routes: Vec<Route> =
+                metrics.iter().map(|(index, metric)| default_route(*index, *metric)).collect();
+            let underlay = Underlay::of(&links, &addresses, &routes, Some(7));
+            underlay.uplinks.into_iter().map(|uplink| uplink.device).collect()
+        };
+        assert_eq!(names(&[(2, 200), (1, 100)]), ["if1", "if2"]);
+        assert_eq!(names(&[(2, 100), (1, 200), (1, 300)]), ["if2", "if1"], "once each");
+        assert!(names(&[(1, 100)]).is_empty(), "the only one is no choice");
+        // Tunnels of others, no carrier, no address, and our own interface.
+        let useless = [(3, 200), (4, 200), (5, 200), (6, 200), (7, 50)];
+        assert!(names(&[&useless[..], &[(1, 100)]].concat()).is_empty());
+        for tunnel in [3, 4] {
+            let all = names(&[(tunnel, 50), (1, 100), (2, 200)]);
+            assert!(all.is_empty(), "nothing leaves beside a tunnel that has everything");
+        }
+        // The kernel has no other idea of what is preferred.
+        assert_eq!(names(&[(6, 50), (2, 200), (1, 100)]), ["if6", "if1", "if2"]);
+        let v6 = Route { metric: Some(5), ..Route::direct("::/0".parse().unwrap(), 1) };
+        let underlay = Underlay::of(&links, &addresses, &[v6, default_route(2, 9)], None);
+        assert!(underlay.uplinks.is_empty(), "each family has one");
     }
 
     #[test]

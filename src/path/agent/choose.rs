@@ -6,9 +6,9 @@ use rand::Rng;
 
 use super::proof::Trust;
 use super::{Endpoint, PathAgent, PathEvent, same_path};
-use crate::path::Via;
 use crate::path::liveness::{Doubt, Suspicion};
 use crate::path::score::Score;
+use crate::path::{Place, Via};
 
 /// One switch between paths of the same tier in this time (no flapping).
 const SWITCH_SPACING: Duration = Duration::from_secs(10);
@@ -31,13 +31,13 @@ impl PathAgent {
             .iter()
             .filter(|(_, endpoint)| usable(endpoint))
             .filter_map(|(place, endpoint)| {
-                let score = Score::of(place.remote, endpoint.prober.srtt()?);
+                let score = self.score(*place, endpoint)?;
                 Some((score, endpoint.via(*place)))
             })
             .min();
         let current = self.primary.and_then(Via::place).and_then(|place| {
             let endpoint = self.endpoints.get(&place).filter(|endpoint| usable(endpoint))?;
-            Some((Score::of(place.remote, endpoint.prober.srtt()?), endpoint.via(place)))
+            Some((self.score(place, endpoint)?, endpoint.via(place)))
         });
         let next = match (best, current) {
             (Some((better, via)), Some((score, same))) => {
@@ -88,19 +88,28 @@ impl PathAgent {
             self.keepalive_at = None;
             self.doubled = false;
         }
+        self.note_primary(now);
         self.events.push_back(PathEvent::Primary { from, to: next, why });
+    }
+
+    fn score(&self, place: Place, endpoint: &Endpoint) -> Option<Score> {
+        let score = Score::of(place.remote, endpoint.prober.srtt()?);
+        Some(if self.is_second(place) { score.of_further_uplink() } else { score })
     }
 
     /// While the primary owes an answer for so long that data is doubled: the best path that did
     /// answer in this time.
     fn instead_of_a_doubted(&self, now: Instant) -> Option<Via> {
         let since = self.doubt.doubled_since()?;
+        let on_second = self.on_second();
         self.endpoints
             .iter()
             .filter(|(_, endpoint)| endpoint.penalty_until.is_none_or(|until| until <= now))
             .filter(|(_, endpoint)| endpoint.prober.last_pong().is_some_and(|at| at >= since))
+            // A second one gets copies until the doubt is over: it may cost money.
+            .filter(|(place, _)| on_second || !self.is_second(**place))
             .filter_map(|(place, endpoint)| {
-                let score = Score::of(place.remote, endpoint.prober.srtt()?);
+                let score = self.score(*place, endpoint)?;
                 Some((score, endpoint.via(*place)))
             })
             .min()
@@ -111,6 +120,7 @@ impl PathAgent {
         let Some((via, place)) = self.primary.and_then(|via| Some((via, via.place()?))) else {
             return;
         };
+        self.rouse(now);
         match suspicion {
             Suspicion::None | Suspicion::Waiting => {}
             Suspicion::Ask => {

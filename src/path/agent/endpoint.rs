@@ -51,6 +51,14 @@ impl Endpoint {
         }
     }
 
+    /// The peer says whether this endpoint is of a further uplink; it may have been found before.
+    pub(super) fn note_uplink(&mut self, kind: CandidateKind) {
+        let uplink = CandidateKind::Uplink;
+        if (kind == uplink) != (self.kind == uplink) {
+            self.kind = kind;
+        }
+    }
+
     /// Told in calls only, and the newest call counts.
     pub(super) fn is_told_in_calls(&self) -> bool {
         matches!(self.kind, CandidateKind::Predicted | CandidateKind::Static)

@@ -98,9 +98,10 @@ impl Endpoint {
     /// candidates are behind none, and mapped ports are let in by the router itself.
     pub(super) fn wants_opener(&self, remote: SocketAddr) -> bool {
         let behind_nat = match self.kind {
-            CandidateKind::Reflexive | CandidateKind::PeerReflexive | CandidateKind::Predicted => {
-                true
-            }
+            CandidateKind::Reflexive
+            | CandidateKind::PeerReflexive
+            | CandidateKind::Predicted
+            | CandidateKind::Uplink => true,
             CandidateKind::Host | CandidateKind::PortMapped | CandidateKind::Static => false,
         };
         behind_nat && !is_private(remote.ip())

@@ -229,7 +229,9 @@ impl PathAgent {
 
     /// Starts, goes on with, and ends the trial of a distrusted path.
     fn watch_trial(&mut self, now: Instant) {
-        if self.is_direct() || self.relay.is_none() || !self.wanted {
+        // While a further uplink carries data, the preferred one is what comes back.
+        let settled = self.is_direct() && !self.on_second();
+        if settled || self.relay.is_none() || !self.wanted {
             self.trial = None;
             return;
         }
@@ -279,10 +281,12 @@ impl PathAgent {
         for endpoint in self.endpoints.values_mut().filter(|endpoint| waits(endpoint)) {
             endpoint.penalty_until = None;
         }
+        let on_second = self.on_second();
         let candidate = self
             .endpoints
             .iter()
             .filter(|(_, endpoint)| waits(endpoint) && endpoint.proved(now))
+            .filter(|(place, _)| !on_second || !self.is_second(**place))
             .min_by_key(|(_, endpoint)| endpoint.prober.srtt())
             .map(|(place, _)| *place);
         let Some(place) = candidate else { return };
@@ -300,7 +304,12 @@ impl PathAgent {
     /// Sends the questions of the MTU search that are due.
     fn ask_for_mtu(&mut self, now: Instant) {
         let primary = self.primary.and_then(Via::place);
-        let Some(place) = primary.or(self.trial.map(|trial| trial.place)) else { return };
+        for place in primary.into_iter().chain(self.trial.map(|trial| trial.place)) {
+            self.ask_for_mtu_of(place, now);
+        }
+    }
+
+    fn ask_for_mtu_of(&mut self, place: Place, now: Instant) {
         let Some(via) = self.direct(place) else { return };
         let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         let used = |at: Instant| now.saturating_duration_since(at) < AGAIN;
@@ -325,7 +334,6 @@ impl PathAgent {
     /// When [`Self::watch`] has something to do.
     pub(super) fn next_proof(&self) -> Option<Instant> {
         let of = |place: Place| self.endpoints.get(&place);
-        let spaced = |at: Option<Instant>| at.map(|at| at + PROOF_SPACING);
         if let Some(place) = self.primary.and_then(Via::place) {
             let endpoint = of(place)?;
             let srtt = endpoint.prober.srtt().unwrap_or_default();
@@ -333,8 +341,16 @@ impl PathAgent {
             let asked = endpoint.delivery.asked_at().filter(|_| new);
             let ask = asked.map(|at| at + proof_spacing(endpoint));
             let doubt = endpoint.delivery.next_at(srtt);
-            return [ask, doubt, endpoint.mtu.next_at()].into_iter().flatten().min();
+            let tried = if self.on_second() { self.next_trial() } else { None };
+            return [ask, doubt, endpoint.mtu.next_at(), tried].into_iter().flatten().min();
         }
+        self.next_trial()
+    }
+
+    /// When a path that has failed is tried, or its trial goes on.
+    fn next_trial(&self) -> Option<Instant> {
+        let of = |place: Place| self.endpoints.get(&place);
+        let spaced = |at: Option<Instant>| at.map(|at| at + PROOF_SPACING);
         match (self.primary, self.trial) {
             (_, Some(trial)) => {
                 let endpoint = of(trial.place)?;

@@ -18,7 +18,7 @@ const MAX_LEARNED: usize = 8;
 /// A round is not started over before this: news tends to come in bursts.
 const ROUND_SPACING: Duration = Duration::from_secs(1);
 /// The peer is asked to probe at most this often.
-const CALL_SPACING: Duration = Duration::from_secs(2);
+pub(super) const CALL_SPACING: Duration = Duration::from_secs(2);
 /// In so many rounds a call of ours may have come before the peer knew us.
 const EARLY_ROUNDS: usize = 3;
 /// Waits between rounds while a wanted peer is not direct; the last one repeats.
@@ -33,7 +33,7 @@ const RETRY: [Duration; 6] = [
 /// While data flows by the relay, the waits do not grow beyond this one.
 const IN_USE_RETRY: usize = 3;
 /// Data that was sent this long ago still flows.
-const IN_USE: Duration = Duration::from_secs(180);
+pub(super) const IN_USE: Duration = Duration::from_secs(180);
 
 /// Guesses miss by chance, and the next ones may hit: they are made again after this,
 const GUESS_AGAIN: Duration = Duration::from_millis(700);
@@ -255,8 +255,9 @@ impl PathAgent {
 
     /// Whether so many bytes, headers and all, may go to an address that has proved nothing.
     pub(super) fn may_spend(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
+        let all = self.together.as_ref().filter(|_| !is_private(to.to_canonical()));
         self.trickle.take_bytes(bytes, to, now)
-            && (is_private(to.to_canonical()) || self.together.take_bytes(bytes, to, now))
+            && all.is_none_or(|all| all.take_bytes(bytes, to, now))
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {

@@ -76,7 +76,9 @@ impl PathAgent {
     /// Forgets the paths by all extra sockets: nobody uses the peer any more, or the network that
     /// the sockets were opened in is gone.
     pub(super) fn forget_extra_sockets(&mut self, now: Instant) {
-        self.forget_sockets(|it| it != SocketId::MAIN, now);
+        let lines: Vec<SocketId> =
+            self.endpoints.keys().map(|it| it.socket).filter(|it| self.uplinks.has(*it)).collect();
+        self.forget_sockets(|it| it != SocketId::MAIN && !lines.contains(&it), now);
     }
 
     fn forget_sockets(&mut self, gone: impl Fn(SocketId) -> bool, now: Instant) {

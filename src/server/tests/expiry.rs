@@ -1,6 +1,7 @@
 //! Memberships that end.
 
 use super::*;
+use crate::server::admin::NewMembers;
 use crate::wire::control::EXPIRY_WARNING_S;
 
 fn expire(world: &mut World, node: &str, in_s: Option<u64>) {
@@ -103,6 +104,40 @@ fn times_that_make_no_sense_are_turned_down() {
     for in_s in [Some(0), Some(u64::MAX)] {
         let request = Request::Expire { node: "node".into(), in_s };
         assert_eq!(world.ask(request).unwrap_err(), RequestError::BadExpiry);
+    }
+}
+
+#[test]
+fn who_joins_has_the_time_of_the_network_and_who_is_there_keeps_its_own() {
+    let (mut world, first, _) = pair();
+    let set = |world: &mut World, in_s| {
+        let decision = world.server.decide(Request::ExpireNew { in_s }, WALL).unwrap();
+        let lines = world.server.events(&decision, "uid 0", WALL);
+        let answer = world.commit(decision);
+        assert_eq!(
+            answer,
+            Some(Answer::ExpiringNew(NewMembers { schema: 1, members_last_s: in_s }))
+        );
+        lines.into_iter().map(|it| format!("{} {}", it.kind, it.fields["members-last"])).collect()
+    };
+    let lines: Vec<String> = set(&mut world, Some(1_000));
+    assert_eq!(lines, ["network-expiry-set 1000 s"]);
+    let invite = world.invite(2);
+    let third = world.enter(3, hello(3, Some(&invite)));
+    let ends = |world: &World, at| world.node(at).standing.and_then(|it| it.expires);
+    assert_eq!((ends(&world, first), ends(&world, third)), (None, Some(WALL + 1_000)));
+    assert_eq!(world.server.expiry_due(), Some(WALL + 1_000 - EXPIRY_WARNING_S));
+    // To come back is not to join.
+    let again = world.enter(1, hello(1, None));
+    assert_eq!(ends(&world, again), None);
+
+    assert!(set(&mut world, Some(1_000)).is_empty(), "the same again is no change");
+    assert_eq!(set(&mut world, None), ["network-expiry-set for ever"]);
+    let fourth = world.enter(4, hello(4, Some(&invite)));
+    assert_eq!(ends(&world, fourth), None);
+    for in_s in [Some(0), Some(u64::MAX)] {
+        let refused = world.ask(Request::ExpireNew { in_s }).unwrap_err();
+        assert_eq!(refused, RequestError::BadExpiry);
     }
 }
 

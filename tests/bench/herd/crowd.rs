@@ -13,10 +13,13 @@ use tokio::task::JoinSet;
 
 use crate::die;
 use crate::member::{Common, Member, News, Order, Report};
+use crate::runs::Size;
 use crate::server::Server;
 
-/// Nodes that join at the same time; the server takes 1,024 strangers.
+/// Nodes that join at the same time; the server takes 384 strangers.
 const JOIN_AT_ONCE: usize = 256;
+/// The same where nodes share few addresses: a source has places for 64 strangers.
+const JOIN_FROM_FEW: usize = 48;
 /// More time than any of these waits may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -48,15 +51,18 @@ fn udp_sockets(nodes: usize) -> usize {
 pub(crate) type Times = Vec<Duration>;
 
 impl Crowd {
-    /// Nobody yet; `start` sends them off. Each will use `peers` others.
-    pub(crate) async fn start(server: &Server, nodes: usize, peers: usize) -> Self {
+    /// Sends off so many nodes. Each will use some others.
+    pub(crate) async fn start(server: &Server, size: Size) -> Self {
+        let Size { nodes, peers, sources, .. } = size;
         let (sender, reports) = mpsc::unbounded_channel();
         let common = Arc::new(Common {
             line: server.invite(nodes).await,
             server: server.address,
             reports: sender,
             with_udp: udp_sockets(nodes),
-            joining: Semaphore::new(JOIN_AT_ONCE),
+            sources,
+            // Those who share one address have fewer places for strangers.
+            joining: Semaphore::new(if sources.is_some() { JOIN_FROM_FEW } else { JOIN_AT_ONCE }),
         });
         let mut rng = StdRng::seed_from_u64(7);
         let mut uses = Vec::with_capacity(nodes);

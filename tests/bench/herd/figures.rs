@@ -37,6 +37,15 @@ impl Figures {
         }
     }
 
+    /// The tail alone.
+    pub(crate) fn add_p99(&mut self, name: &str, mut times: Vec<Duration>) {
+        times.sort_unstable();
+        let at = ((times.len() as f64 * 0.99).ceil() as usize).max(1) - 1;
+        if let Some(time) = times.get(at) {
+            self.add(&format!("{name} p99"), time.as_secs_f64() * 1e3, "ms");
+        }
+    }
+
     /// What the server has used between two looks, and what it holds at the second.
     pub(crate) fn add_weight(
         &mut self,

@@ -15,6 +15,7 @@ mod runs;
 mod server;
 
 use std::fmt::Debug;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
@@ -48,6 +49,13 @@ struct Args {
     /// Nodes that go and come, each second
     #[arg(long, default_value_t = 10)]
     flaps: u32,
+    /// Addresses that the nodes share; else 16 nodes have one
+    #[arg(long)]
+    sources: Option<usize>,
+    /// Address of the server. The nodes have others of 127.0.0.0/8 if it is one of these, else some
+    /// of 198.19.0.0/16, which have to be this machine's own
+    #[arg(long, default_value = "127.0.0.1")]
+    at: Ipv4Addr,
     /// Leave it to the kernel who runs where; else the server has a core of its own
     #[arg(long)]
     any_core: bool,
@@ -84,7 +92,12 @@ fn main() {
     let size = Size {
         nodes: args.nodes,
         peers: args.peers,
-        wish: Wish { whole_netmap_up_to: args.whole_netmap_up_to, core: own_core.then_some(0) },
+        sources: args.sources,
+        wish: Wish {
+            whole_netmap_up_to: args.whole_netmap_up_to,
+            core: own_core.then_some(0),
+            at: args.at,
+        },
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(if own_core { cores - 1 } else { cores })

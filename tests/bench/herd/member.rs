@@ -33,6 +33,8 @@ pub(crate) struct Common {
     pub(crate) reports: mpsc::UnboundedSender<Report>,
     /// So many have a UDP socket; the others are behind firewalls that let out TCP only.
     pub(crate) with_udp: usize,
+    /// How many addresses they share; else 16 members have one.
+    pub(crate) sources: Option<usize>,
     /// How many may join at the same time; coming back knows no such limit.
     pub(crate) joining: Semaphore,
 }
@@ -76,7 +78,7 @@ pub(crate) struct Member {
     number: usize,
     common: Arc<Common>,
     machine_key: SecretKey,
-    /// Members share addresses as people behind one NAT do: a handful each.
+    /// Members share addresses as people behind one NAT do.
     source: Ipv4Addr,
     mark: u32,
     joined: bool,
@@ -98,12 +100,18 @@ impl Member {
         let mut key = [0x5a; 32];
         // The lowest bits of a key do not count (RFC 7748 section 5).
         key[8..16].copy_from_slice(&(number as u64).to_le_bytes());
-        let [a, b] = u16::try_from(number / 16).unwrap_or(u16::MAX).to_be_bytes();
+        // Never the server's own.
+        let group = common.sources.map_or(number / 16, |sources| number % sources);
+        let [a, b] = u16::try_from(group).unwrap_or(u16::MAX).to_be_bytes();
+        let source = match common.server.ip().is_loopback() {
+            true => Ipv4Addr::new(127, a + 1, b, 1),
+            false => Ipv4Addr::new(198, 19, a, b),
+        };
         Self {
             number,
             common,
             machine_key: SecretKey::from_bytes(key),
-            source: Ipv4Addr::new(127, a + 1, b, 1),
+            source,
             mark: 0,
             joined: false,
             epoch: 0,

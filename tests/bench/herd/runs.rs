@@ -19,12 +19,17 @@ const LOST: Duration = Duration::from_secs(10);
 /// How long a node that flaps is away.
 const AWAY: Duration = Duration::from_millis(300);
 
+/// How long a part of a long run is: each has figures of its own.
+const PART: Duration = Duration::from_secs(60);
+
 /// What all runs want to know.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Size {
     pub(crate) nodes: usize,
     /// How many others each node uses.
     pub(crate) peers: usize,
+    /// How many addresses they share; else 16 nodes have one.
+    pub(crate) sources: Option<usize>,
     pub(crate) wish: Wish,
 }
 
@@ -39,7 +44,7 @@ impl Size {
 async fn enrolled(size: Size) -> (Server, Crowd, Instant, Times) {
     let server = Server::start(size.wish).await;
     let start = clock::now();
-    let mut crowd = Crowd::start(&server, size.nodes, size.peers).await;
+    let mut crowd = Crowd::start(&server, size).await;
     let (_, times) = crowd.all_in(start).await;
     (server, crowd, start, times)
 }
@@ -178,6 +183,36 @@ pub(crate) async fn fanout(size: Size, rounds: usize) -> Figures {
     figures
 }
 
+/// How latency and memory go in the course of a long run.
+struct Curve {
+    next: Instant,
+    seen: usize,
+    parts: Vec<(Times, f64)>,
+}
+
+impl Curve {
+    fn new(start: Instant) -> Self {
+        Self { next: start + PART, seen: 0, parts: Vec::new() }
+    }
+
+    /// Closes a part when its time is over; `times` are all so far.
+    fn follow(&mut self, now: Instant, times: &Times, server: &Server) {
+        if now >= self.next {
+            self.next += PART;
+            let rss = server.weight().rss_bytes as f64 / 1e6;
+            self.parts.push((times[self.seen..].to_vec(), rss));
+            self.seen = times.len();
+        }
+    }
+
+    fn add_to(self, figures: &mut Figures) {
+        for (number, (times, rss)) in (1..).zip(self.parts) {
+            figures.add_p99(&format!("part {number}: seen after"), times);
+            figures.add(&format!("part {number}: server rss"), rss, "MB");
+        }
+    }
+}
+
 /// Nodes go and come all the time, each with another endpoint.
 pub(crate) async fn churn(size: Size, per_second: u32, time: Duration) -> Figures {
     let (server, mut crowd) = settled(size).await;
@@ -186,6 +221,7 @@ pub(crate) async fn churn(size: Size, per_second: u32, time: Duration) -> Figure
     let mut flapping: BTreeMap<usize, u32> = BTreeMap::new();
     let (mut next, mut flaps, mut lost) = (start, 0, 0);
     let end = start + time;
+    let mut curve = Curve::new(start);
     while clock::now() < end + LOST && (clock::now() < end || !pending.sent.is_empty()) {
         let now = clock::now();
         if now >= next && now < end {
@@ -199,6 +235,7 @@ pub(crate) async fn churn(size: Size, per_second: u32, time: Duration) -> Figure
                 flaps += 1;
             }
         }
+        curve.follow(now, &pending.times, &server);
         let until = if now < end { next.min(end) } else { end + LOST };
         let Some(Report { member, at, news }) = crowd.next(until).await else { continue };
         match news {
@@ -218,6 +255,7 @@ pub(crate) async fn churn(size: Size, per_second: u32, time: Duration) -> Figure
     let mut figures = Figures::of("churn");
     figures.add_count("nodes", size.nodes);
     figures.add_count("flaps", flaps);
+    curve.add_to(&mut figures);
     figures.add_times("return seen by peers after", pending.times);
     figures.add_count("lost", lost);
     figures.add_weight(before, server.weight(), clock::now() - start, size.nodes);

@@ -2,7 +2,7 @@
 //! and weighed through `/proc`.
 
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -27,6 +27,8 @@ pub(crate) struct Wish {
     pub(crate) whole_netmap_up_to: usize,
     /// The only core that it gets.
     pub(crate) core: Option<usize>,
+    /// The address of this machine at which it listens.
+    pub(crate) at: Ipv4Addr,
 }
 
 /// A server in a directory of its own.
@@ -57,7 +59,7 @@ impl Server {
     pub(crate) async fn start(wish: Wish) -> Self {
         let dir = tempfile::tempdir().unwrap_or_else(|error| die("a directory", &error));
         // Free now, and with luck in a moment too.
-        let address = TcpListener::bind("127.0.0.1:0").and_then(|probe| probe.local_addr());
+        let address = TcpListener::bind((wish.at, 0)).and_then(|probe| probe.local_addr());
         let address = address.unwrap_or_else(|error| die("a port", &error));
         let process = spawn(&dir, wish, address);
         let mut server = Self { dir, wish, address, process };

@@ -1,6 +1,7 @@
 //! Crowds of strangers on the control port, while members talk and new nodes join.
 //!
-//! `OVERLAY_CROWD` is the number of slow connections, `OVERLAY_REPLAYS` that of replayed handshakes.
+//! `OVERLAY_TEST_CROWD` is the number of slow connections, `OVERLAY_TEST_REPLAYS` that of replayed
+//! handshakes, `OVERLAY_TEST_REPLAYS_AT_ONCE` how many of them are under way at the same time.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -113,7 +114,7 @@ fn slow_connections() {
     let lines_before = fs::read_to_string(&log).unwrap().lines().count();
 
     let (over, opened) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-    let count = number("OVERLAY_CROWD", 2_000);
+    let count = number("OVERLAY_TEST_CROWD", 2_000);
     let to = SocketAddr::from((server.host.address, PORT));
     let crowd = crowd(&mallory, to, count, &over, &opened);
     let start = now();
@@ -153,6 +154,26 @@ fn slow_connections() {
     assert!(lines <= 30, "{lines} lines of log");
 }
 
+/// Says `first` once for each of these numbers; how often it was answered.
+fn replay_some(
+    host: &Host,
+    to: SocketAddr,
+    first: &[u8],
+    numbers: impl Iterator<Item = u64> + Send,
+) -> u64 {
+    let says = |number: u64| {
+        let Some(mut stream) = connect_from(number, to) else { return false };
+        let _ = stream.set_nonblocking(false);
+        let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
+        let _ = stream.write_all(first);
+        let answered = matches!(stream.read(&mut [0; 512]), Ok(1..));
+        // Half of them go on with what is no frame of that session.
+        let _ = number.is_multiple_of(2).then(|| stream.write_all(&[0, 32, 7, 7, 7]));
+        answered
+    };
+    host.ns.enter(|| numbers.filter(|number| says(*number)).count() as u64)
+}
+
 /// What a node says first, and all that it says first on a connection, said again by a stranger.
 fn replays() {
     let net = Net::new();
@@ -177,20 +198,15 @@ fn replays() {
     let lines_before = fs::read_to_string(&log).unwrap().lines().count();
     let stream = Stream::start(&net, &bob.host, &alice.ipv4());
 
-    let (start, cpu, count) = (now(), cpu_seconds(&server), number("OVERLAY_REPLAYS", 2_000));
-    let answered: u64 = mallory.ns.enter(|| {
-        (0..count)
-            .filter(|number| {
-                let Some(mut stream) = connect_from(*number, to) else { return false };
-                let _ = stream.set_nonblocking(false);
-                let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
-                let _ = stream.write_all(&first);
-                let answered = matches!(stream.read(&mut [0; 512]), Ok(1..));
-                // Half of them go on with what is no frame of that session.
-                let _ = number.is_multiple_of(2).then(|| stream.write_all(&[0, 32, 7, 7, 7]));
-                answered
-            })
-            .count() as u64
+    let (start, cpu) = (now(), cpu_seconds(&server));
+    let count = number("OVERLAY_TEST_REPLAYS", 2_000);
+    let at_once = number("OVERLAY_TEST_REPLAYS_AT_ONCE", 1);
+    let answered: u64 = thread::scope(|scope| {
+        let (host, first) = (&mallory, first.as_slice());
+        let replay = |numbers| scope.spawn(move || replay_some(host, to, first, numbers));
+        let of = |worker| (worker..count).step_by(usize::try_from(at_once).unwrap());
+        let workers: Vec<_> = (0..at_once).map(of).map(replay).collect();
+        workers.into_iter().map(|worker| worker.join().unwrap()).sum()
     });
     let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(&server) - cpu);
     stream.wait_for_more(50);

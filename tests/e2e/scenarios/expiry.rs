@@ -15,6 +15,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::new("expiry::a_node_is_warned_shut_out_and_back_with_more_time", shut_out_and_back),
         Case::new("expiry::peers_keep_to_it_without_the_server", without_the_server),
+        Case::new("expiry::a_network_may_have_an_end_for_all_who_join", of_the_network),
     ]
 }
 
@@ -154,4 +155,40 @@ fn without_the_server() {
     bob.wait_connected();
     assert_eq!(text(&alice.status().unwrap(), "/self/ipv4"), to_alice);
     ping::first_answer(&bob.host, &to_alice, crate::clock::now(), LIMIT);
+}
+
+fn of_the_network() {
+    let net = Net::new();
+    let mut server = Server::start(&net, &net.machine("server", Nat::None));
+    let mut bob = Node::start(&net, &net.machine("bob", Nat::None), &server);
+    let said = server.cli(&["expire", "--new", "--in", "10d"]).success("expire --new");
+    assert!(said.contains("nodes that join are members for 10 days"), "{said}");
+    // It is the network's, not that of the process.
+    server.kill();
+    server.run();
+    server.wait_ready();
+    let status = server.cli(&["status"]).success("status");
+    assert!(status.contains("nodes that join are members for 10 days"), "{status}");
+    let mut alice = Node::start(&net, &net.machine("alice", Nat::None), &server);
+    wait_warning(&mut alice, &["ends at", REMEDY]);
+    assert!(alice_at(&server)["expires"].is_string());
+    bob.wait_connected();
+    assert!(!bob.log().contains("ends at"), "who was there keeps its end: none");
+
+    // For one node, and for those to come.
+    server.cli(&["expire", "alice", "--never"]).success("expire alice");
+    let json = server.cli(&["expire", "--new", "--never", "--json"]).success("expire --new");
+    let json = crate::overlay::parse(&json);
+    assert_eq!((&json["schema"], &json["members_last_s"]), (&Value::from(1), &Value::Null));
+    assert_eq!(alice_at(&server)["expires"], Value::Null);
+
+    for wrong in [
+        &["expire", "--new"][..],
+        &["expire", "--in", "1d"],
+        &["expire", "alice", "--new", "--never"],
+        &["expire", "--new", "--in", "0s"],
+        &["expire", "--new", "--in", "20000d"],
+    ] {
+        assert_error(&server.cli(wrong), &[2], &["--in", "--new", "node"]);
+    }
 }

@@ -1,6 +1,6 @@
 //! Floods from strangers, while members go on talking and joining.
 //!
-//! `OVERLAY_FLOOD_PPS` (packets a second) and `OVERLAY_FLOOD_S` (seconds) make them larger.
+//! `OVERLAY_TEST_FLOOD_PPS` (packets a second) and `OVERLAY_TEST_FLOOD_S` (seconds) make them larger.
 
 use std::net::SocketAddrV4;
 use std::time::Duration;
@@ -22,17 +22,19 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What a flood is to have at the least.
+/// A size of a test: what `variable` says, else `default`.
 pub(crate) fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    assert!(variable.starts_with("OVERLAY_TEST_"), "the sandbox takes {variable} away");
+    let Ok(text) = std::env::var(variable) else { return default };
+    text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}"))
 }
 
 fn packets_per_second() -> u64 {
-    number("OVERLAY_FLOOD_PPS", 5_000)
+    number("OVERLAY_TEST_FLOOD_PPS", 5_000)
 }
 
 fn span() -> Duration {
-    Duration::from_secs(number("OVERLAY_FLOOD_S", 4))
+    Duration::from_secs(number("OVERLAY_TEST_FLOOD_S", 4))
 }
 
 fn udp_endpoint(node: &Node) -> SocketAddrV4 {

@@ -150,6 +150,10 @@ fn server_ports_taken() {
     let mut server = server;
     server.run();
     server.wait_ready();
+    // Who has the ports is the server itself, and that is what one is told.
+    let again = Server::prepare(&net, &host, "server", &[&at], &[&at], "").run_to_end();
+    assert_error(&again, &[1], &["a server runs already on this machine"]);
+    assert!(again.stderr.contains("overlay server nodes"), "{}", again.stderr);
 }
 
 fn route_taken() {

@@ -16,6 +16,7 @@ mod hard;
 mod idle;
 mod kept;
 mod lab;
+mod large;
 mod leak;
 mod limits;
 mod line;
@@ -40,6 +41,7 @@ mod server;
 mod server_loss;
 mod service;
 mod spoof;
+mod uplinks;
 mod why;
 
 /// All tests; those that check the lab itself come first.
@@ -50,6 +52,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        uplinks::cases(),
         rotation::cases(),
         hard::cases(),
         idle::cases(),
@@ -70,6 +73,7 @@ pub(crate) fn all() -> Vec<Case> {
         leak::cases(),
         mtu::cases(),
         expiry::cases(),
+        large::cases(),
         failover::cases(),
         netcheck::cases(),
         portmap::cases(),

@@ -49,6 +49,11 @@ impl Pair {
 
     /// `prepare` changes alice's machine before her node starts.
     fn with(nat: Nat, kind: &str, prepare: impl Fn(&Net, &Host)) -> Self {
+        Self::configured(nat, kind, "", prepare)
+    }
+
+    /// The same with this configuration of both nodes.
+    fn configured(nat: Nat, kind: &str, config: &str, prepare: impl Fn(&Net, &Host)) -> Self {
         let net = Net::new();
         let server = Server::start(&net, &net.machine("server", Nat::None));
         let [mut alice, mut bob] = ["alice", "bob"].map(|name| {
@@ -56,7 +61,10 @@ impl Pair {
             if name == "alice" {
                 prepare(&net, &host);
             }
-            Node::start(&net, &host, &server)
+            let mut node = Node::with_config(&net, &host, name, config);
+            node.up(&server.join());
+            node.wait_connected();
+            node
         });
         ping::assert_answers(&bob.host, &alice.ipv4());
         alice.wait_path("bob", kind, PATH_LIMIT);
@@ -131,11 +139,12 @@ fn interface_goes() {
     assert_lost("and comes back", lost, SEEN_LIMIT);
 }
 
-/// Two default routes, and the router of the preferred one lets nothing through any more. Nobody tells
-/// the machine, so it keeps sending there; what monitors its uplinks takes the route away, and then
+/// Two default routes of which the node is to use the preferred one only, whose router lets nothing
+/// through any more. Nobody tells the machine, so it keeps sending there; what monitors its uplinks takes the route away, and then
 /// everything comes back by the other one, from a state in which nothing has worked for a while.
 fn dead_uplink() {
-    let mut pair = Pair::with(Nat::PortRestricted, "direct", |net, host| {
+    let preferred_only = "all-uplinks = false\n";
+    let mut pair = Pair::configured(Nat::PortRestricted, "direct", preferred_only, |net, host| {
         second_way_out(net, host);
         host.ns.ip("route add default via 192.168.1.1 dev eth1 metric 200");
     });

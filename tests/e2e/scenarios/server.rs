@@ -9,7 +9,7 @@ use crate::case::Case;
 use crate::clock::wait_for;
 use crate::lab::Net;
 use crate::nat::Nat;
-use crate::overlay::{Node, PORT, START_LIMIT, Server, find_peer, text};
+use crate::overlay::{Node, PORT, START_LIMIT, Server, assert_error, find_peer, text};
 use crate::ping;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("server::a_network_that_only_opens_443_gets_in", only_443),
         Case::new("server::a_taken_port_443_is_no_reason_to_stop", taken_443),
         Case::new("server::only_private_addresses_are_pointed_out", only_private),
+        Case::new("server::without_an_address_no_join_line_is_made", no_address),
         Case::new("server::what_was_acknowledged_survives_sigkill", survives_sigkill),
         Case::new("server::keys_and_join_lines_stay_private", secrets),
     ]
@@ -72,6 +73,25 @@ fn only_private() {
     let _server = Server::start_at(&net, &host, &[], &[], "");
     let log = fs::read_to_string(net.log_file("server")).unwrap();
     assert!(log.contains("--public-addr"), "the flag is named:\n{log}");
+}
+
+/// A server may be started before the network is.
+fn no_address() {
+    let net = Net::new();
+    let host = net.machine("server", Nat::None);
+    host.ns.ip("link set eth0 down");
+    host.ns.ip("addr flush dev eth0");
+    let server = Server::start_at(&net, &host, &[], &[], "");
+    let log = || fs::read_to_string(net.log_file("server")).unwrap();
+    assert!(!log().contains("ovl1_"), "a line that names no address is of no use:\n{}", log());
+    assert!(log().contains("--public-addr"), "the flag is named:\n{}", log());
+    let refused = server.cli(&["invite"]);
+    assert_error(&refused, &[1], &["no address"]);
+    assert!(refused.stderr.contains("--public-addr"), "{}", refused.stderr);
+
+    host.ns.ip(&format!("addr add {}/24 dev eth0", host.address));
+    host.ns.ip("link set eth0 up");
+    Node::start(&net, &net.machine("alice", Nat::None), &server);
 }
 
 fn survives_sigkill() {

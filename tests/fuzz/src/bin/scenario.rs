@@ -5,33 +5,33 @@
 
 use libfuzzer_sys::fuzz_target;
 
-#[path = "../../sim/check.rs"]
+#[path = "../../../sim/check.rs"]
 mod check;
-#[path = "../../sim/edge.rs"]
+#[path = "../../../sim/edge.rs"]
 mod edge;
-#[path = "../../sim/host.rs"]
+#[path = "../../../sim/host.rs"]
 mod host;
-#[path = "../../sim/ledger.rs"]
+#[path = "../../../sim/ledger.rs"]
 mod ledger;
-#[path = "../../sim/link.rs"]
+#[path = "../../../sim/link.rs"]
 mod link;
-#[path = "../../sim/oracle.rs"]
+#[path = "../../../sim/oracle.rs"]
 mod oracle;
-#[path = "../../sim/quiet.rs"]
+#[path = "../../../sim/quiet.rs"]
 mod quiet;
-#[path = "../../sim/routing.rs"]
+#[path = "../../../sim/routing.rs"]
 mod routing;
-#[path = "../../sim/scenario.rs"]
+#[path = "../../../sim/scenario.rs"]
 mod scenario;
-#[path = "../../sim/server.rs"]
+#[path = "../../../sim/server.rs"]
 mod server;
-#[path = "../../sim/spot.rs"]
+#[path = "../../../sim/spot.rs"]
 mod spot;
-#[path = "../../sim/transition.rs"]
+#[path = "../../../sim/transition.rs"]
 mod transition;
-#[path = "../../sim/uplink.rs"]
+#[path = "../../../sim/uplink.rs"]
 mod uplink;
-#[path = "../../sim/world.rs"]
+#[path = "../../../sim/world.rs"]
 mod world;
 
 fn epoch() -> std::time::Instant {

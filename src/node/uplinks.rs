@@ -1,0 +1,478 @@
+//! Several uplinks: interfaces with a default route each.
+//!
+//! The main socket leaves by the preferred one, as the kernel's routes say. Each further one, a
+//! *line*, has a socket that is bound to its interface and lives as long as its route. The server is
+//! asked by it now and then where it sees that socket: this keeps the NAT in front of it open, says
+//! that the line works, and gives the peers an endpoint to probe before they need it.
+//!
+//! ```text
+//! the relay answers no bind --------> all other lines are asked --> it is bound by one that answers
+//! the preferred line answers again for a while -------------------> it is bound by that one
+//! ```
+//!
+//! Paths to peers need none of this: each peer's agent has places by every line.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+
+use super::relay::{REFRESH, RETRY};
+use super::{Event, Node};
+use crate::dataplane::Target;
+use crate::path::{Line as LineSocket, PathAgent, Soonest};
+use crate::types::{Candidate, CandidateKind, SocketId, TxId, Uplink};
+use crate::wire::relay::Control;
+
+/// The relay is silent, and not only slow, when a bind is not answered within this or
+const SILENCE: Duration = Duration::from_millis(350);
+/// within this and one and a half round trips, or
+const SILENCE_BESIDE_RTT: Duration = Duration::from_millis(300);
+/// within this when no round trip is known.
+const SILENCE_UNMEASURED: Duration = Duration::from_secs(1);
+/// The preferred line is asked so often while the relay goes by another one,
+const RETURN_SPACING: Duration = Duration::from_secs(1);
+/// has to answer for so long, twice as long after each return that did not last,
+const RETURN_AFTER: Duration = Duration::from_secs(3);
+/// up to this, to be used again.
+const LONGEST_RETURN: Duration = Duration::from_secs(96);
+/// A return has lasted after this.
+const LASTED: Duration = Duration::from_secs(120);
+/// A socket whose line the main one goes by now stays open for the paths by it, this long at least.
+const RETIREMENT: Duration = Duration::from_secs(10);
+/// Questions that may be answered late.
+const ANSWERABLE: usize = 4;
+
+/// Questions to the server by one line.
+#[derive(Debug, Default)]
+struct Asks {
+    open: Vec<(TxId, Instant)>,
+    unanswered: usize,
+    next_at: Option<Instant>,
+    answered_at: Option<Instant>,
+    /// When the question was asked that was answered last.
+    answer_to: Option<Instant>,
+    /// Since when each question is answered.
+    good_since: Option<Instant>,
+    rtt: Option<Duration>,
+}
+
+impl Asks {
+    fn start(now: Instant) -> Self {
+        Self { next_at: Some(now), ..Self::default() }
+    }
+
+    /// Asks now, and again soon if no answer comes.
+    fn hurry(&mut self, now: Instant) {
+        (self.unanswered, self.next_at) = (0, Some(now));
+    }
+
+    /// The question that is due.
+    fn take_due(&mut self, tx: TxId, now: Instant) -> Option<TxId> {
+        if self.next_at.is_none_or(|at| at > now) {
+            return None;
+        }
+        if self.unanswered >= 2 {
+            self.good_since = None;
+        }
+        if self.open.len() >= ANSWERABLE {
+            self.open.remove(0);
+        }
+        self.open.push((tx, now));
+        self.next_at = Some(now + RETRY[self.unanswered.min(RETRY.len() - 1)]);
+        self.unanswered += 1;
+        Some(tx)
+    }
+
+    fn handle_answer(&mut self, tx: TxId, again: Duration, now: Instant) -> bool {
+        let Some(place) = self.open.iter().position(|(asked, _)| *asked == tx) else {
+            return false;
+        };
+        let (_, asked_at) = self.open[place];
+        self.open.drain(..=place);
+        self.rtt = Some(now.saturating_duration_since(asked_at));
+        self.answered_at = Some(now);
+        self.answer_to = Some(asked_at);
+        self.good_since.get_or_insert(now);
+        self.unanswered = 0;
+        self.next_at = Some(now + again);
+        true
+    }
+
+    /// Whether a question was answered that was asked after this.
+    fn answers_since(&self, then: Instant) -> bool {
+        self.answer_to.is_some_and(|at| at >= then)
+    }
+}
+
+/// One further uplink.
+#[derive(Debug)]
+struct Line {
+    uplink: Uplink,
+    socket: SocketId,
+    asks: Asks,
+    reflexive: Option<SocketAddr>,
+    /// The main socket leaves by this interface now: closed after this, once no path needs it.
+    retires_at: Option<Instant>,
+}
+
+/// All uplinks; nothing when there is one.
+#[derive(Debug, Default)]
+pub(super) struct Uplinks {
+    /// The preferred one of each family first.
+    known: Vec<Uplink>,
+    lines: Vec<Line>,
+    /// Questions by the preferred one, while the relay goes by another.
+    main: Asks,
+    returned_at: Option<Instant>,
+    /// Returns in a row that did not last.
+    failed_returns: u32,
+}
+
+/// How an uplink does, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UplinkStatus {
+    /// Which one.
+    pub uplink: Uplink,
+    /// Whether the kernel sends by it.
+    pub preferred: bool,
+    /// Whether the server answers by it; none when that is not known.
+    pub answers: Option<bool>,
+    /// Where the server sees us by it.
+    pub reflexive: Option<SocketAddr>,
+    /// The round trip of its last answer.
+    pub rtt: Option<Duration>,
+    /// Whether the relay and the reflexive address in use are by it.
+    pub in_use: bool,
+}
+
+impl Uplinks {
+    /// The endpoints that further uplinks have, for the peers.
+    pub(super) fn candidates(&self) -> impl Iterator<Item = Candidate> {
+        let active = self.lines.iter().filter(|line| line.retires_at.is_none());
+        active.filter_map(|line| line.reflexive).map(|at| Candidate::new(at, CandidateKind::Uplink))
+    }
+
+    pub(super) fn next_at(&self) -> Option<Instant> {
+        let asks = self.lines.iter().map(|line| line.asks.next_at);
+        let retirements = self.lines.iter().map(|line| line.retires_at);
+        asks.chain(retirements).chain([self.main.next_at]).flatten().min()
+    }
+
+    fn is_active(&self, socket: SocketId) -> bool {
+        let line = self.lines.iter().find(|line| line.socket == socket);
+        line.is_some_and(|line| line.retires_at.is_none())
+    }
+
+    /// What the path agents are told of the lines.
+    pub(super) fn sockets(&self) -> Vec<LineSocket> {
+        let of = |line: &Line| LineSocket {
+            socket: line.socket,
+            ipv6: line.uplink.ipv6,
+            retiring: line.retires_at.is_some(),
+        };
+        self.lines.iter().map(of).collect()
+    }
+
+    pub(super) fn has_socket(&self, socket: SocketId) -> bool {
+        self.lines.iter().any(|line| line.socket == socket)
+    }
+
+    /// Whether there is another way than the preferred one.
+    pub(super) fn has_choice(&self) -> bool {
+        self.lines.iter().any(|line| line.retires_at.is_none())
+    }
+
+    fn is_preferred(known: &[Uplink], uplink: &Uplink) -> bool {
+        known.iter().find(|it| it.ipv6 == uplink.ipv6) == Some(uplink)
+    }
+}
+
+impl Node {
+    /// The uplinks of this machine, the preferred one of each family first; those of a family with one
+    /// only may be left out.
+    pub fn handle_uplinks(&mut self, known: Vec<Uplink>, now: Instant) {
+        if known == self.uplinks.known {
+            return;
+        }
+        let gone: Vec<SocketId> = self
+            .uplinks
+            .lines
+            .extract_if(.., |line| !known.contains(&line.uplink))
+            .map(|line| line.socket)
+            .collect();
+        for line in &mut self.uplinks.lines {
+            let preferred = Uplinks::is_preferred(&known, &line.uplink);
+            line.retires_at = preferred.then(|| line.retires_at.unwrap_or(now + RETIREMENT));
+        }
+        let further = known.iter().filter(|it| !Uplinks::is_preferred(&known, it));
+        for uplink in further.cloned() {
+            if self.uplinks.lines.iter().all(|line| line.uplink != uplink) {
+                let socket = self.open_line(&uplink);
+                self.uplinks.lines.push(Line {
+                    uplink,
+                    socket,
+                    asks: Asks::start(now),
+                    reflexive: None,
+                    retires_at: None,
+                });
+            }
+        }
+        self.uplinks.known = known;
+        self.forget_lines(&gone, now);
+        self.handle_uplinks_timeout(now);
+    }
+
+    /// The daemon could not open the socket of a line, or has lost it.
+    pub(super) fn handle_line_lost(&mut self, socket: SocketId, now: Instant) {
+        self.uplinks.lines.retain(|line| line.socket != socket);
+        self.forget_lines(&[socket], now);
+    }
+
+    fn forget_lines(&mut self, gone: &[SocketId], now: Instant) {
+        for socket in gone {
+            self.close_line(*socket);
+        }
+        let by = self.relay.socket();
+        if by != SocketId::MAIN && !self.uplinks.is_active(by) {
+            self.bind_by(SocketId::MAIN, now);
+        }
+        let lines = self.uplinks.sockets();
+        self.tell_agents(now, |agent, now| {
+            for socket in gone {
+                agent.handle_socket_closed(*socket, now);
+            }
+            agent.set_uplinks(&lines, now);
+        });
+        self.announce(None, now);
+    }
+
+    /// There is another server, or another key for it: whether the lines lead there is asked anew.
+    pub(super) fn hurry_lines(&mut self, now: Instant) {
+        for line in &mut self.uplinks.lines {
+            line.asks.hurry(now);
+        }
+    }
+
+    /// Asks what is due, and goes by another line when the one in use is silent.
+    pub(super) fn handle_uplinks_timeout(&mut self, now: Instant) {
+        if self.uplinks.lines.is_empty() {
+            self.uplinks.main = Asks::default();
+            return;
+        }
+        let by = self.relay.socket();
+        if self.relay.wants_another() {
+            let mut others = self.uplinks.lines.iter_mut().filter(|line| line.socket != by);
+            others.by_ref().for_each(|line| line.asks.hurry(now));
+            if by != SocketId::MAIN {
+                self.uplinks.main.hurry(now);
+            }
+        }
+        self.ask_lines(now);
+        self.leave_silent_line(now);
+        let retired = |line: &mut Line| {
+            line.retires_at.is_some_and(|at| at <= now)
+                && !self.peers.values().any(|peer| peer.agent.uses_socket(line.socket))
+        };
+        let retired: Vec<SocketId> =
+            self.uplinks.lines.extract_if(.., retired).map(|line| line.socket).collect();
+        if !retired.is_empty() {
+            self.forget_lines(&retired, now);
+        }
+        for line in &mut self.uplinks.lines {
+            // A path goes by it still: looked at again later.
+            line.retires_at =
+                line.retires_at.map(|at| if at <= now { now + RETIREMENT } else { at });
+        }
+    }
+
+    fn ask_lines(&mut self, now: Instant) {
+        let Some(server) = self.relay.server() else {
+            for line in &mut self.uplinks.lines {
+                line.asks.next_at = None;
+            }
+            self.uplinks.main.next_at = None;
+            return;
+        };
+        let mut questions = Vec::new();
+        for line in &mut self.uplinks.lines {
+            if line.uplink.ipv6 != server.is_ipv6() || line.retires_at.is_some() {
+                line.asks.next_at = None;
+            }
+            let tx = TxId(self.rng.random());
+            questions.extend(line.asks.take_due(tx, now).map(|tx| (line.socket, tx)));
+        }
+        let tx = TxId(self.rng.random());
+        let main = self.uplinks.main.take_due(tx, now);
+        if main.is_some() {
+            // However long it has been silent, it is the one that is wanted.
+            self.uplinks.main.next_at = Some(now + RETURN_SPACING);
+        }
+        questions.extend(main.map(|tx| (SocketId::MAIN, tx)));
+        for (socket, tx) in questions {
+            let question = Control::Reflect { tx, from_other_port: false }.encode(None);
+            self.datagrams
+                .push_bytes(Target::Udp { remote: server, local: None, socket }, &question);
+        }
+    }
+
+    /// The server has seen the socket of a line. Tells whether it was asked here.
+    pub(super) fn handle_line_seen(
+        &mut self,
+        socket: SocketId,
+        tx: TxId,
+        observed: SocketAddr,
+        now: Instant,
+    ) -> bool {
+        if socket == SocketId::MAIN {
+            let ours = self.uplinks.main.handle_answer(tx, RETURN_SPACING, now);
+            if ours {
+                self.leave_silent_line(now);
+                self.return_to_preferred(now);
+            }
+            return ours;
+        }
+        let line = self.uplinks.lines.iter_mut().find(|line| line.socket == socket);
+        let Some(line) = line else { return false };
+        if !line.asks.handle_answer(tx, REFRESH, now) {
+            return false;
+        }
+        self.note_line_endpoint(socket, observed, now);
+        self.leave_silent_line(now);
+        true
+    }
+
+    /// The server sees a line there.
+    pub(super) fn note_line_endpoint(&mut self, by: SocketId, observed: SocketAddr, now: Instant) {
+        let line = self.uplinks.lines.iter_mut().find(|line| line.socket == by);
+        if let Some(line) = line
+            && line.reflexive.replace(observed) != Some(observed)
+        {
+            self.announce(None, now);
+        }
+    }
+
+    /// The relay has been silent for long enough, and the server answers by another line.
+    fn leave_silent_line(&mut self, now: Instant) {
+        let Some(since) = self.relay.silent_since() else { return };
+        if now < since + self.patience() {
+            return;
+        }
+        let by = self.relay.socket();
+        let main = (by != SocketId::MAIN && self.uplinks.main.answers_since(since))
+            .then_some(SocketId::MAIN);
+        let line = self.uplinks.lines.iter().find(|line| {
+            line.socket != by && line.retires_at.is_none() && line.asks.answers_since(since)
+        });
+        if let Some(socket) = main.or(line.map(|line| line.socket)) {
+            self.bind_by(socket, now);
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        let slow = |rtt: Duration| SILENCE.max(SILENCE_BESIDE_RTT + rtt * 3 / 2);
+        self.relay.rtt().map_or(SILENCE_UNMEASURED, slow)
+    }
+
+    fn return_to_preferred(&mut self, now: Instant) {
+        let hold = RETURN_AFTER * 2u32.pow(self.uplinks.failed_returns.min(5));
+        let good = self.uplinks.main.good_since;
+        let proved = good.is_some_and(|at| now >= at + hold.min(LONGEST_RETURN));
+        if self.relay.socket() != SocketId::MAIN && proved {
+            self.bind_by(SocketId::MAIN, now);
+        }
+    }
+
+    /// The relay goes by this socket from here on.
+    fn bind_by(&mut self, socket: SocketId, now: Instant) {
+        self.relay.set_socket(socket, now);
+        self.publish();
+        self.handle_relay_timeout(now);
+        self.events.push_back(Event::Uplink(self.uplink_of(socket).cloned()));
+        if socket == SocketId::MAIN {
+            self.uplinks.main = Asks::default();
+            self.uplinks.returned_at = Some(now);
+            self.tell_agents(now, PathAgent::handle_uplink_back);
+        } else {
+            let lasted = |at: Instant| now.saturating_duration_since(at) >= LASTED;
+            let failed = !self.uplinks.returned_at.is_none_or(lasted);
+            self.uplinks.failed_returns =
+                if failed { self.uplinks.failed_returns.saturating_add(1) } else { 0 };
+            self.uplinks.main = Asks { next_at: Some(now + RETURN_SPACING), ..Asks::default() };
+            // Has the control connection gone the same way?
+            self.ask_server(now);
+        }
+    }
+
+    /// When [`Self::handle_uplinks_timeout`] has something to do.
+    pub(super) fn uplinks_next_at(&self) -> Option<Instant> {
+        let mut soonest = Soonest::default();
+        soonest.add(self.uplinks.next_at(), "uplinks");
+        if let Some(since) = self.relay.silent_since()
+            && self
+                .uplinks
+                .lines
+                .iter()
+                .any(|line| line.socket != self.relay.socket() && line.asks.answers_since(since))
+        {
+            soonest.add(Some(since + self.patience()), "the relay by another uplink");
+        }
+        soonest.get().map(|(at, _)| at)
+    }
+
+    /// The uplink that a socket is bound to; none for those that go where the routes say.
+    #[must_use]
+    pub fn uplink_of(&self, socket: SocketId) -> Option<&Uplink> {
+        self.uplinks.lines.iter().find(|line| line.socket == socket).map(|line| &line.uplink)
+    }
+
+    /// The uplink that the relay goes by, when it is not the preferred one.
+    #[must_use]
+    pub fn relay_uplink(&self) -> Option<&Uplink> {
+        self.uplink_of(self.relay.socket())
+    }
+
+    /// All uplinks; none when there is no choice.
+    #[must_use]
+    pub fn uplink_statuses(&self) -> Vec<UplinkStatus> {
+        let by = self.relay.socket();
+        let server = self.relay.server();
+        let statuses = self.uplinks.known.iter().map(|uplink| {
+            let asked = server.is_some_and(|server| server.is_ipv6() == uplink.ipv6);
+            let uplink = uplink.clone();
+            if Uplinks::is_preferred(&self.uplinks.known, &uplink) {
+                let by_main = by == SocketId::MAIN;
+                let answers = if by_main {
+                    self.relay.udp_works()
+                } else {
+                    Some(self.uplinks.main.unanswered < 2)
+                };
+                return UplinkStatus {
+                    uplink,
+                    preferred: true,
+                    answers: answers.filter(|_| asked),
+                    reflexive: self.reflexive.filter(|_| asked),
+                    rtt: if by_main { self.relay.rtt() } else { self.uplinks.main.rtt }
+                        .filter(|_| asked),
+                    in_use: by_main && asked,
+                };
+            }
+            let line = self.uplinks.lines.iter().find(|line| line.uplink == uplink);
+            let answers =
+                line.and_then(|line| match (line.asks.unanswered, line.asks.answered_at) {
+                    (0..2, Some(_)) => Some(true),
+                    (2.., _) => Some(false),
+                    (_, None) => None,
+                });
+            UplinkStatus {
+                uplink,
+                preferred: false,
+                answers,
+                reflexive: line.and_then(|line| line.reflexive),
+                rtt: line.and_then(|line| line.asks.rtt),
+                in_use: line.is_some_and(|line| line.socket == by),
+            }
+        });
+        statuses.collect()
+    }
+}

@@ -1,0 +1,6 @@
+#![no_main]
+
+#[path = "../parsers/mod.rs"]
+mod parsers;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| parsers::texts::state_node(bytes));
