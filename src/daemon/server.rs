@@ -41,6 +41,8 @@ use crate::io::metrics::{LoopbackAddr, MetricsServer};
 use crate::io::service::handed_listeners;
 use crate::io::service::reload::{Reload, notify_reloaded, notify_reloading, warn_of_unapplied};
 use crate::server::admin::{Answer, JoinText, Request};
+use crate::server::fresh::Tokens;
+use crate::server::relay::RelayTable;
 use crate::server::relay::limit::Limits;
 use crate::server::{Server, Settings};
 use crate::store::StoreError;
@@ -231,8 +233,10 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
 
     let (stop, stopping) = watch::channel(false);
     let (events, inbox) = mpsc::channel(EVENT_QUEUE);
-    let hub =
-        Arc::new(Hub::new(bound.udp, options.relay_limits, *state::random()?, events.clone()));
+    let tokens = Tokens::new(*state::random()?, now);
+    let table = RelayTable::new(options.relay_limits, *state::random()?);
+    let table = table.with_tokens(tokens.clone());
+    let hub = Arc::new(Hub::new(bound.udp, table, events.clone()));
     let threads = relay::spawn(&hub, &stopping)?;
     let parts = core::Parts {
         store: state.store,
@@ -248,7 +252,7 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let metrics = options.metrics.map(|at| metrics::start(at, &events)).transpose()?;
     let mut tasks = Vec::new();
     let entrance =
-        Arc::new(connections::Entrance::new(state.key, events.clone(), Arc::clone(&hub)));
+        Arc::new(connections::Entrance::new(state.key, tokens, events.clone(), Arc::clone(&hub)));
     for listener in bound.tcp {
         let (udp, second) = (listener.relay_port, listener.second_port);
         info!(address = %listener.address, udp, second, "listening");

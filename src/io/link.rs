@@ -6,6 +6,7 @@
 
 mod backoff;
 mod connect;
+mod early;
 mod noise;
 mod outbox;
 mod relay_batch;
@@ -22,7 +23,8 @@ use tokio::net::tcp::OwnedReadHalf;
 use tokio::task::JoinHandle;
 
 pub use backoff::Backoff;
-pub use connect::{ConnectError, Way, connect, connect_by, connect_over, exchange};
+pub use connect::{ConnectError, Way, connect, connect_by, connect_early, connect_over, exchange};
+pub use early::{Offers, token_grace};
 pub(crate) use noise::Responder;
 pub use noise::{Answered, Secured};
 pub use outbox::LinkSender;
@@ -63,6 +65,8 @@ pub struct Link {
     pub remote: SocketAddr,
     /// Who is there: for a node the server's static key, for the server the node's machine key.
     pub peer_key: PublicKey,
+    /// The message of ours that the server has had with the handshake, and acts on.
+    pub said: Option<Vec<u8>>,
 }
 
 /// What arrives on a link.
@@ -119,7 +123,8 @@ impl Link {
             filled: false,
         };
         let sender = LinkSender::new(outbox);
-        Ok(Self { sender, receiver, local, remote, peer_key: secured.peer_key })
+        let peer_key = secured.peer_key;
+        Ok(Self { sender, receiver, local, remote, peer_key, said: None })
     }
 }
 

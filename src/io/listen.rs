@@ -250,6 +250,12 @@ impl Admission {
     /// cost its source is given back when it turns out to be a member's.
     #[must_use]
     pub fn leave(self) -> Fare {
+        self.fare()
+    }
+
+    /// The same for one that needs its place for a moment more.
+    #[must_use]
+    pub fn fare(&self) -> Fare {
         Fare { gate: Arc::clone(&self.gate), source: self.source }
     }
 
@@ -289,16 +295,24 @@ impl Drop for Admission {
 }
 
 /// Makes a link of an accepted connection. Nothing that the other side says counts before its
-/// first frame has arrived: the handshake alone could be a replay.
+/// first frame has arrived, since the handshake alone could be a replay; but for what the first
+/// message of a handshake holds, if `is_new` vouches for it, given the key of who made it. That is
+/// handed out beside the link.
 ///
 /// # Errors
 /// When it is not one of our nodes, or not in time.
-pub async fn upgrade(stream: TcpStream, server_key: &SecretKey) -> Result<Link, UpgradeError> {
+pub async fn upgrade(
+    stream: TcpStream,
+    server_key: &SecretKey,
+    is_new: impl Fn(PublicKey, &[u8]) -> bool,
+) -> Result<(Link, Option<Vec<u8>>), UpgradeError> {
     link::tune(&stream)?;
-    let (stream, early, answered) = timeout(HANDSHAKE_LIMIT, exchange(stream, server_key))
-        .await
-        .map_err(|_| UpgradeError::TimedOut)??;
-    Ok(link::accepted(stream, early, answered)?)
+    let (stream, early, mut answered) =
+        timeout(HANDSHAKE_LIMIT, exchange_with(stream, server_key, is_new))
+            .await
+            .map_err(|_| UpgradeError::TimedOut)??;
+    let said = answered.early.take();
+    Ok((link::accepted(stream, early, answered)?, said))
 }
 
 /// Reads the request for an upgrade and answers it, over any kind of stream. Gives the stream back,
@@ -313,9 +327,20 @@ pub async fn exchange<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    exchange_with(stream, server_key, |_, _| false).await
+}
+
+async fn exchange_with<S>(
+    stream: S,
+    server_key: &SecretKey,
+    is_new: impl Fn(PublicKey, &[u8]) -> bool,
+) -> Result<(S, Vec<u8>, Answered), UpgradeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let outcome = Mutex::new(Err(UpgradeError::NotOurs));
     let service = service_fn(|mut request: Request<Incoming>| {
-        let answered = answer(&request, server_key);
+        let answered = answer(&request, server_key, &is_new);
         let response = match &answered {
             Ok(answered) => switching(answered),
             Err(UpgradeError::WrongKey) => misdirected(),
@@ -338,14 +363,18 @@ where
     Ok((parts.io.into_inner(), parts.read_buf.to_vec(), answered))
 }
 
-fn answer(request: &Request<Incoming>, key: &SecretKey) -> Result<Answered, UpgradeError> {
+fn answer(
+    request: &Request<Incoming>,
+    key: &SecretKey,
+    is_new: impl Fn(PublicKey, &[u8]) -> bool,
+) -> Result<Answered, UpgradeError> {
     let headers = request.headers();
     let ours = request.method() == Method::GET
         && request.uri().path() == UPGRADE_PATH
         && has_token(headers, &UPGRADE, UPGRADE_PROTOCOL)
         && has_token(headers, &CONNECTION, "upgrade");
     let first = headers.get(HANDSHAKE_HEADER).filter(|_| ours).ok_or(UpgradeError::NotOurs)?;
-    Responder::answer(first.as_bytes(), key).map_err(|_| UpgradeError::WrongKey)
+    Responder::answer(first.as_bytes(), key, is_new).map_err(|_| UpgradeError::WrongKey)
 }
 
 /// Whether a header that is a list of words has this word (RFC 9110 section 7.6.1).

@@ -33,6 +33,16 @@ impl Node {
         }
     }
 
+    /// What to say first on a connection on which the server has had the hello `said` already: what is
+    /// different by now, and that we are there, in any case. None when a new hello is needed.
+    #[must_use]
+    pub fn confirmation(&self, said: &Hello) -> Option<ClientMessage> {
+        let now = self.hello(None, None).hello?;
+        let same = now.node_key == said.node_key && now.known == said.known;
+        let candidates = (now.candidates != said.candidates).then_some(now.candidates);
+        same.then(|| ClientMessage { candidates, ..ClientMessage::default() })
+    }
+
     /// Takes a message of the server on the connection whose far end is `server`.
     pub fn handle_message(&mut self, message: &ServerMessage, server: SocketAddr, now: Instant) {
         if let Some(welcome) = &message.welcome {

@@ -92,12 +92,16 @@ impl Node {
         let message = keys.open(packet).map_err(|_| DropReason::BadDisco)?;
         self.note_heard_under(id, own, now);
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadDisco)?;
+        if let Message::Ping { tx, .. } = message
+            && !peer.pings.may_answer(tx, via)
+        {
+            return Err(DropReason::Replayed);
+        }
+        self.note_present(id, via, now);
+        let peer = self.peers.get_mut(&id).ok_or(DropReason::BadDisco)?;
         match message {
             Message::Ping { tx, able, padding: _ } => {
                 peer.second.is_known = able & disco::TWO_LANES != 0;
-                if !peer.pings.may_answer(tx, via) {
-                    return Err(DropReason::Replayed);
-                }
                 peer.agent.handle_ping(tx, via, now);
             }
             Message::Pong { tx, observed: _, arrived } => {
@@ -166,10 +170,9 @@ impl Node {
     /// Seals a ping that is as long as the data that holds an inner packet of `inner` bytes.
     pub(super) fn send_sized(&mut self, id: NodeId, via: Via, tx: TxId, inner: u16, whole: bool) {
         let ping = Message::ping_of_len(tx, self.able(), inner + SEAL_OVERHEAD);
-        let Via::Direct { remote, socket, .. } = via else { return };
-        if !whole {
+        let (Via::Direct { remote, socket, .. }, true) = (via, whole) else {
             return self.send_disco(id, via, &ping);
-        }
+        };
         if let Some(datagram) = self.seal_disco(id, &ping) {
             self.whole_probes.push_back(WholeProbe { remote, socket, datagram });
         }

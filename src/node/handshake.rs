@@ -105,6 +105,7 @@ impl Node {
         if !is_cookie {
             peer.agent.handle_authenticated(via, now);
             self.note_heard_under(id, own, now);
+            self.note_present(id, via, now);
         }
         let peer = self.peers.get_mut(&id).ok_or(DropReason::BadHandshake)?;
         if let Some(len) = outcome.reply {

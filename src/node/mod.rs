@@ -7,7 +7,7 @@
 //!
 //! - `control`: what the server says, and what it is told
 //! - `relay`: signing on at the relay, and the reflexive address that comes with it
-//! - `sighting`: the same address, asked for before there is a control connection
+//! - `sighting`: the same address, asked for before there is a control connection, and a token for that
 //! - `disco`: probes in and out
 //! - `mapped`: endpoints that the router forwards to us, and the proof that it does
 //! - `predict`: which ports our NAT will give us next
@@ -22,6 +22,7 @@
 //! - `part`: peers of a large network, asked for when they are needed and let go of afterwards
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
+//! - `presence`: who is there
 //! - `reach`: what programs are told that send to nobody
 //! - `standing`: memberships that end
 //! - `status`: read-only views
@@ -45,6 +46,7 @@ mod pace;
 mod part;
 mod peer;
 mod predict;
+mod presence;
 mod punch;
 mod reach;
 mod relay;
@@ -70,7 +72,7 @@ pub use status::{PathKind, PeerStatus, SelfStatus};
 pub use uplinks::UplinkStatus;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -83,6 +85,7 @@ use crate::policy::Filter;
 use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId, Uplink};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
+use crate::wire::relay::Token;
 use keyring::OwnKeys;
 use mapped::Mapped;
 use nat::FilterTest;
@@ -175,6 +178,13 @@ pub enum Event {
     },
     /// What came of [`Node::knock`].
     Knocked(Knocked),
+    /// A server's reflector vouches for the first message of a connection to it.
+    Token {
+        /// The server.
+        server: IpAddr,
+        /// For the next seconds.
+        token: Token,
+    },
     /// A peer told how it sees the ways between us.
     Reported(NodeId),
     /// The server ended this membership, or does not know it.

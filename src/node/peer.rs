@@ -38,6 +38,8 @@ pub(super) struct PeerControl {
     /// When packets have waited for a path for too long.
     pub(super) waiting_until: Option<Instant>,
     pub(super) use_record: UseRecord,
+    /// The server does not see it, and it was heard by relay: it counts as present until then.
+    pub(super) heard_until: Option<Instant>,
     pub(super) second: SecondLane,
 }
 
@@ -93,6 +95,7 @@ impl Node {
             insight: Insight::new(now),
             waiting_until: None,
             use_record: UseRecord::new(now),
+            heard_until: None,
             second: SecondLane::default(),
         };
         self.peers.insert(id, peer);
@@ -156,6 +159,7 @@ impl Node {
         self.pace.set_peers(self.netmap.peers.len());
         let link_up = self.link_up;
         let signalling = self.signalling(id);
+        let present = self.is_present(id);
         let (Some(peer), Some(info)) = (self.peers.get_mut(&id), self.netmap.peers.get(&id)) else {
             return;
         };
@@ -167,7 +171,10 @@ impl Node {
             last_direct.into_iter().chain(info.candidates.iter().copied()).collect();
         let in_use = peer.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
         let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
-        let eager = eager && (info.online || !link_up || direct);
+        if info.online {
+            peer.heard_until = None;
+        }
+        let eager = eager && (present || !link_up || direct);
         let wanted = in_use || eager && (direct || peer.agent.is_wanted() || self.pace.take(now));
         peer.insight.note_presence(info.online, now);
         peer.agent.set_signalling(signalling);
@@ -176,7 +183,7 @@ impl Node {
             // Gone, or cut off from the server only? Its path can tell.
             peer.agent.verify(now);
         }
-        peer.agent.set_relay(relay.filter(|_| info.online), now);
+        peer.agent.set_relay(relay.filter(|_| present), now);
         peer.agent.set_wanted(wanted, now);
         self.drain_agent(id, now);
         // One side of a pair makes the session before anybody asks.

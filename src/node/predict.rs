@@ -144,7 +144,7 @@ impl Node {
 
     /// Takes the answer that came to a scratch socket.
     pub fn handle_scratch(&mut self, from: SocketAddr, datagram: &[u8], now: Instant) {
-        if let Ok(Control::Reflected { tx, observed }) = Control::parse(datagram) {
+        if let Ok(Control::Reflected { tx, observed, .. }) = Control::parse(datagram) {
             let _ = self.handle_let_in(tx) || self.handle_reflected(from, tx, observed, now);
         }
     }

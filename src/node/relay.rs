@@ -250,10 +250,10 @@ impl Node {
         let relaying = self.is_relaying(now);
         let has_choice = self.uplinks.has_choice();
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
-        if let Control::Reflected { tx, observed } = message {
+        if let Control::Reflected { tx, observed, token } = message {
             let from_server = self.relay.server() == Some(from);
             let ours = from_server && self.handle_line_seen(socket, tx, observed, now)
-                || self.handle_sighted(from, tx, observed, now)
+                || self.handle_sighted(from, tx, (observed, token), now)
                 || self.handle_reflected(from, tx, observed, now)
                 || self.handle_server_heard(from, tx)
                 || self.handle_fresh_port(tx, observed, now);
@@ -277,7 +277,7 @@ impl Node {
         let (true, Some(sent_at)) = (genuine, sent_at) else {
             return Err(DropReason::BadRelayFrame);
         };
-        self.sighting.stop();
+        self.sighting.settle();
         session.sent.retain(|(sent, _)| *sent > counter);
         session.rtt = Some(now.saturating_duration_since(sent_at));
         session.unanswered = 0;

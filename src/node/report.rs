@@ -36,7 +36,7 @@ pub(super) struct Insight {
     asked: Option<(TxId, Instant)>,
     answered_at: Option<Instant>,
     heard: Option<(Instant, Side)>,
-    offline_since: Option<Instant>,
+    pub(super) offline_since: Option<Instant>,
     was_online: bool,
 }
 
@@ -177,7 +177,7 @@ impl Node {
         // Without a path it cannot have told anything of this moment.
         let heard = peer.insight.heard.as_ref().filter(|(at, _)| fresh(*at) && own.path.is_some());
         let other = heard.map(|(_, side)| side.clone());
-        let presence = match (info.online, self.link_up) {
+        let presence = match (self.is_present(id), self.link_up) {
             (_, false) => Presence::Unknown,
             (true, true) => Presence::Online,
             (false, true) => {

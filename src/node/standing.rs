@@ -112,6 +112,10 @@ impl Node {
         }
         for id in &back {
             self.make_peer(*id, now);
+            // The peer may have kept its keys for us, which we have dropped.
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.session_wanted = true;
+            }
         }
         if !(over.is_empty() && back.is_empty()) {
             self.publish();

@@ -136,11 +136,11 @@ impl Node {
 
     /// How a peer can be reached at this moment.
     pub(super) fn path_kind(&self, id: NodeId) -> Option<PathKind> {
-        let (peer, info) = (self.peers.get(&id)?, self.netmap.peers.get(&id)?);
+        let peer = self.peers.get(&id)?;
         Some(match peer.agent.choice().primary {
             Some(via) => PathKind::Via(via),
             // What the server does not see is being tried only while the server itself is away.
-            None if info.online || (!self.link_up && peer.agent.is_trying()) => {
+            None if self.is_present(id) || (!self.link_up && peer.agent.is_trying()) => {
                 PathKind::Connecting
             }
             None => PathKind::Offline,
@@ -169,7 +169,7 @@ impl Node {
             id,
             name: info.name.clone(),
             addrs: info.addrs,
-            online: info.online || matches!(primary, Some(Via::Direct { .. })),
+            online: self.is_present(id) || matches!(primary, Some(Via::Direct { .. })),
             path,
             remote,
             since: now.saturating_duration_since(peer.agent.primary_since()),

@@ -7,6 +7,7 @@
 //! - old node keys, ours and those of peers, which go when they are no longer needed
 //! - the traffic tick: tells the agents of busy peers what the data plane counted
 //! - a costly way to a peer that is due, or under way
+//! - peers that were heard of by relay alone
 //! - packets that have waited for a path for too long
 //! - user pings that nobody answered
 
@@ -39,6 +40,7 @@ impl Node {
         self.handle_waiting_timeout(now);
         self.handle_keys_timeout(now);
         self.handle_expiry_timeout(now);
+        self.handle_presence_timeout(now);
         self.handle_wanted_timeout(now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let agents: Vec<NodeId> = self
@@ -87,6 +89,7 @@ impl Node {
             }
             soonest.add(peer.waiting_until, "packets wait for a path");
             soonest.add(peer.keys.next_at(), "a peer's old key");
+            soonest.add(peer.heard_until, "a peer that the server does not see");
         }
         soonest.add(self.wanted.next_at(), "peers of a large network");
         soonest.add(self.relay.next_at(), "relay bind");

@@ -26,9 +26,10 @@ use super::liveness::Doubt;
 use super::mtu::BASE_MTU;
 use super::probe::Prober;
 use super::quality::Delivery;
+use super::relay_mtu::RelayMtu;
 use super::soonest::Soonest;
 use super::trickle::{Together, Trickle};
-use super::{Choice, Place, Via};
+use super::{Place, Via};
 use crate::types::{
     Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
 };
@@ -63,6 +64,7 @@ pub struct PathAgent {
     relay: Option<Via>,
     relay_prober: Prober,
     relay_delivery: Delivery,
+    relay_mtu: RelayMtu,
     mtu_limit: u16,
     /// Data is doubled onto the relay, for a reason that `proof` knows.
     doubled: bool,
@@ -111,6 +113,7 @@ impl PathAgent {
             relay: None,
             relay_prober: Prober::default(),
             relay_delivery: Delivery::default(),
+            relay_mtu: RelayMtu::default(),
             mtu_limit: BASE_MTU,
             doubled: false,
             trial: None,
@@ -176,6 +179,7 @@ impl PathAgent {
             self.stuck_since = None;
         }
         self.relay_delivery = Delivery::default();
+        self.relay_mtu = RelayMtu::default();
         self.choose("the relay changed", now);
         if (appeared || udp && !self.is_direct()) && self.wanted {
             self.start_round(Cause::Wanted, now);
@@ -280,6 +284,7 @@ impl PathAgent {
         }
         self.relay_prober.forget();
         self.relay_delivery = Delivery::default();
+        self.relay_mtu = RelayMtu::default();
         (self.trial, self.early, self.early_at) = (None, None, None);
         self.doubt = Doubt::default();
         self.choose("the local network changed", now);
@@ -352,6 +357,7 @@ impl PathAgent {
             }
             Via::RelayUdp | Via::RelayTcp => {
                 self.relay_delivery.handle_pong(tx, arrived, now);
+                self.relay_mtu.handle_pong(tx, now);
                 self.relay_prober.handle_pong(tx, now)?
             }
         };
@@ -383,6 +389,7 @@ impl PathAgent {
             self.doubt = Doubt::default();
             if let Some(sent) = traffic.sent {
                 self.note_relayed(sent, now);
+                self.note_relay_mtu(now);
             }
             return;
         };
@@ -407,6 +414,7 @@ impl PathAgent {
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.ping_due(now);
+        self.ask_for_relay_mtu(now);
         if let Some(place) = self.primary.and_then(Via::place) {
             let endpoint = self.endpoints.get(&place);
             let srtt = endpoint.and_then(|endpoint| endpoint.prober.srtt()).unwrap_or_default();
@@ -460,6 +468,7 @@ impl PathAgent {
             soonest.add(endpoint.prober.next_at(), "path probe");
         }
         soonest.add(self.relay_prober.next_at(), "relay probe");
+        soonest.add(self.relay_mtu.next_at(), "relay path MTU");
         soonest.add(self.doubt.next_at(), "path in doubt");
         soonest.add(self.keepalive_at, "path keepalive");
         soonest.add(self.retry_at, "next round of probes");
@@ -467,21 +476,6 @@ impl PathAgent {
         soonest.add(self.uplinks.next_at(), "other uplinks");
         soonest.add(self.early.map(|early| early.ends_at()), "end of copies before an answer");
         soonest.get()
-    }
-
-    /// The path that a packet sent now takes, and whether it is doubled.
-    #[must_use]
-    pub fn choice(&self) -> Choice {
-        let duplicate = if self.is_direct() {
-            let relay = self.relay.filter(|_| self.doubled || self.doubt.wants_duplicate());
-            let trial = self.trial.and_then(|trial| self.direct(trial.place));
-            self.second_that_answers().or(relay).or(trial)
-        } else {
-            let trial = self.trial.map(|trial| trial.place);
-            trial.or(self.early.map(|early| early.place)).and_then(|place| self.direct(place))
-        };
-        let early = self.early.is_some() && duplicate.is_some();
-        Choice { primary: self.primary, duplicate, early }
     }
 
     /// Since when the primary is what it is.

@@ -32,6 +32,7 @@ mod nat;
 pub mod predict;
 mod probe;
 mod quality;
+mod relay_mtu;
 mod score;
 pub mod side;
 mod soonest;

@@ -20,11 +20,11 @@ pub const SEAL_OVERHEAD: u16 = 32;
 /// Of all headers around an inner packet on an IPv4 path: IP, UDP, WireGuard.
 pub const OVERHEAD_V4: u16 = 20 + 8 + SEAL_OVERHEAD;
 /// The same on an IPv6 path.
-const OVERHEAD_V6: u16 = 40 + 8 + SEAL_OVERHEAD;
+pub(super) const OVERHEAD_V6: u16 = 40 + 8 + SEAL_OVERHEAD;
 
 /// MTUs of links that are met in the world: tunnels in tunnels, hotels, IPv6, mobile networks,
 /// WireGuard, GRE, 6in4, PPPoE, Ethernet, clouds, jumbo frames.
-const LINKS: [u16; 19] = [
+pub(super) const LINKS: [u16; 19] = [
     640, 852, 1_006, 1_124, 1_200, 1_240, 1_280, 1_340, 1_360, 1_400, 1_420, 1_440, 1_460, 1_480,
     1_492, 1_500, 4_000, 8_500, 9_000,
 ];

@@ -16,6 +16,7 @@ mod distribute;
 mod enrol;
 pub mod events;
 mod expiry;
+pub mod fresh;
 mod guesses;
 mod invites;
 mod keys;

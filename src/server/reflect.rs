@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 
 use crate::types::TxId;
-use crate::wire::relay::{CONTROL_LEN, Control};
+use crate::wire::relay::{CONTROL_LEN, Control, Token};
 
 /// The answer to a reflect question that came from `source`.
-pub(super) fn answer(tx: TxId, source: SocketAddr) -> [u8; CONTROL_LEN] {
-    Control::Reflected { tx, observed: source }.encode(None)
+pub(super) fn answer(tx: TxId, source: SocketAddr, token: Option<Token>) -> [u8; CONTROL_LEN] {
+    Control::Reflected { tx, observed: source, token }.encode(None)
 }
 
 /// What goes to `port` of the address that a knock question came from, and where that is.
@@ -26,15 +26,19 @@ pub(super) fn knock(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::relay::TOKEN_LEN;
 
     #[test]
     fn the_answer_names_the_source_and_is_as_long_as_the_question() {
         let source = "203.0.113.9:1234".parse().unwrap();
         let tx = TxId([3; 12]);
         let question = Control::Reflect { tx, from_other_port: false }.encode(None);
-        let answer = answer(tx, source);
-        assert_eq!(answer.len(), question.len());
-        assert_eq!(Control::parse(&answer), Ok(Control::Reflected { tx, observed: source }));
+        for token in [None, Some(Token([7; TOKEN_LEN]))] {
+            let answer = answer(tx, source, token);
+            assert_eq!(answer.len(), question.len());
+            let read = Control::Reflected { tx, observed: source, token };
+            assert_eq!(Control::parse(&answer), Ok(read));
+        }
     }
 
     #[test]

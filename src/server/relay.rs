@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use super::fresh::Tokens;
 use super::{ConnectionId, reflect};
 use crate::types::{DropReason, NodeId};
 use crate::wire::PacketKind;
@@ -123,6 +124,7 @@ pub struct RelayTable {
     sightings: BTreeMap<NodeId, SocketAddr>,
     meter: Meter,
     prover: Prover,
+    tokens: Option<Tokens>,
 }
 
 #[derive(Debug, Default)]
@@ -162,7 +164,14 @@ impl RelayTable {
             sightings: BTreeMap::new(),
             meter: Meter::new(limits),
             prover: Prover::new(RelayKey(secret)),
+            tokens: None,
         }
+    }
+
+    /// The same with a reflector that gives out these tokens.
+    #[must_use]
+    pub fn with_tokens(self, tokens: Tokens) -> Self {
+        Self { tokens: Some(tokens), ..self }
     }
 
     /// The limits that hold.
@@ -313,7 +322,9 @@ impl RelayTable {
             Ok(Control::Reflect { tx, from_other_port }) => {
                 let from =
                     if from_other_port { arrival.socket.other_port() } else { arrival.socket };
-                Verdict::Reply { bytes: reflect::answer(tx, arrival.source), from }
+                let token = self.tokens.as_ref();
+                let token = token.map(|tokens| tokens.issue(arrival.source.ip(), now));
+                Verdict::Reply { bytes: reflect::answer(tx, arrival.source, token), from }
             }
             Ok(Control::Knock { tx, port }) => match reflect::knock(tx, arrival.source, port) {
                 Some((bytes, to)) => Verdict::Knock { bytes, to },

@@ -12,6 +12,8 @@
 //!
 //! A control message longer than one frame is cut: all parts but the last have type *more*.
 
+use super::relay::Token;
+
 /// The protocol name in the HTTP `Upgrade` header.
 pub const UPGRADE_PROTOCOL: &str = "overlay-control";
 /// The HTTP path of the control connection.
@@ -22,6 +24,11 @@ pub const HANDSHAKE_HEADER: &str = "overlay-handshake";
 pub const NOISE_PATTERN: &str = "Noise_IK_25519_ChaChaPoly_BLAKE2s";
 /// Mixed into the handshake by both sides, so that nobody between them can talk the version down.
 pub const NOISE_PROLOGUE: &[u8] = b"overlay control 1";
+
+/// The largest hello in a first Noise message: the HTTP header that it is in has to have 8 KiB at most.
+pub const MAX_EARLY_HELLO: usize = 4096;
+/// In the second Noise message: the hello in the first one counts.
+pub const EARLY_TAKEN: &[u8] = &[1];
 
 /// Bytes of the length before a Noise message.
 pub const LENGTH_LEN: usize = 2;
@@ -37,6 +44,32 @@ pub const MAX_CLIENT_MESSAGE: usize = 64 << 10;
 const CONTROL_LAST: u8 = 1;
 const CONTROL_MORE: u8 = 2;
 const RELAY: u8 = 3;
+
+/// What the first Noise message may hold, so that the server can act on it at once: a token of the
+/// server's reflector, and behind it the hello as it would be in the first frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Early<'a> {
+    /// Shows that the message is new.
+    pub token: Token,
+    /// An encoded control message.
+    pub hello: &'a [u8],
+}
+
+impl<'a> Early<'a> {
+    /// Reads the payload of a first Noise message; most are empty.
+    #[must_use]
+    pub fn parse(payload: &'a [u8]) -> Option<Self> {
+        let (token, hello) = payload.split_first_chunk()?;
+        Some(Self { token: Token(*token), hello })
+    }
+
+    /// The payload, unless the hello is too long for it.
+    #[must_use]
+    pub fn encode(&self) -> Option<Vec<u8>> {
+        let fits = self.hello.len() <= MAX_EARLY_HELLO;
+        fits.then(|| [&self.token.0, self.hello].concat())
+    }
+}
 
 /// What one decrypted frame holds.
 #[derive(Debug, PartialEq, Eq)]
@@ -134,6 +167,17 @@ impl Assembler {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_early_hello_survives_unless_it_is_too_long() {
+        let (token, hello) = (Token([3; 16]), vec![5; MAX_EARLY_HELLO]);
+        let early = Early { token, hello: &hello };
+        assert_eq!(Early::parse(&early.encode().unwrap()), Some(early));
+        let longer = vec![5; MAX_EARLY_HELLO + 1];
+        assert_eq!(Early { token, hello: &longer }.encode(), None);
+        assert_eq!(Early::parse(&[]), None);
+        assert_eq!(Early::parse(&[3; 15]), None);
+    }
 
     #[test]
     fn a_long_message_is_cut_and_put_together_again() {

@@ -31,6 +31,7 @@
 //! Flag 4 in bound says that the server has none yet for this address. *Reflect* (3) and *Reflected* (4) do the same for anybody, unauthenticated: node
 //! and counter together are the 12-byte transaction id, the MAC bytes are zero, and flag 1 asks
 //! for the answer from the server's other port (RFC 5780 section 4.4: which filter has my NAT?).
+//! In the answer a [`Token`] stands in the place of the MAC.
 //! *Knock* (5) asks the server to send *knocked* (6) to another port of the address that the
 //! question came from, written as an endpoint without address, and from a socket that the asker
 //! never sent to: does the router let strangers in at that port?
@@ -65,6 +66,8 @@ const FLAG_OTHER_PORT: u8 = 1;
 const FLAG_PROOF: u8 = 2;
 const FLAG_UNPROVED: u8 = 4;
 const MAC_LEN: usize = 16;
+/// Length of a token.
+pub const TOKEN_LEN: usize = MAC_LEN;
 /// Of a bound that carries a proof.
 const SHORT_MAC_LEN: usize = 8;
 /// Where the proof of a bound stands.
@@ -140,6 +143,10 @@ impl RelayKey {
     }
 }
 
+/// Said again in the first message of a control connection, it shows the server that this message is
+/// no old recording. The bytes mean something to the server alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Token(pub [u8; TOKEN_LEN]);
 /// What only who receives at an address knows: the server has told it there, and nowhere else. All
 /// zero is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -181,6 +188,8 @@ pub enum Control {
         tx: TxId,
         /// Where the question came from.
         observed: SocketAddr,
+        /// For the control connection; a server of an older version gives none.
+        token: Option<Token>,
     },
     /// Anybody to server: send to this port of my address.
     Knock {
@@ -230,7 +239,7 @@ impl Control {
             Self::Reflect { tx, from_other_port } => {
                 (REFLECT, if from_other_port { FLAG_OTHER_PORT } else { 0 }, tx.0, zero)
             }
-            Self::Reflected { tx, observed } => (REFLECTED, 0, tx.0, inverted(observed)),
+            Self::Reflected { tx, observed, .. } => (REFLECTED, 0, tx.0, inverted(observed)),
             Self::Knock { tx, port } => {
                 (KNOCK, 0, tx.0, inverted((Ipv4Addr::UNSPECIFIED, port).into()))
             }
@@ -240,6 +249,9 @@ impl Control {
         bytes[..4].copy_from_slice(&[CONTROL_MAGIC, VERSION, kind, flags]);
         bytes[4..16].copy_from_slice(&id);
         bytes[16..34].copy_from_slice(&endpoint);
+        if let Self::Reflected { token: Some(token), .. } = self {
+            bytes[CONTROL_LEN - MAC_LEN..].copy_from_slice(&token.0);
+        }
         if let Self::Bound { proof: Some(Proving { proof, .. }), .. } = self {
             bytes[PROOF_AT..PROOF_AT + 8].copy_from_slice(&proof.0);
         }
@@ -270,7 +282,8 @@ impl Control {
         let flags = reader.u8()?;
         let id: [u8; 12] = reader.array()?;
         let field: [u8; ENDPOINT_LEN] = reader.array()?;
-        let told = AddressProof(reader.array()?);
+        let tail: [u8; MAC_LEN] = reader.array()?;
+        let told = AddressProof(Reader(&tail).array()?);
         let said = AddressProof(Reader(&field).array()?);
         let proves = flags & FLAG_PROOF != 0;
         let endpoint = invert(field);
@@ -278,6 +291,7 @@ impl Control {
         let node = NodeId::new(id_reader.u32()?);
         let counter = id_reader.u64()?;
         let observed = Reader(&endpoint).endpoint()?;
+        let token = (tail != [0; TOKEN_LEN]).then_some(Token(tail));
         match (kind, node) {
             (BIND, Some(node)) => Ok(Self::Bind { node, counter, proof: proves.then_some(said) }),
             (BOUND, Some(node)) => {
@@ -288,7 +302,7 @@ impl Control {
             (REFLECT, _) => {
                 Ok(Self::Reflect { tx: TxId(id), from_other_port: flags & FLAG_OTHER_PORT != 0 })
             }
-            (REFLECTED, _) => Ok(Self::Reflected { tx: TxId(id), observed }),
+            (REFLECTED, _) => Ok(Self::Reflected { tx: TxId(id), observed, token }),
             (KNOCK, _) => Ok(Self::Knock { tx: TxId(id), port: observed.port() }),
             (KNOCKED, _) => Ok(Self::Knocked { tx: TxId(id), at: observed }),
             _ => Err(RelayError::UnknownType { kind }),
@@ -365,25 +379,39 @@ mod tests {
             Control::Bound { node: node(), counter: 7, observed, proof: Some(proving(true)) },
             Control::Bound { node: node(), counter: 7, observed, proof: Some(proving(false)) },
             Control::Reflect { tx: TxId([1; 12]), from_other_port: true },
-            Control::Reflected { tx: TxId([1; 12]), observed },
             Control::Knock { tx: TxId([1; 12]), port: 7 },
             Control::Knocked { tx: TxId([1; 12]), at: observed },
         ] {
             assert_eq!(Control::parse(&message.encode(Some(&key))), Ok(message));
+        }
+        for token in [None, Some(Token([7; TOKEN_LEN]))] {
+            let message = Control::Reflected { tx: TxId([1; 12]), observed, token };
+            assert_eq!(Control::parse(&message.encode(None)), Ok(message));
         }
     }
 
     #[test]
     fn only_a_reflect_question_may_be_padded() {
         let question = Control::Reflect { tx: TxId([1; 12]), from_other_port: false };
-        let answer =
-            Control::Reflected { tx: TxId([1; 12]), observed: "203.0.113.9:1".parse().unwrap() };
+        let observed = "203.0.113.9:1".parse().unwrap();
+        let answer = Control::Reflected { tx: TxId([1; 12]), observed, token: None };
         let bind = Control::Bind { node: node(), counter: 7, proof: None };
         let padded = |message: Control| [&message.encode(None)[..], &[0; 1400]].concat();
         assert_eq!(Control::parse(&padded(question)), Ok(question));
         for message in [answer, bind] {
             assert_eq!(Control::parse(&padded(message)), Err(RelayError::WrongLength));
         }
+    }
+
+    #[test]
+    fn an_answer_with_a_token_reads_as_it_is_written_down() {
+        let message = Control::Reflected {
+            tx: TxId([0x11; 12]),
+            observed: "203.0.113.9:1234".parse().unwrap(),
+            token: Some(Token([0x22; TOKEN_LEN])),
+        };
+        let golden = include_str!("../../tests/golden/reflected.hex").trim();
+        assert_eq!(data_encoding::HEXLOWER.encode(&message.encode(None)), golden);
     }
 
     #[test]

@@ -58,8 +58,11 @@ pub(crate) fn check_delivery(world: &mut World) {
 
 /// Every member with every other.
 fn pairs(world: &World) -> impl Iterator<Item = (usize, usize)> + use<> {
-    let members: Vec<usize> =
-        (0..world.hosts.len()).filter(|host| world.hosts[*host].removed_at.is_none()).collect();
+    let is_member = |host: &usize| {
+        let host = &world.hosts[*host];
+        host.removed_at.is_none() && host.over_at.is_none()
+    };
+    let members: Vec<usize> = (0..world.hosts.len()).filter(is_member).collect();
     let others = members.clone();
     let pairs =
         members.into_iter().flat_map(move |a| others.clone().into_iter().map(move |b| (a, b)));
@@ -132,6 +135,8 @@ pub(crate) fn check_settled(world: &mut World) {
         host.node().is_some()
             && host.asleep_until.is_none()
             && long_ago(host.asleep_since)
+            // The clocks may have been set, and peers go by what they know.
+            && !host.may_end
             && host.uplink.connected_since().is_some_and(long_ago)
             && world.edges[host.edge].line.loss_permille == 0
     };

@@ -8,12 +8,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use overlay::dataplane::{Note, Source, Target, TunBatch, UdpBatch, inbound, outbound};
-use overlay::node::{Event, MAX_EXTRA_SOCKETS, Netmap, Node, NodeKeys, NodeSettings, SocketOrder};
+use overlay::node::{
+    Clocks, Event, MAX_EXTRA_SOCKETS, Netmap, Node, NodeKeys, NodeSettings, SocketOrder,
+};
 use overlay::server::ConnectionId;
 use overlay::types::{NodeId, PublicKey, SecretKey, SocketId};
 use overlay::wire::control::{
-    ClientMessage, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, WirePeer,
+    ClientMessage, Hello, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, WirePeer,
 };
+use overlay::wire::relay::Token;
 
 use crate::quiet::Meter;
 use crate::server::Frame;
@@ -34,6 +37,8 @@ pub(crate) struct Outgoing {
     pub(crate) packets: Vec<Vec<u8>>,
     /// News for the log.
     pub(crate) news: Vec<String>,
+    /// For the first message of a control connection.
+    pub(crate) token: Option<Token>,
     /// The server does not want us.
     pub(crate) refused: bool,
     /// We are no member any more.
@@ -48,6 +53,7 @@ impl Outgoing {
             && self.messages.is_empty()
             && self.packets.is_empty()
             && self.news.is_empty()
+            && self.token.is_none()
             && !(self.refused || self.expelled)
     }
 }
@@ -73,12 +79,18 @@ pub(crate) struct Host {
     pub(crate) held_frames: Vec<(ConnectionId, Frame)>,
     /// When the administrator ended its membership.
     pub(crate) removed_at: Option<Instant>,
-    /// It has heard of that, and does not start again.
+    /// When the server ended its membership until it has more time,
+    pub(crate) over_at: Option<Instant>,
+    /// which it may do.
+    pub(crate) may_end: bool,
+    /// It has heard of its removal, and does not start again.
     pub(crate) expelled: bool,
     /// It is of a version that knows no second key of a peer: one that has another is made anew.
     pub(crate) forgets_old_keys: bool,
     /// What it has sent by UDP.
     pub(crate) meter: Meter,
+    /// What the server's reflector gave out, and when.
+    pub(crate) token: Option<(Token, Instant)>,
     /// Its control connection.
     pub(crate) uplink: Uplink,
     /// Its machine key, for the server.
@@ -124,9 +136,12 @@ impl Host {
             asleep_since: crate::epoch(),
             held_frames: Vec::new(),
             removed_at: None,
+            over_at: None,
+            may_end: false,
             expelled: false,
             forgets_old_keys: false,
             meter: Meter::default(),
+            token: None,
             uplink: Uplink::new(seed),
             machine_key: SecretKey::from_bytes(spread(seed, 1)).public(),
             invite: None,
@@ -148,7 +163,7 @@ impl Host {
     }
 
     /// Starts the node with what it had saved.
-    pub(crate) fn start(&mut self, server: SocketAddr, now: Instant) {
+    pub(crate) fn start(&mut self, server: SocketAddr, wall: u64, now: Instant) {
         if self.node.is_some() {
             return;
         }
@@ -162,6 +177,7 @@ impl Host {
             self.lives << 32,
             now,
         );
+        node.guess_server_time(wall, now);
         node.handle_host_endpoints(endpoints, now);
         if let Some(mapped) = self.mapped {
             node.handle_mapped(vec![(mapped, true)], now);
@@ -173,9 +189,11 @@ impl Host {
     }
 
     /// Kills the node; the netmap survives in the form that the disk knows.
-    pub(crate) fn stop(&mut self) {
+    pub(crate) fn stop(&mut self, wall: u64, now: Instant) {
         let Some(node) = self.node.take() else { return };
-        let text = serde_json::to_string(node.netmap()).expect("a netmap can be saved");
+        let mut netmap = node.netmap().clone();
+        netmap.clocks = node.server_time(now).map(|server| Clocks { server, own: wall });
+        let text = serde_json::to_string(&netmap).expect("a netmap can be saved");
         self.disk = serde_json::from_str(&text).expect("a saved netmap can be read");
         self.uplink.stop();
         self.from_tun.clear();
@@ -238,6 +256,21 @@ impl Host {
         let node = self.node.as_mut()?;
         while node.poll_message().is_some() {}
         Some(node.hello(None, self.invite.clone()))
+    }
+
+    /// The same when the server has had this hello.
+    pub(crate) fn confirmation(&mut self, said: &Hello) -> Option<ClientMessage> {
+        let node = self.node.as_mut()?;
+        while node.poll_message().is_some() {}
+        node.confirmation(said)
+    }
+
+    /// Asks the server's reflector for a token, unless there is one. A turn must follow.
+    pub(crate) fn ask_token(&mut self, server: SocketAddr, now: Instant) {
+        if let Some(node) = self.node.as_mut().filter(|_| self.token.is_none()) {
+            node.ask_tokens(&[server], now);
+            self.refresh();
+        }
     }
 
     /// A program on this machine sends an inner packet.
@@ -448,6 +481,7 @@ impl Host {
             match event {
                 Event::KeyTold => self.keys.told = true,
                 Event::KeyRetired => self.keys.previous = None,
+                Event::Token { token, .. } => going.token = Some(token),
                 Event::Path { peer, from, to, why } => {
                     let show = |via: Option<overlay::path::Via>| {
                         via.map_or_else(|| "nothing".to_string(), |via| via.to_string())

@@ -9,7 +9,8 @@ use overlay::io::link::GIVEN_UP_AFTER;
 use overlay::lab::nat::Outbound;
 use overlay::server::ConnectionId;
 use overlay::types::SocketId;
-use overlay::wire::control::{self, ServerMessage};
+use overlay::wire::control::{self, ClientMessage, Hello, ServerMessage};
+use overlay::wire::relay::Token;
 
 use crate::edge::is_private;
 use crate::host::{FIRST_SCRATCH_PORT, Outgoing};
@@ -37,9 +38,11 @@ pub(crate) enum Parcel {
     /// What a hostile relay has kept back.
     KeptBack(Sent),
     /// A host asks for a control connection.
-    Connect { host: usize, attempt: u64 },
-    /// It is made, or nobody listens.
-    Connected { host: usize, attempt: u64, connection: Option<ConnectionId> },
+    Connect { host: usize, attempt: u64, early: Option<(Token, Hello)> },
+    /// TCP has led to somebody.
+    Tcp { host: usize, attempt: u64 },
+    /// It is made, or nobody listens; perhaps with a hello that is acted on.
+    Connected { host: usize, attempt: u64, connection: Option<ConnectionId>, said: Option<Hello> },
     /// The server's TCP gives a connection up if its host has left it.
     GivenUp { host: usize, connection: ConnectionId },
     /// A frame to the server.
@@ -66,6 +69,12 @@ impl World {
                 !self.must_know_removed(host, from),
                 "host {host} takes a packet of host {from}, which is no member any more"
             );
+        }
+        if let Some(token) = going.token {
+            self.hosts[host].token = Some((token, self.now));
+            if let Some(attempt) = self.hosts[host].uplink.handle_token() {
+                self.upgrade(host, attempt);
+            }
         }
         let connection = self.hosts[host].uplink.connection();
         for message in going.messages {
@@ -199,6 +208,7 @@ impl World {
 
     /// Sends off what the server gave.
     pub(super) fn route_server(&mut self) {
+        self.note_over();
         for sent in self.server.take_sent() {
             for (later, sent) in self.relay.harm(sent, &mut self.rng) {
                 if later.is_zero() {
@@ -218,7 +228,9 @@ impl World {
             }
             Sent::Link(connection, frame) => {
                 let mut hosts = self.hosts.iter();
-                let host = hosts.position(|host| host.uplink.connection() == Some(connection));
+                let host = hosts.position(|host| {
+                    host.uplink.connection().or(host.uplink.opening) == Some(connection)
+                });
                 if let Some(host) = host {
                     self.send_down(host, connection, frame);
                 }
@@ -271,12 +283,25 @@ impl World {
         }
     }
 
-    /// Starts a control connection: TCP, then the upgrade with the key exchange in it.
+    /// Starts a control connection: TCP and the question for a token side by side, then the upgrade
+    /// with the key exchange in it.
     pub(super) fn connect(&mut self, host: usize, attempt: u64) {
+        let (server, now) = (self.server.control_endpoint(), self.now);
+        self.hosts[host].ask_token(server, now);
+        self.settle(host);
         if !self.hosts[host].uplink.cut {
-            let at = self.now + self.one_way(host) * 3;
-            self.launch(at, Parcel::Connect { host, attempt });
+            let at = self.now + self.one_way(host) * 2;
+            self.launch(at, Parcel::Tcp { host, attempt });
         }
+    }
+
+    /// The first message of the key exchange leaves, with the hello in it if there is a token.
+    pub(super) fn upgrade(&mut self, host: usize, attempt: u64) {
+        let early = self.hosts[host].token.take();
+        let early = early.filter(|(_, at)| self.now - *at < TOKEN_USABLE);
+        let early = early.and_then(|(token, _)| Some((token, self.hosts[host].hello()?.hello?)));
+        let at = self.now + self.one_way(host);
+        self.launch(at, Parcel::Connect { host, attempt, early });
     }
 
     /// Something arrives.
@@ -315,21 +340,26 @@ impl World {
                 self.server.handle_datagram(src, dst, bytes, now);
                 self.route_server();
             }
-            Parcel::Connect { host, attempt } => {
-                let public = self.edges[self.hosts[host].edge].external;
-                let observed = SocketAddr::new(public, 50_000);
-                let connection = self.server.accept(self.hosts[host].machine_key, observed);
-                let at = now + self.one_way(host);
-                self.launch(at, Parcel::Connected { host, attempt, connection });
+            Parcel::Tcp { host, attempt } => {
+                let known = self.hosts[host].token.is_some();
+                let awake = self.hosts[host].asleep_until.is_none();
+                if awake && self.hosts[host].uplink.handle_tcp(attempt, known, now) {
+                    self.upgrade(host, attempt);
+                }
             }
-            Parcel::Connected { host, attempt, connection: None } => {
+            Parcel::Connect { host, attempt, early } => self.accept(host, attempt, early),
+            Parcel::Connected { host, attempt, connection: None, .. } => {
                 self.hosts[host].uplink.handle_failed(attempt, now);
             }
-            Parcel::Connected { host, attempt, connection: Some(connection) } => {
+            Parcel::Connected { host, attempt, connection: Some(connection), said } => {
                 let awake = self.hosts[host].asleep_until.is_none();
                 let wanted =
                     awake && self.hosts[host].uplink.handle_opened(attempt, connection, now);
-                match self.hosts[host].hello().filter(|_| wanted) {
+                let first = match said {
+                    Some(said) => self.hosts[host].confirmation(&said),
+                    None => self.hosts[host].hello(),
+                };
+                match first.filter(|_| wanted) {
                     Some(hello) => {
                         let frame = Frame::Control(control::encode(&hello));
                         self.send_up(host, connection, frame);
@@ -348,6 +378,27 @@ impl World {
             Parcel::KeptBack(sent) => self.route_sent(sent),
             Parcel::Up { host, connection, frame } => self.deliver_up(host, connection, frame),
             Parcel::Down { host, connection, frame } => self.deliver_down(host, connection, frame),
+        }
+    }
+
+    /// The first message of a key exchange is at the server.
+    fn accept(&mut self, host: usize, attempt: u64, early: Option<(Token, Hello)>) {
+        let public = self.edges[self.hosts[host].edge].external;
+        let observed = SocketAddr::new(public, 50_000);
+        let key = self.hosts[host].machine_key;
+        let token = early.as_ref().map(|(token, _)| *token);
+        let accepted = self.server.accept(key, observed, token, self.now);
+        let (connection, taken) = (accepted.map(|(id, _)| id), accepted.is_some_and(|it| it.1));
+        let said = early.map(|(_, hello)| hello).filter(|_| taken);
+        let at = self.now + self.one_way(host);
+        let news = Parcel::Connected { host, attempt, connection, said: said.clone() };
+        self.launch(at, news);
+        if let Some((connection, hello)) = connection.zip(said) {
+            self.hosts[host].uplink.handle_opening(attempt, connection);
+            let message = ClientMessage { hello: Some(hello), ..ClientMessage::default() };
+            let frame = Frame::Control(control::encode(&message));
+            self.server.handle_frame(connection, frame, self.now);
+            self.route_server();
         }
     }
 
@@ -450,5 +501,7 @@ impl Eq for Flight {}
 
 /// One hop in a home.
 pub(crate) const LAN_LATENCY: std::time::Duration = std::time::Duration::from_millis(1);
+/// A token is used when it is no older than this.
+const TOKEN_USABLE: std::time::Duration = std::time::Duration::from_secs(5);
 /// What an opener has, as any ping.
 const PING_BYTES: usize = 60;

@@ -9,6 +9,7 @@ use overlay::node::NodeSettings;
 use crate::check::{
     QUIET, check_delivery, check_keys, check_paths, check_removed, check_wakeups, talk_once,
 };
+use crate::host::Host;
 use crate::link::Line;
 use crate::spot::Spot;
 use crate::transition::{Swallowed, Transition, apply};
@@ -72,8 +73,10 @@ impl Scenario {
     /// this reader knew, so that seeds keep their meaning, the ones behind them all else.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
         let (base, extras) = bytes.split_at(bytes.len().min(BASE_BYTES));
+        let (extras, ends) = extras.split_at(extras.len().min(EXTRA_BYTES));
         let mut scenario = Self::base(base);
         scenario.add_extras(&mut Bytes(extras.iter()));
+        scenario.add_ends(&mut Bytes(ends.iter()));
         scenario
     }
 
@@ -136,6 +139,25 @@ impl Scenario {
             let wait = [0, 20, 300, 1_000, 2_000, 5_000, 8_000, 12_000][bytes.below(8)];
             self.steps.insert(at, (Duration::from_millis(wait), step));
             added += 1;
+        }
+    }
+
+    /// Memberships that end, and some that go on.
+    fn add_ends(&mut self, bytes: &mut Bytes<'_>) {
+        let ends = [0, 0, 0, 1, 1, 2][bytes.below(6)];
+        for _ in 0..ends {
+            if bytes.is_empty() {
+                return;
+            }
+            let host = bytes.below(self.places.len());
+            let in_s = [1, 2, 10, 40, 3_600][bytes.below(5)];
+            let at = bytes.below(self.steps.len() + 1);
+            let wait = Duration::from_millis([0, 300, 1_000, 2_500, 6_000][bytes.below(5)]);
+            self.steps.insert(at, (wait, Transition::Expire(host, Some(in_s))));
+            if bytes.next() & 1 == 0 {
+                let at = at + 1 + bytes.below(self.steps.len() - at);
+                self.steps.insert(at, (wait, Transition::Expire(host, None)));
+            }
         }
     }
 
@@ -238,6 +260,11 @@ impl Scenario {
 /// blocked.
 fn bring_peace(world: &mut World) {
     world.start_server();
+    for host in 0..world.hosts.len() {
+        if world.hosts[host].may_end {
+            world.expire(host, None);
+        }
+    }
     for edge in &mut world.edges {
         edge.line = edge.line.calm();
     }
@@ -246,7 +273,9 @@ fn bring_peace(world: &mut World) {
         world.start_host(host);
     }
     let all_up = |world: &World| {
-        world.hosts.iter().all(|host| host.expelled || host.uplink.connection().is_some())
+        // Who has missed its removal is refused by every hello.
+        let out = |host: &Host| host.expelled || host.removed_at.is_some();
+        world.hosts.iter().all(|host| out(host) || host.uplink.connection().is_some())
     };
     assert!(world.run_until(Duration::from_secs(15), all_up), "some node does not connect");
 }
@@ -279,5 +308,9 @@ const MAX_STEPS: usize = 10;
 const MAX_EXTRA_STEPS: usize = 3;
 /// Enough for six hosts and ten steps.
 pub(crate) const BASE_BYTES: usize = 96;
+/// What came behind them.
+pub(crate) const EXTRA_BYTES: usize = 48;
+/// And behind these: enough for two memberships that end.
+pub(crate) const END_BYTES: usize = 16;
 /// The prime of the 64-bit Fowler-Noll-Vo hash.
 const FNV: u64 = 0x0100_0000_01b3;

@@ -4,16 +4,18 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use overlay::server::admin::{Answer, Request};
-use overlay::server::records::{Key, NetworkRecord, Record, Records, Versioned};
+use overlay::server::fresh::{Freshness, Tokens};
+use overlay::server::records::{ExpiryNoted, Key, NetworkRecord, Record, Records, Versioned};
 use overlay::server::relay::limit::Limits;
 use overlay::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
 use overlay::server::{Connected, ConnectionId, Decision, Output, Server, Settings};
 use overlay::types::{NetworkId, NodeId, OverlayRange, PublicKey, SecretKey};
 use overlay::wire::control::{self, ClientMessage, InviteUse};
 use overlay::wire::join::JoinLine;
+use overlay::wire::relay::Token;
 
 use crate::host::spread;
 
@@ -58,6 +60,8 @@ struct Running {
     /// The number of the first connection of this life.
     first_connection: u64,
     nodes: BTreeMap<ConnectionId, NodeId>,
+    fresh: Freshness,
+    keys: BTreeMap<ConnectionId, PublicKey>,
 }
 
 /// The machine that the server runs on.
@@ -76,6 +80,8 @@ pub(crate) struct ServerHost {
     clock_shift_s: i64,
     whole_netmap_up_to: usize,
     sent: Vec<Sent>,
+    /// Whose membership has ended, or goes on again.
+    over: Vec<(NodeId, bool)>,
 }
 
 impl ServerHost {
@@ -102,6 +108,7 @@ impl ServerHost {
             clock_shift_s: 0,
             whole_netmap_up_to: overlay::server::WHOLE_NETMAP_UP_TO,
             sent: Vec::new(),
+            over: Vec::new(),
         };
         host.start(now);
         host
@@ -121,12 +128,15 @@ impl ServerHost {
         let seed = spread(self.seed, 200 + self.lives);
         let server = Server::new(settings, self.read_records(), seed, now, self.wall(now));
         let secret = spread(self.seed, 300 + self.lives);
-        let relay = RelayTable::new(Limits::default(), secret);
+        let tokens = Tokens::new(spread(self.seed, 400 + self.lives), now);
+        let relay = RelayTable::new(Limits::default(), secret).with_tokens(tokens.clone());
         self.running = Some(Running {
             server,
             relay,
             first_connection: self.next_connection,
             nodes: BTreeMap::new(),
+            fresh: Freshness::new(tokens),
+            keys: BTreeMap::new(),
         });
         self.drain(now);
     }
@@ -159,7 +169,8 @@ impl ServerHost {
         Records { network, members, invites, policy, highest_node: self.highest_node }
     }
 
-    fn wall(&self, now: Instant) -> u64 {
+    /// Its wall clock, in Unix seconds. Those of the hosts show the same.
+    pub(crate) fn wall(&self, now: Instant) -> u64 {
         let passed = now.saturating_duration_since(self.epoch).as_secs();
         (WALL + passed).saturating_add_signed(self.clock_shift_s)
     }
@@ -201,6 +212,41 @@ impl ServerHost {
         true
     }
 
+    /// Sets in how many seconds a membership ends, if ever; tells whether there was a server to do so.
+    pub(crate) fn expire(&mut self, node: NodeId, in_s: Option<u64>, now: Instant) -> bool {
+        let wall = self.wall(now);
+        let Some(running) = &mut self.running else { return false };
+        let request = Request::Expire { node: node.to_string(), in_s };
+        let decision = running.server.decide(request, wall).expect("members can have an end");
+        assert!(matches!(self.commit(decision, now), Some(Answer::Expiring(_))));
+        true
+    }
+
+    /// Ends the memberships whose time has come, as the daemon does.
+    fn note_expiry(&mut self, now: Instant) {
+        let wall = self.wall(now);
+        let mut looks = 0;
+        while let Some(running) = &mut self.running
+            && running.server.expiry_due().is_some_and(|due| due <= wall)
+        {
+            let decision = running.server.decide_expiry(wall);
+            self.commit(decision, now);
+            looks += 1;
+            assert!(looks < 4, "the end of a membership is noted once");
+        }
+    }
+
+    fn expiry_at(&self) -> Option<Instant> {
+        let due = self.running.as_ref()?.server.expiry_due()?;
+        let seconds = due.checked_add_signed(-self.clock_shift_s)?.saturating_sub(WALL);
+        self.epoch.checked_add(Duration::from_secs(seconds))
+    }
+
+    /// Whose membership has ended since the last call, and who has more time.
+    pub(crate) fn take_over(&mut self) -> Vec<(NodeId, bool)> {
+        std::mem::take(&mut self.over)
+    }
+
     /// The node key that is written down for a node.
     pub(crate) fn node_key(&self, node: NodeId) -> Option<PublicKey> {
         match &self.records.get(&Key::Member(node))?.record {
@@ -231,6 +277,9 @@ impl ServerHost {
             if let Key::Member(node) = change.key {
                 self.highest_node = self.highest_node.max(node.number());
             }
+            if let Some(Record::Member(member)) = &change.record {
+                self.over.push((member.id, member.expiry_noted == ExpiryNoted::Over));
+            }
             match &change.record {
                 Some(record) => {
                     let record = Versioned { rev: self.rev, record: record.clone() };
@@ -244,12 +293,15 @@ impl ServerHost {
         answer
     }
 
-    /// A control connection is made; none when nobody listens.
+    /// A control connection is made; none when nobody listens. Tells whether a hello that has come with
+    /// this token counts.
     pub(crate) fn accept(
         &mut self,
         machine_key: PublicKey,
         observed: SocketAddr,
-    ) -> Option<ConnectionId> {
+        token: Option<Token>,
+        now: Instant,
+    ) -> Option<(ConnectionId, bool)> {
         let running = self.running.as_mut()?;
         let connection = ConnectionId(self.next_connection);
         self.next_connection += 1;
@@ -260,7 +312,10 @@ impl ServerHost {
             second_port: Some(SECOND_PORT),
         };
         running.server.handle_connected(connection, about);
-        Some(connection)
+        running.keys.insert(connection, machine_key);
+        let source = observed.ip();
+        let taken = token.is_some_and(|it| running.fresh.take(machine_key, &it, source, now));
+        Some((connection, taken))
     }
 
     /// Whether a connection was made in this life of the server.
@@ -276,6 +331,9 @@ impl ServerHost {
             Frame::Control(bytes) => {
                 let message: ClientMessage =
                     control::decode(&bytes).expect("nodes send what the server can read");
+                if let Some(key) = running.keys.remove(&connection) {
+                    running.fresh.note(key, now);
+                }
                 if let Some(decision) = running.server.handle_message(connection, message, wall) {
                     self.commit(decision, now);
                 }
@@ -371,7 +429,8 @@ impl ServerHost {
 
     /// When the server wants its turn.
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
-        self.running.as_ref().map(|running| running.server.poll_timeout())
+        let timer = self.running.as_ref().map(|running| running.server.poll_timeout());
+        timer.into_iter().chain(self.expiry_at()).min()
     }
 
     /// Gives the server its turn.
@@ -379,6 +438,7 @@ impl ServerHost {
     /// # Panics
     /// When it wants another one at once.
     pub(crate) fn turn(&mut self, now: Instant) {
+        self.note_expiry(now);
         self.drain(now);
         assert!(self.poll_timeout().is_none_or(|at| at > now), "the server's timer stands still");
     }

@@ -56,6 +56,8 @@ pub(crate) enum Transition {
     Move(usize, Spot),
     /// A node renews its key, if it may at this moment.
     Rotate(usize),
+    /// A membership ends in so many seconds, or never.
+    Expire(usize, Option<u64>),
 }
 
 /// What a filter on the way takes.
@@ -125,6 +127,7 @@ pub(crate) fn apply(world: &mut World, step: Transition) {
             world.healed = true;
         }
         Transition::Rotate(host) => drop(world.rotate(host)),
+        Transition::Expire(host, in_s) => drop(world.expire(host, in_s)),
         Transition::Move(host, spot) => {
             let line = world.edges[world.hosts[host].edge].line;
             world.roam_to(host, spot, line);
@@ -161,6 +164,10 @@ impl fmt::Display for Transition {
             Self::BlackHole(host, true) => write!(f, "nobody hears host {host} directly"),
             Self::BlackHole(host, false) => write!(f, "host {host} is heard again"),
             Self::Swallow(host, what) => write!(f, "{what:?} of host {host} is swallowed"),
+            Self::Expire(host, None) => write!(f, "the membership of host {host} goes on"),
+            Self::Expire(host, Some(in_s)) => {
+                write!(f, "the membership of host {host} ends in {in_s} s")
+            }
             Self::Rotate(host) => write!(f, "host {host} renews its node key"),
             Self::Move(host, spot) => write!(f, "host {host} moves to a new place: {spot}"),
         }

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use overlay::io::link::token_grace;
 use overlay::server::ConnectionId;
 use overlay::wire::control::SILENCE_LIMIT_S;
 use rand::rngs::StdRng;
@@ -30,6 +31,11 @@ pub(crate) struct Uplink {
     wait: Duration,
     attempts: u64,
     opened_at: Option<Instant>,
+    /// TCP is through, and a token is waited for until then.
+    tcp_until: Option<Instant>,
+    tried_at: Option<Instant>,
+    /// The server has made this connection and said something on it already.
+    pub(crate) opening: Option<ConnectionId>,
     rng: StdRng,
     /// Nothing gets through to the server's TCP port.
     pub(crate) cut: bool,
@@ -45,6 +51,9 @@ impl Uplink {
             wait: MIN_WAIT,
             attempts: 0,
             opened_at: None,
+            tcp_until: None,
+            tried_at: None,
+            opening: None,
             rng: StdRng::from_seed(spread(seed, 3)),
             cut: false,
             up_free_at: None,
@@ -78,7 +87,8 @@ impl Uplink {
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
         match self.phase {
             Phase::Off => None,
-            Phase::Waiting(at) | Phase::Connecting(_, at) => Some(at),
+            Phase::Waiting(at) => Some(at),
+            Phase::Connecting(_, at) => Some(self.tcp_until.map_or(at, |until| until.min(at))),
             Phase::Connected(_, heard) => Some(heard + Duration::from_secs(SILENCE_LIMIT_S)),
         }
     }
@@ -92,7 +102,11 @@ impl Uplink {
             Phase::Waiting(_) => {
                 self.attempts += 1;
                 self.phase = Phase::Connecting(self.attempts, now + CONNECT_LIMIT);
+                (self.tried_at, self.tcp_until, self.opening) = (Some(now), None, None);
                 Due::Connect(self.attempts)
+            }
+            Phase::Connecting(attempt, _) if self.tcp_until.take().is_some() => {
+                Due::Upgrade(attempt)
             }
             Phase::Connecting(..) => {
                 self.retry(now);
@@ -106,6 +120,31 @@ impl Uplink {
         }
     }
 
+    /// TCP is through: tells whether the upgrade goes out now, and it does in a moment if not, or when
+    /// there is a token.
+    pub(crate) fn handle_tcp(&mut self, attempt: u64, has_token: bool, now: Instant) -> bool {
+        let wanted = matches!(self.phase, Phase::Connecting(current, _) if current == attempt);
+        let took = self.tried_at.map_or(Duration::ZERO, |at| now - at);
+        self.tcp_until = (wanted && !has_token).then(|| now + token_grace(took));
+        wanted && has_token
+    }
+
+    /// There is a token: the upgrade that waits for it, if one does.
+    pub(crate) fn handle_token(&mut self) -> Option<u64> {
+        self.tcp_until.take()?;
+        match self.phase {
+            Phase::Connecting(attempt, _) => Some(attempt),
+            Phase::Off | Phase::Waiting(_) | Phase::Connected(..) => None,
+        }
+    }
+
+    /// The server has made a connection of the attempt of this number and talks on it.
+    pub(crate) fn handle_opening(&mut self, attempt: u64, connection: ConnectionId) {
+        if matches!(self.phase, Phase::Connecting(current, _) if current == attempt) {
+            self.opening = Some(connection);
+        }
+    }
+
     /// The attempt of this number has led to a connection; tells whether anybody still wants it.
     pub(crate) fn handle_opened(
         &mut self,
@@ -116,7 +155,7 @@ impl Uplink {
         let wanted = matches!(self.phase, Phase::Connecting(current, _) if current == attempt);
         if wanted {
             self.phase = Phase::Connected(connection, now);
-            self.opened_at = Some(now);
+            (self.opened_at, self.opening) = (Some(now), None);
         }
         wanted
     }
@@ -143,6 +182,7 @@ impl Uplink {
         if self.phase == Phase::Off {
             return;
         }
+        (self.tcp_until, self.opening) = (None, None);
         let longest = self.wait.max(MIN_WAIT + Duration::from_millis(2));
         let wait = self.rng.random_range(MIN_WAIT..longest);
         self.wait = (self.wait * 3).min(MAX_WAIT);
@@ -157,6 +197,8 @@ pub(crate) enum Due {
     Nothing,
     /// Start an attempt of this number.
     Connect(u64),
+    /// Go on with the attempt of this number, without a token.
+    Upgrade(u64),
     /// The connection was silent for too long: it is gone.
     Lost,
 }

@@ -163,7 +163,8 @@ impl World {
     pub(crate) fn start_host(&mut self, host: usize) {
         self.wake(host);
         if !self.hosts[host].expelled {
-            self.hosts[host].start(self.server.control_endpoint(), self.now);
+            let wall = self.server.wall(self.now);
+            self.hosts[host].start(self.server.control_endpoint(), wall, self.now);
             self.settle(host);
         }
     }
@@ -172,7 +173,8 @@ impl World {
     pub(crate) fn stop_host(&mut self, host: usize) {
         self.wake(host);
         self.close_uplink(host);
-        self.hosts[host].stop();
+        let (wall, now) = (self.server.wall(self.now), self.now);
+        self.hosts[host].stop(wall, now);
     }
 
     /// Moves a host to a new place. The daemon sees new addresses and makes a new connection.
@@ -273,11 +275,39 @@ impl World {
         removed
     }
 
-    /// Whether `host` has had the time to hear that `other` is no member any more: it has been
-    /// connected to the server for long enough since.
+    /// Sets in how many seconds a membership ends, if ever; tells whether the server could be asked.
+    pub(crate) fn expire(&mut self, host: usize, in_s: Option<u64>) -> bool {
+        let Some(id) = self.hosts[host].id() else { return false };
+        let set = self.hosts[host].removed_at.is_none() && self.server.expire(id, in_s, self.now);
+        if set {
+            self.hosts[host].may_end = in_s.is_some();
+            self.route_server();
+        }
+        set
+    }
+
+    /// Takes note of whose membership the server has ended, or lets go on.
+    pub(super) fn note_over(&mut self) {
+        for (id, over) in self.server.take_over() {
+            let now = self.now;
+            let Some(number) = self.hosts.iter().position(|host| host.id() == Some(id)) else {
+                continue;
+            };
+            let host = &mut self.hosts[number];
+            if host.over_at.is_some() != over {
+                host.over_at = over.then_some(now);
+                let what = if over { "has ended" } else { "goes on" };
+                self.note(&format!("host {number}: its membership {what}"));
+            }
+        }
+    }
+
+    /// Whether `host` has had the time to hear that `other` is no member any more, or not at this time: it
+    /// has been connected to the server for long enough since.
     pub(crate) fn must_know_removed(&self, host: usize, other: usize) -> bool {
         let long_ago = |at: Instant| self.now.saturating_duration_since(at) > REVOCATION;
-        self.hosts[other].removed_at.is_some_and(long_ago)
+        let other = &self.hosts[other];
+        other.removed_at.or(other.over_at).is_some_and(long_ago)
             && self.hosts[host].uplink.connected_since().is_some_and(long_ago)
             && self.server.is_running()
     }
@@ -413,6 +443,7 @@ impl World {
             match self.hosts[host].uplink.handle_timeout(now) {
                 Due::Nothing => {}
                 Due::Connect(attempt) => self.connect(host, attempt),
+                Due::Upgrade(attempt) => self.upgrade(host, attempt),
                 Due::Lost => {
                     self.note(&format!("host {host}: the server is silent"));
                     self.hosts[host].handle_link_down(now);

@@ -48,7 +48,7 @@ use crate::io::tun::Tun;
 use crate::node::{Clocks, Event, Node};
 use crate::path::Answer;
 use crate::types::{NodeId, OverlayAddrs};
-use crate::wire::control::{self, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
+use crate::wire::control::{self, ClientMessage, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
 use interface::Interface;
 use local::Request;
 use portmap::PortMapping;
@@ -218,21 +218,28 @@ impl Daemon {
     fn handle_uplink(&mut self, event: UplinkEvent) {
         let now = clock::now();
         match event {
-            UplinkEvent::Connected { server, local, device, sender } => {
+            UplinkEvent::Trying => {
+                let mut reflectors = self.netcheck_inputs().reflectors();
+                reflectors.retain(|at| !self.uplink.has_token(at.ip()));
+                self.node.ask_tokens(&reflectors, now);
+                self.uplink.expect_tokens(reflectors.iter().map(SocketAddr::ip));
+            }
+            UplinkEvent::Connected { server, local, device, sender, said } => {
+                tracing::debug!(%server, early = said.is_some(), "the key exchange is through");
                 self.server = Some(server);
                 self.link_local = Some(local);
                 self.link_device = device;
                 self.heard_server = now;
-                let invite = self.options.join.as_ref().map(|join| control::InviteUse {
-                    id: join.invite.0,
-                    secret: join.secret.clone(),
-                    network: join.network.0,
-                });
-                let name = self.options.name.as_ref().map(ToString::to_string);
-                let hello = self.node.hello(name, invite);
                 // What was queued for an older connection is in the hello already.
                 while self.node.poll_message().is_some() {}
-                if sender.try_send_control(control::encode(&hello)).is_err() {
+                let first = match said.map(|said| control::decode::<ClientMessage>(&said)) {
+                    Some(Ok(ClientMessage { hello: Some(said), .. })) => {
+                        self.node.confirmation(&said)
+                    }
+                    _ => Some(self.hello()),
+                };
+                let sent = first.map(|first| sender.try_send_control(control::encode(&first)));
+                if !matches!(sent, Some(Ok(()))) {
                     self.uplink.reconnect();
                 }
                 self.ports.set_link(Some(sender));
@@ -270,6 +277,16 @@ impl Daemon {
                 self.connect_error = Some(error);
             }
         }
+    }
+
+    /// What is said first on a control connection.
+    fn hello(&self) -> ClientMessage {
+        let invite = self.options.join.as_ref().map(|join| control::InviteUse {
+            id: join.invite.0,
+            secret: join.secret.clone(),
+            network: join.network.0,
+        });
+        self.node.hello(self.options.name.as_ref().map(ToString::to_string), invite)
     }
 
     fn handle_link_down(&mut self) {
@@ -374,6 +391,10 @@ impl Daemon {
                     // The command may have gone away meanwhile.
                     let _ = reply.send(answer);
                 }
+            }
+            Event::Token { server, token } => {
+                let hello = control::encode(&self.hello());
+                self.uplink.offer(server, token, hello);
             }
             Event::Knocked(knocked) => self.handle_knocked(knocked, now),
             Event::Reported(peer) => {

@@ -277,7 +277,7 @@ async fn reflect(
                 received = socket.recv_from(&mut buffer) => {
                     let (len, from) = received.ok()?;
                     let answer = buffer.get(..len).and_then(|bytes| Control::parse(bytes).ok());
-                    if let Some(Control::Reflected { tx: answered, observed }) = answer
+                    if let Some(Control::Reflected { tx: answered, observed, .. }) = answer
                         && answered == tx
                         && from.ip() == server.ip()
                     {

@@ -308,10 +308,7 @@ pub async fn run(
         ready(&daemon.node);
         return Ok(Ended::Stopped);
     }
-    let threads = match threads {
-        Some(threads) => threads,
-        None => start_threads()?,
-    };
+    let threads = threads.map_or_else(start_threads, Ok)?;
     daemon.ready = true;
     ready(&daemon.node);
     let ended = daemon.serve(&mut stop).await;

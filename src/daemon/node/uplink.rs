@@ -7,15 +7,17 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::io::clock;
 use crate::io::link::{
-    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, RelayBatch, Way,
-    connect_by,
+    Backoff, ConnectError, Inbound, Link, LinkError, LinkReceiver, LinkSender, Offers, RelayBatch,
+    Way, connect_by,
 };
 use crate::types::{PublicKey, SecretKey};
 use crate::wire::join::ServerAddr;
+use crate::wire::relay::Token;
 
 /// The next address is tried beside the first after this (RFC 8305 section 5).
 const STAGGER: Duration = Duration::from_millis(250);
@@ -30,6 +32,8 @@ const MIN_PAUSE: Duration = Duration::from_secs(1);
 /// What became of the connection.
 #[derive(Debug)]
 pub(super) enum UplinkEvent {
+    /// One is being made; tokens are of use now.
+    Trying,
     /// There is one.
     Connected {
         /// Its far end.
@@ -40,6 +44,8 @@ pub(super) enum UplinkEvent {
         device: Option<String>,
         /// To send on it.
         sender: LinkSender,
+        /// The hello, if the server has had that already.
+        said: Option<Vec<u8>>,
     },
     /// A control message came.
     Control(Vec<u8>),
@@ -80,6 +86,10 @@ pub(super) struct Uplink {
     phase: Phase,
     backoff: Backoff,
     pause: Duration,
+    /// What there is for the first message.
+    offers: watch::Sender<Offers>,
+    /// The last attempts came to nothing, perhaps since something on the way dislikes long headers.
+    plain: bool,
     /// The interfaces of further uplinks.
     devices: Vec<String>,
     /// The one of them by which the server is known to answer, when it does not by the preferred one.
@@ -100,12 +110,29 @@ impl Uplink {
             phase: Phase::Waiting(clock::now()),
             backoff: Backoff::default(),
             pause: MIN_PAUSE,
+            offers: watch::Sender::default(),
+            plain: false,
             devices: Vec::new(),
             favoured: None,
             addresses: BTreeMap::new(),
             better: JoinSet::new(),
             replaced: None,
         }
+    }
+
+    /// These servers have been asked for tokens.
+    pub(super) fn expect_tokens(&self, servers: impl IntoIterator<Item = IpAddr>) {
+        self.offers.send_modify(|offers| offers.expect(servers));
+    }
+
+    /// A token, and what to say with it.
+    pub(super) fn offer(&self, server: IpAddr, token: Token, hello: Vec<u8>) {
+        self.offers.send_modify(|offers| offers.put(server, token, hello));
+    }
+
+    /// Whether there is a token for a connection to this server.
+    pub(super) fn has_token(&self, server: IpAddr) -> bool {
+        self.offers.borrow().has_token(server)
     }
 
     /// Whether a connection is being made at this moment, rather than waited for.
@@ -124,7 +151,7 @@ impl Uplink {
         self.backoff.reset();
         self.better = JoinSet::new();
         self.replaced = None;
-        self.phase = Phase::Waiting(clock::now());
+        self.wait_until(clock::now());
     }
 
     /// The interfaces of the further uplinks that there are.
@@ -147,14 +174,20 @@ impl Uplink {
 
     /// Drops the connection for a while, and the next time for longer.
     pub(super) fn pause(&mut self) {
-        self.phase = Phase::Waiting(clock::now() + self.pause);
+        self.wait_until(clock::now() + self.pause);
         self.pause = (self.pause * 2).min(MAX_PAUSE);
     }
 
     fn wait(&mut self) {
         self.better = JoinSet::new();
         self.replaced = None;
-        self.phase = Phase::Waiting(clock::now() + self.backoff.next_wait());
+        let at = clock::now() + self.backoff.next_wait();
+        self.wait_until(at);
+    }
+
+    fn wait_until(&mut self, at: Instant) {
+        self.offers.send_replace(Offers::default());
+        self.phase = Phase::Waiting(at);
     }
 
     /// The next event. Cancel-safe.
@@ -164,6 +197,7 @@ impl Uplink {
                 Phase::Waiting(at) => {
                     tokio::time::sleep_until((*at).into()).await;
                     self.phase = Phase::Connecting(self.start(), None);
+                    return UplinkEvent::Trying;
                 }
                 Phase::Connecting(attempts, worst) => match attempts.join_next().await {
                     Some(Ok(Ok(made))) => return self.take(made),
@@ -175,6 +209,7 @@ impl Uplink {
                     Some(Err(panicked)) => tracing::error!(%panicked, "connecting panicked"),
                     None => {
                         let error = worst.take();
+                        self.plain = !self.plain;
                         self.wait();
                         if let Some(error) = error {
                             return UplinkEvent::Failed(error);
@@ -216,7 +251,10 @@ impl Uplink {
     }
 
     fn take(&mut self, made: Made) -> UplinkEvent {
-        let Link { sender, receiver, local, remote, .. } = made.link;
+        let Link { sender, receiver, local, remote, said, .. } = made.link;
+        self.plain = false;
+        // A token is for one connection.
+        self.offers.send_replace(Offers::default());
         self.better = JoinSet::new();
         self.addresses.insert(made.server.to_string(), remote);
         let before = std::mem::replace(&mut self.phase, Phase::Connected(Box::new(receiver)));
@@ -224,7 +262,8 @@ impl Uplink {
             Phase::Connected(receiver) => Some(receiver),
             Phase::Waiting(_) | Phase::Connecting(..) => None,
         };
-        UplinkEvent::Connected { server: remote, local: local.ip(), device: made.device, sender }
+        let (local, device) = (local.ip(), made.device);
+        UplinkEvent::Connected { server: remote, local, device, sender, said }
     }
 
     /// Tries all servers by all uplinks.
@@ -247,13 +286,18 @@ impl Uplink {
     fn add_attempts(&self, attempts: &mut Attempts, device: Option<&str>, mut delay: Duration) {
         for server in self.destination.servers.clone() {
             let destination = Arc::clone(&self.destination);
+            let offers = match self.plain || device.is_some() {
+                // Seen from another address a token is worth nothing.
+                true => watch::Sender::default().subscribe(),
+                false => self.offers.subscribe(),
+            };
             let device = device.map(str::to_owned);
             let address = device.as_ref().and(self.addresses.get(&server.to_string())).copied();
             let way = Way { device, address };
             attempts.spawn(async move {
                 tokio::time::sleep(delay).await;
                 let Destination { server_keys, machine_key, .. } = &*destination;
-                let link = connect_by(&way, &server, server_keys, machine_key).await?;
+                let link = connect_by(&way, &server, server_keys, machine_key, offers).await?;
                 Ok(Made { link, server, device: way.device })
             });
             delay += STAGGER;

@@ -1,7 +1,8 @@
 //! Control connections: accepted, upgraded, and read until they end.
 
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
@@ -16,10 +17,11 @@ use super::sockets::Listener;
 use crate::io::clock;
 use crate::io::link::{Inbound, Link, LinkReceiver, RelayBatch};
 use crate::io::listen::{self, Admission, Gate, HANDSHAKE_LIMIT};
+use crate::server::fresh::{Freshness, Tokens};
 use crate::server::{Connected, ConnectionId};
-use crate::types::SecretKey;
+use crate::types::{PublicKey, SecretKey};
 use crate::wire::control::{ClientMessage, decode};
-use crate::wire::frame::MAX_CLIENT_MESSAGE;
+use crate::wire::frame::{Early, MAX_CLIENT_MESSAGE};
 
 /// Control messages that a node may send in a burst; an honest one sends a few.
 const BURST_MESSAGES: u32 = 200;
@@ -33,14 +35,32 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct Entrance {
     key: SecretKey,
     gate: Arc<Gate>,
+    fresh: Mutex<Freshness>,
     next: AtomicU64,
     events: mpsc::Sender<Event>,
     hub: Arc<Hub>,
 }
 
 impl Entrance {
-    pub(super) fn new(key: SecretKey, events: mpsc::Sender<Event>, hub: Arc<Hub>) -> Self {
-        Self { key, gate: Arc::default(), next: AtomicU64::new(1), events, hub }
+    pub(super) fn new(
+        key: SecretKey,
+        tokens: Tokens,
+        events: mpsc::Sender<Event>,
+        hub: Arc<Hub>,
+    ) -> Self {
+        let fresh = Mutex::new(Freshness::new(tokens));
+        Self { key, gate: Arc::default(), fresh, next: AtomicU64::new(1), events, hub }
+    }
+
+    /// Whether what a first message holds may be acted on before there is another.
+    fn is_new(&self, machine_key: PublicKey, payload: &[u8], source: IpAddr) -> bool {
+        let Some(early) = Early::parse(payload) else { return false };
+        self.fresh().take(machine_key, &early.token, source, clock::now())
+    }
+
+    fn fresh(&self) -> std::sync::MutexGuard<'_, Freshness> {
+        // A panic between its changes would at worst forget somebody who was let in before it.
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -86,14 +106,14 @@ async fn serve(
     relay_port: u16,
     second_port: u16,
 ) {
-    let (link, first) = tokio::select! {
+    let (link, first, proved) = tokio::select! {
         greeted = greet(stream, entrance) => match greeted {
             Ok(greeted) => greeted,
             Err(error) => return debug!(error, "no control connection"),
         },
         () = admission.pushed_out() => return debug!("a connection made room for others"),
     };
-    let fare = admission.leave();
+    let fare = admission.fare();
     let id = ConnectionId(entrance.next.fetch_add(1, Ordering::Relaxed));
     let about = Connected {
         machine_key: link.peer_key,
@@ -105,7 +125,8 @@ async fn serve(
     let Link { sender, mut receiver, peer_key, .. } = link;
     entrance.hub.add_link(id, sender, (fare, peer_key));
     if entrance.events.send(Event::Connected { id, about }).await.is_ok() {
-        read(id, &mut receiver, first, entrance).await;
+        let admission = (!proved).then_some(admission);
+        read(id, &mut receiver, first, admission, entrance).await;
     }
     entrance.hub.remove_link(id);
     // When the core is gone, so is everything that this would matter to.
@@ -113,21 +134,37 @@ async fn serve(
     receiver.close().await;
 }
 
-/// The handshake and the first message: the handshake alone may be a replay, a first frame cannot be.
-async fn greet(stream: TcpStream, entrance: &Entrance) -> Result<(Link, Vec<u8>), String> {
-    let mut link =
-        listen::upgrade(stream, &entrance.key).await.map_err(|error| error.to_string())?;
+/// The handshake and the first message: a handshake may be a replay, unless there is proof that it is
+/// not, and a first frame cannot be. Tells whether it was that.
+async fn greet(stream: TcpStream, entrance: &Entrance) -> Result<(Link, Vec<u8>, bool), String> {
+    let source = stream.peer_addr().map_err(|error| error.to_string())?.ip();
+    let is_new = |key: PublicKey, payload: &[u8]| entrance.is_new(key, payload, source);
+    let upgraded = listen::upgrade(stream, &entrance.key, is_new).await;
+    let (mut link, early) = upgraded.map_err(|error| error.to_string())?;
     link.receiver.limit_messages(MAX_CLIENT_MESSAGE);
+    if let Some(early) = early.as_deref().and_then(Early::parse) {
+        return Ok((link, early.hello.to_vec(), false));
+    }
     match timeout(HANDSHAKE_LIMIT, link.receiver.next()).await {
-        Ok(Ok(Inbound::Control(message))) => Ok((link, message)),
+        Ok(Ok(Inbound::Control(message))) => {
+            entrance.fresh().note(link.peer_key, clock::now());
+            Ok((link, message, true))
+        }
         Ok(Ok(Inbound::Relay(_))) => Err("a connection that starts with data".into()),
         Ok(Err(error)) => Err(format!("a connection without a message: {error}")),
         Err(_) => Err("a connection that says nothing".into()),
     }
 }
 
-/// Reads until the link ends, from either side.
-async fn read(id: ConnectionId, receiver: &mut LinkReceiver, first: Vec<u8>, entrance: &Entrance) {
+/// Reads until the link ends, from either side. One that still has its `admission` owes a frame: what
+/// its first message said was new, and may have been brought by somebody else.
+async fn read(
+    id: ConnectionId,
+    receiver: &mut LinkReceiver,
+    first: Vec<u8>,
+    mut admission: Option<Admission>,
+    entrance: &Entrance,
+) {
     let mut inbound = Ok(Inbound::Control(first));
     let mut budget = Budget::new();
     loop {
@@ -155,7 +192,19 @@ async fn read(id: ConnectionId, receiver: &mut LinkReceiver, first: Vec<u8>, ent
             }
             Err(error) => return debug!(connection = id.0, %error, "disconnected"),
         }
-        inbound = receiver.next().await;
+        inbound = match &admission {
+            None => receiver.next().await,
+            Some(place) => tokio::select! {
+                inbound = timeout(HANDSHAKE_LIMIT, receiver.next()) => match inbound {
+                    Ok(inbound) => inbound,
+                    Err(_) => return debug!(connection = id.0, "nothing follows on the hello"),
+                },
+                () = place.pushed_out() => return debug!("a connection made room for others"),
+            },
+        };
+        if inbound.is_ok() && admission.take().is_some() {
+            debug!(connection = id.0, "proved");
+        }
     }
 }
 

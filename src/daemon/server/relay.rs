@@ -79,14 +79,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Hub {
-    pub(super) fn new(
-        ports: Vec<UdpPort>,
-        limits: Limits,
-        secret: [u8; 32],
-        events: mpsc::Sender<Event>,
-    ) -> Self {
+    pub(super) fn new(ports: Vec<UdpPort>, table: RelayTable, events: mpsc::Sender<Event>) -> Self {
         Self {
-            table: Mutex::new(RelayTable::new(limits, secret)),
+            table: Mutex::new(table),
             links: Mutex::default(),
             progress: ports.iter().map(|_| Arc::default()).collect(),
             relayed: Default::default(),

@@ -12,13 +12,16 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::early::{Offers, token_grace};
 use super::noise::{Initiator, Secured};
 use super::{Link, tune};
+use crate::io::clock;
 use crate::types::{PublicKey, SecretKey};
-use crate::wire::frame::{HANDSHAKE_HEADER, UPGRADE_PATH, UPGRADE_PROTOCOL};
+use crate::wire::frame::{Early, HANDSHAKE_HEADER, UPGRADE_PATH, UPGRADE_PROTOCOL};
 use crate::wire::join::ServerAddr;
 
 /// A TCP connection that takes longer is of no use to a virtual LAN.
@@ -89,7 +92,8 @@ pub async fn connect(
     server_keys: &[PublicKey],
     machine_key: &SecretKey,
 ) -> Result<Link, ConnectError> {
-    connect_by(&Way::default(), server, server_keys, machine_key).await
+    let none = watch::Sender::<Offers>::default().subscribe();
+    connect_by(&Way::default(), server, server_keys, machine_key, none).await
 }
 
 /// By which way a server is connected to.
@@ -102,7 +106,8 @@ pub struct Way {
     pub address: Option<SocketAddr>,
 }
 
-/// The same by another way than the routes say.
+/// The same by another way than the routes say, and with a hello in the first message, if there is a
+/// token for that in time.
 ///
 /// # Errors
 /// As [`connect`].
@@ -111,13 +116,22 @@ pub async fn connect_by(
     server: &ServerAddr,
     server_keys: &[PublicKey],
     machine_key: &SecretKey,
+    mut offers: watch::Receiver<Offers>,
 ) -> Result<Link, ConnectError> {
     for server_key in server_keys {
+        let start = clock::now();
         let stream = match timeout(TCP_LIMIT, connect_tcp(way, server)).await {
             Ok(stream) => stream?,
             Err(_) => return Err(timed_out(server, "TCP connection", TCP_LIMIT)),
         };
-        match connect_over(stream, server, server_key, machine_key).await {
+        let grace = token_grace(clock::now().saturating_duration_since(start));
+        let early = match stream.peer_addr() {
+            // In time or never: the answer took as long as the connection.
+            Ok(remote) => timeout(grace, Offers::early(&mut offers, remote.ip())).await.ok(),
+            Err(_) => None,
+        };
+        let early = early.flatten().unwrap_or_default();
+        match connect_early(stream, server, server_key, machine_key, &early).await {
             Err(ConnectError::WrongKey { .. }) => {}
             result => return result,
         }
@@ -135,12 +149,29 @@ pub async fn connect_over(
     server_key: &PublicKey,
     machine_key: &SecretKey,
 ) -> Result<Link, ConnectError> {
-    let (stream, early, secured) =
-        timeout(UPGRADE_LIMIT, exchange(stream, server, server_key, machine_key))
+    connect_early(stream, server, server_key, machine_key, &[]).await
+}
+
+/// The same with this in the first message, which the server may act on (see
+/// [`crate::wire::frame::Early`]).
+///
+/// # Errors
+/// As [`connect_over`].
+pub async fn connect_early(
+    stream: TcpStream,
+    server: &ServerAddr,
+    server_key: &PublicKey,
+    machine_key: &SecretKey,
+    early: &[u8],
+) -> Result<Link, ConnectError> {
+    let (stream, behind, secured, taken) =
+        timeout(UPGRADE_LIMIT, exchange_with(stream, server, server_key, machine_key, early))
             .await
             .unwrap_or_else(|_| Err(timed_out(server, "answer to the upgrade", UPGRADE_LIMIT)))?;
-    Link::start(stream, early, secured)
-        .map_err(|source| ConnectError::Unreachable { address: server.clone(), source })
+    let mut link = Link::start(stream, behind, secured)
+        .map_err(|source| ConnectError::Unreachable { address: server.clone(), source })?;
+    link.said = Early::parse(early).filter(|_| taken).map(|early| early.hello.to_vec());
+    Ok(link)
 }
 
 fn timed_out(server: &ServerAddr, waiting_for: &'static str, limit: Duration) -> ConnectError {
@@ -212,9 +243,25 @@ pub async fn exchange<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let (stream, behind, secured, _) =
+        exchange_with(stream, server, server_key, machine_key, &[]).await?;
+    Ok((stream, behind, secured))
+}
+
+/// The same with this in the first message; tells whether it counts.
+async fn exchange_with<S>(
+    stream: S,
+    server: &ServerAddr,
+    server_key: &PublicKey,
+    machine_key: &SecretKey,
+    early: &[u8],
+) -> Result<(S, Vec<u8>, Secured, bool), ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let wrong_key = |_| ConnectError::WrongKey { address: server.clone() };
     let closed = || ConnectError::Closed { address: server.clone() };
-    let (handshake, first) = Initiator::start(server_key, machine_key).map_err(wrong_key)?;
+    let (handshake, first) = Initiator::start(server_key, machine_key, early).map_err(wrong_key)?;
     let (mut requests, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|error| http_error(server, &error))?;
@@ -234,8 +281,8 @@ where
         (_, outcome) => outcome?,
     };
     let parts = upgraded.downcast::<TokioIo<S>>().map_err(|_| closed())?;
-    let secured = handshake.finish(answer.as_bytes()).map_err(wrong_key)?;
-    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), secured))
+    let (secured, taken) = handshake.finish(answer.as_bytes()).map_err(wrong_key)?;
+    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), secured, taken))
 }
 
 fn request(server: &ServerAddr, first: &str) -> Request<Empty<Bytes>> {

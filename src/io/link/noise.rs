@@ -1,7 +1,8 @@
 //! The Noise IK handshake and the sealing of frames.
 //!
-//! Handshake payloads are empty: the first message can be replayed by anybody who saw it, so
-//! nothing that it says may count. The first frame behind the handshake cannot.
+//! The first message can be replayed by anybody who saw it, so what it says may count only when
+//! the server knows that it is new ([`crate::server::fresh`]). The first frame behind the handshake
+//! cannot.
 
 use std::sync::Arc;
 
@@ -10,10 +11,15 @@ use snow::{Builder, HandshakeState, StatelessTransportState};
 
 use super::LinkError;
 use crate::types::{PublicKey, SecretKey};
-use crate::wire::frame::{Frame, MAC_LEN, NOISE_PATTERN, NOISE_PROLOGUE};
+use crate::wire::frame::{
+    EARLY_TAKEN, Frame, MAC_LEN, MAX_EARLY_HELLO, NOISE_PATTERN, NOISE_PROLOGUE,
+};
+use crate::wire::relay::TOKEN_LEN;
 
-/// No handshake message of IK with an empty payload is longer: 32 + 48 + 16.
-const MAX_HANDSHAKE: usize = 96;
+/// No payload is longer: a token and a hello.
+const MAX_PAYLOAD: usize = TOKEN_LEN + MAX_EARLY_HELLO;
+/// No handshake message of IK is longer: two keys, one of them with a MAC, and a payload with one.
+const MAX_HANDSHAKE: usize = 32 + 48 + MAX_PAYLOAD + MAC_LEN;
 
 /// The handshake did not work out: another key, or no Noise at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -28,19 +34,21 @@ fn builder<'a>(key: &'a [u8; 32]) -> Result<Builder<'a>, HandshakeError> {
         .map_err(|_| HandshakeError)
 }
 
-fn write(state: &mut HandshakeState) -> Result<String, HandshakeError> {
-    let mut message = [0; MAX_HANDSHAKE];
-    let len = state.write_message(&[], &mut message).map_err(|_| HandshakeError)?;
+fn write(state: &mut HandshakeState, payload: &[u8]) -> Result<String, HandshakeError> {
+    let mut message = vec![0; MAX_HANDSHAKE];
+    let len = state.write_message(payload, &mut message).map_err(|_| HandshakeError)?;
     Ok(BASE64URL_NOPAD.encode(&message[..len]))
 }
 
-fn read(state: &mut HandshakeState, text: &[u8]) -> Result<(), HandshakeError> {
+fn read(state: &mut HandshakeState, text: &[u8]) -> Result<Vec<u8>, HandshakeError> {
     let message = BASE64URL_NOPAD.decode(text).map_err(|_| HandshakeError)?;
     if message.len() > MAX_HANDSHAKE {
         return Err(HandshakeError);
     }
-    state.read_message(&message, &mut [0; MAX_HANDSHAKE]).map_err(|_| HandshakeError)?;
-    Ok(())
+    let mut payload = vec![0; message.len()];
+    let len = state.read_message(&message, &mut payload).map_err(|_| HandshakeError)?;
+    payload.truncate(len);
+    Ok(payload)
 }
 
 fn finish(state: HandshakeState) -> Result<Secured, HandshakeError> {
@@ -55,23 +63,25 @@ fn finish(state: HandshakeState) -> Result<Secured, HandshakeError> {
 pub(crate) struct Initiator(HandshakeState);
 
 impl Initiator {
-    /// The state, and the text of the first message.
+    /// The state, and the text of the first message with this payload.
     pub(crate) fn start(
         server_key: &PublicKey,
         machine_key: &SecretKey,
+        payload: &[u8],
     ) -> Result<(Self, String), HandshakeError> {
         let secret = machine_key.expose();
         let mut state = builder(&secret)?
             .remote_public_key(&server_key.0)
             .and_then(Builder::build_initiator)
             .map_err(|_| HandshakeError)?;
-        let text = write(&mut state)?;
+        let text = write(&mut state, payload)?;
         Ok((Self(state), text))
     }
 
-    pub(crate) fn finish(mut self, answer: &[u8]) -> Result<Secured, HandshakeError> {
-        read(&mut self.0, answer)?;
-        finish(self.0)
+    /// The keys, and whether the payload counts with the server.
+    pub(crate) fn finish(mut self, answer: &[u8]) -> Result<(Secured, bool), HandshakeError> {
+        let taken = read(&mut self.0, answer)? == EARLY_TAKEN;
+        Ok((finish(self.0)?, taken))
     }
 }
 
@@ -83,17 +93,26 @@ pub(crate) struct Responder;
 #[derive(Debug)]
 pub struct Answered {
     pub(crate) text: String,
+    /// What the first message held, if it counts.
+    pub(crate) early: Option<Vec<u8>>,
     pub(super) secured: Secured,
 }
 
 impl Responder {
-    /// Opens a first message and answers it.
-    pub(crate) fn answer(first: &[u8], server_key: &SecretKey) -> Result<Answered, HandshakeError> {
+    /// Opens a first message and answers it. What it holds counts if `is_new` says so of its
+    /// sender's key and payload.
+    pub(crate) fn answer(
+        first: &[u8],
+        server_key: &SecretKey,
+        is_new: impl FnOnce(PublicKey, &[u8]) -> bool,
+    ) -> Result<Answered, HandshakeError> {
         let secret = server_key.expose();
         let mut state = builder(&secret)?.build_responder().map_err(|_| HandshakeError)?;
-        read(&mut state, first)?;
-        let text = write(&mut state)?;
-        Ok(Answered { text, secured: finish(state)? })
+        let payload = read(&mut state, first)?;
+        let key = state.get_remote_static().and_then(|key| key.try_into().ok());
+        let taken = is_new(PublicKey(key.ok_or(HandshakeError)?), &payload);
+        let text = write(&mut state, if taken { EARLY_TAKEN } else { &[] })?;
+        Ok(Answered { text, early: taken.then_some(payload), secured: finish(state)? })
     }
 }
 

@@ -4,12 +4,14 @@ use std::future::Future;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 use super::*;
 use crate::io::listen::{self, UpgradeError};
 use crate::types::{DropReason, SecretKey};
-use crate::wire::frame::MAX_MESSAGE;
+use crate::wire::frame::{Early, MAX_MESSAGE};
 use crate::wire::join::ServerAddr;
+use crate::wire::relay::Token;
 
 fn server_key() -> SecretKey {
     SecretKey::from_bytes([1; 32])
@@ -25,16 +27,21 @@ async fn listener() -> (TcpListener, ServerAddr) {
     (listener, addr)
 }
 
+/// The server's side of an upgrade, where no early hello counts.
+async fn accept(stream: TcpStream, key: &SecretKey) -> Result<Link, UpgradeError> {
+    listen::upgrade(stream, key, |_, _| false).await.map(|(link, _)| link)
+}
+
 /// The two ends of a link.
 async fn pair() -> (Link, Link) {
     let (listener, addr) = listener().await;
-    let accept = async {
+    let serve = async {
         let (stream, _) = listener.accept().await.unwrap();
-        listen::upgrade(stream, &server_key()).await
+        accept(stream, &server_key()).await
     };
     let keys = [server_key().public()];
     let machine = machine_key();
-    let (server, client) = tokio::join!(accept, connect(&addr, &keys, &machine));
+    let (server, client) = tokio::join!(serve, connect(&addr, &keys, &machine));
     (client.unwrap(), server.unwrap())
 }
 
@@ -215,13 +222,13 @@ async fn a_forged_frame_ends_the_link() {
 #[tokio::test]
 async fn another_server_key_is_told_as_such_by_both_ends() {
     let (listener, addr) = listener().await;
-    let accept = async {
+    let serve = async {
         let (stream, _) = listener.accept().await.unwrap();
-        listen::upgrade(stream, &SecretKey::from_bytes([9; 32])).await
+        accept(stream, &SecretKey::from_bytes([9; 32])).await
     };
     let keys = [server_key().public()];
     let machine = machine_key();
-    let (server, client) = tokio::join!(accept, connect(&addr, &keys, &machine));
+    let (server, client) = tokio::join!(serve, connect(&addr, &keys, &machine));
     assert!(matches!(client, Err(ConnectError::WrongKey { .. })));
     assert!(matches!(server, Err(UpgradeError::WrongKey)));
 }
@@ -229,16 +236,70 @@ async fn another_server_key_is_told_as_such_by_both_ends() {
 #[tokio::test]
 async fn the_next_server_key_is_tried_after_the_first() {
     let (listener, addr) = listener().await;
-    let accept = async {
+    let serve = async {
         let (stream, _) = listener.accept().await.unwrap();
-        assert!(listen::upgrade(stream, &server_key()).await.is_err());
+        assert!(accept(stream, &server_key()).await.is_err());
         let (stream, _) = listener.accept().await.unwrap();
-        listen::upgrade(stream, &server_key()).await.unwrap()
+        accept(stream, &server_key()).await.unwrap()
     };
     let keys = [SecretKey::from_bytes([9; 32]).public(), server_key().public()];
     let machine = machine_key();
-    let (_server, client) = tokio::join!(accept, connect(&addr, &keys, &machine));
+    let (_server, client) = tokio::join!(serve, connect(&addr, &keys, &machine));
     assert_eq!(client.unwrap().peer_key, server_key().public());
+}
+
+/// What becomes of a hello in the first message when these `offers` are there before the server takes
+/// the connection: the two ends, and what the server has read.
+async fn early(
+    offers: watch::Sender<Offers>,
+    in_time: bool,
+    counts: bool,
+) -> (Link, Link, Option<Vec<u8>>) {
+    let (listener, addr) = listener().await;
+    let ip = addr.literal().unwrap().ip();
+    let offered = offers.subscribe();
+    let serve = async {
+        let (stream, _) = listener.accept().await.unwrap();
+        if in_time {
+            offers.send_modify(|it| it.put(ip, Token([5; 16]), b"hello".to_vec()));
+        }
+        let is_new = |key: PublicKey, payload: &[u8]| {
+            let early = Early { token: Token([5; 16]), hello: b"hello" };
+            assert_eq!(Early::parse(payload), in_time.then_some(early));
+            assert_eq!(key, machine_key().public());
+            counts
+        };
+        listen::upgrade(stream, &server_key(), is_new).await.unwrap()
+    };
+    let (way, keys, machine) = (Way::default(), [server_key().public()], machine_key());
+    let client = connect_by(&way, &addr, &keys, &machine, offered);
+    let ((server, read), client) = tokio::join!(serve, client);
+    (client.unwrap(), server, read)
+}
+
+#[tokio::test]
+async fn a_hello_goes_with_the_first_message_when_its_token_is_there_in_time() {
+    let ip = "127.0.0.1".parse().unwrap();
+    for counts in [true, false] {
+        let offers = watch::Sender::<Offers>::default();
+        offers.send_modify(|it| it.expect([ip]));
+        let (client, mut server, read) = early(offers, true, counts).await;
+        assert_eq!(client.said.as_deref(), counts.then_some(&b"hello"[..]), "both ends agree");
+        let read = read.as_deref().and_then(Early::parse).map(|early| early.hello);
+        assert_eq!(read, client.said.as_deref());
+        client.sender.try_send_control(vec![7; 3]).unwrap();
+        assert_eq!(server.receiver.next().await.unwrap(), Inbound::Control(vec![7; 3]));
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_does_not_come_holds_nobody_up() {
+    for asked in [Some("127.0.0.1".parse().unwrap()), None] {
+        let offers = watch::Sender::<Offers>::default();
+        offers.send_modify(|it| it.expect(asked));
+        let (client, _server, read) = early(offers, false, false).await;
+        assert_eq!((client.said, read), (None, None));
+    }
 }
 
 #[tokio::test]
@@ -296,9 +357,9 @@ async fn a_closed_port_is_unreachable() {
 #[tokio::test]
 async fn a_browser_sees_a_short_text_and_no_name() {
     let (listener, addr) = listener().await;
-    let accept = async {
+    let serve = async {
         let (stream, _) = listener.accept().await.unwrap();
-        listen::upgrade(stream, &server_key()).await
+        accept(stream, &server_key()).await
     };
     let browse = async {
         let mut stream = TcpStream::connect(addr.literal().unwrap()).await.unwrap();
@@ -307,7 +368,7 @@ async fn a_browser_sees_a_short_text_and_no_name() {
         stream.read_to_string(&mut page).await.unwrap();
         page
     };
-    let (server, page) = tokio::join!(accept, browse);
+    let (server, page) = tokio::join!(serve, browse);
     assert!(matches!(server, Err(UpgradeError::NotOurs)));
     assert!(page.starts_with("HTTP/1.1 404") && page.len() < 200, "{page}");
     assert!(!page.to_lowercase().contains("overlay"), "{page}");
@@ -318,16 +379,16 @@ async fn garbage_and_endless_headers_end_the_connection() {
     for bytes in [vec![0xff; 64], [b"GET / HTTP/1.1\r\nX: ".to_vec(), vec![b'a'; 20_000]].concat()]
     {
         let (listener, addr) = listener().await;
-        let accept = async {
+        let serve = async {
             let (stream, _) = listener.accept().await.unwrap();
-            listen::upgrade(stream, &server_key()).await
+            accept(stream, &server_key()).await
         };
         let send = async {
             let mut stream = TcpStream::connect(addr.literal().unwrap()).await.unwrap();
             let _ = stream.write_all(&bytes).await;
             let _ = stream.read_to_end(&mut Vec::new()).await;
         };
-        let (server, ()) = tokio::join!(accept, send);
+        let (server, ()) = tokio::join!(serve, send);
         assert!(matches!(server, Err(UpgradeError::Http(_))));
     }
 }

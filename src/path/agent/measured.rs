@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use super::{PathAgent, Trust};
+use rand::Rng;
+
+use super::{PathAgent, PathTransmit, Trust};
 use crate::path::mtu::BASE_MTU;
 use crate::path::{Quality, Via};
+use crate::types::TxId;
 
 impl PathAgent {
     /// The smoothed round trip on the primary.
@@ -33,7 +36,7 @@ impl PathAgent {
             via,
             rtt: self.relay_prober.srtt(),
             loss_permille: self.relay_delivery.loss_permille(),
-            mtu: None,
+            mtu: self.relay_mtu.found(),
             trusted: true,
         });
         direct.chain(relay).collect()
@@ -48,10 +51,31 @@ impl PathAgent {
         }
     }
 
+    /// Data goes by the relay: does it carry full packets?
+    pub(super) fn note_relay_mtu(&mut self, now: Instant) {
+        if self.relay.is_some() && self.primary == self.relay {
+            self.relay_mtu.want(self.relay_delivery.large_missing(), now);
+            self.ask_for_relay_mtu(now);
+        }
+    }
+
+    /// Sends the questions about the relay that are due.
+    pub(super) fn ask_for_relay_mtu(&mut self, now: Instant) {
+        let sizes = self.relay_mtu.take_due(self.relay_prober.srtt(), now);
+        let Some(via) = self.relay else { return };
+        for inner in sizes {
+            let tx = TxId(self.rng.random());
+            self.relay_mtu.asked(tx, inner);
+            self.transmits.push_back(PathTransmit::Sized { via, tx, inner, whole: false });
+        }
+    }
+
     /// The longest inner packet that the primary carries uncut.
     #[must_use]
     pub fn mtu(&self, now: Instant) -> u16 {
-        let Some(place) = self.primary.and_then(Via::place) else { return BASE_MTU };
+        let Some(place) = self.primary.and_then(Via::place) else {
+            return self.relay_mtu.mtu();
+        };
         let endpoint = self.endpoints.get(&place);
         endpoint.and_then(|endpoint| endpoint.mtu.found(now)).unwrap_or(BASE_MTU)
     }

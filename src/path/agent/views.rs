@@ -1,4 +1,4 @@
-//! What an agent tells people: why its primary is what it is, and what it has tried.
+//! What an agent tells: the path of a packet sent now, why that is its primary, and what it has tried.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -6,10 +6,25 @@ use std::time::{Duration, Instant};
 
 use super::PathAgent;
 use crate::path::side::Tried;
-use crate::path::{ProbeOutcome, Via};
+use crate::path::{Choice, ProbeOutcome, Via};
 use crate::types::CandidateKind;
 
 impl PathAgent {
+    /// The path that a packet sent now takes, and whether it is doubled.
+    #[must_use]
+    pub fn choice(&self) -> Choice {
+        let duplicate = if self.is_direct() {
+            let relay = self.relay.filter(|_| self.doubled || self.doubt.wants_duplicate());
+            let trial = self.trial.and_then(|trial| self.direct(trial.place));
+            self.second_that_answers().or(relay).or(trial)
+        } else {
+            let trial = self.trial.map(|trial| trial.place);
+            trial.or(self.early.map(|early| early.place)).and_then(|place| self.direct(place))
+        };
+        let early = self.early.is_some() && duplicate.is_some();
+        Choice { primary: self.primary, duplicate, early }
+    }
+
     /// Why the primary is what it is, in a sentence.
     #[must_use]
     pub fn why(&self) -> String {

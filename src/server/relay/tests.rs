@@ -277,7 +277,8 @@ fn anybody_is_told_where_they_are_seen_from_either_port() {
     for (from_other_port, socket) in [(false, SocketId(0)), (true, SocketId(1))] {
         let mut question = Control::Reflect { tx, from_other_port }.encode(None);
         let verdict = table.handle_datagram(&mut question, arrival(7), now);
-        let bytes = Control::Reflected { tx, observed: arrival(7).source }.encode(None);
+        let bytes =
+            Control::Reflected { tx, observed: arrival(7).source, token: None }.encode(None);
         assert_eq!(verdict, Verdict::Reply { bytes, from: socket });
     }
 }

@@ -27,6 +27,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("enrol::a_web_server_on_the_port_is_an_error", web_server),
         Case::new("enrol::a_silent_server_on_the_port_is_an_error", silent_server),
         Case::new("enrol::a_restart_keeps_id_and_addresses", restart_keeps_identity),
+        Case::new("enrol::the_hello_goes_with_the_first_message", early_hello),
         Case::new("enrol::join_line_as_argument_and_on_stdin", argument_and_stdin),
     ]
 }
@@ -50,6 +51,25 @@ fn first_join_line() {
     let mut alice = Node::new(&net, &net.machine("alice", Nat::PortRestricted));
     alice.up(lines[0]);
     alice.wait_connected();
+}
+
+/// From a home, with a token of the reflector that came as soon as the connection did.
+fn early_hello() {
+    let (net, server) = net_with_server();
+    let mut node = Node::new(&net, &net.machine("alice", Nat::PortRestricted));
+    node.env.push(("OVERLAY_LOG", "info,overlay::daemon::node=debug".into()));
+    node.up(&server.join());
+    node.wait_connected();
+    for _ in 0..5 {
+        if node.log().contains("early=true") {
+            return;
+        }
+        // On a busy machine an answer may come after what it is waited for.
+        assert_eq!(node.stop(), Some(0));
+        node.up_again();
+        node.wait_connected();
+    }
+    panic!("no hello was in the first message of six connections\n{}", node.log());
 }
 
 fn malformed() {

@@ -14,6 +14,10 @@ pub(crate) fn cases() -> Vec<Case> {
         .into_iter()
         .map(|link| Case::new(format!("mtu::links_of_{link}_carry_bulk"), move || bulk(link)))
         .collect();
+    for link in [1_124, 1_280, 1_340] {
+        let name = format!("mtu::a_relayed_pair_with_a_link_of_{link}_carries_bulk");
+        cases.push(Case::new(name, move || relayed(link)));
+    }
     cases.push(Case::new("mtu::a_sender_of_too_much_is_told", sender_is_told));
     cases.push(Case::new("mtu::a_fixed_mtu_is_an_upper_bound", fixed));
     cases
@@ -66,6 +70,52 @@ fn pair(link: u16, args: &[&str]) -> Pair {
     alice.wait_path("bob", "direct", LIMIT);
     bob.wait_path("alice", "direct", LIMIT);
     Pair { _net: net, _server: server, alice, bob }
+}
+
+/// The same by relay.
+const RELAY_OVERHEAD: u16 = OVERHEAD + 8;
+
+/// All that two symmetric NATs have is the relay, and the way between it and one of them loses what is
+/// longer than `link`, and fragments, without a word.
+fn relayed(link: u16) {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let [mut alice, mut bob] =
+        ["alice", "bob"].map(|name| Node::start(&net, &net.machine(name, Nat::Symmetric), &server));
+    for (node, peer) in [(&mut alice, "bob"), (&mut bob, "alice")] {
+        node.wait_path(peer, "relay-udp", LIMIT);
+    }
+    // What the kernel cuts late would look too long to the rules.
+    for host in [&server.host, &alice.host, &bob.host] {
+        host.ns.ip("link set dev eth0 gso_max_segs 1");
+    }
+    let router = bob.host.router.as_ref().expect("it is behind a NAT");
+    router.ns.nft(&format!(
+        "table ip hole {{
+           chain in {{
+             type filter hook prerouting priority -450; policy accept;
+             iifname \"wan\" meta length > {link} drop
+             iifname \"wan\" ip frag-off & 0x3fff != 0 drop
+           }}
+           chain out {{
+             type filter hook postrouting priority 450; policy accept;
+             oifname \"wan\" meta length > {link} drop
+           }}
+         }}
+         "
+    ));
+    streams_are_equal(&alice.host, &bob.host, bob.ipv4().parse().unwrap());
+    streams_are_equal(&bob.host, &alice.host, alice.ipv4().parse().unwrap());
+    let inner = link - RELAY_OVERHEAD;
+    wait_mtu(&mut alice, "bob", inner);
+    wait_mtu(&mut bob, "alice", inner);
+    assert_eq!(ping_whole(&alice.host, &bob.ipv4(), inner).0, Some(0));
+    // A route that knows nothing of the path, as a forwarded packet has none.
+    let host = &alice.host;
+    host.ns.ip(&format!("route replace {}/32 dev overlay0 mtu 1280", bob.ipv4()));
+    let (_, said) = ping_whole(host, &bob.ipv4(), 1_280);
+    assert!(said.to_lowercase().contains(&format!("mtu = {inner}")), "{said}");
+    assert_eq!(alice.path_kind("bob"), "relay-udp");
 }
 
 fn wait_mtu(node: &mut Node, peer: &str, mtu: u16) {
