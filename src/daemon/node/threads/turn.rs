@@ -4,7 +4,9 @@
 //! A packet that wakes a thread on a busy machine waits until a program has used up its turn, at each
 //! end: that is most of a round trip under load. So the threads ask for real-time scheduling, of the
 //! lowest priority. In a flood that would leave a machine with two processors nothing for anything
-//! else, so whoever works for long without a pause is an ordinary thread now and then.
+//! else, so whoever works for long without a pause is an ordinary thread now and then. And while little
+//! goes on they are ordinary threads, too: those the kernel wakes beside the one that woke them, on a
+//! processor that is awake, and the others where they slept, which makes a lone packet late.
 
 use std::time::{Duration, Instant};
 
@@ -12,6 +14,10 @@ use crate::io::sched;
 
 /// A wait this long was a pause: others could run.
 const PAUSE: Duration = Duration::from_micros(50);
+/// A wait this long was a rest: little goes on.
+const REST: Duration = Duration::from_millis(2);
+/// Much goes on after so many waits without a rest.
+const BUSY: u32 = 8;
 /// Without a pause, so long ahead of the others,
 const AHEAD: Duration = Duration::from_millis(20);
 /// and so long among them.
@@ -28,23 +34,31 @@ pub(super) struct Turn {
 struct State {
     ahead: bool,
     since: Instant,
+    /// Waits since the last rest.
+    waits: u32,
 }
 
 impl State {
     /// Takes when the thread has waited for work; tells what it is to be from here on, if that is
     /// something else.
     fn waited(&mut self, from: Instant, until: Instant) -> Option<bool> {
-        let paused = until.saturating_duration_since(from) >= PAUSE;
+        let waited = until.saturating_duration_since(from);
+        let (rested, paused) = (waited >= REST, waited >= PAUSE);
+        self.waits = if rested { 0 } else { self.waits.saturating_add(1) };
         if paused {
             self.since = until;
         }
         let limit = if self.ahead { AHEAD } else { AMONG };
         let is_over = until.saturating_duration_since(self.since) >= limit;
-        let ahead = if is_over { !self.ahead } else { self.ahead || paused };
+        let ahead = if self.ahead {
+            !rested && !is_over
+        } else {
+            self.waits >= BUSY && (paused || is_over)
+        };
         if ahead == self.ahead {
             return None;
         }
-        *self = Self { ahead, since: until };
+        (self.ahead, self.since) = (ahead, until);
         Some(ahead)
     }
 }
@@ -55,7 +69,10 @@ impl Turn {
         // With a single processor there is none left for whoever is not ahead.
         let others = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
         let granted = wanted && others && sched::run_ahead(true).is_ok();
-        Self { state: granted.then_some(State { ahead: true, since: now }) }
+        let mut turn =
+            Self { state: granted.then_some(State { ahead: true, since: now, waits: 0 }) };
+        turn.waited(now, now + REST);
+        turn
     }
 
     /// Whether the thread runs ahead of others.
@@ -85,7 +102,7 @@ mod tests {
     #[test]
     fn who_works_without_a_pause_lets_the_others_have_their_turn() {
         let mut now = epoch();
-        let mut state = State { ahead: true, since: now };
+        let mut state = State { ahead: true, since: now, waits: BUSY };
         let mut among = Duration::ZERO;
         for _ in 0..10_000 {
             let before = now;
@@ -98,15 +115,24 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_work_stays_ahead() {
+    fn who_waits_for_work_is_ahead_while_much_goes_on() {
         let mut now = epoch();
-        let mut state = State { ahead: false, since: now };
-        assert_eq!(state.waited(now, now + 60 * US), Some(true), "the first pause is enough");
+        let mut state = State { ahead: false, since: now, waits: 0 };
+        for wait in 1..=BUSY {
+            now += 60 * US;
+            assert_eq!(state.waited(now - 60 * US, now), (wait == BUSY).then_some(true));
+        }
         for _ in 0..1_000 {
             now += Duration::from_millis(10);
             assert_eq!(state.waited(now, now), None, "work");
             now += 60 * US;
             assert_eq!(state.waited(now - 60 * US, now), None, "pause");
+        }
+        now += REST;
+        assert_eq!(state.waited(now - REST, now), Some(false), "little goes on");
+        for _ in 0..1_000 {
+            now += REST;
+            assert_eq!(state.waited(now - REST, now), None, "a lone packet now and then");
         }
     }
 }

@@ -160,9 +160,9 @@ impl NodeWorld {
 
     /// A peer is new, has another key or is gone, as the server would say it.
     fn hear_of(&mut self, number: u8, what: u8) {
-        let from = Some(self.node.netmap().epoch);
-        let to = from.unwrap_or_default().wrapping_add(1);
-        let mut update = NetmapUpdate { from, to, ..Default::default() };
+        let from = self.node.netmap().epoch;
+        let to = from.wrapping_add(1);
+        let mut update = NetmapUpdate { from: Some(from), to, ..Default::default() };
         match what % 4 {
             0 => update.removed = vec![u32::from(number)],
             1 => update.forgotten = Some(vec![u32::from(number)]),
