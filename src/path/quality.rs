@@ -260,6 +260,14 @@ impl Delivery {
         self.classes[SizeCounts::LARGE] = Class { base: sent, ..Class::default() };
     }
 
+    /// All is forgotten but how much was sent: the data plane goes on counting from there.
+    pub(super) fn start_over(&mut self) {
+        let last = self.history.pop_back();
+        *self = Self::default();
+        self.history.extend(last);
+        self.begin_proof();
+    }
+
     /// Begins to count what arrives, as a proof.
     pub(super) fn begin_proof(&mut self) {
         self.proof_from = self.history.back().map(|(_, sent)| *sent).unwrap_or_default();

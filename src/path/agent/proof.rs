@@ -223,7 +223,7 @@ impl PathAgent {
         endpoint.failures += 1;
         endpoint.trust = Trust::Distrusted;
         endpoint.penalty_until = Some(now + penalty.min(LONGEST_PENALTY));
-        endpoint.delivery = Default::default();
+        endpoint.delivery.start_over();
         endpoint.mtu = Default::default();
     }
 

@@ -183,3 +183,17 @@ fn unanswered_questions_in_a_flood_are_repeated_before_they_are_believed() {
     }
     assert!(!flow.delivery.floods() && flow.delivery.wants_duplicate(MS, flow.now + 200 * MS));
 }
+
+#[test]
+fn a_path_that_starts_over_has_nothing_to_prove_of_what_was_sent_before() {
+    let mut flow = Flow::new();
+    for _ in 0..20 {
+        flow.step([10, 10, 0], [0, 0, 0], true);
+    }
+    flow.delivery.start_over();
+    flow.delivery.begin_proof();
+    flow.step([0, 0, 0], [0, 0, 0], true);
+    assert_eq!(flow.delivery.sent_in_proof(), 0);
+    flow.step([1, 0, 0], [1, 0, 0], true);
+    assert_eq!((flow.delivery.sent_in_proof(), flow.delivery.proofs()), (1, 1));
+}
