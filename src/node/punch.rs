@@ -184,8 +184,9 @@ impl Node {
                 let tries = self.punching.history(id).tries();
                 self.start_run(id, punch, way, true, tries, now);
             }
-            Step::Busy if offered => {
-                self.punching.run = None;
+            // Also when it had agreed, and something else has come between: nothing was tried.
+            Step::Busy if open.is_some() => {
+                self.clear_run(now);
                 self.wait_for_turn(id, now);
             }
             Step::Hopeless if offered => {
@@ -263,7 +264,7 @@ impl Node {
         if way.is_birthday() && !self.punching.targets.start(target.ip(), now) {
             // Whoever claimed that address last got nowhere.
             self.wait_for_turn(id, now);
-            return self.say(id, said.run, Step::Stop { found: false });
+            return self.say(id, said.run, Step::Busy);
         }
         let part = match (way, we_offered) {
             (Way::BothMove, _) => Part::moving(),
@@ -271,7 +272,7 @@ impl Node {
             (Way::OffererOpens, false) | (Way::AccepterOpens, true) => {
                 match self.punching.budget.probes(now) {
                     Some(probes) => Part::probing(target.ip(), probes),
-                    None => return self.say(id, said.run, Step::Stop { found: false }),
+                    None => return self.say(id, said.run, Step::Busy),
                 }
             }
         };
