@@ -107,8 +107,9 @@ impl Peer {
         })
     }
 
-    /// Takes the lock of the peer's first lane: once per run of packets, never while holding another
-    /// lane's, of this peer or of another.
+    /// Takes the lock of the peer's first lane: once per run of packets, never while holding one of
+    /// another peer. Who holds the second lane's of this peer may take the first one's as well, and
+    /// never the other way round.
     pub fn lock(&self) -> LockedPeer<'_> {
         // A panic while holding it can only come from the crypto library refusing a buffer; the
         // state behind it is whole.

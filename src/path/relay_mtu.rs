@@ -37,8 +37,10 @@ enum Phase {
 pub(super) struct RelayMtu {
     phase: Phase,
     next_at: Option<Instant>,
-    /// A new search is of no use before.
+    /// A new search is of no use before,
     rest_until: Option<Instant>,
+    /// and not even when long packets are lost before this.
+    hurry_from: Option<Instant>,
     open: BTreeMap<TxId, u16>,
     /// Largest in this search.
     best: Option<u16>,
@@ -49,8 +51,8 @@ impl RelayMtu {
     /// Data goes by the relay. `lossy` tells that long packets do not arrive, whatever was found.
     pub(super) fn want(&mut self, lossy: bool, now: Instant) {
         let rests = self.rest_until.is_some_and(|until| now < until);
-        let soon = self.rest_until.and_then(|until| until.checked_sub(AGAIN - SOON));
-        if self.phase == Phase::Idle && (!rests || lossy && soon.is_some_and(|at| at <= now)) {
+        let hurries = lossy && self.hurry_from.is_some_and(|at| at <= now);
+        if self.phase == Phase::Idle && (!rests || hurries) {
             self.phase = Phase::Full(0);
             self.best = None;
             self.next_at = Some(now);
@@ -76,16 +78,16 @@ impl RelayMtu {
             }
             Phase::Full(_) => {
                 self.phase = Phase::All(1);
-                return sizes().collect();
+                return sizes();
             }
             Phase::All(tries) if tries < ALL_TRIES => {
                 self.phase = Phase::All(tries + 1);
-                return sizes().filter(|size| self.best < Some(*size)).collect();
+                return sizes().into_iter().filter(|size| self.best < Some(*size)).collect();
             }
             Phase::All(_) => {
                 // A peer that answers nothing at all says nothing about lengths.
                 let wait = if self.best.is_some() { AGAIN } else { SOON };
-                self.finish(now + wait);
+                self.finish(wait, now);
             }
         }
         Vec::new()
@@ -101,15 +103,16 @@ impl RelayMtu {
         let Some(inner) = self.open.remove(&tx) else { return };
         self.best = self.best.max(Some(inner));
         if inner == BASE_MTU {
-            self.finish(now + AGAIN);
+            self.finish(AGAIN, now);
         }
     }
 
-    fn finish(&mut self, rest_until: Instant) {
+    fn finish(&mut self, rest: Duration, now: Instant) {
         self.found = self.best.or(self.found);
         self.phase = Phase::Idle;
         self.next_at = None;
-        self.rest_until = Some(rest_until);
+        self.rest_until = Some(now + rest);
+        self.hurry_from = Some(now + SOON);
         self.open.clear();
     }
 
@@ -121,15 +124,20 @@ impl RelayMtu {
     /// The longest inner packet that gets through, as far as is known.
     pub(super) fn mtu(&self) -> u16 {
         let searching = matches!(self.phase, Phase::All(_));
-        self.best.filter(|_| searching).or(self.found).unwrap_or(BASE_MTU)
+        // What was found before holds until the whole search says otherwise.
+        self.found.max(self.best.filter(|_| searching)).unwrap_or(BASE_MTU)
     }
 }
 
-/// The inner MTUs worth a question: the narrow link may be in either family.
-fn sizes() -> impl Iterator<Item = u16> {
+/// The inner MTUs worth a question, the largest first, as the first answer counts at once: the narrow
+/// link may be in either family.
+fn sizes() -> Vec<u16> {
     let header = u16::try_from(DATA_HEADER_LEN).unwrap_or(u16::MAX);
     let of_link = move |link: u16| [OVERHEAD_V4, OVERHEAD_V6].map(|it| link - it - header);
-    LINKS.into_iter().flat_map(of_link).filter(|inner| *inner < BASE_MTU).chain([BASE_MTU])
+    let narrow = LINKS.into_iter().flat_map(of_link).filter(|inner| *inner < BASE_MTU);
+    let mut sizes: Vec<u16> = narrow.chain([BASE_MTU]).collect();
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    sizes
 }
 
 #[cfg(test)]
@@ -216,5 +224,30 @@ mod tests {
         search.want(true, later);
         play(&mut search, 1_056, 0, later);
         assert_eq!(search.mtu(), 1_056);
+        let later = later + AGAIN * 2;
+        search.want(false, later);
+        let (_, took) = play(&mut search, 0, 0, later);
+        search.want(true, later + took);
+        assert_eq!(search.next_at(), None, "nobody answers, and packets are lost");
+    }
+
+    #[test]
+    fn another_look_at_a_narrow_way_takes_nothing_from_what_is_known() {
+        let (mut search, mut now) = (RelayMtu::default(), epoch());
+        search.want(false, now);
+        play(&mut search, 1_056, 0, now);
+        now += AGAIN * 2;
+        search.want(false, now);
+        while search.phase != Phase::Idle {
+            now = search.next_at().unwrap();
+            for (number, inner) in search.take_due(None, now).into_iter().enumerate() {
+                let tx = TxId([number as u8; 12]);
+                search.asked(tx, inner);
+                if inner <= 1_056 {
+                    search.handle_pong(tx, now);
+                }
+                assert_eq!(search.mtu(), 1_056);
+            }
+        }
     }
 }

@@ -49,6 +49,12 @@ impl Trickle {
         with_headers(len, to).is_some_and(|bytes| self.take_bytes(bytes, to, now))
     }
 
+    /// Whether so many bytes, headers and all, may go there now; takes nothing.
+    pub(super) fn has_bytes(&self, bytes: u32, to: IpAddr, now: Instant) -> bool {
+        let at = self.paid_until.get(&source_of(to)).map_or(now, |paid_until| now.max(*paid_until));
+        at + INTERVAL * bytes <= now + INTERVAL * BURST
+    }
+
     /// The same for so many bytes, headers and all: all of them, or none.
     pub(super) fn take_bytes(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
         let source = source_of(to);

@@ -256,8 +256,10 @@ impl PathAgent {
     /// Whether so many bytes, headers and all, may go to an address that has proved nothing.
     pub(super) fn may_spend(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
         let all = self.together.as_ref().filter(|_| !is_private(to.to_canonical()));
-        self.trickle.take_bytes(bytes, to, now)
+        // What the one refuses is not on the other one's account.
+        self.trickle.has_bytes(bytes, to, now)
             && all.is_none_or(|all| all.take_bytes(bytes, to, now))
+            && self.trickle.take_bytes(bytes, to, now)
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {
