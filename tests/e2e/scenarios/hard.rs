@@ -20,15 +20,15 @@ const UNLUCKY: usize = 1;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
-        Case::new("hard::symmetric_finds_port_restricted_by_chance", || {
+        Case::timed("hard::symmetric_finds_port_restricted_by_chance", || {
             by_chance(Nat::Symmetric, Nat::PortRestricted);
         }),
-        Case::new("hard::port_restricted_finds_symmetric_by_chance", || {
+        Case::timed("hard::port_restricted_finds_symmetric_by_chance", || {
             by_chance(Nat::PortRestricted, Nat::Symmetric);
         }),
         Case::new("hard::switched_off_or_hopeless_pairs_stay_on_the_relay", left_alone),
-        Case::new("hard::a_spoiled_pair_moves_to_a_fresh_port", spoiled),
-        Case::new("hard::a_port_forwarded_by_hand_is_found_behind_a_symmetric_nat", forwarded),
+        Case::timed("hard::a_spoiled_pair_moves_to_a_fresh_port", spoiled),
+        Case::timed("hard::a_port_forwarded_by_hand_is_found_behind_a_symmetric_nat", forwarded),
     ]
 }
 
