@@ -27,7 +27,8 @@ use proof::{Prover, Unproved};
 /// times more in the next ten when it is not answered.
 pub const BIND_LIFETIME: Duration = Duration::from_secs(30);
 
-/// A node that signed on this long ago has had its answer, and sends by UDP if it can.
+/// A node that signed on this long ago has had its answer, and sends by UDP if it can. One that sends by
+/// its control connection instead does not receive by UDP, though its binds may go on to arrive.
 const BIND_ANSWERED: Duration = Duration::from_secs(2);
 
 /// One of the server's UDP sockets. They come in pairs, a main and a second port: the last bit
@@ -144,6 +145,10 @@ struct Binding {
     at: Instant,
     /// The node has shown that it receives there.
     proved: bool,
+    /// When data came from there last, or the first bind if none has.
+    silent_since: Instant,
+    /// Data has come by the control connection in this silence.
+    by_link: bool,
 }
 
 /// What a bind says.
@@ -258,15 +263,11 @@ impl RelayTable {
 
     /// Decides what to do with a relay datagram that came by the control connection of `sender`.
     ///
-    /// Who sends this way although it once signed on by UDP has lost UDP, and is answered this way
-    /// too. Not so who has proved nothing: it may have been sent to this way.
+    /// Who sends this way and not by UDP, where it signed on, does not receive by UDP: it is answered
+    /// this way until it sends by UDP again.
     pub fn handle_from(&mut self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
-        let bound = self.nodes.get(&sender).and_then(|entry| entry.bound);
-        let lost = |bound: Binding| {
-            bound.proved && now.saturating_duration_since(bound.at) >= BIND_ANSWERED
-        };
-        if bound.is_some_and(lost) {
-            self.unbind(sender);
+        if let Some(bound) = self.nodes.get_mut(&sender).and_then(|entry| entry.bound.as_mut()) {
+            bound.note_link(now);
         }
         self.forward(sender, datagram, now)
     }
@@ -289,7 +290,10 @@ impl RelayTable {
         let Some(entry) = self.nodes.get_mut(&target).filter(|_| members) else {
             return Verdict::Drop(DropReason::BadRelayFrame);
         };
-        let way = match (entry.bound.filter(|bound| bound.is_fresh(now)), entry.connection) {
+        let by_udp = |bound: &Binding| {
+            bound.is_fresh(now) && !(entry.connection.is_some() && bound.is_lost(now))
+        };
+        let way = match (entry.bound.filter(by_udp), entry.connection) {
             (Some(bound), _) if bound.proved => Way::Udp(bound.arrival),
             (Some(bound), _) if entry.unproved.take(datagram.len(), now) => {
                 Way::Unproved(bound.arrival)
@@ -307,7 +311,10 @@ impl RelayTable {
     /// may go back there.
     fn is_heard(&mut self, node: NodeId, len: usize, now: Instant) -> bool {
         let Some(entry) = self.nodes.get_mut(&node) else { return false };
-        let Some(bound) = entry.bound.filter(|bound| bound.is_fresh(now)) else { return false };
+        let Some(bound) = entry.bound.as_mut().filter(|bound| bound.is_fresh(now)) else {
+            return false;
+        };
+        bound.note_data(now);
         if !bound.proved {
             entry.unproved.heard(len);
         }
@@ -357,7 +364,7 @@ impl RelayTable {
             proof.map(|_| Proving { proof: self.prover.tell(node, arrival, now), wanted: !proved });
         let bound = Control::Bound { node, counter, observed: arrival.source, proof };
         let bytes = bound.encode(Some(key));
-        entry.counter = Some(counter);
+        let is_first = entry.counter.replace(counter).is_none();
         let moved = entry.bound.is_none_or(|before| before.arrival.source != arrival.source);
         let recent = |at: Instant| now.saturating_duration_since(at) < SIGHTING_SPACING;
         if (moved || entry.sighted_at.is_none()) && !entry.sighted_at.is_some_and(recent) {
@@ -367,7 +374,11 @@ impl RelayTable {
         if moved {
             entry.unproved.moved();
         }
-        self.bind(node, Binding { arrival, at: now, proved }, now);
+        let mut binding = Binding::new(arrival, proved, now);
+        if let Some(before) = entry.bound.filter(|_| !is_first) {
+            binding.go_on_from(&before);
+        }
+        self.bind(node, binding, now);
         Verdict::Reply { bytes, from: arrival.socket }
     }
 
@@ -402,6 +413,41 @@ impl Default for RelayTable {
 }
 
 impl Binding {
+    fn new(arrival: Arrival, proved: bool, now: Instant) -> Self {
+        Self { arrival, at: now, proved, silent_since: now, by_link: false }
+    }
+
+    /// What is known of the last bind holds on, unless this one shows that an answer has arrived since
+    /// or comes from elsewhere: binds alone say nothing about the way back.
+    fn go_on_from(&mut self, before: &Self) {
+        let shows_more = self.proved && !before.proved;
+        if self.arrival == before.arrival && before.is_fresh(self.at) && !shows_more {
+            self.silent_since = before.silent_since;
+            self.by_link = before.by_link;
+        }
+    }
+
+    /// Data came from there: the node has had its answer.
+    fn note_data(&mut self, now: Instant) {
+        self.silent_since = now;
+        self.by_link = false;
+    }
+
+    /// Data of the node came by its control connection. What has been on its way since before the
+    /// node proved its address, or has been overtaken by UDP, says nothing.
+    fn note_link(&mut self, now: Instant) {
+        self.by_link |= !self.proved || self.is_silent(now);
+    }
+
+    /// Whether the node, for all that it sends, does not receive there.
+    fn is_lost(&self, now: Instant) -> bool {
+        self.by_link && self.is_silent(now)
+    }
+
+    fn is_silent(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.silent_since) >= BIND_ANSWERED
+    }
+
     fn is_fresh(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.at) < BIND_LIFETIME
     }

@@ -256,6 +256,131 @@ fn a_node_that_cannot_prove_its_address_is_sent_what_it_sends_and_the_rest_by_it
     table.handle_from(node(1), &mut data(2), later);
     let verdict = table.handle_datagram(&mut data(2), arrival(1001), later);
     assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(2))));
+    let small = table.handle_from(node(2), &mut data(1), later);
+    assert_eq!(small, as_much, "it is answered where it sends from");
+}
+
+#[test]
+fn who_binds_and_sends_by_its_link_alone_is_sent_nothing_by_udp() {
+    let start = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    let by_link = Verdict::Forward(Way::Link(ConnectionId(1)));
+    let by_udp = Verdict::Forward(Way::Unproved(arrival(1001)));
+    // No answer arrives: it says no proof, and binds on as such a node does.
+    for (none, port) in [(Some(AddressProof::default()), 1001), (None, 1001)] {
+        let key = if none.is_none() { online(&mut table, 1) } else { key.clone() };
+        let seconds = [0, 1, 3, 8].into_iter().chain((28..120).step_by(20));
+        for (second, counter) in seconds.zip(1..) {
+            let now = start + Duration::from_secs(second);
+            let answer = bind_with(&mut table, (1, &key, counter), none, port, now);
+            assert_eq!(told(&answer).is_some(), none.is_some());
+            table.handle_from(node(1), &mut data(2), now + Duration::from_millis(10));
+            for ms in [20, 500, 900, 1_900] {
+                let at = now + Duration::from_millis(ms);
+                let known = at >= start + BIND_ANSWERED;
+                let verdict = table.handle_from(node(2), &mut data(1), at);
+                assert_eq!(&verdict, if known { &by_link } else { &by_udp }, "{at:?}");
+            }
+        }
+    }
+    // It receives by UDP again, and sends by it.
+    let now = start + Duration::from_secs(110);
+    assert_eq!(table.handle_from(node(2), &mut data(1), now), by_link);
+    table.handle_datagram(&mut data(2), arrival(1001), now);
+    assert_eq!(table.handle_from(node(2), &mut data(1), now + BIND_ANSWERED), by_udp);
+    // Without the connection there is no other way.
+    table.handle_from(node(1), &mut data(2), now + BIND_ANSWERED);
+    assert_eq!(table.handle_from(node(2), &mut data(1), now + BIND_ANSWERED), by_link);
+    table.apply(RelayChange::Offline { node: node(1), connection: ConnectionId(1) });
+    assert_eq!(table.handle_from(node(2), &mut data(1), now + BIND_ANSWERED), by_udp);
+}
+
+#[test]
+fn a_proof_of_before_does_not_turn_data_to_where_the_node_receives_nothing_now() {
+    let start = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    let old = Some(table.prover.tell(node(1), arrival(1001), start));
+    for (second, counter) in (0..1_200).step_by(20).zip(1..) {
+        let now = start + Duration::from_secs(second);
+        bind_with(&mut table, (1, &key, counter), old, 1001, now);
+        let silent = now + BIND_ANSWERED;
+        table.handle_from(node(1), &mut data(2), silent);
+        for at in [now + Duration::from_secs(1), silent].into_iter().skip(usize::from(second == 0))
+        {
+            let verdict = table.handle_from(node(2), &mut data(1), at);
+            assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(1))), "{second} s");
+        }
+    }
+    // One that was told since then shows that answers arrive again.
+    let now = start + Duration::from_secs(1_200);
+    bind(&mut table, 1, &key, 1_000, 1001, now);
+    let verdict = table.handle_from(node(2), &mut data(1), now + BIND_ANSWERED);
+    assert_eq!(verdict, Verdict::Forward(Way::Udp(arrival(1001))));
+}
+
+#[test]
+fn a_node_that_receives_by_udp_is_sent_to_by_udp_whatever_was_late_by_its_link() {
+    let start = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    let by_udp = Verdict::Forward(Way::Udp(arrival(1001)));
+    let ms = |ms| start + Duration::from_millis(ms);
+    // It sends by its link until its first answer, which is late, and then says the proof.
+    table.handle_from(node(1), &mut data(2), start);
+    let none = Some(AddressProof::default());
+    let first = told(&bind_with(&mut table, (1, &key, 1), none, 1001, ms(1))).unwrap();
+    table.handle_from(node(1), &mut data(2), ms(2_500));
+    bind_with(&mut table, (1, &key, 2), Some(first.proof), 1001, ms(2_600));
+    table.handle_from(node(1), &mut data(2), ms(2_700));
+    // It only receives from now on, and never loses UDP.
+    for (second, counter) in (20..290).step_by(20).zip(3..) {
+        bind_with(&mut table, (1, &key, counter), Some(first.proof), 1001, ms(second * 1_000));
+        for late in [10, 3_000, 19_000] {
+            let at = ms(second * 1_000 + late);
+            assert_eq!(table.handle_from(node(2), &mut data(1), at), by_udp);
+        }
+    }
+    // While it sends by UDP, what comes by its link says nothing.
+    for second in 300..320 {
+        table.handle_datagram(&mut data(2), arrival(1001), ms(second * 1_000));
+        table.handle_from(node(1), &mut data(2), ms(second * 1_000 + 900));
+        bind(&mut table, 1, &key, second, 1001, ms(second * 1_000 + 900));
+        assert_eq!(table.handle_from(node(2), &mut data(1), ms(second * 1_000 + 950)), by_udp);
+    }
+}
+
+#[test]
+fn who_forges_its_source_gets_no_more_sent_there_by_changing_its_way() {
+    let start = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    let (mut sent, mut received) = (0, 0);
+    for (ms, counter) in (0..60_000).step_by(100).zip(1..) {
+        let now = start + Duration::from_millis(ms);
+        let forged = Some(AddressProof([counter as u8; 8]));
+        bind_with(&mut table, (1, &key, counter), forged, 1001, now);
+        // By its link, and with the forged source, in turn.
+        table.handle_from(node(1), &mut data(2), now);
+        if counter % 30 == 0 {
+            table.handle_datagram(&mut data(2), arrival(1001), now);
+            sent += data(2).len() + 28;
+        }
+        for _ in 0..10 {
+            let mut datagram = [data(1), vec![0; 300]].concat();
+            match table.handle_from(node(2), &mut datagram, now) {
+                Verdict::Forward(Way::Unproved(_)) => received += datagram.len() + 28,
+                Verdict::Forward(Way::Link(ConnectionId(1))) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert!(received > 10_000 && received < 60_000 + sent, "{received} bytes for {sent}");
 }
 
 #[test]

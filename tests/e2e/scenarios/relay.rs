@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("relay::udp_blocked_on_one_side_runs_over_tcp", || blocked(false)),
         Case::new("relay::udp_blocked_on_both_sides_runs_over_tcp", || blocked(true)),
         Case::new("relay::udp_that_is_blocked_later_moves_to_tcp", blocked_later),
+        Case::new("relay::udp_that_only_leaves_runs_over_tcp", one_way),
         Case::new("relay::full_packets_pass_a_narrow_relayed_path", || narrow(Nat::Symmetric)),
         Case::new("relay::full_packets_pass_a_narrow_direct_path", || narrow(Nat::PortRestricted)),
         Case::new("relay::hostile_datagrams_do_no_harm_to_the_server", datagrams_to_server),
@@ -111,6 +112,35 @@ fn blocked_later() {
     let received = stream.stop();
     let lost = received.lost.len();
     eprintln!("UDP blocked under traffic: {lost} packets at 10 ms lost before TCP took over");
+}
+
+/// What the server sends to one node by UDP is lost, and its binds arrive.
+fn one_way() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let host = net.machine("alice", Nat::Symmetric);
+    host.ns.nft(&format!(
+        "table inet noanswer {{
+          chain input {{ type filter hook input priority 0; policy accept;
+           ip saddr {} meta l4proto udp counter drop
+          }}
+         }}",
+        server.host.address
+    ));
+    let mut alice = Node::start(&net, &host, &server);
+    let mut bob = Node::start(&net, &net.machine("bob", Nat::Symmetric), &server);
+    ping::assert_answers(&bob.host, &alice.ipv4());
+    alice.wait_path("bob", "relay-tcp", PATH_LIMIT);
+    bob.wait_path("alice", "relay-udp", PATH_LIMIT);
+    // For longer than the waits between binds: the next ones turn nothing back.
+    let there = Stream::start(&net, &bob.host, &alice.ipv4());
+    let back = Stream::start(&net, &alice.host, &bob.ipv6());
+    there.wait_for_more(700);
+    there.stop_without_loss();
+    back.stop_without_loss();
+    assert_eq!(alice.path_kind("bob"), "relay-tcp");
+    let rules = host.ns.run("nft", &["list", "table", "inet", "noanswer"]);
+    assert!(!rules.stdout.contains("packets 0 "), "answers to binds were sent: {}", rules.stdout);
 }
 
 /// A machine that has no part in the network, and what it can learn on the way.
