@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::relay::{REFRESH, RETRY};
+use super::asks::Asks;
+use super::relay::REFRESH;
 use super::{Event, Node};
 use crate::dataplane::Target;
 use crate::path::{Line as LineSocket, PathAgent, Soonest};
@@ -40,70 +41,8 @@ const LONGEST_RETURN: Duration = Duration::from_secs(96);
 const LASTED: Duration = Duration::from_secs(120);
 /// A socket whose line the main one goes by now stays open for the paths by it, this long at least.
 const RETIREMENT: Duration = Duration::from_secs(10);
-/// Questions that may be answered late.
-const ANSWERABLE: usize = 4;
-
-/// Questions to the server by one line.
-#[derive(Debug, Default)]
-struct Asks {
-    open: Vec<(TxId, Instant)>,
-    unanswered: usize,
-    next_at: Option<Instant>,
-    answered_at: Option<Instant>,
-    /// When the question was asked that was answered last.
-    answer_to: Option<Instant>,
-    /// Since when each question is answered.
-    good_since: Option<Instant>,
-    rtt: Option<Duration>,
-}
-
-impl Asks {
-    fn start(now: Instant) -> Self {
-        Self { next_at: Some(now), ..Self::default() }
-    }
-
-    /// Asks now, and again soon if no answer comes.
-    fn hurry(&mut self, now: Instant) {
-        (self.unanswered, self.next_at) = (0, Some(now));
-    }
-
-    /// The question that is due.
-    fn take_due(&mut self, tx: TxId, now: Instant) -> Option<TxId> {
-        if self.next_at.is_none_or(|at| at > now) {
-            return None;
-        }
-        if self.unanswered >= 2 {
-            self.good_since = None;
-        }
-        if self.open.len() >= ANSWERABLE {
-            self.open.remove(0);
-        }
-        self.open.push((tx, now));
-        self.next_at = Some(now + RETRY[self.unanswered.min(RETRY.len() - 1)]);
-        self.unanswered += 1;
-        Some(tx)
-    }
-
-    fn handle_answer(&mut self, tx: TxId, again: Duration, now: Instant) -> bool {
-        let Some(place) = self.open.iter().position(|(asked, _)| *asked == tx) else {
-            return false;
-        };
-        let (_, asked_at) = self.open[place];
-        self.open.drain(..=place);
-        self.rtt = Some(now.saturating_duration_since(asked_at));
-        self.answered_at = Some(now);
-        self.answer_to = Some(asked_at);
-        self.good_since.get_or_insert(now);
-        self.unanswered = 0;
-        self.next_at = Some(now + again);
-        true
-    }
-
-    /// Whether a question was answered that was asked after this.
-    fn answers_since(&self, then: Instant) -> bool {
-        self.answer_to.is_some_and(|at| at >= then)
-    }
-}
+/// A line whose socket was lost is opened again after this.
+const REOPENING: Duration = Duration::from_secs(5);
 
 /// One further uplink.
 #[derive(Debug)]
@@ -122,6 +61,8 @@ pub(super) struct Uplinks {
     /// The preferred one of each family first.
     known: Vec<Uplink>,
     lines: Vec<Line>,
+    /// When the lines that were lost are opened again.
+    reopen_at: Option<Instant>,
     /// Questions by the preferred one, while the relay goes by another.
     main: Asks,
     returned_at: Option<Instant>,
@@ -156,7 +97,7 @@ impl Uplinks {
     pub(super) fn next_at(&self) -> Option<Instant> {
         let asks = self.lines.iter().map(|line| line.asks.next_at);
         let retirements = self.lines.iter().map(|line| line.retires_at);
-        asks.chain(retirements).chain([self.main.next_at]).flatten().min()
+        asks.chain(retirements).chain([self.main.next_at, self.reopen_at]).flatten().min()
     }
 
     fn is_active(&self, socket: SocketId) -> bool {
@@ -205,27 +146,33 @@ impl Node {
             let preferred = Uplinks::is_preferred(&known, &line.uplink);
             line.retires_at = preferred.then(|| line.retires_at.unwrap_or(now + RETIREMENT));
         }
-        let further = known.iter().filter(|it| !Uplinks::is_preferred(&known, it));
-        for uplink in further.cloned() {
-            if self.uplinks.lines.iter().all(|line| line.uplink != uplink) {
-                let socket = self.open_line(&uplink);
-                self.uplinks.lines.push(Line {
-                    uplink,
-                    socket,
-                    asks: Asks::start(now),
-                    reflexive: None,
-                    retires_at: None,
-                });
-            }
-        }
         self.uplinks.known = known;
+        self.open_lines(now);
         self.forget_lines(&gone, now);
         self.handle_uplinks_timeout(now);
     }
 
-    /// The daemon could not open the socket of a line, or has lost it.
+    /// Opens a socket for each further uplink that has none.
+    fn open_lines(&mut self, now: Instant) {
+        let Uplinks { known, lines, .. } = &self.uplinks;
+        let has_line = |uplink: &Uplink| lines.iter().any(|line| line.uplink == *uplink);
+        let missing = known.iter().filter(|it| !Uplinks::is_preferred(known, it) && !has_line(it));
+        for uplink in missing.cloned().collect::<Vec<Uplink>>() {
+            let socket = self.open_line(&uplink);
+            self.uplinks.lines.push(Line {
+                uplink,
+                socket,
+                asks: Asks::start(now),
+                reflexive: None,
+                retires_at: None,
+            });
+        }
+    }
+
+    /// The daemon could not open the socket of a line, or has lost it: another one later.
     pub(super) fn handle_line_lost(&mut self, socket: SocketId, now: Instant) {
         self.uplinks.lines.retain(|line| line.socket != socket);
+        self.uplinks.reopen_at = Some(now + REOPENING);
         self.forget_lines(&[socket], now);
     }
 
@@ -256,6 +203,10 @@ impl Node {
 
     /// Asks what is due, and goes by another line when the one in use is silent.
     pub(super) fn handle_uplinks_timeout(&mut self, now: Instant) {
+        if self.uplinks.reopen_at.take_if(|at| *at <= now).is_some() {
+            self.open_lines(now);
+            self.forget_lines(&[], now);
+        }
         if self.uplinks.lines.is_empty() {
             self.uplinks.main = Asks::default();
             return;
@@ -398,7 +349,7 @@ impl Node {
             let failed = !self.uplinks.returned_at.is_none_or(lasted);
             self.uplinks.failed_returns =
                 if failed { self.uplinks.failed_returns.saturating_add(1) } else { 0 };
-            self.uplinks.main = Asks { next_at: Some(now + RETURN_SPACING), ..Asks::default() };
+            self.uplinks.main = Asks::start(now + RETURN_SPACING);
             // Has the control connection gone the same way?
             self.ask_server(now);
         }
@@ -474,5 +425,137 @@ impl Node {
             }
         });
         statuses.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::*;
+    use crate::dataplane::UdpBatch;
+    use crate::node::{Netmap, NodeSettings, SocketOrder};
+    use crate::testing::epoch;
+    use crate::wire::control::{ServerMessage, Welcome};
+    use crate::wire::relay::RelayKey;
+
+    const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 7));
+    const KEY: [u8; 32] = [9; 32];
+    const STEP: Duration = Duration::from_millis(5);
+
+    fn uplink(device: &str, index: u32, ipv6: bool) -> Uplink {
+        Uplink { device: device.into(), index, ipv6 }
+    }
+
+    fn two() -> Vec<Uplink> {
+        vec![uplink("e0", 1, false), uplink("e1", 2, false)]
+    }
+
+    /// A node and its server; what the server lets pass is up to the test.
+    struct World {
+        node: Node,
+        now: Instant,
+    }
+
+    impl World {
+        fn new(uplinks: Vec<Uplink>) -> Self {
+            let now = epoch();
+            let key = crate::types::SecretKey::from_bytes([1; 32]);
+            let settings = NodeSettings::default();
+            let node = Node::new(key, Netmap::default(), settings, [7; 32], 1, now);
+            let mut world = Self { node, now };
+            world.node.handle_uplinks(uplinks, now);
+            world
+        }
+
+        fn welcome(&mut self, server: IpAddr) {
+            let welcome = Welcome {
+                version: 1,
+                network: [7; 8],
+                id: 1,
+                name: "own".into(),
+                ipv4: Ipv4Addr::new(10, 77, 0, 1),
+                ipv6: "fd00:1:2::1".parse().unwrap(),
+                ipv4_prefix_len: 20,
+                ipv6_prefix_len: 48,
+                relay_key: KEY,
+                relay_port: Some(41820),
+                second_port: None,
+                observed: None,
+                server_addresses: Vec::new(),
+            };
+            let message = ServerMessage { welcome: Some(welcome), ..ServerMessage::default() };
+            self.node.handle_message(&message, SocketAddr::new(server, 443), self.now);
+        }
+
+        fn line(&self, device: &str) -> Option<SocketId> {
+            let mut lines = self.node.uplinks.lines.iter();
+            lines.find(|line| line.uplink.device == device).map(|line| line.socket)
+        }
+
+        /// Runs for this long; the server answers what `passes` lets through, by each socket after its
+        /// own time. Gives the sockets that were asked.
+        fn run(
+            &mut self,
+            span: Duration,
+            passes: impl Fn(SocketId, &Control) -> Option<Duration>,
+        ) -> Vec<SocketId> {
+            let (until, mut asked) = (self.now + span, Vec::new());
+            let mut answers: Vec<(Instant, SocketId, SocketAddr, Vec<u8>)> = Vec::new();
+            while self.now < until {
+                self.now += STEP;
+                let now = self.now;
+                for (_, socket, from, bytes) in answers.extract_if(.., |(at, ..)| *at <= now) {
+                    let _ = self.node.handle_relay_control(from, socket, &bytes, now);
+                }
+                self.node.handle_timeout(now);
+                let mut out = UdpBatch::default();
+                self.node.take_datagrams(&mut out);
+                for (target, bytes) in out.datagrams() {
+                    let Target::Udp { remote, socket, .. } = target else { continue };
+                    let Ok(question) = Control::parse(bytes) else { continue };
+                    if matches!(question, Control::Reflect { .. }) {
+                        asked.push(socket);
+                    }
+                    let Some(rtt) = passes(socket, &question) else { continue };
+                    let observed = SocketAddr::from(([203, 0, 113, 1], 5000));
+                    let answer = match question {
+                        Control::Bind { node, counter, .. } => {
+                            Control::Bound { node, counter, observed, proof: None }
+                                .encode(Some(&RelayKey(KEY)))
+                        }
+                        Control::Reflect { tx, .. } => {
+                            Control::Reflected { tx, observed, token: None }.encode(None)
+                        }
+                        _ => continue,
+                    };
+                    answers.push((now + rtt, socket, remote, answer.to_vec()));
+                }
+            }
+            asked
+        }
+    }
+
+    const FAST: Duration = Duration::from_millis(10);
+
+    #[test]
+    fn a_line_that_is_lost_or_made_anew_is_opened_again() {
+        let mut world = World::new(two());
+        world.welcome(SERVER);
+        let first = world.line("e1").unwrap();
+        world.node.handle_socket_lost(first, world.now);
+        assert_eq!(world.line("e1"), None);
+        world.node.handle_uplinks(two(), world.now);
+        world.run(REOPENING + STEP * 2, |_, _| Some(FAST));
+        let second = world.line("e1").expect("another socket");
+        assert_ne!(second, first);
+        assert_eq!(world.node.uplink_statuses()[1].answers, Some(true));
+
+        world.node.take_socket_orders();
+        let again = vec![uplink("e0", 1, false), uplink("e1", 3, false)];
+        world.node.handle_uplinks(again, world.now);
+        let orders = world.node.take_socket_orders();
+        assert!(orders.contains(&SocketOrder::Close { socket: second }), "{orders:?}");
+        assert_ne!(world.line("e1"), Some(second), "bound to an interface that is gone");
     }
 }

@@ -200,7 +200,8 @@ impl Facts<'_> {
             };
             link.carrier && self.addresses.iter().any(|address| of_family(&address))
         };
-        let uplink = |link: &Link| Uplink { device: link.name.clone(), ipv6: !v4 };
+        let uplink =
+            |link: &Link| Uplink { device: link.name.clone(), index: link.index, ipv6: !v4 };
         let mut uplinks = vec![uplink(preferred)];
         for link in routes.iter().filter_map(|route| own_line(route.index)).filter(|it| works(it)) {
             if !uplinks.contains(&uplink(link)) {
