@@ -130,8 +130,8 @@ impl Uplinks {
 }
 
 impl Node {
-    /// The uplinks of this machine, the preferred one of each family first; those of a family with one
-    /// only may be left out.
+    /// The uplinks of this machine, the preferred one of each family first, also when it is the only
+    /// one: it may have been a further one until now.
     pub fn handle_uplinks(&mut self, known: Vec<Uplink>, now: Instant) {
         if known == self.uplinks.known {
             return;
@@ -144,6 +144,9 @@ impl Node {
             .collect();
         for line in &mut self.uplinks.lines {
             let preferred = Uplinks::is_preferred(&known, &line.uplink);
+            if !preferred && line.retires_at.is_some() {
+                line.asks.hurry(now);
+            }
             line.retires_at = preferred.then(|| line.retires_at.unwrap_or(now + RETIREMENT));
         }
         self.uplinks.known = known;
@@ -388,10 +391,12 @@ impl Node {
     pub fn uplink_statuses(&self) -> Vec<UplinkStatus> {
         let by = self.relay.socket();
         let server = self.relay.server();
-        let statuses = self.uplinks.known.iter().map(|uplink| {
+        let known = &self.uplinks.known;
+        let several = |ipv6| known.iter().filter(|it| it.ipv6 == ipv6).count() > 1;
+        let statuses = known.iter().filter(|it| several(it.ipv6)).map(|uplink| {
             let asked = server.is_some_and(|server| server.is_ipv6() == uplink.ipv6);
             let uplink = uplink.clone();
-            if Uplinks::is_preferred(&self.uplinks.known, &uplink) {
+            if Uplinks::is_preferred(known, &uplink) {
                 let by_main = by == SocketId::MAIN;
                 let answers = if by_main {
                     self.relay.udp_works()
@@ -537,6 +542,34 @@ mod tests {
     }
 
     const FAST: Duration = Duration::from_millis(10);
+
+    #[test]
+    fn a_line_outlives_the_preferred_uplink() {
+        let mut world = World::new(two());
+        world.welcome(SERVER);
+        world.run(Duration::from_secs(1), |_, _| Some(FAST));
+        let line = world.line("e1").unwrap();
+        world.node.take_socket_orders();
+
+        let closed = |world: &mut World| {
+            world.node.take_socket_orders().contains(&SocketOrder::Close { socket: line })
+        };
+        world.node.handle_uplinks(vec![uplink("e1", 2, false)], world.now);
+        world.run(RETIREMENT / 2, |_, _| Some(FAST));
+        assert!(!closed(&mut world), "its paths are needed now");
+        assert!(world.node.uplink_statuses().is_empty(), "the only one is no choice");
+
+        world.node.handle_uplinks(two(), world.now);
+        let asked = world.run(Duration::from_millis(200), |_, _| Some(FAST));
+        assert!(asked.contains(&line), "a further one again");
+        assert_eq!(world.node.uplink_statuses().len(), 2);
+        world.run(RETIREMENT * 2, |_, _| Some(FAST));
+        assert!(!closed(&mut world));
+
+        world.node.handle_uplinks(vec![uplink("e1", 2, false)], world.now);
+        world.run(RETIREMENT * 2, |_, _| Some(FAST));
+        assert!(closed(&mut world), "nothing goes by it");
+    }
 
     #[test]
     fn a_line_that_is_lost_or_made_anew_is_opened_again() {
