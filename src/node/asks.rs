@@ -68,4 +68,9 @@ impl Asks {
     pub(super) fn answers_since(&self, then: Instant) -> bool {
         self.answer_to.is_some_and(|at| at >= then)
     }
+
+    /// When the first question since then was asked that no answer has come to.
+    pub(super) fn owes_since(&self, then: Instant) -> Option<Instant> {
+        self.open.iter().map(|(_, at)| *at).find(|at| *at >= then)
+    }
 }

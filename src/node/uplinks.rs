@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 
 use super::asks::Asks;
-use super::relay::REFRESH;
+use super::relay::{REFRESH, RETRY};
 use super::{Event, Node};
 use crate::dataplane::Target;
 use crate::path::{Line as LineSocket, PathAgent, Soonest};
@@ -63,8 +63,10 @@ pub(super) struct Uplinks {
     lines: Vec<Line>,
     /// When the lines that were lost are opened again.
     reopen_at: Option<Instant>,
-    /// Questions by the preferred one, while the relay goes by another.
+    /// Questions by the preferred one, while the relay goes by another or is silent.
     main: Asks,
+    /// When the socket in use was asked what another one has answered.
+    compared_at: Option<Instant>,
     returned_at: Option<Instant>,
     /// Returns in a row that did not last.
     failed_returns: u32,
@@ -113,6 +115,13 @@ impl Uplinks {
             retiring: line.retires_at.is_some(),
         };
         self.lines.iter().map(of).collect()
+    }
+
+    fn asks_of(&mut self, socket: SocketId) -> Option<&mut Asks> {
+        if socket == SocketId::MAIN {
+            return Some(&mut self.main);
+        }
+        self.lines.iter_mut().find(|line| line.socket == socket).map(|line| &mut line.asks)
     }
 
     pub(super) fn has_socket(&self, socket: SocketId) -> bool {
@@ -214,13 +223,11 @@ impl Node {
             self.uplinks.main = Asks::default();
             return;
         }
-        let by = self.relay.socket();
         if self.relay.wants_another() {
-            let mut others = self.uplinks.lines.iter_mut().filter(|line| line.socket != by);
-            others.by_ref().for_each(|line| line.asks.hurry(now));
-            if by != SocketId::MAIN {
-                self.uplinks.main.hurry(now);
-            }
+            // The one in use, too: a server that has started anew answers these before it knows who
+            // may bind.
+            self.hurry_lines(now);
+            self.uplinks.main.hurry(now);
         }
         self.ask_lines(now);
         self.leave_silent_line(now);
@@ -256,9 +263,13 @@ impl Node {
             let tx = TxId(self.rng.random());
             questions.extend(line.asks.take_due(tx, now).map(|tx| (line.socket, tx)));
         }
+        let by_main = self.relay.socket() == SocketId::MAIN;
+        if by_main && self.relay.silent_since().is_none() {
+            self.uplinks.main.next_at = None;
+        }
         let tx = TxId(self.rng.random());
         let main = self.uplinks.main.take_due(tx, now);
-        if main.is_some() {
+        if main.is_some() && !by_main {
             // However long it has been silent, it is the one that is wanted.
             self.uplinks.main.next_at = Some(now + RETURN_SPACING);
         }
@@ -279,7 +290,9 @@ impl Node {
         now: Instant,
     ) -> bool {
         if socket == SocketId::MAIN {
-            let ours = self.uplinks.main.handle_answer(tx, RETURN_SPACING, now);
+            let by_main = self.relay.socket() == SocketId::MAIN;
+            let again = if by_main { REFRESH } else { RETURN_SPACING };
+            let ours = self.uplinks.main.handle_answer(tx, again, now);
             if ours {
                 self.leave_silent_line(now);
                 self.return_to_preferred(now);
@@ -306,21 +319,45 @@ impl Node {
         }
     }
 
-    /// The relay has been silent for long enough, and the server answers by another line.
+    /// The relay has been silent for long enough, and the server answers by another line, but not by the
+    /// one in use.
     fn leave_silent_line(&mut self, now: Instant) {
-        let Some(since) = self.relay.silent_since() else { return };
-        if now < since + self.patience() {
-            return;
+        let Some((since, other, asked_at)) = self.other_that_answers() else { return };
+        let mut compared_at = self.uplinks.compared_at.filter(|at| *at >= since);
+        if compared_at.is_none()
+            && let Some(asks) = self.uplinks.asks_of(self.relay.socket())
+        {
+            compared_at = asks.owes_since(asked_at);
+            if compared_at.is_none() {
+                asks.next_at = Some(now);
+                compared_at = Some(now);
+            }
         }
+        self.uplinks.compared_at = compared_at;
+        if self.leaving_at(since).is_some_and(|at| at <= now) {
+            self.bind_by(other, now);
+        }
+    }
+
+    /// Since when the relay is silent, the socket by which the server answers instead, and when it was
+    /// asked; none while the server answers by the one in use as well.
+    fn other_that_answers(&self) -> Option<(Instant, SocketId, Instant)> {
+        let since = self.relay.silent_since()?;
         let by = self.relay.socket();
-        let main = (by != SocketId::MAIN && self.uplinks.main.answers_since(since))
-            .then_some(SocketId::MAIN);
-        let line = self.uplinks.lines.iter().find(|line| {
-            line.socket != by && line.retires_at.is_none() && line.asks.answers_since(since)
-        });
-        if let Some(socket) = main.or(line.map(|line| line.socket)) {
-            self.bind_by(socket, now);
+        let main = (SocketId::MAIN, &self.uplinks.main);
+        let active = self.uplinks.lines.iter().filter(|line| line.retires_at.is_none());
+        let all = || [main].into_iter().chain(active.clone().map(|line| (line.socket, &line.asks)));
+        if all().any(|(socket, asks)| socket == by && asks.answers_since(since)) {
+            return None;
         }
+        let mut others = all().filter(|(socket, asks)| *socket != by && asks.answers_since(since));
+        others.find_map(|(socket, asks)| Some((since, socket, asks.answer_to?)))
+    }
+
+    /// When the silence was long enough, and the question by the socket in use has had its time.
+    fn leaving_at(&self, since: Instant) -> Option<Instant> {
+        let compared_at = self.uplinks.compared_at.filter(|at| *at >= since)?;
+        Some((since + self.patience()).max(compared_at + self.patience() - RETRY[0]))
     }
 
     fn patience(&self) -> Duration {
@@ -340,6 +377,7 @@ impl Node {
     /// The relay goes by this socket from here on.
     fn bind_by(&mut self, socket: SocketId, now: Instant) {
         self.relay.set_socket(socket, now);
+        self.uplinks.compared_at = None;
         self.publish();
         self.handle_relay_timeout(now);
         self.events.push_back(Event::Uplink(self.uplink_of(socket).cloned()));
@@ -362,14 +400,8 @@ impl Node {
     pub(super) fn uplinks_next_at(&self) -> Option<Instant> {
         let mut soonest = Soonest::default();
         soonest.add(self.uplinks.next_at(), "uplinks");
-        if let Some(since) = self.relay.silent_since()
-            && self
-                .uplinks
-                .lines
-                .iter()
-                .any(|line| line.socket != self.relay.socket() && line.asks.answers_since(since))
-        {
-            soonest.add(Some(since + self.patience()), "the relay by another uplink");
+        if let Some((since, ..)) = self.other_that_answers() {
+            soonest.add(self.leaving_at(since), "the relay by another uplink");
         }
         soonest.get().map(|(at, _)| at)
     }
@@ -542,6 +574,11 @@ mod tests {
     }
 
     const FAST: Duration = Duration::from_millis(10);
+    const SLOW: Duration = Duration::from_millis(30);
+
+    fn is_bind(question: &Control) -> bool {
+        matches!(question, Control::Bind { .. })
+    }
 
     #[test]
     fn a_line_outlives_the_preferred_uplink() {
@@ -569,6 +606,48 @@ mod tests {
         world.node.handle_uplinks(vec![uplink("e1", 2, false)], world.now);
         world.run(RETIREMENT * 2, |_, _| Some(FAST));
         assert!(closed(&mut world), "nothing goes by it");
+    }
+
+    #[test]
+    fn a_server_that_starts_anew_moves_nobody_to_another_uplink() {
+        let mut world = World::new(two());
+        world.welcome(SERVER);
+        let line = world.line("e1").unwrap();
+        // The further line is the faster one.
+        let rtt = |socket| if socket == SocketId::MAIN { SLOW } else { FAST };
+        world.run(Duration::from_secs(5), |socket, _| Some(rtt(socket)));
+        for down in [50, 500, 1_200, 4_000] {
+            world.node.handle_link_down(world.now);
+            world.run(Duration::from_millis(down), |_, _| None);
+            // It tells anybody where it sees them, and knows no key yet.
+            world.run(Duration::from_secs(40), |socket, question| {
+                (!is_bind(question)).then_some(rtt(socket))
+            });
+            assert_eq!(world.node.relay.socket(), SocketId::MAIN, "down for {down} ms");
+            world.welcome(SERVER);
+            world.run(Duration::from_secs(1), |socket, _| Some(rtt(socket)));
+            assert_eq!(world.node.relay.udp_works(), Some(true));
+        }
+        let asked = world.run(Duration::from_secs(60), |socket, _| Some(rtt(socket)));
+        assert!(asked.iter().all(|socket| *socket == line), "the main socket has its binds");
+
+        // A dark uplink is left as soon as ever.
+        world.node.handle_link_down(world.now);
+        let dark = |socket, _: &Control| (socket != SocketId::MAIN).then_some(FAST);
+        world.run(SILENCE + STEP * 2, dark);
+        assert_eq!(world.node.relay.socket(), line);
+        world.run(Duration::from_secs(10), dark);
+        assert_eq!(world.node.relay.socket(), line);
+
+        // Nor does a server that starts anew move who goes by the further one.
+        world.node.handle_link_down(world.now);
+        let no_key = |socket, question: &Control| {
+            (socket != SocketId::MAIN && !is_bind(question)).then_some(FAST)
+        };
+        world.run(Duration::from_secs(30), no_key);
+        assert_eq!(world.node.relay.socket(), line);
+        world.run(Duration::from_secs(30), |socket, _| (socket == SocketId::MAIN).then_some(SLOW));
+        assert_eq!(world.node.relay.socket(), SocketId::MAIN, "the only one that answers");
     }
 
     #[test]
