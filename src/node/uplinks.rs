@@ -128,9 +128,11 @@ impl Uplinks {
         self.lines.iter().any(|line| line.socket == socket)
     }
 
-    /// Whether there is another way than the preferred one.
-    pub(super) fn has_choice(&self) -> bool {
-        self.lines.iter().any(|line| line.retires_at.is_none())
+    /// Whether there is another way to the server than the preferred one.
+    pub(super) fn has_choice(&self, server: SocketAddr) -> bool {
+        let leads_there =
+            |line: &Line| line.retires_at.is_none() && line.uplink.ipv6 == server.is_ipv6();
+        self.lines.iter().any(leads_there)
     }
 
     fn is_preferred(known: &[Uplink], uplink: &Uplink) -> bool {
@@ -669,5 +671,16 @@ mod tests {
         let orders = world.node.take_socket_orders();
         assert!(orders.contains(&SocketOrder::Close { socket: second }), "{orders:?}");
         assert_ne!(world.line("e1"), Some(second), "bound to an interface that is gone");
+    }
+
+    #[test]
+    fn an_uplink_of_another_family_than_the_servers_is_no_choice() {
+        let mut world = World::new(two());
+        for (server, choice) in [("198.51.100.7", true), ("2001:db8::7", false)] {
+            let server = server.parse().unwrap();
+            assert_eq!(world.node.uplinks.has_choice(SocketAddr::new(server, 1)), choice);
+        }
+        world.node.handle_uplinks(vec![uplink("e1", 2, false)], world.now);
+        assert!(!world.node.uplinks.has_choice(SocketAddr::new(SERVER, 1)), "it retires");
     }
 }
