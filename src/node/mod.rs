@@ -31,6 +31,7 @@
 //! - `history`: what became of the paths to a peer
 //! - `keys`: our node key and those of the peers, while they are renewed; `keyring`: what they make
 
+mod asks;
 mod birthday;
 mod control;
 mod disco;

@@ -248,7 +248,7 @@ impl Node {
         now: Instant,
     ) -> Result<(), DropReason> {
         let relaying = self.is_relaying(now);
-        let has_choice = self.uplinks.has_choice();
+        let has_choice = self.uplinks.has_choice(from);
         let message = Control::parse(datagram).map_err(|_| DropReason::BadRelayFrame)?;
         if let Control::Reflected { tx, observed, token } = message {
             let from_server = self.relay.server() == Some(from);

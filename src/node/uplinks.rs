@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
+use super::asks::Asks;
 use super::relay::{REFRESH, RETRY};
 use super::{Event, Node};
 use crate::dataplane::Target;
@@ -40,70 +41,8 @@ const LONGEST_RETURN: Duration = Duration::from_secs(96);
 const LASTED: Duration = Duration::from_secs(120);
 /// A socket whose line the main one goes by now stays open for the paths by it, this long at least.
 const RETIREMENT: Duration = Duration::from_secs(10);
-/// Questions that may be answered late.
-const ANSWERABLE: usize = 4;
-
-/// Questions to the server by one line.
-#[derive(Debug, Default)]
-struct Asks {
-    open: Vec<(TxId, Instant)>,
-    unanswered: usize,
-    next_at: Option<Instant>,
-    answered_at: Option<Instant>,
-    /// When the question was asked that was answered last.
-    answer_to: Option<Instant>,
-    /// Since when each question is answered.
-    good_since: Option<Instant>,
-    rtt: Option<Duration>,
-}
-
-impl Asks {
-    fn start(now: Instant) -> Self {
-        Self { next_at: Some(now), ..Self::default() }
-    }
-
-    /// Asks now, and again soon if no answer comes.
-    fn hurry(&mut self, now: Instant) {
-        (self.unanswered, self.next_at) = (0, Some(now));
-    }
-
-    /// The question that is due.
-    fn take_due(&mut self, tx: TxId, now: Instant) -> Option<TxId> {
-        if self.next_at.is_none_or(|at| at > now) {
-            return None;
-        }
-        if self.unanswered >= 2 {
-            self.good_since = None;
-        }
-        if self.open.len() >= ANSWERABLE {
-            self.open.remove(0);
-        }
-        self.open.push((tx, now));
-        self.next_at = Some(now + RETRY[self.unanswered.min(RETRY.len() - 1)]);
-        self.unanswered += 1;
-        Some(tx)
-    }
-
-    fn handle_answer(&mut self, tx: TxId, again: Duration, now: Instant) -> bool {
-        let Some(place) = self.open.iter().position(|(asked, _)| *asked == tx) else {
-            return false;
-        };
-        let (_, asked_at) = self.open[place];
-        self.open.drain(..=place);
-        self.rtt = Some(now.saturating_duration_since(asked_at));
-        self.answered_at = Some(now);
-        self.answer_to = Some(asked_at);
-        self.good_since.get_or_insert(now);
-        self.unanswered = 0;
-        self.next_at = Some(now + again);
-        true
-    }
-
-    /// Whether a question was answered that was asked after this.
-    fn answers_since(&self, then: Instant) -> bool {
-        self.answer_to.is_some_and(|at| at >= then)
-    }
-}
+/// A line whose socket was lost is opened again after this.
+const REOPENING: Duration = Duration::from_secs(5);
 
 /// One further uplink.
 #[derive(Debug)]
@@ -122,8 +61,12 @@ pub(super) struct Uplinks {
     /// The preferred one of each family first.
     known: Vec<Uplink>,
     lines: Vec<Line>,
-    /// Questions by the preferred one, while the relay goes by another.
+    /// When the lines that were lost are opened again.
+    reopen_at: Option<Instant>,
+    /// Questions by the preferred one, while the relay goes by another or is silent.
     main: Asks,
+    /// When the socket in use was asked what another one has answered.
+    compared_at: Option<Instant>,
     returned_at: Option<Instant>,
     /// Returns in a row that did not last.
     failed_returns: u32,
@@ -156,7 +99,7 @@ impl Uplinks {
     pub(super) fn next_at(&self) -> Option<Instant> {
         let asks = self.lines.iter().map(|line| line.asks.next_at);
         let retirements = self.lines.iter().map(|line| line.retires_at);
-        asks.chain(retirements).chain([self.main.next_at]).flatten().min()
+        asks.chain(retirements).chain([self.main.next_at, self.reopen_at]).flatten().min()
     }
 
     fn is_active(&self, socket: SocketId) -> bool {
@@ -174,13 +117,22 @@ impl Uplinks {
         self.lines.iter().map(of).collect()
     }
 
+    fn asks_of(&mut self, socket: SocketId) -> Option<&mut Asks> {
+        if socket == SocketId::MAIN {
+            return Some(&mut self.main);
+        }
+        self.lines.iter_mut().find(|line| line.socket == socket).map(|line| &mut line.asks)
+    }
+
     pub(super) fn has_socket(&self, socket: SocketId) -> bool {
         self.lines.iter().any(|line| line.socket == socket)
     }
 
-    /// Whether there is another way than the preferred one.
-    pub(super) fn has_choice(&self) -> bool {
-        self.lines.iter().any(|line| line.retires_at.is_none())
+    /// Whether there is another way to the server than the preferred one.
+    pub(super) fn has_choice(&self, server: SocketAddr) -> bool {
+        let leads_there =
+            |line: &Line| line.retires_at.is_none() && line.uplink.ipv6 == server.is_ipv6();
+        self.lines.iter().any(leads_there)
     }
 
     fn is_preferred(known: &[Uplink], uplink: &Uplink) -> bool {
@@ -189,8 +141,8 @@ impl Uplinks {
 }
 
 impl Node {
-    /// The uplinks of this machine, the preferred one of each family first; those of a family with one
-    /// only may be left out.
+    /// The uplinks of this machine, the preferred one of each family first, also when it is the only
+    /// one: it may have been a further one until now.
     pub fn handle_uplinks(&mut self, known: Vec<Uplink>, now: Instant) {
         if known == self.uplinks.known {
             return;
@@ -203,29 +155,38 @@ impl Node {
             .collect();
         for line in &mut self.uplinks.lines {
             let preferred = Uplinks::is_preferred(&known, &line.uplink);
+            if !preferred && line.retires_at.is_some() {
+                line.asks.hurry(now);
+            }
             line.retires_at = preferred.then(|| line.retires_at.unwrap_or(now + RETIREMENT));
         }
-        let further = known.iter().filter(|it| !Uplinks::is_preferred(&known, it));
-        for uplink in further.cloned() {
-            if self.uplinks.lines.iter().all(|line| line.uplink != uplink) {
-                let socket = self.open_line(&uplink);
-                self.uplinks.lines.push(Line {
-                    uplink,
-                    socket,
-                    asks: Asks::start(now),
-                    reflexive: None,
-                    retires_at: None,
-                });
-            }
-        }
         self.uplinks.known = known;
+        self.open_lines(now);
         self.forget_lines(&gone, now);
         self.handle_uplinks_timeout(now);
     }
 
-    /// The daemon could not open the socket of a line, or has lost it.
+    /// Opens a socket for each further uplink that has none.
+    fn open_lines(&mut self, now: Instant) {
+        let Uplinks { known, lines, .. } = &self.uplinks;
+        let has_line = |uplink: &Uplink| lines.iter().any(|line| line.uplink == *uplink);
+        let missing = known.iter().filter(|it| !Uplinks::is_preferred(known, it) && !has_line(it));
+        for uplink in missing.cloned().collect::<Vec<Uplink>>() {
+            let socket = self.open_line(&uplink);
+            self.uplinks.lines.push(Line {
+                uplink,
+                socket,
+                asks: Asks::start(now),
+                reflexive: None,
+                retires_at: None,
+            });
+        }
+    }
+
+    /// The daemon could not open the socket of a line, or has lost it: another one later.
     pub(super) fn handle_line_lost(&mut self, socket: SocketId, now: Instant) {
         self.uplinks.lines.retain(|line| line.socket != socket);
+        self.uplinks.reopen_at = Some(now + REOPENING);
         self.forget_lines(&[socket], now);
     }
 
@@ -256,17 +217,19 @@ impl Node {
 
     /// Asks what is due, and goes by another line when the one in use is silent.
     pub(super) fn handle_uplinks_timeout(&mut self, now: Instant) {
+        if self.uplinks.reopen_at.take_if(|at| *at <= now).is_some() {
+            self.open_lines(now);
+            self.forget_lines(&[], now);
+        }
         if self.uplinks.lines.is_empty() {
             self.uplinks.main = Asks::default();
             return;
         }
-        let by = self.relay.socket();
         if self.relay.wants_another() {
-            let mut others = self.uplinks.lines.iter_mut().filter(|line| line.socket != by);
-            others.by_ref().for_each(|line| line.asks.hurry(now));
-            if by != SocketId::MAIN {
-                self.uplinks.main.hurry(now);
-            }
+            // The one in use, too: a server that has started anew answers these before it knows who
+            // may bind.
+            self.hurry_lines(now);
+            self.uplinks.main.hurry(now);
         }
         self.ask_lines(now);
         self.leave_silent_line(now);
@@ -302,9 +265,13 @@ impl Node {
             let tx = TxId(self.rng.random());
             questions.extend(line.asks.take_due(tx, now).map(|tx| (line.socket, tx)));
         }
+        let by_main = self.relay.socket() == SocketId::MAIN;
+        if by_main && self.relay.silent_since().is_none() {
+            self.uplinks.main.next_at = None;
+        }
         let tx = TxId(self.rng.random());
         let main = self.uplinks.main.take_due(tx, now);
-        if main.is_some() {
+        if main.is_some() && !by_main {
             // However long it has been silent, it is the one that is wanted.
             self.uplinks.main.next_at = Some(now + RETURN_SPACING);
         }
@@ -325,7 +292,9 @@ impl Node {
         now: Instant,
     ) -> bool {
         if socket == SocketId::MAIN {
-            let ours = self.uplinks.main.handle_answer(tx, RETURN_SPACING, now);
+            let by_main = self.relay.socket() == SocketId::MAIN;
+            let again = if by_main { REFRESH } else { RETURN_SPACING };
+            let ours = self.uplinks.main.handle_answer(tx, again, now);
             if ours {
                 self.leave_silent_line(now);
                 self.return_to_preferred(now);
@@ -352,21 +321,45 @@ impl Node {
         }
     }
 
-    /// The relay has been silent for long enough, and the server answers by another line.
+    /// The relay has been silent for long enough, and the server answers by another line, but not by the
+    /// one in use.
     fn leave_silent_line(&mut self, now: Instant) {
-        let Some(since) = self.relay.silent_since() else { return };
-        if now < since + self.patience() {
-            return;
+        let Some((since, other, asked_at)) = self.other_that_answers() else { return };
+        let mut compared_at = self.uplinks.compared_at.filter(|at| *at >= since);
+        if compared_at.is_none()
+            && let Some(asks) = self.uplinks.asks_of(self.relay.socket())
+        {
+            compared_at = asks.owes_since(asked_at);
+            if compared_at.is_none() {
+                asks.next_at = Some(now);
+                compared_at = Some(now);
+            }
         }
+        self.uplinks.compared_at = compared_at;
+        if self.leaving_at(since).is_some_and(|at| at <= now) {
+            self.bind_by(other, now);
+        }
+    }
+
+    /// Since when the relay is silent, the socket by which the server answers instead, and when it was
+    /// asked; none while the server answers by the one in use as well.
+    fn other_that_answers(&self) -> Option<(Instant, SocketId, Instant)> {
+        let since = self.relay.silent_since()?;
         let by = self.relay.socket();
-        let main = (by != SocketId::MAIN && self.uplinks.main.answers_since(since))
-            .then_some(SocketId::MAIN);
-        let line = self.uplinks.lines.iter().find(|line| {
-            line.socket != by && line.retires_at.is_none() && line.asks.answers_since(since)
-        });
-        if let Some(socket) = main.or(line.map(|line| line.socket)) {
-            self.bind_by(socket, now);
+        let main = (SocketId::MAIN, &self.uplinks.main);
+        let active = self.uplinks.lines.iter().filter(|line| line.retires_at.is_none());
+        let all = || [main].into_iter().chain(active.clone().map(|line| (line.socket, &line.asks)));
+        if all().any(|(socket, asks)| socket == by && asks.answers_since(since)) {
+            return None;
         }
+        let mut others = all().filter(|(socket, asks)| *socket != by && asks.answers_since(since));
+        others.find_map(|(socket, asks)| Some((since, socket, asks.answer_to?)))
+    }
+
+    /// When the silence was long enough, and the question by the socket in use has had its time.
+    fn leaving_at(&self, since: Instant) -> Option<Instant> {
+        let compared_at = self.uplinks.compared_at.filter(|at| *at >= since)?;
+        Some((since + self.patience()).max(compared_at + self.patience() - RETRY[0]))
     }
 
     fn patience(&self) -> Duration {
@@ -386,6 +379,7 @@ impl Node {
     /// The relay goes by this socket from here on.
     fn bind_by(&mut self, socket: SocketId, now: Instant) {
         self.relay.set_socket(socket, now);
+        self.uplinks.compared_at = None;
         self.publish();
         self.handle_relay_timeout(now);
         self.events.push_back(Event::Uplink(self.uplink_of(socket).cloned()));
@@ -398,7 +392,7 @@ impl Node {
             let failed = !self.uplinks.returned_at.is_none_or(lasted);
             self.uplinks.failed_returns =
                 if failed { self.uplinks.failed_returns.saturating_add(1) } else { 0 };
-            self.uplinks.main = Asks { next_at: Some(now + RETURN_SPACING), ..Asks::default() };
+            self.uplinks.main = Asks::start(now + RETURN_SPACING);
             // Has the control connection gone the same way?
             self.ask_server(now);
         }
@@ -408,14 +402,8 @@ impl Node {
     pub(super) fn uplinks_next_at(&self) -> Option<Instant> {
         let mut soonest = Soonest::default();
         soonest.add(self.uplinks.next_at(), "uplinks");
-        if let Some(since) = self.relay.silent_since()
-            && self
-                .uplinks
-                .lines
-                .iter()
-                .any(|line| line.socket != self.relay.socket() && line.asks.answers_since(since))
-        {
-            soonest.add(Some(since + self.patience()), "the relay by another uplink");
+        if let Some((since, ..)) = self.other_that_answers() {
+            soonest.add(self.leaving_at(since), "the relay by another uplink");
         }
         soonest.get().map(|(at, _)| at)
     }
@@ -437,10 +425,12 @@ impl Node {
     pub fn uplink_statuses(&self) -> Vec<UplinkStatus> {
         let by = self.relay.socket();
         let server = self.relay.server();
-        let statuses = self.uplinks.known.iter().map(|uplink| {
+        let known = &self.uplinks.known;
+        let several = |ipv6| known.iter().filter(|it| it.ipv6 == ipv6).count() > 1;
+        let statuses = known.iter().filter(|it| several(it.ipv6)).map(|uplink| {
             let asked = server.is_some_and(|server| server.is_ipv6() == uplink.ipv6);
             let uplink = uplink.clone();
-            if Uplinks::is_preferred(&self.uplinks.known, &uplink) {
+            if Uplinks::is_preferred(known, &uplink) {
                 let by_main = by == SocketId::MAIN;
                 let answers = if by_main {
                     self.relay.udp_works()
@@ -474,5 +464,223 @@ impl Node {
             }
         });
         statuses.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::*;
+    use crate::dataplane::UdpBatch;
+    use crate::node::{Netmap, NodeSettings, SocketOrder};
+    use crate::testing::epoch;
+    use crate::wire::control::{ServerMessage, Welcome};
+    use crate::wire::relay::RelayKey;
+
+    const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 7));
+    const KEY: [u8; 32] = [9; 32];
+    const STEP: Duration = Duration::from_millis(5);
+
+    fn uplink(device: &str, index: u32, ipv6: bool) -> Uplink {
+        Uplink { device: device.into(), index, ipv6 }
+    }
+
+    fn two() -> Vec<Uplink> {
+        vec![uplink("e0", 1, false), uplink("e1", 2, false)]
+    }
+
+    /// A node and its server; what the server lets pass is up to the test.
+    struct World {
+        node: Node,
+        now: Instant,
+    }
+
+    impl World {
+        fn new(uplinks: Vec<Uplink>) -> Self {
+            let now = epoch();
+            let key = crate::types::SecretKey::from_bytes([1; 32]);
+            let settings = NodeSettings::default();
+            let node = Node::new(key, Netmap::default(), settings, [7; 32], 1, now);
+            let mut world = Self { node, now };
+            world.node.handle_uplinks(uplinks, now);
+            world
+        }
+
+        fn welcome(&mut self, server: IpAddr) {
+            let welcome = Welcome {
+                version: 1,
+                network: [7; 8],
+                id: 1,
+                name: "own".into(),
+                ipv4: Ipv4Addr::new(10, 77, 0, 1),
+                ipv6: "fd00:1:2::1".parse().unwrap(),
+                ipv4_prefix_len: 20,
+                ipv6_prefix_len: 48,
+                relay_key: KEY,
+                relay_port: Some(41820),
+                second_port: None,
+                observed: None,
+                server_addresses: Vec::new(),
+            };
+            let message = ServerMessage { welcome: Some(welcome), ..ServerMessage::default() };
+            self.node.handle_message(&message, SocketAddr::new(server, 443), self.now);
+        }
+
+        fn line(&self, device: &str) -> Option<SocketId> {
+            let mut lines = self.node.uplinks.lines.iter();
+            lines.find(|line| line.uplink.device == device).map(|line| line.socket)
+        }
+
+        /// Runs for this long; the server answers what `passes` lets through, by each socket after its
+        /// own time. Gives the sockets that were asked.
+        fn run(
+            &mut self,
+            span: Duration,
+            passes: impl Fn(SocketId, &Control) -> Option<Duration>,
+        ) -> Vec<SocketId> {
+            let (until, mut asked) = (self.now + span, Vec::new());
+            let mut answers: Vec<(Instant, SocketId, SocketAddr, Vec<u8>)> = Vec::new();
+            while self.now < until {
+                self.now += STEP;
+                let now = self.now;
+                for (_, socket, from, bytes) in answers.extract_if(.., |(at, ..)| *at <= now) {
+                    let _ = self.node.handle_relay_control(from, socket, &bytes, now);
+                }
+                self.node.handle_timeout(now);
+                let mut out = UdpBatch::default();
+                self.node.take_datagrams(&mut out);
+                for (target, bytes) in out.datagrams() {
+                    let Target::Udp { remote, socket, .. } = target else { continue };
+                    let Ok(question) = Control::parse(bytes) else { continue };
+                    if matches!(question, Control::Reflect { .. }) {
+                        asked.push(socket);
+                    }
+                    let Some(rtt) = passes(socket, &question) else { continue };
+                    let observed = SocketAddr::from(([203, 0, 113, 1], 5000));
+                    let answer = match question {
+                        Control::Bind { node, counter, .. } => {
+                            Control::Bound { node, counter, observed, proof: None }
+                                .encode(Some(&RelayKey(KEY)))
+                        }
+                        Control::Reflect { tx, .. } => {
+                            Control::Reflected { tx, observed, token: None }.encode(None)
+                        }
+                        _ => continue,
+                    };
+                    answers.push((now + rtt, socket, remote, answer.to_vec()));
+                }
+            }
+            asked
+        }
+    }
+
+    const FAST: Duration = Duration::from_millis(10);
+    const SLOW: Duration = Duration::from_millis(30);
+
+    fn is_bind(question: &Control) -> bool {
+        matches!(question, Control::Bind { .. })
+    }
+
+    #[test]
+    fn a_line_outlives_the_preferred_uplink() {
+        let mut world = World::new(two());
+        world.welcome(SERVER);
+        world.run(Duration::from_secs(1), |_, _| Some(FAST));
+        let line = world.line("e1").unwrap();
+        world.node.take_socket_orders();
+
+        let closed = |world: &mut World| {
+            world.node.take_socket_orders().contains(&SocketOrder::Close { socket: line })
+        };
+        world.node.handle_uplinks(vec![uplink("e1", 2, false)], world.now);
+        world.run(RETIREMENT / 2, |_, _| Some(FAST));
+        assert!(!closed(&mut world), "its paths are needed now");
+        assert!(world.node.uplink_statuses().is_empty(), "the only one is no choice");
+
+        world.node.handle_uplinks(two(), world.now);
+        let asked = world.run(Duration::from_millis(200), |_, _| Some(FAST));
+        assert!(asked.contains(&line), "a further one again");
+        assert_eq!(world.node.uplink_statuses().len(), 2);
+        world.run(RETIREMENT * 2, |_, _| Some(FAST));
+        assert!(!closed(&mut world));
+
+        world.node.handle_uplinks(vec![uplink("e1", 2, false)], world.now);
+        world.run(RETIREMENT * 2, |_, _| Some(FAST));
+        assert!(closed(&mut world), "nothing goes by it");
+    }
+
+    #[test]
+    fn a_server_that_starts_anew_moves_nobody_to_another_uplink() {
+        let mut world = World::new(two());
+        world.welcome(SERVER);
+        let line = world.line("e1").unwrap();
+        // The further line is the faster one.
+        let rtt = |socket| if socket == SocketId::MAIN { SLOW } else { FAST };
+        world.run(Duration::from_secs(5), |socket, _| Some(rtt(socket)));
+        for down in [50, 500, 1_200, 4_000] {
+            world.node.handle_link_down(world.now);
+            world.run(Duration::from_millis(down), |_, _| None);
+            // It tells anybody where it sees them, and knows no key yet.
+            world.run(Duration::from_secs(40), |socket, question| {
+                (!is_bind(question)).then_some(rtt(socket))
+            });
+            assert_eq!(world.node.relay.socket(), SocketId::MAIN, "down for {down} ms");
+            world.welcome(SERVER);
+            world.run(Duration::from_secs(1), |socket, _| Some(rtt(socket)));
+            assert_eq!(world.node.relay.udp_works(), Some(true));
+        }
+        let asked = world.run(Duration::from_secs(60), |socket, _| Some(rtt(socket)));
+        assert!(asked.iter().all(|socket| *socket == line), "the main socket has its binds");
+
+        // A dark uplink is left as soon as ever.
+        world.node.handle_link_down(world.now);
+        let dark = |socket, _: &Control| (socket != SocketId::MAIN).then_some(FAST);
+        world.run(SILENCE + STEP * 2, dark);
+        assert_eq!(world.node.relay.socket(), line);
+        world.run(Duration::from_secs(10), dark);
+        assert_eq!(world.node.relay.socket(), line);
+
+        // Nor does a server that starts anew move who goes by the further one.
+        world.node.handle_link_down(world.now);
+        let no_key = |socket, question: &Control| {
+            (socket != SocketId::MAIN && !is_bind(question)).then_some(FAST)
+        };
+        world.run(Duration::from_secs(30), no_key);
+        assert_eq!(world.node.relay.socket(), line);
+        world.run(Duration::from_secs(30), |socket, _| (socket == SocketId::MAIN).then_some(SLOW));
+        assert_eq!(world.node.relay.socket(), SocketId::MAIN, "the only one that answers");
+    }
+
+    #[test]
+    fn a_line_that_is_lost_or_made_anew_is_opened_again() {
+        let mut world = World::new(two());
+        world.welcome(SERVER);
+        let first = world.line("e1").unwrap();
+        world.node.handle_socket_lost(first, world.now);
+        assert_eq!(world.line("e1"), None);
+        world.node.handle_uplinks(two(), world.now);
+        world.run(REOPENING + STEP * 2, |_, _| Some(FAST));
+        let second = world.line("e1").expect("another socket");
+        assert_ne!(second, first);
+        assert_eq!(world.node.uplink_statuses()[1].answers, Some(true));
+
+        world.node.take_socket_orders();
+        let again = vec![uplink("e0", 1, false), uplink("e1", 3, false)];
+        world.node.handle_uplinks(again, world.now);
+        let orders = world.node.take_socket_orders();
+        assert!(orders.contains(&SocketOrder::Close { socket: second }), "{orders:?}");
+        assert_ne!(world.line("e1"), Some(second), "bound to an interface that is gone");
+    }
+
+    #[test]
+    fn an_uplink_of_another_family_than_the_servers_is_no_choice() {
+        let mut world = World::new(two());
+        for (server, choice) in [("198.51.100.7", true), ("2001:db8::7", false)] {
+            let server = server.parse().unwrap();
+            assert_eq!(world.node.uplinks.has_choice(SocketAddr::new(server, 1)), choice);
+        }
+        world.node.handle_uplinks(vec![uplink("e1", 2, false)], world.now);
+        assert!(!world.node.uplinks.has_choice(SocketAddr::new(SERVER, 1)), "it retires");
     }
 }

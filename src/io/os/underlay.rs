@@ -28,8 +28,7 @@ pub struct Underlay {
     pub present: Vec<IpAddr>,
     /// The default route in use, of each family that has one.
     pub gateways: Vec<Route>,
-    /// Every uplink that packets of ours may leave by, the preferred one of each family first. Those of
-    /// a family are left out when it has only one.
+    /// Every uplink that packets of ours may leave by, the preferred one of each family first.
     pub uplinks: Vec<Uplink>,
     /// The addresses on the interfaces of `gateways`.
     pub sources: Vec<IpAddr>,
@@ -179,7 +178,7 @@ impl Facts<'_> {
         self.defaults(v4).min_by_key(|route| self.order(route)).cloned()
     }
 
-    /// The interfaces with a default route, the preferred one first; none unless there are several.
+    /// The interfaces with a default route, the preferred one first.
     /// Who sends everything through a tunnel wants nothing to leave beside it, and a tunnel with a
     /// route behind the preferred one is another network's.
     fn uplinks(&self, v4: bool) -> Vec<Uplink> {
@@ -200,7 +199,8 @@ impl Facts<'_> {
             };
             link.carrier && self.addresses.iter().any(|address| of_family(&address))
         };
-        let uplink = |link: &Link| Uplink { device: link.name.clone(), ipv6: !v4 };
+        let uplink =
+            |link: &Link| Uplink { device: link.name.clone(), index: link.index, ipv6: !v4 };
         let mut uplinks = vec![uplink(preferred)];
         for link in routes.iter().filter_map(|route| own_line(route.index)).filter(|it| works(it)) {
             if !uplinks.contains(&uplink(link)) {
@@ -208,7 +208,7 @@ impl Facts<'_> {
             }
         }
         uplinks.truncate(MAX_UPLINKS);
-        if uplinks.len() < 2 { Vec::new() } else { uplinks }
+        uplinks
     }
 }
 
@@ -382,10 +382,10 @@ mod tests {
         };
         assert_eq!(names(&[(2, 200), (1, 100)]), ["if1", "if2"]);
         assert_eq!(names(&[(2, 100), (1, 200), (1, 300)]), ["if2", "if1"], "once each");
-        assert!(names(&[(1, 100)]).is_empty(), "the only one is no choice");
+        assert_eq!(names(&[(1, 100)]), ["if1"], "the only one may have been a further one before");
         // Tunnels of others, no carrier, no address, and our own interface.
         let useless = [(3, 200), (4, 200), (5, 200), (6, 200), (7, 50)];
-        assert!(names(&[&useless[..], &[(1, 100)]].concat()).is_empty());
+        assert_eq!(names(&[&useless[..], &[(1, 100)]].concat()), ["if1"]);
         for tunnel in [3, 4] {
             let all = names(&[(tunnel, 50), (1, 100), (2, 200)]);
             assert!(all.is_empty(), "nothing leaves beside a tunnel that has everything");
@@ -394,7 +394,9 @@ mod tests {
         assert_eq!(names(&[(6, 50), (2, 200), (1, 100)]), ["if6", "if1", "if2"]);
         let v6 = Route { metric: Some(5), ..Route::direct("::/0".parse().unwrap(), 1) };
         let underlay = Underlay::of(&links, &addresses, &[v6, default_route(2, 9)], None);
-        assert!(underlay.uplinks.is_empty(), "each family has one");
+        let found: Vec<(u32, bool)> =
+            underlay.uplinks.iter().map(|uplink| (uplink.index, uplink.ipv6)).collect();
+        assert_eq!(found, [(2, false), (1, true)], "each family has one");
     }
 
     #[test]
