@@ -11,7 +11,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
 use crate::case::Case;
-use crate::clock::now;
+use crate::clock::{now, wait_for};
 use crate::lab::{Host, Net};
 use crate::nat::Nat;
 use crate::overlay::{Node, Server};
@@ -91,8 +91,9 @@ fn assert_realtime(node: &mut Node, expected: bool) {
     node.wait_status("its packet threads run", LIMIT, |status| {
         status["self"]["realtime"] == Value::Bool(expected) && packet_threads(process).len() == 2
     });
-    // Nothing goes on.
-    assert_eq!(packet_threads(process), [libc::SCHED_OTHER; 2]);
+    wait_for("ordinary threads, as nothing goes on", LIMIT, || {
+        (packet_threads(process) == [libc::SCHED_OTHER; 2]).then_some(())
+    });
 }
 
 /// The scheduling policies of the threads that move packets; no other thread has one of its own.
