@@ -18,7 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("relay::udp_blocked_on_one_side_runs_over_tcp", || blocked(false)),
         Case::new("relay::udp_blocked_on_both_sides_runs_over_tcp", || blocked(true)),
         Case::new("relay::udp_that_is_blocked_later_moves_to_tcp", blocked_later),
-        Case::new("relay::udp_that_only_leaves_runs_over_tcp", one_way),
+        Case::timed("relay::udp_that_only_leaves_runs_over_tcp", one_way),
         Case::new("relay::full_packets_pass_a_narrow_relayed_path", || narrow(Nat::Symmetric)),
         Case::new("relay::full_packets_pass_a_narrow_direct_path", || narrow(Nat::PortRestricted)),
         Case::new("relay::hostile_datagrams_do_no_harm_to_the_server", datagrams_to_server),
