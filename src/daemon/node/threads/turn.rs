@@ -6,7 +6,9 @@
 //! lowest priority. In a flood that would leave a machine with two processors nothing for anything
 //! else, so whoever works for long without a pause is an ordinary thread now and then. And while little
 //! goes on they are ordinary threads, too: those the kernel wakes beside the one that woke them, on a
-//! processor that is awake, and the others where they slept, which makes a lone packet late.
+//! processor that is awake, and the others where they slept, which makes a lone packet late. Nor do they
+//! go ahead of a program that sends packet after packet: it would be stopped for each of them, and
+//! none could be moved together.
 
 use std::time::{Duration, Instant};
 
@@ -18,6 +20,12 @@ const PAUSE: Duration = Duration::from_micros(50);
 const REST: Duration = Duration::from_millis(2);
 /// Much goes on after so many waits without a rest.
 const BUSY: u32 = 8;
+/// Work this short, without a pause before the next, was for a packet or two:
+const HASTE: Duration = Duration::from_micros(20);
+/// so often, and it is a program's that should not be stopped each time,
+const HASTY: u32 = 128;
+/// for so long.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// Without a pause, so long ahead of the others,
 const AHEAD: Duration = Duration::from_millis(20);
 /// and so long among them.
@@ -36,24 +44,42 @@ struct State {
     since: Instant,
     /// Waits since the last rest.
     waits: u32,
+    /// Short works more than long ones.
+    hasty: u32,
+    /// When the last wait ended.
+    woken: Instant,
+    /// Not ahead before.
+    among_until: Instant,
 }
 
 impl State {
+    fn new(now: Instant) -> Self {
+        let (ahead, waits, hasty) = (true, 0, 0);
+        Self { ahead, since: now, waits, hasty, woken: now, among_until: now }
+    }
+
     /// Takes when the thread has waited for work; tells what it is to be from here on, if that is
     /// something else.
     fn waited(&mut self, from: Instant, until: Instant) -> Option<bool> {
         let waited = until.saturating_duration_since(from);
         let (rested, paused) = (waited >= REST, waited >= PAUSE);
         self.waits = if rested { 0 } else { self.waits.saturating_add(1) };
+        let worked = from.saturating_duration_since(self.woken);
+        self.woken = until;
+        let hasty = !paused && worked < HASTE;
+        self.hasty = if hasty { self.hasty + 1 } else { self.hasty.saturating_sub(1) };
+        if self.hasty >= HASTY {
+            (self.hasty, self.among_until) = (0, until + PATIENCE);
+        }
         if paused {
             self.since = until;
         }
         let limit = if self.ahead { AHEAD } else { AMONG };
         let is_over = until.saturating_duration_since(self.since) >= limit;
         let ahead = if self.ahead {
-            !rested && !is_over
+            !rested && !is_over && until >= self.among_until
         } else {
-            self.waits >= BUSY && (paused || is_over)
+            self.waits >= BUSY && (paused || is_over) && until >= self.among_until
         };
         if ahead == self.ahead {
             return None;
@@ -69,8 +95,7 @@ impl Turn {
         // With a single processor there is none left for whoever is not ahead.
         let others = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
         let granted = wanted && others && sched::run_ahead(true).is_ok();
-        let mut turn =
-            Self { state: granted.then_some(State { ahead: true, since: now, waits: 0 }) };
+        let mut turn = Self { state: granted.then(|| State::new(now)) };
         turn.waited(now, now + REST);
         turn
     }
@@ -102,7 +127,7 @@ mod tests {
     #[test]
     fn who_works_without_a_pause_lets_the_others_have_their_turn() {
         let mut now = epoch();
-        let mut state = State { ahead: true, since: now, waits: BUSY };
+        let mut state = State { waits: BUSY, ..State::new(now) };
         let mut among = Duration::ZERO;
         for _ in 0..10_000 {
             let before = now;
@@ -117,7 +142,7 @@ mod tests {
     #[test]
     fn who_waits_for_work_is_ahead_while_much_goes_on() {
         let mut now = epoch();
-        let mut state = State { ahead: false, since: now, waits: 0 };
+        let mut state = State { ahead: false, ..State::new(now) };
         for wait in 1..=BUSY {
             now += 60 * US;
             assert_eq!(state.waited(now - 60 * US, now), (wait == BUSY).then_some(true));
@@ -134,5 +159,23 @@ mod tests {
             now += REST;
             assert_eq!(state.waited(now - REST, now), None, "a lone packet now and then");
         }
+    }
+    #[test]
+    fn a_program_that_sends_packet_after_packet_is_not_stopped_for_each() {
+        let mut now = epoch();
+        let mut state = State { waits: BUSY, ..State::new(now) };
+        let mut ahead = 0;
+        for _ in 0..100_000 {
+            now += 5 * US;
+            state.waited(now - US, now);
+            ahead += u32::from(state.ahead);
+        }
+        assert!(ahead < 2_000, "{ahead} of 100,000 packets");
+        let mut changes = 0;
+        for _ in 0..10_000 {
+            now += 100 * US;
+            changes += u32::from(state.waited(now - 60 * US, now).is_some());
+        }
+        assert!(state.ahead && changes == 1, "{changes} changes");
     }
 }
