@@ -11,6 +11,7 @@ use super::Node;
 use crate::dataplane::{MIN_SEAL_BUFFER, Session, SessionSettings, send_datagram};
 use crate::path::Via;
 use crate::types::{NodeId, PublicKey};
+use crate::wire::PacketKind;
 use crate::wire::disco::TWO_LANES;
 
 /// A second lane is never renewed by itself: the first one is older, and its renewal ends the second.
@@ -119,8 +120,9 @@ impl Node {
             }
             let mut datagram = [0; MIN_SEAL_BUFFER];
             let Some(len) = session.handle_timeout(&mut datagram, now) else { continue };
+            let is_call = PacketKind::classify(&datagram[..len]) == PacketKind::HandshakeInitiation;
             match via {
-                Some(via) if calls || datagram[0] != HANDSHAKE_INITIATION => {
+                Some(via) if calls || !is_call => {
                     send_datagram(&table, id, via, &datagram[..len], &mut self.datagrams);
                 }
                 _ => session.give_up(),
@@ -131,6 +133,3 @@ impl Node {
         peer.fast.lock().session.note_data(used);
     }
 }
-
-/// The first byte of a handshake initiation.
-const HANDSHAKE_INITIATION: u8 = 1;
