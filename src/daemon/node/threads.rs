@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwapOption;
@@ -118,12 +118,12 @@ impl Ports {
 
     /// An interface is being made: what comes for it waits.
     pub(super) fn expect_tun(&self) {
-        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+        *self.waiting() = Some(Vec::new());
     }
 
     pub(super) fn set_tun(&self, tun: Option<Arc<Tun>>) {
         self.tun.store(tun);
-        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let waiting = self.waiting().take();
         for packet in waiting.into_iter().flatten() {
             write_packet(self, &packet);
         }
@@ -132,9 +132,14 @@ impl Ports {
         let _ = self.wake_receiver.write(1);
     }
 
+    fn waiting(&self) -> MutexGuard<'_, Option<Vec<Box<[u8]>>>> {
+        // A list of packets is whole after any panic.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Keeps a packet for the interface that is being made; `false` when there is none or no room.
     fn keep_waiting(&self, packet: &[u8]) -> bool {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.waiting();
         let Some(packets) = waiting.as_mut().filter(|it| it.len() < WAITING_PACKETS) else {
             return false;
         };
