@@ -28,10 +28,12 @@
 //! address seen. What a node asks for with flag 2 in its bind, and what it may leave out, is a proof
 //! of its address: then bound has flag 2 as well, and its last 16 bytes are a proof (8) and a MAC cut
 //! to 8 bytes; the node says the proof in the first bytes of the endpoint field of its next binds.
-//! Flag 4 in bound says that the server has none yet for this address. *Reflect* (3) and *Reflected* (4) do the same for anybody, unauthenticated: node
-//! and counter together are the 12-byte transaction id, the MAC bytes are zero, and flag 1 asks
-//! for the answer from the server's other port (RFC 5780 section 4.4: which filter has my NAT?).
-//! In the answer a [`Token`] stands in the place of the MAC.
+//! Flag 4 in bound says that the server has none yet for this address.
+//!
+//! *Reflect* (3) and *Reflected* (4) tell anybody the address seen, unauthenticated: node and counter
+//! together are the 12-byte transaction id, the MAC bytes are zero, and flag 1 asks for the answer
+//! from the server's other port (RFC 5780 section 4.4: which filter has my NAT?). In the answer a
+//! [`Token`] stands in the place of the MAC.
 //! *Knock* (5) asks the server to send *knocked* (6) to another port of the address that the
 //! question came from, written as an endpoint without address, and from a socket that the asker
 //! never sent to: does the router let strangers in at that port?

@@ -4,7 +4,9 @@
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
 //! what is on disk, `uplink` keeps the control connection, `interface` the TUN interface, `roam`
 //! follows the network around us, `portmap` asks the router for a port, `local` answers the command
-//! line, `lines` knows the uplinks beside the preferred one, `metrics` Prometheus, `rotate` renews the node key, `reload` applies a new configuration, `explain` has its answers about paths, `netcheck` measures the network in front of us.
+//! line, `lines` knows the uplinks beside the preferred one, `metrics` Prometheus, `rotate` renews the
+//! node key, `reload` applies a new configuration, `explain` has its answers about paths, `netcheck`
+//! measures the network in front of us.
 
 pub mod explain;
 mod extra;
