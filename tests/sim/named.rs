@@ -103,6 +103,14 @@ fn a_port_restricted_pair_talks_by_relay_at_once_and_directly_soon() {
     check_delivery(&mut world);
 }
 
+/// Two hosts start, the second one so much later, and have time to find each other.
+fn meet(world: &mut World, gap: Duration) {
+    world.start_host(0);
+    world.run_for(gap);
+    world.start_host(1);
+    world.run_for(Duration::from_secs(3));
+}
+
 #[test]
 fn routers_with_an_open_input_are_not_spoiled() {
     // Far from the server, near to it, and very different ways to it.
@@ -117,10 +125,7 @@ fn routers_with_an_open_input_are_not_spoiled() {
                     }
                     world.add_host(edge, 5000, NodeSettings::default());
                 }
-                world.start_host(0);
-                world.run_for(gap * MS);
-                world.start_host(1);
-                world.run_for(Duration::from_secs(3));
+                meet(&mut world, gap * MS);
                 println!("open {open:?}, {first} and {second} ms, the second {gap} ms later");
                 check_paths(&world);
             }
@@ -143,10 +148,7 @@ fn a_nat_that_counts_does_not_spoil_an_open_input() {
                     }
                     world.add_host(edge, 5000, NodeSettings::default());
                 }
-                world.start_host(0);
-                world.run_for(gap * MS);
-                world.start_host(1);
-                world.run_for(Duration::from_secs(3));
+                meet(&mut world, gap * MS);
                 println!("{counting} counts, {first} and {second} ms, the second {gap} ms later");
                 check_paths(&world);
             }
