@@ -24,6 +24,7 @@ mod lab;
 mod line;
 mod nat;
 mod overlay;
+mod pair;
 mod ping;
 mod probe;
 mod process;

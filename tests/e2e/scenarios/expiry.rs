@@ -9,6 +9,7 @@ use crate::clock::wait_for;
 use crate::lab::Net;
 use crate::nat::Nat;
 use crate::overlay::{Node, Server, assert_error, text};
+use crate::pair::Pair;
 use crate::ping::{self, Stream};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -23,22 +24,8 @@ pub(crate) fn cases() -> Vec<Case> {
 const LIMIT: Duration = Duration::from_secs(10);
 const REMEDY: &str = "overlay server expire alice --in 180d";
 
-struct Pair {
-    net: Net,
-    server: Server,
-    alice: Node,
-    bob: Node,
-}
-
 fn pair() -> Pair {
-    let net = Net::new();
-    let server = Server::start(&net, &net.machine("server", Nat::None));
-    let [mut alice, mut bob] = ["alice", "bob"]
-        .map(|name| Node::start(&net, &net.machine(name, Nat::PortRestricted), &server));
-    ping::assert_answers(&bob.host, &alice.ipv4());
-    alice.wait_path("bob", "direct", LIMIT);
-    bob.wait_path("alice", "direct", LIMIT);
-    Pair { net, server, alice, bob }
+    Pair::settled(Nat::PortRestricted, "direct", LIMIT)
 }
 
 fn expire(server: &Server, within: &str) {

@@ -10,6 +10,7 @@ use crate::clock::{now, wait_for};
 use crate::lab::{Host, Net};
 use crate::nat::Nat;
 use crate::overlay::{Node, Server, assert_error, parse, path, text};
+use crate::pair::Pair;
 use crate::ping;
 use crate::process::{self, Daemon};
 
@@ -32,22 +33,10 @@ const WEB_AND_PING: &str = "[groups]\nweb = 'tag:web'\n[[rules]]\nfrom = 'any'\n
                             protocol = 'tcp'\nports = 8080\n[[rules]]\nfrom = 'any'\nto = 'any'\n\
                             protocol = 'icmp'\n";
 
-struct Pair {
-    net: Net,
-    server: Server,
-    alice: Node,
-    bob: Node,
-}
-
 fn pair() -> Pair {
-    let net = Net::new();
-    let server = Server::start(&net, &net.machine("server", Nat::None));
-    let [mut alice, bob] = ["alice", "bob"]
-        .map(|name| Node::start(&net, &net.machine(name, Nat::PortRestricted), &server));
-    ping::assert_answers(&alice.host, &bob.ipv4());
-    alice.wait_path("bob", "direct", Duration::from_secs(10));
-    server.cli(&["tag", "bob", "web"]).success("tag");
-    Pair { net, server, alice, bob }
+    let pair = Pair::settled(Nat::PortRestricted, "direct", Duration::from_secs(10));
+    pair.server.cli(&["tag", "bob", "web"]).success("tag");
+    pair
 }
 
 fn set(net: &Net, server: &Server, rules: &str) {

@@ -11,6 +11,7 @@ use crate::case::Case;
 use crate::lab::{Host, Net};
 use crate::nat::Nat;
 use crate::overlay::{Node, PORT, Server, find_peer};
+use crate::pair::Pair;
 use crate::ping::{self, Stream};
 use crate::process;
 
@@ -27,13 +28,6 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("relay::hostile_connections_do_no_harm_to_the_server", connections_to_server),
         Case::new("relay::a_server_that_talks_noise_does_no_harm_to_a_node", noise_to_node),
     ]
-}
-
-struct Pair {
-    net: Net,
-    server: Server,
-    alice: Node,
-    bob: Node,
 }
 
 /// Two nodes behind these NATs, once `kind` is the path of both. The path is the way that a node

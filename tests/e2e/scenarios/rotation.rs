@@ -9,9 +9,9 @@ use serde_json::Value;
 use super::failover::Connection;
 use crate::case::Case;
 use crate::clock::wait_for;
-use crate::lab::Net;
 use crate::nat::Nat;
 use crate::overlay::{Node, Server, assert_error, find_peer, parse, text};
+use crate::pair::Pair;
 use crate::ping::{self, Stream};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -28,24 +28,6 @@ pub(crate) fn cases() -> Vec<Case> {
 const PATH_LIMIT: Duration = Duration::from_secs(20);
 /// A silence of TCP that nobody notices: the machine has two cores, and all nodes are on it.
 const TCP_SILENCE: Duration = Duration::from_millis(500);
-
-struct Pair {
-    net: Net,
-    server: Server,
-    alice: Node,
-    bob: Node,
-}
-
-fn pair(nat: Nat, path: &str) -> Pair {
-    let net = Net::new();
-    let server = Server::start(&net, &net.machine("server", Nat::None));
-    let [mut alice, mut bob] =
-        ["alice", "bob"].map(|name| Node::start(&net, &net.machine(name, nat), &server));
-    ping::assert_answers(&bob.host, &alice.ipv4());
-    alice.wait_path("bob", path, PATH_LIMIT);
-    bob.wait_path("alice", path, PATH_LIMIT);
-    Pair { net, server, alice, bob }
-}
 
 fn key(node: &Node) -> String {
     text(&node.status().expect("the node runs"), "/self/public_key")
@@ -66,7 +48,7 @@ fn rotate(node: &Node) {
 }
 
 fn nothing_is_lost(nat: Nat, path: &str) {
-    let Pair { net, server, mut alice, mut bob } = pair(nat, path);
+    let Pair { net, server, mut alice, mut bob } = Pair::settled(nat, path, PATH_LIMIT);
     let first: BTreeSet<String> = [&alice, &bob].map(key).into();
     let there = Stream::every(&net, &bob.host, &alice.ipv4(), "0.005");
     let back = Stream::every(&net, &alice.host, &bob.ipv6(), "0.005");
@@ -111,7 +93,8 @@ fn nothing_is_lost(nat: Nat, path: &str) {
 
 /// SIGKILL a moment after the command was given, so that it hits different steps.
 fn kills() {
-    let Pair { net: _net, mut server, mut alice, mut bob } = pair(Nat::PortRestricted, "direct");
+    let Pair { net: _net, mut server, mut alice, mut bob } =
+        Pair::settled(Nat::PortRestricted, "direct", PATH_LIMIT);
     for (number, wait_ms) in [0, 3, 8, 20].into_iter().enumerate() {
         let before = stored_key(&server, "alice");
         let socket = alice.socket();
@@ -153,7 +136,8 @@ fn kills() {
 }
 
 fn away() {
-    let Pair { net, server, alice, mut bob } = pair(Nat::PortRestricted, "direct");
+    let Pair { net, server, alice, mut bob } =
+        Pair::settled(Nat::PortRestricted, "direct", PATH_LIMIT);
     bob.kill();
     rotate(&alice);
     let known = std::fs::read_to_string(bob.dir.join("state/netmap.json")).unwrap();

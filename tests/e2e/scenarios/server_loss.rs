@@ -7,6 +7,7 @@ use crate::clock::wait_for;
 use crate::lab::Net;
 use crate::nat::Nat;
 use crate::overlay::{Node, Server, find_peer};
+use crate::pair::Pair;
 use crate::ping::{self, Stream};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -22,13 +23,6 @@ pub(crate) fn cases() -> Vec<Case> {
     }
     cases.push(Case::new("server_loss::sessions_re_key_without_the_server", re_key));
     cases
-}
-
-struct Pair {
-    net: Net,
-    server: Server,
-    alice: Node,
-    bob: Node,
 }
 
 /// Two nodes that are direct.
