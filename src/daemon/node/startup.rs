@@ -283,7 +283,7 @@ pub async fn run(
         next_token: 0,
         halves: std::collections::BTreeMap::new(),
         ready: false,
-        save_at: None,
+        saving: super::saving::Saving::default(),
         watchdog: Watchdog::new(ports.progress(), now),
         rotation: Rotation::new(now),
         said: Vec::new(),
