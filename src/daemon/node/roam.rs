@@ -124,7 +124,7 @@ impl Daemon {
                 // It may have said something that was not read yet.
                 self.heard_server = now;
                 if suspended {
-                    self.node.add_server_time(away, now);
+                    self.node.handle_sleep(away, now);
                 }
                 self.node.handle_wake(suspended, now);
             }
