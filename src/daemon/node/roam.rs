@@ -253,6 +253,19 @@ mod tests {
     }
 
     #[test]
+    fn a_look_that_failed_is_repeated_whether_or_not_there_is_other_news() {
+        let now = crate::testing::epoch();
+        let mut surroundings = unwatched();
+        let error = NetlinkError::Connect(std::io::ErrorKind::OutOfMemory.into());
+        surroundings.note_failed_look(&error, now);
+        assert_eq!(surroundings.rescan_at, Some(now + LOOK_AGAIN));
+        surroundings.rescan_at = None;
+        surroundings.plan_look(now);
+        surroundings.note_failed_look(&error, now);
+        assert_eq!(surroundings.rescan_at, Some(now + SETTLE), "what comes sooner stays");
+    }
+
+    #[test]
     fn a_storm_of_changes_is_looked_at_ever_more_rarely() {
         let start = crate::testing::epoch();
         let mut surroundings = unwatched();
