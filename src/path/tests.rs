@@ -387,7 +387,7 @@ fn who_is_named_by_a_lying_peer_hears_a_trickle() {
             datagrams.len(),
         );
         // What the account has at once and in 30 s, in the shortest datagrams that there are.
-        assert!(at_all <= (22_400 + 30 * 600) / (PONG_LEN + HEADERS), "{at_all} in 30 s");
+        assert!(at_all <= (22_400 + 30 * 600) / (PING_LEN + HEADERS), "{at_all} in 30 s");
         assert!(rate <= 1000.0, "claims every {every} ms: {rate:.0} bytes a second");
         assert!(bytes > copied, "an address may be the right one");
         assert!(copied <= 5 * EARLY_BYTES as usize, "{copied} bytes of copies");
