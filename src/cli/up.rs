@@ -417,6 +417,15 @@ fn refused(code: RefusedCode, message: &str) -> Failure {
         | RefusedCode::NotMember
         | RefusedCode::WrongNetwork => NEW_LINE,
     };
-    let failure = Failure::new(NOT_LET_IN, message, help);
+    let cause = if code.is_about_the_invite() {
+        // Of a member nobody asks for an invite.
+        format!(
+            "{message}; and by its keys this machine is no member: it never joined, was removed, \
+             or has lost its state directory"
+        )
+    } else {
+        message.to_owned()
+    };
+    let failure = Failure::new(NOT_LET_IN, cause, help);
     if code == RefusedCode::NotMember { failure.code(NOT_ENROLLED) } else { failure }
 }
