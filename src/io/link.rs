@@ -27,8 +27,8 @@ pub use connect::{
     ConnectError, Way, ask, connect, connect_by, connect_early, connect_over, exchange,
 };
 pub use early::{Offers, token_grace};
-pub(crate) use noise::Responder;
 pub use noise::{Answered, Secured};
+pub(crate) use noise::{Responder, ephemeral};
 pub use outbox::LinkSender;
 pub use relay_batch::RelayBatch;
 
