@@ -184,9 +184,9 @@ impl Uplink {
         self.wait_until(clock::now());
     }
 
-    /// Where the server is from now on; it counts for the next attempt.
+    /// Where the server is from now on, if that is known; it counts for the next attempt.
     pub(super) fn set_servers(&mut self, servers: &[ServerAddr]) {
-        if self.destination.servers != servers {
+        if !servers.is_empty() && self.destination.servers != servers {
             Arc::make_mut(&mut self.destination).servers = servers.to_vec();
         }
     }
