@@ -65,7 +65,7 @@ impl Server {
             | Act::Nothing => administrator.to_string(),
         };
         let event = |kind: &str| Event::new(wall, kind, &actor);
-        let changes = decision.changes.iter().filter_map(|change| self.event_of(change, event));
+        let changes = decision.changes.iter().flat_map(|change| self.events_of(change, event));
         let changes = changes.chain(self.clone_event(&decision.act, event));
         changes.chain(self.guess_event(&decision.act, event)).collect()
     }
@@ -93,23 +93,19 @@ impl Server {
         format!("node {node} from {from}")
     }
 
-    fn event_of(&self, change: &Change, event: impl Fn(&str) -> Event) -> Option<Event> {
-        match (&change.key, &change.record) {
-            (Key::Member(id), Some(Record::Member(new))) => self.member_event(*id, new, event),
+    fn events_of(&self, change: &Change, event: impl Fn(&str) -> Event) -> Vec<Event> {
+        let one = match (&change.key, &change.record) {
+            (Key::Member(id), Some(Record::Member(new))) => {
+                return self.member_events(*id, new, event);
+            }
             (Key::Member(id), None) => {
-                let member = &self.members.of(*id)?.record;
-                Some(self.about(event("node-removed"), member))
+                let member = self.members.of(*id).map(|member| &member.record);
+                member.map(|member| self.about(event("node-removed"), member))
             }
             (Key::Invite(id), Some(Record::Invite(new))) => {
                 invite_event(self.invites.of(*id).map(|invite| &invite.record), new, event)
             }
-            (Key::Network, Some(Record::Network(new))) => {
-                if self.network.record.members_last_s != new.members_last_s {
-                    return Some(lasting_event(new.members_last_s, event));
-                }
-                let range = new.range;
-                Some(event("range-changed").with("ipv4", range.v4()).with("ipv6", range.v6()))
-            }
+            (Key::Network, Some(Record::Network(new))) => Some(self.network_event(new, event)),
             (Key::Policy, Some(Record::Policy(new))) => {
                 let cleared = || event("policy-cleared");
                 let set = |text: &String| event("policy-set").with("bytes", text.len());
@@ -118,35 +114,44 @@ impl Server {
             // One that ended long ago is tidied away; a record under another's key is none of ours.
             (Key::Invite(_), None) | (Key::Network | Key::Policy, None) => None,
             (Key::Member(_) | Key::Invite(_) | Key::Network | Key::Policy, Some(_)) => None,
-        }
+        };
+        Vec::from_iter(one)
     }
 
-    fn member_event(
+    fn network_event(&self, new: &NetworkRecord, event: impl Fn(&str) -> Event) -> Event {
+        if self.network.record.members_last_s != new.members_last_s {
+            return lasting_event(new.members_last_s, event);
+        }
+        let range = new.range;
+        event("range-changed").with("ipv4", range.v4()).with("ipv6", range.v6())
+    }
+
+    /// One line for each difference: a node that comes back may have another key and another name.
+    fn member_events(
         &self,
         id: NodeId,
         new: &MemberRecord,
         event: impl Fn(&str) -> Event,
-    ) -> Option<Event> {
+    ) -> Vec<Event> {
         let Some(old) = self.members.of(id).map(|member| &member.record) else {
             let joined = event("node-joined").with("invite", new.invite);
-            return Some(self.about(joined, new).with("machine-key", new.machine_key));
+            return vec![self.about(joined, new).with("machine-key", new.machine_key)];
         };
+        let mut events = Vec::new();
+        if old.name != new.name {
+            events.push(self.about(event("node-renamed"), new).with("old-name", &old.name));
+        }
         if old.node_key != new.node_key {
             let changed = self.about(event("node-key-changed"), new);
-            return Some(changed.with("old-key", old.node_key).with("new-key", new.node_key));
+            events.push(changed.with("old-key", old.node_key).with("new-key", new.node_key));
         }
         if old.tags != new.tags {
             let tags: Vec<String> = new.tags.iter().map(ToString::to_string).collect();
-            return Some(self.about(event("node-tagged"), new).with("tags", tags.join(" ")));
+            events.push(self.about(event("node-tagged"), new).with("tags", tags.join(" ")));
         }
-        if let Some(event) = self.expiry_event(old, new, &event) {
-            return Some(event);
-        }
-        if old.name != new.name {
-            return Some(self.about(event("node-renamed"), new).with("old-name", &old.name));
-        }
+        events.extend(self.expiry_event(old, new, &event));
         // When it was last seen, or what it would like to be called, is no change of the network.
-        None
+        events
     }
 
     pub(super) fn about(&self, event: Event, member: &MemberRecord) -> Event {
