@@ -6,6 +6,7 @@
 use rand::Rng;
 
 use super::distribute::Presence;
+use super::keys::is_key;
 use super::records::MemberRecord;
 use super::relay::RelayChange;
 use super::{Act, ConnectionId, Decision, Output, Server};
@@ -85,7 +86,8 @@ impl Server {
         let node_key = PublicKey(hello.node_key);
         let member = self.members.with_machine_key(&machine_key);
         let own = member.map(|member| member.record.id);
-        if !self.may_have_key(own, node_key) {
+        // Whose keys there are is told to members and to who holds an invite.
+        if !is_key(node_key) || (own.is_some() && !self.may_have_key(own, node_key)) {
             return Err(RefusedCode::BadRequest);
         }
         let wish = hello.name.as_deref().map(NodeName::from_hostname);
@@ -143,10 +145,13 @@ impl Server {
         wall: u64,
     ) -> Result<(NodeId, Vec<super::Change>), RefusedCode> {
         let presented = hello.invite.as_ref().ok_or(RefusedCode::NotMember)?;
+        let mut invite = self.invites.check(presented, wall)?.record.clone();
         if presented.network != self.network.record.id.0 {
             return Err(RefusedCode::WrongNetwork);
         }
-        let mut invite = self.invites.check(presented, wall)?.record.clone();
+        if !self.may_have_key(None, node_key) {
+            return Err(RefusedCode::BadRequest);
+        }
         let host = self.members.free_host().ok_or(RefusedCode::NetworkFull)?;
         let id = self.members.free_id().ok_or(RefusedCode::NetworkFull)?;
         let wanted = invite.name.as_ref().or(wish.as_ref()).cloned();

@@ -317,6 +317,25 @@ fn a_node_cannot_take_the_key_of_another() {
 }
 
 #[test]
+fn a_stranger_learns_neither_whose_keys_there_are_nor_which_network_it_is() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(2);
+    world.enter(1, hello(1, Some(&invite)));
+    let guess = InviteUse { secret: crate::wire::join::InviteSecret([0; 20]), ..invite };
+    let foreign = InviteUse { network: [0; 8], ..guess.clone() };
+    for (asked, answer) in [
+        (None, RefusedCode::NotMember),
+        (Some(&guess), RefusedCode::NotAccepted),
+        (Some(&foreign), RefusedCode::NotAccepted),
+    ] {
+        for node_key in [[101; 32], [102; 32]] {
+            let stranger = world.enter(9, Hello { node_key, ..hello(9, asked) });
+            assert_eq!(world.node(stranger).refused, Some(answer), "{node_key:?}");
+        }
+    }
+}
+
+#[test]
 fn a_removed_node_is_out_at_once_and_stays_out() {
     let mut world = World::new("10.77.0.0/20");
     let invite = world.invite(3);
