@@ -110,6 +110,21 @@ impl Selected {
 }
 
 impl Policy {
+    /// The names that rules are about: what a node of such a name may do depends on it.
+    #[must_use]
+    pub fn names(&self) -> BTreeSet<NodeName> {
+        let selections = self.rules.iter().flat_map(|rule| [&rule.from, &rule.to]);
+        let marks = selections.filter_map(|selection| match selection {
+            Selection::Any => None,
+            Selection::Marked(marks) => Some(marks),
+        });
+        let name = |mark: &Mark| match mark {
+            Mark::Name(name) => Some(name.clone()),
+            Mark::Tag(_) => None,
+        };
+        marks.flatten().filter_map(name).collect()
+    }
+
     /// Finds out which nodes the rules are about.
     #[must_use]
     pub fn compile<'m>(&self, members: impl IntoIterator<Item = Member<'m>>) -> Compiled {

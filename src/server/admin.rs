@@ -406,7 +406,7 @@ impl Server {
         if self.members.name_owner(&name).is_some_and(|owner| owner != record.id) {
             return Err(RequestError::NameTaken { name });
         }
-        record.name = name;
+        (record.name, record.named) = (name, true);
         let answer = Answer::Renamed(self.node_info(&record, wall));
         Ok(Decision { changes: vec![self.members.write(record)], act: Act::Answer(answer) })
     }

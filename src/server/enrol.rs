@@ -127,12 +127,31 @@ impl Server {
             (record.node_key, record.key_since) = (node_key, wall);
         }
         if wish.is_some() && wish != member.wish {
-            if let Some(wish) = &wish {
-                record.name = self.members.free_name(wish, Some(member.id));
+            if let Some(wish) = wish.as_ref().filter(|_| !member.named) {
+                record.name = self.name_by_wish(wish, Some(member));
             }
             record.wish = wish;
         }
         record
+    }
+
+    /// What a node is called that would like to be called `wish`. A name that access rules know means
+    /// rights, so no wish gets it that has not got it already.
+    fn name_by_wish(&self, wish: &NodeName, member: Option<&MemberRecord>) -> NodeName {
+        let own = member.map(|member| &member.name);
+        let is_barred = |name: &NodeName| own != Some(name) && self.access.knows(name);
+        self.members.free_name(wish, member.map(|member| member.id), is_barred)
+    }
+
+    /// What a node is called that joins: the administrator's name, if its invite has one.
+    fn name_of_new(&self, given: Option<&NodeName>, wish: Option<&NodeName>) -> NodeName {
+        let Some(given) = given else {
+            let unnamed = || NodeName::from_hostname("");
+            return self.name_by_wish(&wish.cloned().unwrap_or_else(unnamed), None);
+        };
+        // One with a number behind it is not the name that was given.
+        let is_barred = |name: &NodeName| name != given && self.access.knows(name);
+        self.members.free_name(given, None, is_barred)
     }
 
     /// A new member and the use of its invite: both are written, or none.
@@ -154,13 +173,11 @@ impl Server {
         }
         let host = self.members.free_host().ok_or(RefusedCode::NetworkFull)?;
         let id = self.members.free_id().ok_or(RefusedCode::NetworkFull)?;
-        let wanted = invite.name.as_ref().or(wish.as_ref()).cloned();
-        let wanted = wanted.unwrap_or_else(|| NodeName::from_hostname(""));
         let record = MemberRecord {
             id,
             machine_key,
             node_key,
-            name: self.members.free_name(&wanted, None),
+            name: self.name_of_new(invite.name.as_ref(), wish.as_ref()),
             wish,
             host,
             joined: wall,
@@ -170,6 +187,7 @@ impl Server {
             key_since: wall,
             expires: self.network.record.members_last_s.map(|last| wall.saturating_add(last)),
             expiry_noted: crate::server::records::ExpiryNoted::Nothing,
+            named: invite.name.is_some(),
         };
         invite.used += 1;
         Ok((id, vec![self.invites.write(invite), self.members.write(record)]))

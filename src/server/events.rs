@@ -135,10 +135,11 @@ impl Server {
     ) -> Vec<Event> {
         let Some(old) = self.members.of(id).map(|member| &member.record) else {
             let joined = event("node-joined").with("invite", new.invite);
-            return vec![self.about(joined, new).with("machine-key", new.machine_key)];
+            let joined = self.about(joined, new).with("machine-key", new.machine_key);
+            return [joined].into_iter().chain(self.wish_event(None, new, event)).collect();
         };
-        let mut events = Vec::new();
-        if old.name != new.name {
+        let mut events = Vec::from_iter(self.wish_event(Some(old), new, &event));
+        if (&old.name, old.named) != (&new.name, new.named) {
             events.push(self.about(event("node-renamed"), new).with("old-name", &old.name));
         }
         if old.node_key != new.node_key {
@@ -152,6 +153,26 @@ impl Server {
         events.extend(self.expiry_event(old, new, &event));
         // When it was last seen, or what it would like to be called, is no change of the network.
         events
+    }
+
+    /// A node would like to have a name that means rights, and gets another one.
+    fn wish_event(
+        &self,
+        old: Option<&MemberRecord>,
+        new: &MemberRecord,
+        event: impl Fn(&str) -> Event,
+    ) -> Option<Event> {
+        let wish = new.wish.as_ref()?;
+        let is_new = old.is_none_or(|old| old.wish.as_ref() != Some(wish));
+        (is_new && !new.named && new.name != *wish && self.access.knows(wish)).then(|| {
+            self.about(event("node-name-refused"), new)
+                .with("wish", wish)
+                .with(
+                    "why",
+                    "access rules know a node by that name: only an administrator gives it",
+                )
+                .with("help", format_args!("overlay server rename {} {wish}", new.name))
+        })
     }
 
     pub(super) fn about(&self, event: Event, member: &MemberRecord) -> Event {
@@ -212,6 +233,7 @@ mod tests {
             key_since: 0,
             expires: None,
             expiry_noted: crate::server::records::ExpiryNoted::Nothing,
+            named: false,
         };
         let records = Records {
             network: Versioned { rev: 1, record },

@@ -4,7 +4,7 @@
 //! the rules, a name, a tag or the membership changes, and sent to a node only when it is another
 //! thing for that node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use super::members::Members;
 use super::records::{Change, MemberRecord, PolicyRecord, Record, Versioned};
 use super::{Act, Decision, Server};
 use crate::policy::{Affected, Compiled, Member, Policy};
-use crate::types::{NodeId, Tag};
+use crate::types::{NodeId, NodeName, Tag};
 use crate::wire::control::encode;
 use crate::wire::filter::WireFilter;
 
@@ -41,6 +41,8 @@ pub struct PolicyInfo {
 pub(super) struct Access {
     record: Option<Versioned<PolicyRecord>>,
     policy: Option<Policy>,
+    /// See [`Policy::names`].
+    names: BTreeSet<NodeName>,
     /// The rules about the members of this moment; none when that has to be found out.
     compiled: Option<Compiled>,
     /// What some rules say, encoded: many nodes are told the same.
@@ -61,9 +63,15 @@ impl Access {
         // The text was read before it was stored, and when the store was.
         let text = record.as_ref().and_then(|record| record.record.text.as_deref());
         self.policy = text.map(|text| Policy::parse(text).expect("stored rules were checked"));
+        self.names = self.policy.as_ref().map(Policy::names).unwrap_or_default();
         self.record = record;
         self.compiled = None;
         self.encoded.clear();
+    }
+
+    /// Whether the rules know a node by this name.
+    pub(super) fn knows(&self, name: &NodeName) -> bool {
+        self.names.contains(name)
     }
 
     pub(super) fn forget(&mut self, node: NodeId) {

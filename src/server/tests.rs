@@ -3,6 +3,7 @@
 mod clones;
 mod expiry;
 mod keys;
+mod names;
 mod parts;
 mod removal;
 
@@ -353,26 +354,6 @@ fn a_removed_node_is_out_at_once_and_stays_out() {
     assert_eq!(world.node(joined).id, Some(3), "a new node, with a number of its own");
     let unknown = world.ask(Request::Remove { node: "nobody".into() });
     assert_eq!(unknown, Err(RequestError::UnknownNode { node: "nobody".into() }));
-}
-
-#[test]
-fn a_name_from_the_administrator_stays_until_the_node_wants_another() {
-    let mut world = World::new("10.77.0.0/20");
-    let invite = world.invite(2);
-    let first = world.enter(1, hello(1, Some(&invite)));
-    let peer = world.enter(2, hello(2, Some(&invite)));
-    let rename =
-        |node: &str, name: &str| Request::Rename { node: node.into(), name: name.parse().unwrap() };
-    world.ask(rename("node", "bob")).unwrap();
-    world.pass(Duration::from_secs(1));
-    assert_eq!(world.node(first).name, "bob", "it is told its own new name");
-    assert_eq!(world.node(peer).peers[&1].name, "bob");
-    let taken = world.ask(rename("bob", "node-2"));
-    assert_eq!(taken, Err(RequestError::NameTaken { name: "node-2".parse().unwrap() }));
-    let again = world.enter(1, hello(1, None));
-    assert_eq!(world.node(again).name, "bob");
-    let wish = world.enter(1, Hello { name: Some("carol".into()), ..hello(1, None) });
-    assert_eq!(world.node(wish).name, "carol");
 }
 
 #[test]
