@@ -341,13 +341,7 @@ impl Server {
                 let nodes = nodes.collect();
                 Ok(read(Answer::Nodes(NodeList { schema: SCHEMA, nodes })))
             }
-            Request::Remove { node } => {
-                let member = self.member(&node)?;
-                let changes = self.members.delete(member.id).into_iter().collect();
-                let removal = Removal::of(self.node_info(&member, wall));
-                let answer = Answer::Removed(Box::new(removal));
-                Ok(Decision { changes, act: Act::Answer(answer) })
-            }
+            Request::Remove { node } => self.decide_remove(&node, wall),
             Request::Acknowledged { epoch } => {
                 Ok(read(Answer::Acknowledged(self.acknowledged(epoch))))
             }
@@ -458,7 +452,7 @@ fn read(answer: Answer) -> Decision {
     Decision { changes: Vec::new(), act: Act::Answer(answer) }
 }
 
-fn info_of(invite: &super::records::InviteRecord, wall: u64) -> InviteInfo {
+pub(super) fn info_of(invite: &super::records::InviteRecord, wall: u64) -> InviteInfo {
     InviteInfo {
         id: invite.id,
         name: invite.name.clone(),

@@ -217,6 +217,12 @@ impl World {
         InviteUse { id: line.invite.0, secret: line.secret, network: line.network.0 }
     }
 
+    /// This invite, or a new one in place of one that has gone with a node.
+    fn open_invite(&mut self, invite: InviteUse) -> InviteUse {
+        let closed = self.server.invites.check(&invite, WALL).is_err();
+        if closed && self.store_works { self.invite(1000) } else { invite }
+    }
+
     fn pass(&mut self, time: Duration) {
         self.now += time;
         self.server.handle_timeout(self.now);
@@ -350,6 +356,9 @@ fn a_removed_node_is_out_at_once_and_stays_out() {
     assert!(world.node(staying).peers.is_empty());
     let again = world.enter(2, hello(2, None));
     assert_eq!(world.node(again).refused, Some(RefusedCode::NotMember));
+    let same_line = world.enter(2, hello(2, Some(&invite)));
+    assert_eq!(world.node(same_line).refused, Some(RefusedCode::InviteRevoked));
+    let invite = world.invite(1);
     let joined = world.enter(2, hello(2, Some(&invite)));
     assert_eq!(world.node(joined).id, Some(3), "a new node, with a number of its own");
     let unknown = world.ask(Request::Remove { node: "nobody".into() });
@@ -550,7 +559,7 @@ proptest! {
         events in proptest::collection::vec(event(), 1..60)
     ) {
         let mut world = World::new("10.77.0.0/29");
-        let invite = world.invite(1000);
+        let mut invite = world.invite(1000);
         let mut connections = BTreeMap::new();
         for event in events {
             match event {
@@ -573,6 +582,7 @@ proptest! {
                 Event::Remove(number) => {
                     let node = format!("{number:08x}");
                     let _ = world.ask(Request::Remove { node });
+                    invite = world.open_invite(invite);
                 }
                 Event::Rename(number, name) => {
                     let (node, name) = (format!("{number:08x}"), format!("name-{name}"));

@@ -150,7 +150,11 @@ fn print(answer: &Answer, show: Show) -> Done {
         (Answer::Invites(list), Show::Text) => print_invites(list),
         (Answer::Revoked(invite), Show::Text) => line(format!("revoked {}", invite.id)),
         (Answer::Nodes(list), Show::Text) => print_nodes(list),
-        (Answer::Removed(removal), Show::Text) => line(removal_text(removal)),
+        (Answer::Removed(removal), Show::Text) => {
+            line(removal_text(removal))?;
+            removal.invite_revoked.iter().for_each(|invite| hint(same_again(invite)));
+            Ok(())
+        }
         (Answer::Renamed(node), Show::Text) => {
             line(format!("{} is called {} now", node.ipv4, node.name))
         }
@@ -212,11 +216,27 @@ fn removal_text(removal: &Removal) -> String {
             format!("{some} of {online} {nodes} acknowledged, waiting for {waiting}")
         }
     };
+    if let Some(invite) = &removal.invite_revoked {
+        text += &format!("; its invite {} is revoked as well", invite.id);
+    }
     if !progress.offline.is_empty() {
         let they = if progress.offline.len() == 1 { "it comes" } else { "they come" };
         text += &format!("; {} will learn it when {they} back", names(&progress.offline));
     }
     text
+}
+
+/// For those who have the join line of an invite that went with a node.
+fn same_again(invite: &InviteInfo) -> String {
+    let mut command = format!("overlay server invite --uses {}", invite.uses - invite.used);
+    let time = |text: &str| humantime::parse_rfc3339(text).ok();
+    let ttl = time(&invite.expires).zip(time(&invite.created));
+    if let Some(ttl) = ttl.and_then(|(end, start)| end.duration_since(start).ok()) {
+        command += &format!(" --ttl {}s", ttl.as_secs());
+    }
+    command.extend(invite.name.iter().map(|name| format!(" --name {name}")));
+    command.extend(invite.tags.iter().map(|tag| format!(" --tag {tag}")));
+    format!("with its line the node could have come back; a new one for others who have it: {command}")
 }
 
 fn names(all: &[String]) -> String {
@@ -276,4 +296,26 @@ fn print_nodes(list: &NodeList) -> Done {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::admin::rfc3339;
+
+    #[test]
+    fn who_has_the_line_of_a_revoked_invite_can_be_given_one_like_it() {
+        let invite = InviteInfo {
+            id: InviteId([0xab; 4]),
+            name: None,
+            uses: 20,
+            used: 3,
+            created: rfc3339(1_000),
+            expires: rfc3339(1_000 + 7 * 86_400),
+            state: "revoked".into(),
+            tags: vec!["web".parse().unwrap()],
+        };
+        let said = same_again(&invite);
+        assert!(said.ends_with(": overlay server invite --uses 17 --ttl 604800s --tag tag:web"), "{said}");
+    }
 }
