@@ -1,7 +1,7 @@
 //! The commands that ask a running server.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 
@@ -10,10 +10,12 @@ use crate::cli::fail::Failure;
 use crate::cli::print::{hint, json, line, table, table_text};
 use crate::cli::{Done, ask};
 use crate::config::paths::{Paths, Role};
+use crate::io::clock;
 use crate::server::admin::{
     Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Removal, Request,
 };
 use crate::types::{InviteId, NodeName, Tag};
+use crate::wire::control::EXPIRY_WARNING_S;
 
 /// How long an invite lives if nobody says otherwise; `--ttl` has the same.
 const DEFAULT_TTL_S: u64 = 3600;
@@ -252,6 +254,13 @@ fn words(tags: &[Tag]) -> String {
     words.join(" ")
 }
 
+/// Whether a node's membership has ended or will within the time in which everybody is warned.
+fn ends_soon(node: &NodeInfo, now: u64) -> bool {
+    let end = node.expires.as_deref().and_then(|end| humantime::parse_rfc3339(end).ok());
+    let end = end.and_then(|end| end.duration_since(UNIX_EPOCH).ok());
+    node.expired || end.is_some_and(|end| end.as_secs() <= now.saturating_add(EXPIRY_WARNING_S))
+}
+
 fn print_nodes(list: &NodeList) -> Done {
     if list.nodes.is_empty() {
         hint("nobody has joined yet; make an invite with `overlay server invite`");
@@ -278,7 +287,8 @@ fn print_nodes(list: &NodeList) -> Done {
     let mut table = table(&["NAME", "IPV4", "STATE", "LAST SEEN", "IPV6", "ID", "TAGS"]);
     table.add_rows(list.nodes.iter().map(row));
     line(table_text(&table))?;
-    for node in &list.nodes {
+    let now = clock::unix_seconds();
+    for node in list.nodes.iter().filter(|node| ends_soon(node, now)) {
         if let Some(expires) = &node.expires {
             let ends = if node.expired { "has ended" } else { "ends" };
             hint(format!(
@@ -302,6 +312,38 @@ fn print_nodes(list: &NodeList) -> Done {
 mod tests {
     use super::*;
     use crate::server::admin::rfc3339;
+
+    #[test]
+    fn an_end_is_worth_a_word_within_the_time_of_the_warnings() {
+        const NOW: u64 = 1_800_000_000;
+        let node = |expires: Option<u64>, expired| NodeInfo {
+            id: "00000001".into(),
+            name: "bob".into(),
+            ipv4: "10.77.0.1".parse().unwrap(),
+            ipv6: "fd00::1".parse().unwrap(),
+            online: false,
+            last_seen: rfc3339(0),
+            joined: rfc3339(0),
+            public_key: String::new(),
+            remote: None,
+            tags: Vec::new(),
+            key_since: None,
+            expires: expires.map(rfc3339),
+            expired,
+            cloned: false,
+        };
+        let warned = NOW + EXPIRY_WARNING_S;
+        for (expires, expired, said) in [
+            (None, false, false),
+            (Some(NOW + 400 * 86_400), false, false),
+            (Some(warned + 1), false, false),
+            (Some(warned), false, true),
+            (Some(NOW - 1), true, true),
+            (Some(NOW + 400 * 86_400), true, true),
+        ] {
+            assert_eq!(ends_soon(&node(expires, expired), NOW), said, "{expires:?} {expired}");
+        }
+    }
 
     #[test]
     fn who_has_the_line_of_a_revoked_invite_can_be_given_one_like_it() {
