@@ -39,7 +39,7 @@ pub(super) fn write(file: &Path, socket: &Path) -> Done {
         hint(WARNING);
         return Ok(());
     }
-    files::write_atomically(file, text.expose().as_bytes(), SECRET_MODE).map_err(|error| {
+    files::write_own(file, text.expose().as_bytes(), SECRET_MODE).map_err(|error| {
         let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty());
         let directory = directory.unwrap_or(Path::new(".")).display();
         Failure::caused_by(
