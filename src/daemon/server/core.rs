@@ -228,8 +228,13 @@ impl Core {
         let failed =
             |error: StoreError| unavailable("the store cannot be read", &error.to_string());
         match question {
-            Question::Events { after, limit, .. } => {
-                let events = self.parts.store.events(after, limit).await.map_err(failed)?;
+            Question::Events { after, limit, first, .. } => {
+                let store = &self.parts.store;
+                let events = match first {
+                    true => store.events_from(after, limit).await,
+                    false => store.events(after, limit).await,
+                };
+                let events = events.map_err(failed)?;
                 let events = events.into_iter().map(EventInfo::from).collect();
                 Ok(StoreAnswer::Events(events))
             }
