@@ -238,7 +238,9 @@ fn same_again(invite: &InviteInfo) -> String {
     }
     command.extend(invite.name.iter().map(|name| format!(" --name {name}")));
     command.extend(invite.tags.iter().map(|tag| format!(" --tag {tag}")));
-    format!("with its line the node could have come back; a new one for others who have it: {command}")
+    format!(
+        "with its line the node could have come back; a new one for others who have it: {command}"
+    )
 }
 
 fn names(all: &[String]) -> String {
@@ -358,6 +360,9 @@ mod tests {
             tags: vec!["web".parse().unwrap()],
         };
         let said = same_again(&invite);
-        assert!(said.ends_with(": overlay server invite --uses 17 --ttl 604800s --tag tag:web"), "{said}");
+        assert!(
+            said.ends_with(": overlay server invite --uses 17 --ttl 604800s --tag tag:web"),
+            "{said}"
+        );
     }
 }

@@ -105,7 +105,16 @@ fn explain(error: &BackupError, file: &Path, state_dir: &Path) -> Failure {
              type the command again"
                 .into(),
         ),
-        BackupError::File(_) | BackupError::Store(_) | BackupError::Content(_) => failure(format!(
+        BackupError::Stuck { aside, .. } => failure(format!(
+            "look at the place: df -h {0}; then type the command again, or move the files in {1} \
+             back to {0} and remove {0}/restoring",
+            state_dir.display(),
+            aside.display()
+        )),
+        BackupError::File(_)
+        | BackupError::Store(_)
+        | BackupError::Content(_)
+        | BackupError::Undone { .. } => failure(format!(
             "run it with sudo, and look at the place: df -h {}",
             state_dir.display()
         )),
