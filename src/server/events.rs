@@ -62,11 +62,13 @@ impl Server {
             | Act::Rival { .. }
             | Act::Expired { .. }
             | Act::Answer(_)
+            | Act::Cut(_)
             | Act::Nothing => administrator.to_string(),
         };
         let event = |kind: &str| Event::new(wall, kind, &actor);
         let changes = decision.changes.iter().flat_map(|change| self.events_of(change, event));
         let changes = changes.chain(self.clone_event(&decision.act, event));
+        let changes = changes.chain(self.cut_event(&decision.act, event));
         changes.chain(self.guess_event(&decision.act, event)).collect()
     }
 

@@ -6,6 +6,7 @@ mod keys;
 mod names;
 mod parts;
 mod removal;
+mod rules;
 
 use std::collections::BTreeMap;
 

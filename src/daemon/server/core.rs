@@ -157,6 +157,10 @@ impl Core {
                 self.watchdog.look(clock::now());
             }
             self.note_expiry(Instant::from_std(now)).await;
+            if let Some(decision) = self.server.decide_cut() {
+                // It is for the administrator to read, and changes nothing.
+                let _ = self.commit(decision, "server").await;
+            }
             if self.next_seen <= Instant::from_std(now) {
                 self.next_seen += SEEN_INTERVAL;
                 self.write_seen().await;
