@@ -11,6 +11,30 @@ use super::records::{Change, InviteRecord, Key, MemberRecord, NetworkRecord, Rec
 use super::{Act, ConnectionId, Decision, Server};
 use crate::types::NodeId;
 
+/// All kinds of lines; docs/operation.md lists them.
+const KINDS: [&str; 20] = [
+    "network-created",
+    "range-changed",
+    "network-expiry-set",
+    "policy-set",
+    "policy-cleared",
+    "policy-cut",
+    "node-joined",
+    "node-removed",
+    "node-renamed",
+    "node-name-refused",
+    "node-tagged",
+    "node-key-changed",
+    "node-expiry-set",
+    "node-expires-soon",
+    "node-expired",
+    "node-cloned",
+    "invite-made",
+    "invite-used",
+    "invite-revoked",
+    "invite-not-accepted",
+];
+
 /// One line of the log. Kinds and fields are added, never changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
@@ -28,6 +52,7 @@ impl Event {
     /// An event without fields.
     #[must_use]
     pub fn new(at: u64, kind: &str, actor: &str) -> Self {
+        debug_assert!(KINDS.contains(&kind), "{kind} is not in the list");
         Self { at, kind: kind.into(), actor: actor.into(), fields: BTreeMap::new() }
     }
 
@@ -213,6 +238,19 @@ mod tests {
     use crate::types::{NetworkId, OverlayRange, PublicKey};
 
     const RULES: &str = "[[rules]]\nfrom = \"any\"\nto = \"any\"\nprotocol = \"any\"\n";
+
+    #[test]
+    fn the_documentation_lists_the_kinds_of_lines() {
+        let page = include_str!("../../docs/operation.md");
+        let (_, log) = page.split_once("## The log of changes").unwrap();
+        let list = log.split("\nA line is written").next().unwrap();
+        let words = list.split('`').skip(1).step_by(2).filter(|word| word.contains('-'));
+        let mut listed: Vec<&str> = words.collect();
+        let mut kinds = KINDS.to_vec();
+        listed.sort_unstable();
+        kinds.sort_unstable();
+        assert_eq!(listed, kinds);
+    }
 
     #[test]
     fn every_change_of_the_administrator_leaves_one_line_and_a_look_leaves_none() {

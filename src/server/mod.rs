@@ -166,7 +166,7 @@ pub struct Server {
     connections: BTreeMap<ConnectionId, Connection>,
     /// The newest connection of each node that is online.
     online: BTreeMap<NodeId, ConnectionId>,
-    /// When nodes were last seen that were online since the last write of this.
+    /// When nodes were last seen that have been online in this run; written down now and then.
     seen: BTreeMap<NodeId, u64>,
     clones: Clones,
     expiries: Expiries,
