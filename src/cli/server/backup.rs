@@ -39,7 +39,7 @@ pub(super) fn write(file: &Path, socket: &Path) -> Done {
         hint(WARNING);
         return Ok(());
     }
-    files::write_atomically(file, text.expose().as_bytes(), SECRET_MODE).map_err(|error| {
+    files::write_own(file, text.expose().as_bytes(), SECRET_MODE).map_err(|error| {
         let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty());
         let directory = directory.unwrap_or(Path::new(".")).display();
         Failure::caused_by(
@@ -105,7 +105,16 @@ fn explain(error: &BackupError, file: &Path, state_dir: &Path) -> Failure {
              type the command again"
                 .into(),
         ),
-        BackupError::File(_) | BackupError::Store(_) | BackupError::Content(_) => failure(format!(
+        BackupError::Stuck { aside, .. } => failure(format!(
+            "look at the place: df -h {0}; then type the command again, or move the files in {1} \
+             back to {0} and remove {0}/restoring",
+            state_dir.display(),
+            aside.display()
+        )),
+        BackupError::File(_)
+        | BackupError::Store(_)
+        | BackupError::Content(_)
+        | BackupError::Undone { .. } => failure(format!(
             "run it with sudo, and look at the place: df -h {}",
             state_dir.display()
         )),
