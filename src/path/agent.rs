@@ -348,6 +348,7 @@ impl PathAgent {
             Via::Direct { remote, local, socket } => {
                 let endpoint = self.learn(Place { remote, socket }, local, now)?;
                 let rtt = endpoint.prober.handle_pong(tx, now)?;
+                endpoint.local = local.or(endpoint.local);
                 endpoint.delivery.handle_pong(tx, arrived, now);
                 endpoint.mtu.handle_pong(tx, now);
                 if let Some(together) = &self.together {
