@@ -95,8 +95,8 @@ pub fn run(args: UpArgs) -> Done {
     telemetry::start();
     keep_memory_private();
     let enrol_only = options.enrol_only;
-    let end = runtime::on_this_thread()?
-        .block_on(Box::pin(run_node(options, read, move |node| ready(node, enrol_only))));
+    let node = run_node(options, read, move |node| ready(node, enrol_only));
+    let end = runtime::run_and_leave(Box::pin(node))?;
     // Nobody is told when there is no service manager.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     match end {

@@ -283,7 +283,7 @@ pub async fn run(
         next_token: 0,
         halves: std::collections::BTreeMap::new(),
         ready: false,
-        save_at: None,
+        saving: super::saving::Saving::default(),
         watchdog: Watchdog::new(ports.progress(), now),
         rotation: Rotation::new(now),
         said: Vec::new(),
@@ -309,7 +309,15 @@ pub async fn run(
         Threads::start(&ports, &note_sender)
             .map_err(|source| StartError::Io { action: "starting the packet threads", source })
     };
-    let (threads, ended) = daemon.come_up(&mut stop, &start_threads).await?;
+    let (threads, ended) = match daemon.come_up(&mut stop, &start_threads).await {
+        Ok((threads, None)) => (threads, None),
+        ended => {
+            // The router was asked beside everything else.
+            daemon.settle_portmap().await;
+            daemon.end_portmap().await;
+            ended?
+        }
+    };
     if let Some(ended) = ended {
         return Ok(ended);
     }
