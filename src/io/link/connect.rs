@@ -265,14 +265,32 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let wrong_key = |_| ConnectError::WrongKey { address: server.clone() };
-    let closed = || ConnectError::Closed { address: server.clone() };
     let (handshake, first) = Initiator::start(server_key, machine_key, early).map_err(wrong_key)?;
+    let (stream, behind, answer) = ask(stream, server, &first).await?;
+    let (secured, taken) = handshake.finish(answer.as_bytes()).map_err(wrong_key)?;
+    Ok((stream, behind, secured, taken))
+}
+
+/// The part of it that is HTTP: asks for the upgrade with this handshake message. Gives the stream
+/// back, what came right behind the answer, and the handshake message in it, which is not read.
+///
+/// # Errors
+/// When the other end does not answer as such a server would.
+pub async fn ask<S>(
+    stream: S,
+    server: &ServerAddr,
+    first: &str,
+) -> Result<(S, Vec<u8>, HeaderValue), ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let closed = || ConnectError::Closed { address: server.clone() };
     let (mut requests, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|error| http_error(server, &error))?;
     let exchange = async {
         let response = requests
-            .send_request(request(server, &first))
+            .send_request(request(server, first))
             .await
             .map_err(|error| http_error(server, &error))?;
         let answer = check(server, &response)?;
@@ -286,8 +304,7 @@ where
         (_, outcome) => outcome?,
     };
     let parts = upgraded.downcast::<TokioIo<S>>().map_err(|_| closed())?;
-    let (secured, taken) = handshake.finish(answer.as_bytes()).map_err(wrong_key)?;
-    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), secured, taken))
+    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), answer))
 }
 
 fn request(server: &ServerAddr, first: &str) -> Request<Empty<Bytes>> {
