@@ -310,6 +310,13 @@ fn failure(error: &StartError) -> Failure {
             error,
             "see how many threads and open files are allowed: ulimit -u -n",
         ),
+        StartError::RunsOtherwise { .. } => Failure::new(
+            "overlay already runs on this machine, and does not take this join line",
+            "a node takes a join line when it starts; the line names another address or key of the \
+             server, or another network, than the node that runs knows",
+            "as a service: sudo overlay service install node JOINLINE; in the foreground: \
+             sudo overlay down, then sudo overlay up JOINLINE",
+        ),
         StartError::AlreadyRunning { socket } => Failure::new(
             "overlay already runs on this machine",
             format!("it answers on {}", socket.display()),

@@ -7,7 +7,8 @@ NEAR, FAR = "10.201.0.1", "10.201.0.2"
 INSTALL = {
     "gotatun": "cargo install gotatun-cli",
     "boringtun": "cargo install boringtun-cli",
-    "wireguard-go": "apt-get install wireguard-go",
+    # Debian's of 2022 has no offloads.
+    "wireguard-go": "go install golang.zx2c4.com/wireguard@latest",
     "nebula": "apt-get install nebula",
 }
 

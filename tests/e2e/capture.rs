@@ -135,7 +135,8 @@ fn datagram(payload: &[u8]) -> Option<&'static str> {
         (4, 32..) => Some("wireguard data"),
         (0xB1, _) => Some("disco"),
         (0xB2, 8..) => match datagram(&payload[8..])? {
-            "relay" | "relay control" => None,
+            "relay" | "relayed handshake" | "relay control" => None,
+            "wireguard handshake" => Some("relayed handshake"),
             _ => Some("relay"),
         },
         (0xB3, 50..) => Some("relay control"),

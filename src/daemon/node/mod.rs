@@ -258,7 +258,8 @@ impl Daemon {
                             tracing::info!(server, name = %welcome.name, address = %welcome.ipv4,
                                 "connected to the server");
                             self.reflector_ports = (welcome.relay_port, welcome.second_port);
-                            self.state.note_welcome(welcome, self.server);
+                            let servers = self.state.note_welcome(welcome, self.server);
+                            self.uplink.set_servers(servers);
                         }
                     }
                     Err(error) => tracing::warn!(%error, "message of the server not understood"),

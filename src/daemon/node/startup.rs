@@ -15,7 +15,7 @@ use super::local::serve_local;
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
 use super::rotate::Rotation;
-use super::state::{StateDir, StateError};
+use super::state::{StateDir, StateError, is_known};
 use super::threads::{Ports, Threads};
 use super::uplink::Uplink;
 use super::{Daemon, Ended};
@@ -111,6 +111,13 @@ pub enum StartError {
     /// A daemon serves this socket.
     #[error("overlay is already running (it answers on {})", socket.display())]
     AlreadyRunning {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// A daemon serves this socket, and the join line says what it does not know.
+    #[error("overlay is already running (it answers on {}), and uses another join line",
+        socket.display())]
+    RunsOtherwise {
         /// The socket.
         socket: PathBuf,
     },
@@ -231,8 +238,12 @@ pub async fn run(
     options.settle_mtu().await;
     let mut stop = StopSignals::new()?;
     let listener = match LocalListener::bind(&options.socket).await {
-        Err(LocalError::AlreadyRunning { path }) => {
-            return Err(StartError::AlreadyRunning { socket: path });
+        Err(LocalError::AlreadyRunning { path: socket }) => {
+            let known = |join: &JoinLine| is_known(&options.state_dir, join);
+            return Err(match options.join.as_ref().is_none_or(known) {
+                true => StartError::AlreadyRunning { socket },
+                false => StartError::RunsOtherwise { socket },
+            });
         }
         result => result?,
     };

@@ -184,6 +184,13 @@ impl Uplink {
         let at = clock::now() + self.backoff.next_wait();
         self.wait_until(at);
     }
+    /// Where the server is from now on; it counts for the next attempt.
+    pub(super) fn set_servers(&mut self, servers: &[ServerAddr]) {
+        if self.destination.servers != servers {
+            Arc::make_mut(&mut self.destination).servers = servers.to_vec();
+        }
+    }
+
 
     fn wait_until(&mut self, at: Instant) {
         self.offers.send_replace(Offers::default());
