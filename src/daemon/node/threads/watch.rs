@@ -1,7 +1,7 @@
 //! What a packet thread waits for.
 //!
 //! An epoll instance of its own, so that what is watched is told to the kernel once and not before every
-//! wait: beside a bulk transfer that was a third of what waiting cost.
+//! wait.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
