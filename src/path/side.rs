@@ -9,7 +9,8 @@ use crate::types::{CandidateKind, is_shared};
 /// What a node knows of the network in front of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// Whether UDP reaches the server and comes back; none when that is not known yet.
+    /// Whether UDP reaches the server and comes back; none when that is not known yet, or the server is
+    /// away.
     pub udp: Option<bool>,
     /// How the NAT maps.
     pub mapping: Option<Mapping>,

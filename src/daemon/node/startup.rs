@@ -283,7 +283,7 @@ pub async fn run(
         next_token: 0,
         halves: std::collections::BTreeMap::new(),
         ready: false,
-        save_at: None,
+        saving: super::saving::Saving::default(),
         watchdog: Watchdog::new(ports.progress(), now),
         rotation: Rotation::new(now),
         said: Vec::new(),
@@ -309,7 +309,15 @@ pub async fn run(
         Threads::start(&ports, &note_sender)
             .map_err(|source| StartError::Io { action: "starting the packet threads", source })
     };
-    let (threads, ended) = daemon.come_up(&mut stop, &start_threads).await?;
+    let (threads, ended) = match daemon.come_up(&mut stop, &start_threads).await {
+        Ok((threads, None)) => (threads, None),
+        ended => {
+            // The router was asked beside everything else.
+            daemon.settle_portmap().await;
+            daemon.end_portmap().await;
+            ended?
+        }
+    };
     if let Some(ended) = ended {
         return Ok(ended);
     }
@@ -374,14 +382,14 @@ impl Daemon {
         let deadline = clock::now() + ENROL_LIMIT;
         loop {
             self.drain().await?;
+            if self.ended.is_some() {
+                return Ok(self.ended);
+            }
             if let Some((code, message)) = self.refused.take() {
                 return Err(StartError::Refused { code, message });
             }
             if let Some(error) = self.connect_error.take() {
                 return Err(StartError::Connect(error));
-            }
-            if self.ended.is_some() {
-                return Ok(self.ended);
             }
             if self.node.is_told_expired(clock::now()) {
                 let ends = self.node.netmap().expires.unwrap_or_default();
