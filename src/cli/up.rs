@@ -224,12 +224,11 @@ pub(super) fn join_line(argument: &str) -> Result<JoinLine, Failure> {
         Zeroizing::new(argument.to_string())
     };
     text.parse().map_err(|error: JoinError| {
-        Failure::caused_by(
-            "this is no join line",
-            &error,
-            "copy the whole line that `overlay server invite` prints on the server; it is one word",
-        )
-        .code(USAGE)
+        let help = match error {
+            JoinError::Version { .. } => "install the version of this program that the server has",
+            _ => "copy the whole line that `overlay server invite` prints on the server; it is one word",
+        };
+        Failure::caused_by("this is no join line", &error, help).code(USAGE)
     })
 }
 
@@ -417,6 +416,15 @@ fn refused(code: RefusedCode, message: &str) -> Failure {
         | RefusedCode::NotMember
         | RefusedCode::WrongNetwork => NEW_LINE,
     };
-    let failure = Failure::new(NOT_LET_IN, message, help);
+    let cause = if code.is_about_the_invite() {
+        // Of a member nobody asks for an invite.
+        format!(
+            "{message}; and by its keys this machine is no member: it never joined, was removed, \
+             or has lost its state directory"
+        )
+    } else {
+        message.to_owned()
+    };
+    let failure = Failure::new(NOT_LET_IN, cause, help);
     if code == RefusedCode::NotMember { failure.code(NOT_ENROLLED) } else { failure }
 }

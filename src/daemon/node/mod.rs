@@ -264,6 +264,8 @@ impl Daemon {
                             self.reflector_ports = (welcome.relay_port, welcome.second_port);
                             let servers = self.state.note_welcome(welcome, self.server);
                             self.uplink.set_servers(servers);
+                            // A member needs no invite, and who is removed is not to come back by it.
+                            self.options.join = None;
                         }
                     }
                     Err(error) => tracing::warn!(%error, "message of the server not understood"),
@@ -415,9 +417,15 @@ impl Daemon {
 
     fn handle_refused(&mut self, code: RefusedCode, message: String) {
         tracing::warn!(%message, "refused by the server");
+        let was_member = self.node.netmap().identity.is_some();
+        if was_member && code.is_about_the_invite() && self.options.join.take().is_some() {
+            // A member is let in whatever it presents; without the invite we are told what we are.
+            self.handle_link_down();
+            return self.uplink.try_now();
+        }
         self.refused = Some((code, message));
         match code {
-            RefusedCode::NotMember if self.node.netmap().identity.is_some() => {
+            RefusedCode::NotMember if was_member => {
                 self.node.handle_removed(clock::now());
                 self.state.forget_enrolment();
                 self.ended = Some(Ended::Removed);

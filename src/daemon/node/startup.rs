@@ -391,14 +391,14 @@ impl Daemon {
         let deadline = clock::now() + ENROL_LIMIT;
         loop {
             self.drain().await?;
+            if self.ended.is_some() {
+                return Ok(self.ended);
+            }
             if let Some((code, message)) = self.refused.take() {
                 return Err(StartError::Refused { code, message });
             }
             if let Some(error) = self.connect_error.take() {
                 return Err(StartError::Connect(error));
-            }
-            if self.ended.is_some() {
-                return Ok(self.ended);
             }
             if self.node.is_told_expired(clock::now()) {
                 let ends = self.node.netmap().expires.unwrap_or_default();

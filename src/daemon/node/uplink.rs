@@ -384,6 +384,7 @@ fn telling(error: &ConnectError) -> u8 {
 mod tests {
     use super::*;
     use crate::io::listen;
+    use crate::io::said::Said;
 
     #[test]
     fn an_uplink_that_stays_away_is_tried_ever_more_rarely() {
@@ -412,7 +413,9 @@ mod tests {
             let mut links = Vec::new();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                links.push(listen::upgrade(stream, &server_key, |_, _| false).await);
+                links.push(
+                    listen::upgrade(stream, &server_key, &Said::default(), |_, _| false).await,
+                );
             }
         });
         let mut devices = Vec::new();
