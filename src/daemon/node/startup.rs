@@ -224,6 +224,20 @@ fn prepare(options: &NodeOptions, state: &mut StateDir) -> Result<(), StartError
     Ok(())
 }
 
+/// Binds the local socket, unless a node of this machine has it.
+async fn listen(options: &NodeOptions) -> Result<LocalListener, StartError> {
+    match LocalListener::bind(&options.socket).await {
+        Err(LocalError::AlreadyRunning { path: socket }) => {
+            let known = |join: &JoinLine| is_known(&options.state_dir, join);
+            Err(match options.join.as_ref().is_none_or(known) {
+                true => StartError::AlreadyRunning { socket },
+                false => StartError::RunsOtherwise { socket },
+            })
+        }
+        result => Ok(result?),
+    }
+}
+
 /// Runs a node until it is stopped or removed. `ready` is called when the overlay address is
 /// usable; `read` reads the options anew when SIGHUP comes.
 ///
@@ -237,16 +251,7 @@ pub async fn run(
     let (reload, configured) = (Reload::new(read), NodeOptions { join: None, ..options.clone() });
     options.settle_mtu().await;
     let mut stop = StopSignals::new()?;
-    let listener = match LocalListener::bind(&options.socket).await {
-        Err(LocalError::AlreadyRunning { path: socket }) => {
-            let known = |join: &JoinLine| is_known(&options.state_dir, join);
-            return Err(match options.join.as_ref().is_none_or(known) {
-                true => StartError::AlreadyRunning { socket },
-                false => StartError::RunsOtherwise { socket },
-            });
-        }
-        result => result?,
-    };
+    let listener = listen(&options).await?;
     let mut state = StateDir::open(&options.state_dir)?;
     prepare(&options, &mut state)?;
     let keys = state.keys()?;

@@ -80,7 +80,10 @@ impl Changes {
                 let (connection, messages) = source;
                 tokio::select! {
                     () = connection => {}
-                    () = messages.for_each(|news| std::future::ready(writer.note(&news))) => {}
+                    () = messages.for_each(|news| {
+                        writer.note(&news);
+                        std::future::ready(())
+                    }) => {}
                 }
                 tracing::debug!("the kernel's news have ended, listening anew");
                 source = loop {
