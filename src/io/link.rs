@@ -23,7 +23,9 @@ use tokio::net::tcp::OwnedReadHalf;
 use tokio::task::JoinHandle;
 
 pub use backoff::Backoff;
-pub use connect::{ConnectError, Way, connect, connect_by, connect_early, connect_over, exchange};
+pub use connect::{
+    ConnectError, Way, ask, connect, connect_by, connect_early, connect_over, exchange,
+};
 pub use early::{Offers, token_grace};
 pub use noise::{Answered, Secured};
 pub(crate) use noise::{Responder, ephemeral};

@@ -207,7 +207,7 @@ impl PathAgent {
         let mut fresh = false;
         for (place, kind) in announced {
             fresh |= !self.endpoints.contains_key(&place);
-            self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind)).note_uplink(kind);
+            self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind)).note_kind(kind);
         }
         self.spread();
         if !fresh {
@@ -240,7 +240,7 @@ impl PathAgent {
                 let endpoint = self.endpoints.entry(Place::main(candidate.endpoint));
                 let endpoint = endpoint.or_insert_with(|| Endpoint::new(candidate.kind));
                 endpoint.rank = rank;
-                endpoint.note_uplink(candidate.kind);
+                endpoint.note_kind(candidate.kind);
             }
         }
         self.spread();
@@ -348,6 +348,7 @@ impl PathAgent {
             Via::Direct { remote, local, socket } => {
                 let endpoint = self.learn(Place { remote, socket }, local, now)?;
                 let rtt = endpoint.prober.handle_pong(tx, now)?;
+                endpoint.local = local.or(endpoint.local);
                 endpoint.delivery.handle_pong(tx, arrived, now);
                 endpoint.mtu.handle_pong(tx, now);
                 if let Some(together) = &self.together {

@@ -242,7 +242,7 @@ impl RelayTable {
             PacketKind::Relay => {
                 let sender = self.by_source.get(&(arrival.socket, arrival.source)).copied();
                 match sender.filter(|sender| self.is_heard(*sender, datagram.len(), now)) {
-                    Some(sender) => self.forward(sender, datagram, now),
+                    Some(sender) => self.forward(sender, datagram, false, now),
                     None => Verdict::Drop(DropReason::BadRelayFrame),
                 }
             }
@@ -264,12 +264,15 @@ impl RelayTable {
     /// Decides what to do with a relay datagram that came by the control connection of `sender`.
     ///
     /// Who sends this way and not by UDP, where it signed on, does not receive by UDP: it is answered
-    /// this way until it sends by UDP again.
+    /// this way until it sends by UDP again. What is too long for UDP asks for the receiver's connection,
+    /// and says nothing about either side.
     pub fn handle_from(&mut self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
-        if let Some(bound) = self.nodes.get_mut(&sender).and_then(|entry| entry.bound.as_mut()) {
+        let by_link = wire::asks_for_link(datagram);
+        let bound = self.nodes.get_mut(&sender).and_then(|entry| entry.bound.as_mut());
+        if let Some(bound) = bound.filter(|_| !by_link) {
             bound.note_link(now);
         }
-        self.forward(sender, datagram, now)
+        self.forward(sender, datagram, by_link, now)
     }
 
     fn unbind(&mut self, node: NodeId) {
@@ -282,7 +285,13 @@ impl RelayTable {
         }
     }
 
-    fn forward(&mut self, sender: NodeId, datagram: &mut [u8], now: Instant) -> Verdict {
+    fn forward(
+        &mut self,
+        sender: NodeId,
+        datagram: &mut [u8],
+        by_link: bool,
+        now: Instant,
+    ) -> Verdict {
         let Ok((target, _)) = parse_data(datagram) else {
             return Verdict::Drop(DropReason::Malformed);
         };
@@ -291,7 +300,8 @@ impl RelayTable {
             return Verdict::Drop(DropReason::BadRelayFrame);
         };
         let by_udp = |bound: &Binding| {
-            bound.is_fresh(now) && !(entry.connection.is_some() && bound.is_lost(now))
+            let elsewhere = by_link || bound.is_lost(now);
+            bound.is_fresh(now) && !(entry.connection.is_some() && elsewhere)
         };
         let way = match (entry.bound.filter(by_udp), entry.connection) {
             (Some(bound), _) if bound.proved => Way::Udp(bound.arrival),

@@ -10,6 +10,7 @@ use hyper::body::Bytes;
 use hyper::header::{CONNECTION, HOST, HeaderValue, UPGRADE};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
@@ -30,6 +31,9 @@ const TCP_LIMIT: Duration = Duration::from_secs(5);
 const UPGRADE_LIMIT: Duration = Duration::from_secs(5);
 /// Head start of one resolved address over the next (RFC 8305 section 8).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// Neither side sends longer segments, whatever its own network takes: on the way there may be a narrow
+/// link that drops what does not fit without a word, and TCP alone would send the same again for ever.
+const LONGEST_SEGMENT: u32 = 1_024;
 
 /// Why there is no link to the server.
 #[derive(Debug, thiserror::Error)]
@@ -196,6 +200,7 @@ async fn connect_tcp(way: &Way, server: &ServerAddr) -> Result<TcpStream, Connec
             if let Some(device) = device {
                 socket.bind_device(Some(device.as_bytes()))?;
             }
+            setsockopt(&socket, sockopt::TcpMaxSeg, &LONGEST_SEGMENT)?;
             let stream = socket.connect(addr).await?;
             tune(&stream)?;
             Ok(stream)
@@ -260,14 +265,32 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let wrong_key = |_| ConnectError::WrongKey { address: server.clone() };
-    let closed = || ConnectError::Closed { address: server.clone() };
     let (handshake, first) = Initiator::start(server_key, machine_key, early).map_err(wrong_key)?;
+    let (stream, behind, answer) = ask(stream, server, &first).await?;
+    let (secured, taken) = handshake.finish(answer.as_bytes()).map_err(wrong_key)?;
+    Ok((stream, behind, secured, taken))
+}
+
+/// The part of it that is HTTP: asks for the upgrade with this handshake message. Gives the stream
+/// back, what came right behind the answer, and the handshake message in it, which is not read.
+///
+/// # Errors
+/// When the other end does not answer as such a server would.
+pub async fn ask<S>(
+    stream: S,
+    server: &ServerAddr,
+    first: &str,
+) -> Result<(S, Vec<u8>, HeaderValue), ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let closed = || ConnectError::Closed { address: server.clone() };
     let (mut requests, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|error| http_error(server, &error))?;
     let exchange = async {
         let response = requests
-            .send_request(request(server, &first))
+            .send_request(request(server, first))
             .await
             .map_err(|error| http_error(server, &error))?;
         let answer = check(server, &response)?;
@@ -281,8 +304,7 @@ where
         (_, outcome) => outcome?,
     };
     let parts = upgraded.downcast::<TokioIo<S>>().map_err(|_| closed())?;
-    let (secured, taken) = handshake.finish(answer.as_bytes()).map_err(wrong_key)?;
-    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), secured, taken))
+    Ok((parts.io.into_inner(), parts.read_buf.to_vec(), answer))
 }
 
 fn request(server: &ServerAddr, first: &str) -> Request<Empty<Bytes>> {

@@ -40,13 +40,15 @@ fn write(state: &mut HandshakeState, payload: &[u8]) -> Result<String, Handshake
     Ok(BASE64URL_NOPAD.encode(&message[..len]))
 }
 
-fn read(state: &mut HandshakeState, text: &[u8]) -> Result<Vec<u8>, HandshakeError> {
+/// The message in this text. Comes before anything that costs more: it may be anybody's.
+fn decode(text: &[u8]) -> Result<Vec<u8>, HandshakeError> {
     let message = BASE64URL_NOPAD.decode(text).map_err(|_| HandshakeError)?;
-    if message.len() > MAX_HANDSHAKE {
-        return Err(HandshakeError);
-    }
+    if message.len() > MAX_HANDSHAKE { Err(HandshakeError) } else { Ok(message) }
+}
+
+fn read(state: &mut HandshakeState, message: &[u8]) -> Result<Vec<u8>, HandshakeError> {
     let mut payload = vec![0; message.len()];
-    let len = state.read_message(&message, &mut payload).map_err(|_| HandshakeError)?;
+    let len = state.read_message(message, &mut payload).map_err(|_| HandshakeError)?;
     payload.truncate(len);
     Ok(payload)
 }
@@ -85,7 +87,7 @@ impl Initiator {
 
     /// The keys, and whether the payload counts with the server.
     pub(crate) fn finish(mut self, answer: &[u8]) -> Result<(Secured, bool), HandshakeError> {
-        let taken = read(&mut self.0, answer)? == EARLY_TAKEN;
+        let taken = read(&mut self.0, &decode(answer)?)? == EARLY_TAKEN;
         Ok((finish(self.0)?, taken))
     }
 }
@@ -111,9 +113,9 @@ impl Responder {
         server_key: &SecretKey,
         is_new: impl FnOnce(PublicKey, &[u8]) -> bool,
     ) -> Result<Answered, HandshakeError> {
-        let secret = server_key.expose();
+        let (message, secret) = (decode(first)?, server_key.expose());
         let mut state = builder(&secret)?.build_responder().map_err(|_| HandshakeError)?;
-        let payload = read(&mut state, first)?;
+        let payload = read(&mut state, &message)?;
         let key = state.get_remote_static().and_then(|key| key.try_into().ok());
         let taken = is_new(PublicKey(key.ok_or(HandshakeError)?), &payload);
         let text = write(&mut state, if taken { EARLY_TAKEN } else { &[] })?;

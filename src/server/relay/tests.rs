@@ -101,6 +101,34 @@ fn members_reach_each_other_by_udp_and_by_link() {
 }
 
 #[test]
+fn what_is_too_long_for_udp_is_handed_on_by_the_connection_and_says_nothing_else() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let keys = [1, 2].map(|number| online(&mut table, number));
+    bind(&mut table, 1, &keys[0], 1, 1001, now);
+    bind(&mut table, 2, &keys[1], 1, 1002, now);
+    let later = now + BIND_ANSWERED * 2;
+    let mut long = data(1);
+    long[..DATA_HEADER_LEN].copy_from_slice(&wire::data_header_by_link(node(1)));
+    for _ in 0..2 {
+        let verdict = table.handle_from(node(2), &mut long.clone(), later);
+        assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(1))));
+    }
+    let _ = table.handle_from(node(2), &mut long, later);
+    assert_eq!(long, data(2), "the receiver is told nothing of it");
+    // Both receive by UDP as before.
+    for (sender, receiver, port) in [(1, 2, 1002), (2, 1, 1001)] {
+        let source = if sender == 1 { 1001 } else { 1002 };
+        let verdict = table.handle_datagram(&mut data(receiver), arrival(source), later);
+        assert_eq!(verdict, Verdict::Forward(Way::Udp(arrival(port))));
+    }
+    table.apply(RelayChange::Offline { node: node(1), connection: ConnectionId(1) });
+    long[..DATA_HEADER_LEN].copy_from_slice(&wire::data_header_by_link(node(1)));
+    let verdict = table.handle_from(node(2), &mut long, later);
+    assert_eq!(verdict, Verdict::Forward(Way::Udp(arrival(1001))), "there is nothing better");
+}
+
+#[test]
 fn nothing_goes_out_of_the_network_or_comes_from_outside() {
     let now = epoch();
     let mut table = RelayTable::default();

@@ -18,36 +18,43 @@ use std::time::Instant;
 /// A function that takes any bytes.
 pub(crate) type Parser = fn(&[u8]);
 
-/// All of them, by the name of their corpus.
-pub(crate) const ALL: &[(&str, Parser)] = &[
-    ("backup", texts::backup),
-    ("classify", wire::classify),
-    ("config-node", texts::config_node),
-    ("config-server", texts::config_server),
-    ("control-client", wire::control_client),
-    ("control-server", wire::control_server),
-    ("disco", wire::disco),
-    ("filter", packets::filter),
-    ("frame", wire::frame),
-    ("http-answer", http::answer),
-    ("http-metrics", http::metrics),
-    ("http-request", http::request),
-    ("icmp", packets::icmp),
-    ("ip", packets::ip),
-    ("join", wire::join),
-    ("lab", packets::lab),
-    ("local-node", texts::local_node),
-    ("local-server", texts::local_server),
-    ("merge", packets::merge),
-    ("netlink", packets::netlink),
-    ("node", cores::node),
-    ("policy", texts::policy),
-    ("relay", wire::relay),
-    ("report", wire::report),
-    ("server", cores::server),
-    ("state-node", texts::state_node),
-    ("tun", packets::tun),
-];
+/// Name, where its function is and the function of each.
+macro_rules! parsers {
+    ($($name:literal: $module:ident::$function:ident,)*) => {
+        &[$(($name, concat!(stringify!($module), "::", stringify!($function)), $module::$function)),*]
+    };
+}
+
+/// All of them: the name of their program and corpus, the path of the function, and the function.
+pub(crate) const ALL: &[(&str, &str, Parser)] = parsers! {
+    "backup": texts::backup,
+    "classify": wire::classify,
+    "config-node": texts::config_node,
+    "config-server": texts::config_server,
+    "control-client": wire::control_client,
+    "control-server": wire::control_server,
+    "disco": wire::disco,
+    "filter": packets::filter,
+    "frame": wire::frame,
+    "http-answer": http::answer,
+    "http-metrics": http::metrics,
+    "http-request": http::request,
+    "icmp": packets::icmp,
+    "ip": packets::ip,
+    "join": wire::join,
+    "lab": packets::lab,
+    "local-node": texts::local_node,
+    "local-server": texts::local_server,
+    "merge": packets::merge,
+    "netlink": packets::netlink,
+    "node": cores::node,
+    "policy": texts::policy,
+    "relay": wire::relay,
+    "report": wire::report,
+    "server": cores::server,
+    "state-node": texts::state_node,
+    "tun": packets::tun,
+};
 
 /// Some time.
 fn epoch() -> Instant {

@@ -157,7 +157,10 @@ impl Spec {
             packet[10..12].copy_from_slice(&sum.to_be_bytes());
             pseudo = [&packet[12..20], &[0, protocol], &be16(transport.len())].concat();
         }
-        let sum = checksum(&[&pseudo[..], &transport].concat());
+        let head = transport.len() - self.payload;
+        let filled = u16::from_be_bytes([event; 2]);
+        let odd = [event].repeat(self.payload % 2);
+        let sum = checksum_of([&pseudo[..], &transport[..head], &odd], filled, self.payload / 2);
         let at = if self.tcp { 16 } else { 6 };
         // A datagram never says that it has no sum (RFC 768).
         let sum = if sum == 0 && !self.tcp { u16::MAX } else { sum };
@@ -181,10 +184,15 @@ fn be16(value: usize) -> [u8; 2] {
 
 /// RFC 1071, the slow way.
 fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |byte| u32::from(*byte)))
-        .sum();
+    checksum_of([bytes, &[], &[]], 0, 0)
+}
+
+/// The same of parts, of which only the last may be odd, with this word so many times before it.
+fn checksum_of(parts: [&[u8]; 3], word: u16, times: usize) -> u16 {
+    let mut sum = u32::from(word) * u32::try_from(times).unwrap_or_default();
+    for pair in parts.iter().flat_map(|part| part.chunks(2)) {
+        sum += u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |byte| u32::from(*byte));
+    }
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

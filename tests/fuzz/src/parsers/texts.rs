@@ -2,6 +2,7 @@
 //! is said on the local sockets.
 
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use blake2::{Blake2s256, Digest};
@@ -18,7 +19,7 @@ use overlay::node::{Netmap, Node, NodeSettings};
 use overlay::policy::{Filter, Member, Policy};
 use overlay::server::admin::Answer;
 use overlay::server::{Server, Settings};
-use overlay::types::{NodeId, NodeName, SecretKey, Tag};
+use overlay::types::{NodeId, NodeName, PublicKey, SecretKey, Tag};
 use overlay::wire::{control, filter::WireFilter};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -113,6 +114,7 @@ pub(crate) fn state_node(bytes: &[u8]) {
 /// The second line of a backup, under a first one that fits it; a server starts with a network that
 /// can be read.
 pub(crate) fn backup(bytes: &[u8]) {
+    static KEY: OnceLock<PublicKey> = OnceLock::new();
     let Ok(content) = std::str::from_utf8(bytes) else { return };
     let sum = HEXLOWER.encode(&Blake2s256::digest(content));
     let header =
@@ -121,7 +123,7 @@ pub(crate) fn backup(bytes: &[u8]) {
     let _ = records_in(content);
     let Ok(records) = records_in(&text) else { return };
     let settings = Settings {
-        server_key: SecretKey::from_bytes([1; 32]).public(),
+        server_key: *KEY.get_or_init(|| SecretKey::from_bytes([1; 32]).public()),
         addresses: Vec::new(),
         whole_netmap_up_to: 2,
     };
