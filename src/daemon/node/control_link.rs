@@ -31,7 +31,7 @@ const MIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// What became of the connection.
 #[derive(Debug)]
-pub(super) enum UplinkEvent {
+pub(super) enum LinkEvent {
     /// One is being made; tokens are of use now.
     Trying,
     /// There is one.
@@ -81,7 +81,7 @@ enum Phase {
 }
 
 /// The control connection.
-pub(super) struct Uplink {
+pub(super) struct ControlLink {
     destination: Arc<Destination>,
     phase: Phase,
     backoff: Backoff,
@@ -103,7 +103,7 @@ pub(super) struct Uplink {
     replaced: Option<Box<LinkReceiver>>,
 }
 
-impl Uplink {
+impl ControlLink {
     pub(super) fn new(destination: Destination) -> Self {
         Self {
             destination: Arc::new(destination),
@@ -191,13 +191,13 @@ impl Uplink {
     }
 
     /// The next event. Cancel-safe.
-    pub(super) async fn next(&mut self) -> UplinkEvent {
+    pub(super) async fn next(&mut self) -> LinkEvent {
         loop {
             match &mut self.phase {
                 Phase::Waiting(at) => {
                     tokio::time::sleep_until((*at).into()).await;
                     self.phase = Phase::Connecting(self.start(), None);
-                    return UplinkEvent::Trying;
+                    return LinkEvent::Trying;
                 }
                 Phase::Connecting(attempts, worst) => match attempts.join_next().await {
                     Some(Ok(Ok(made))) => return self.take(made),
@@ -212,7 +212,7 @@ impl Uplink {
                         self.plain = !self.plain;
                         self.wait();
                         if let Some(error) = error {
-                            return UplinkEvent::Failed(error);
+                            return LinkEvent::Failed(error);
                         }
                     }
                 },
@@ -231,18 +231,18 @@ impl Uplink {
                         Ok(Inbound::Control(message)) => {
                             self.backoff.reset();
                             self.replaced = None;
-                            return UplinkEvent::Control(message);
+                            return LinkEvent::Control(message);
                         }
                         Ok(Inbound::Relay(first)) => {
                             self.backoff.reset();
                             let mut relayed = RelayBatch::default();
                             relayed.push(&first);
                             receiver.more_relayed(&mut relayed);
-                            return UplinkEvent::Relayed(relayed);
+                            return LinkEvent::Relayed(relayed);
                         }
                         Err(error) => {
                             self.wait();
-                            return UplinkEvent::Lost(error);
+                            return LinkEvent::Lost(error);
                         }
                     }
                 }
@@ -250,7 +250,7 @@ impl Uplink {
         }
     }
 
-    fn take(&mut self, made: Made) -> UplinkEvent {
+    fn take(&mut self, made: Made) -> LinkEvent {
         let Link { sender, receiver, local, remote, said, .. } = made.link;
         self.plain = false;
         // A token is for one connection.
@@ -263,7 +263,7 @@ impl Uplink {
             Phase::Waiting(_) | Phase::Connecting(..) => None,
         };
         let (local, device) = (local.ip(), made.device);
-        UplinkEvent::Connected { server: remote, local, device, sender, said }
+        LinkEvent::Connected { server: remote, local, device, sender, said }
     }
 
     /// Tries all servers by all uplinks.
