@@ -46,7 +46,7 @@ pub fn run(args: &NetcheckArgs) -> Done {
     for server in &report.servers {
         let rtt = server.rtt_ms.map_or_else(|| "no answer".into(), |rtt| format!("{rtt:.1} ms"));
         let mtu = server.path_mtu.map(|mtu| format!(", path MTU {mtu}")).unwrap_or_default();
-        let blocked = if server.udp_blocked { ", UDP blocked or server away" } else { "" };
+        let blocked = if server.udp_blocked { ", UDP blocked" } else { "" };
         lines.push(format!("server      {}  {rtt}{mtu}{blocked}", server.address));
     }
     for uplink in &report.uplinks {

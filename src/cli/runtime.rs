@@ -1,5 +1,7 @@
 //! What runs the asynchronous part of a command.
 
+use std::future::Future;
+
 use tokio::runtime::{Builder, Runtime};
 
 use super::fail::Failure;
@@ -10,6 +12,18 @@ use super::fail::Failure;
 /// When the kernel gives none.
 pub(super) fn on_this_thread() -> Result<Runtime, Failure> {
     built(Builder::new_current_thread())
+}
+
+/// Runs a command to its end, and waits for nothing that it has left behind: a look-up of a name that
+/// hangs cannot be called off, and would hold up the end for as long as the resolver likes.
+///
+/// # Errors
+/// When the kernel gives no runtime.
+pub(super) fn run_and_leave<T>(command: impl Future<Output = T>) -> Result<T, Failure> {
+    let runtime = on_this_thread()?;
+    let end = runtime.block_on(command);
+    runtime.shutdown_background();
+    Ok(end)
 }
 
 /// For a daemon that serves many.
@@ -28,4 +42,28 @@ fn built(mut builder: Builder) -> Result<Runtime, Failure> {
             "see how many threads and open files are allowed: ulimit -u -n",
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn the_end_waits_for_no_look_up_that_hangs() {
+        let (hang, until) = std::sync::mpsc::channel::<()>();
+        let start = Instant::now();
+        run_and_leave(async {
+            let (begun, begins) = tokio::sync::oneshot::channel();
+            tokio::task::spawn_blocking(move || {
+                let _ = begun.send(());
+                let _ = until.recv_timeout(Duration::from_secs(60));
+            });
+            begins.await.unwrap();
+        })
+        .unwrap();
+        assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+        drop(hang);
+    }
 }

@@ -95,8 +95,8 @@ pub fn run(args: UpArgs) -> Done {
     telemetry::start();
     keep_memory_private();
     let enrol_only = options.enrol_only;
-    let end = runtime::on_this_thread()?
-        .block_on(Box::pin(run_node(options, read, move |node| ready(node, enrol_only))));
+    let node = run_node(options, read, move |node| ready(node, enrol_only));
+    let end = runtime::run_and_leave(Box::pin(node))?;
     // Nobody is told when there is no service manager.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     match end {
@@ -310,6 +310,13 @@ fn failure(error: &StartError) -> Failure {
             error,
             "see how many threads and open files are allowed: ulimit -u -n",
         ),
+        StartError::RunsOtherwise { .. } => Failure::new(
+            "overlay already runs on this machine, and does not take this join line",
+            "a node takes a join line when it starts; the line names another address or key of the \
+             server, or another network, than the node that runs knows",
+            "as a service: sudo overlay service install node JOINLINE; in the foreground: \
+             sudo overlay down, then sudo overlay up JOINLINE",
+        ),
         StartError::AlreadyRunning { socket } => Failure::new(
             "overlay already runs on this machine",
             format!("it answers on {}", socket.display()),
@@ -410,6 +417,15 @@ fn refused(code: RefusedCode, message: &str) -> Failure {
         | RefusedCode::NotMember
         | RefusedCode::WrongNetwork => NEW_LINE,
     };
-    let failure = Failure::new(NOT_LET_IN, message, help);
+    let cause = if code.is_about_the_invite() {
+        // Of a member nobody asks for an invite.
+        format!(
+            "{message}; and by its keys this machine is no member: it never joined, was removed, \
+             or has lost its state directory"
+        )
+    } else {
+        message.to_owned()
+    };
+    let failure = Failure::new(NOT_LET_IN, cause, help);
     if code == RefusedCode::NotMember { failure.code(NOT_ENROLLED) } else { failure }
 }

@@ -8,6 +8,7 @@
 //! control plane. The control plane publishes a [`ForwardingTable`] and each peer's path; locks
 //! are held per peer and direction only (`lanes`). No socket, no file, no clock.
 
+mod attempt;
 mod batch;
 mod filter;
 mod gate;

@@ -18,6 +18,7 @@ use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use boringtun::x25519;
 
+use super::attempt::Attempt;
 use super::gate::COOKIE_LEN;
 use crate::types::{DropReason, PublicKey, SecretKey};
 
@@ -32,18 +33,8 @@ const MAX_UNCONFIRMED: usize = 4;
 const KEY_LIFETIME: Duration = Duration::from_secs(175);
 /// The side that answered the handshake lets the other start the next one for this long.
 const RESPONDER_PATIENCE: Duration = Duration::from_secs(10);
-/// The initiator confirms a new session with its next packet, one round trip after our answer.
-const CONFIRM_PATIENCE: Duration = Duration::from_millis(1_500);
 /// Keys are renewed only while data flows: this long after the last packet it does not.
 const IN_USE: Duration = Duration::from_secs(15);
-/// Waits before a handshake initiation is repeated; the last one repeats.
-const RETRY: [Duration; 5] = [
-    Duration::from_millis(250),
-    Duration::from_millis(500),
-    Duration::from_secs(1),
-    Duration::from_secs(2),
-    Duration::from_secs(5),
-];
 /// The engine's own timers are looked at this often.
 const ENGINE_TICK: Duration = Duration::from_millis(250);
 
@@ -162,12 +153,6 @@ pub struct HandshakeOutcome {
     pub reply: Option<usize>,
     /// Whether data can be sent from here on.
     pub established: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Attempt {
-    next_at: Instant,
-    tries: usize,
 }
 
 /// WireGuard keys with one peer, and the timers around them.
@@ -364,8 +349,7 @@ impl Session {
                     self.unconfirmed.drain(..too_many);
                     // Until the peer confirms, data goes on under the old keys, which a restarted
                     // peer has lost. Its confirmation may be lost too; then it is our turn.
-                    let next_at = now + CONFIRM_PATIENCE;
-                    self.attempt.get_or_insert(Attempt { next_at, tries: 0 });
+                    self.attempt = Some(Attempt::after_answer(self.attempt, now));
                 } else {
                     self.established = Some(now);
                     self.initiator = true;
@@ -386,23 +370,19 @@ impl Session {
 
     /// Starts a handshake, unless one is under way. Returns the length of the initiation in `out`.
     pub fn initiate(&mut self, out: &mut [u8], now: Instant) -> Option<usize> {
-        if self.attempt.is_some_and(|attempt| attempt.next_at > now) {
+        if self.attempt.is_some_and(|attempt| attempt.next_at() > now) {
             return None;
         }
-        let tries = self.attempt.map_or(0, |attempt| attempt.tries + 1);
-        let wait = RETRY[tries.min(RETRY.len() - 1)];
-        self.attempt = Some(Attempt { next_at: now + wait, tries });
+        self.attempt = Some(Attempt::after_initiation(self.attempt, now));
         match self.engine.format_handshake_initiation(out, true) {
             TunnResult::WriteToNetwork(initiation) => Some(initiation.len()),
             _ => None,
         }
     }
 
-    /// Forgets the waits of the handshake under way: there is a new path, try it at once.
+    /// Forgets the waits of a handshake that we have started: there is a new path, try it at once.
     pub fn hurry(&mut self, now: Instant) {
-        if let Some(attempt) = &mut self.attempt {
-            *attempt = Attempt { next_at: now, tries: 0 };
-        }
+        self.attempt = self.attempt.map(|attempt| attempt.hurried(now));
     }
 
     /// Gives up the handshake under way and the renewal that is due: there is no way to the peer.
@@ -414,7 +394,7 @@ impl Session {
 
     /// Does what is due; returns the length of a datagram in `out` that wants sending.
     pub fn handle_timeout(&mut self, out: &mut [u8], now: Instant) -> Option<usize> {
-        let due = self.attempt.is_some_and(|attempt| attempt.next_at <= now);
+        let due = self.attempt.is_some_and(|attempt| attempt.next_at() <= now);
         if due || (self.attempt.is_none() && self.rekey_at().is_some_and(|at| at <= now)) {
             return self.initiate(out, now);
         }
@@ -422,7 +402,7 @@ impl Session {
             self.engine_tick_at = Some(now + ENGINE_TICK);
             if let TunnResult::WriteToNetwork(datagram) = self.engine.update_timers(out) {
                 if datagram[0] == 1 {
-                    self.attempt = Some(Attempt { next_at: now + RETRY[0], tries: 0 });
+                    self.attempt = Some(Attempt::after_initiation(None, now));
                 }
                 return Some(datagram.len());
             }
@@ -434,7 +414,7 @@ impl Session {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
         match self.attempt {
-            Some(attempt) => Some((attempt.next_at, "handshake retry")),
+            Some(attempt) => Some((attempt.next_at(), "handshake retry")),
             None => self.rekey_at().map(|at| (at, "key renewal")),
         }
     }

@@ -25,8 +25,8 @@ use tokio::task::JoinHandle;
 pub use backoff::Backoff;
 pub use connect::{ConnectError, Way, connect, connect_by, connect_early, connect_over, exchange};
 pub use early::{Offers, token_grace};
-pub(crate) use noise::Responder;
 pub use noise::{Answered, Secured};
+pub(crate) use noise::{Responder, ephemeral};
 pub use outbox::LinkSender;
 pub use relay_batch::RelayBatch;
 

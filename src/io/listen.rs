@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::convert::Infallible;
 use std::hash::Hash;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::link::{self, Answered, Link, LinkError, Responder};
+use super::said::Said;
 use crate::types::{PublicKey, SecretKey, source_of};
 use crate::wire::frame::{HANDSHAKE_HEADER, UPGRADE_PATH, UPGRADE_PROTOCOL};
 
@@ -67,6 +68,9 @@ pub enum UpgradeError {
     /// The handshake is for another key, or garbage.
     #[error("a handshake for another server key")]
     WrongKey,
+    /// A handshake that was answered already.
+    #[error("a handshake that this source has begun before")]
+    SaidBefore,
     /// Too slow.
     #[error("the handshake took too long")]
     TimedOut,
@@ -297,18 +301,20 @@ impl Drop for Admission {
 /// Makes a link of an accepted connection. Nothing that the other side says counts before its
 /// first frame has arrived, since the handshake alone could be a replay; but for what the first
 /// message of a handshake holds, if `is_new` vouches for it, given the key of who made it. That is
-/// handed out beside the link.
+/// handed out beside the link. A first message that its source has in `said` is not answered again.
 ///
 /// # Errors
 /// When it is not one of our nodes, or not in time.
 pub async fn upgrade(
     stream: TcpStream,
     server_key: &SecretKey,
+    said: &Said,
     is_new: impl Fn(PublicKey, &[u8]) -> bool,
 ) -> Result<(Link, Option<Vec<u8>>), UpgradeError> {
     link::tune(&stream)?;
+    let source = stream.peer_addr()?.ip();
     let (stream, early, mut answered) =
-        timeout(HANDSHAKE_LIMIT, exchange_with(stream, server_key, is_new))
+        timeout(HANDSHAKE_LIMIT, exchange_with(stream, server_key, (said, source), is_new))
             .await
             .map_err(|_| UpgradeError::TimedOut)??;
     let said = answered.early.take();
@@ -327,12 +333,14 @@ pub async fn exchange<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    exchange_with(stream, server_key, |_, _| false).await
+    let nobody = (&Said::default(), Ipv4Addr::UNSPECIFIED.into());
+    exchange_with(stream, server_key, nobody, |_, _| false).await
 }
 
 async fn exchange_with<S>(
     stream: S,
     server_key: &SecretKey,
+    said: (&Said, IpAddr),
     is_new: impl Fn(PublicKey, &[u8]) -> bool,
 ) -> Result<(S, Vec<u8>, Answered), UpgradeError>
 where
@@ -340,10 +348,11 @@ where
 {
     let outcome = Mutex::new(Err(UpgradeError::NotOurs));
     let service = service_fn(|mut request: Request<Incoming>| {
-        let answered = answer(&request, server_key, &is_new);
+        let answered = answer(&request, server_key, said, &is_new);
         let response = match &answered {
             Ok(answered) => switching(answered),
             Err(UpgradeError::WrongKey) => misdirected(),
+            Err(UpgradeError::SaidBefore) => plain(StatusCode::TOO_EARLY, "said before\n"),
             Err(_) => not_found(),
         };
         let result = answered.map(|answered| (hyper::upgrade::on(&mut request), answered));
@@ -366,6 +375,7 @@ where
 fn answer(
     request: &Request<Incoming>,
     key: &SecretKey,
+    (said, source): (&Said, IpAddr),
     is_new: impl Fn(PublicKey, &[u8]) -> bool,
 ) -> Result<Answered, UpgradeError> {
     let headers = request.headers();
@@ -374,7 +384,15 @@ fn answer(
         && has_token(headers, &UPGRADE, UPGRADE_PROTOCOL)
         && has_token(headers, &CONNECTION, "upgrade");
     let first = headers.get(HANDSHAKE_HEADER).filter(|_| ours).ok_or(UpgradeError::NotOurs)?;
-    Responder::answer(first.as_bytes(), key, is_new).map_err(|_| UpgradeError::WrongKey)
+    let ephemeral = link::ephemeral(first.as_bytes()).ok_or(UpgradeError::WrongKey)?;
+    if said.is_known(source, &ephemeral) {
+        return Err(UpgradeError::SaidBefore);
+    }
+    let answered = Responder::answer(first.as_bytes(), key, is_new);
+    let answered = answered.map_err(|_| UpgradeError::WrongKey)?;
+    // What opens with our key: noise would only push out what was said.
+    said.note(source, &ephemeral);
+    Ok(answered)
 }
 
 /// Whether a header that is a list of words has this word (RFC 9110 section 7.6.1).

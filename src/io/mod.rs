@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod opener;
 pub mod os;
 pub mod portmap;
+pub mod said;
 pub mod sched;
 pub mod service;
 mod sys;

@@ -115,6 +115,20 @@ impl History {
         self.paths.push(PathRecord { via, samples: 1, rtt_min, rtt_avg, last: now, loss });
     }
 
+    /// The machine was suspended for so long, in which no time went by on the clock that this is written
+    /// with: all that was before is longer ago than that clock says. A path carried nothing meanwhile, so
+    /// the times by kind of path stay.
+    pub(super) fn handle_sleep(&mut self, away: Duration) {
+        let earlier = |at: Instant| at.checked_sub(away).unwrap_or(at);
+        self.started = earlier(self.started);
+        for change in &mut self.changes {
+            change.at = earlier(change.at);
+        }
+        for path in &mut self.paths {
+            path.last = earlier(path.last);
+        }
+    }
+
     /// The changes, oldest first; the last 64.
     pub fn changes(&self) -> impl Iterator<Item = &PathChange> {
         self.changes.iter()
@@ -196,6 +210,30 @@ mod tests {
         assert_eq!(history.changes().next().unwrap().at, epoch() + Duration::from_secs(36));
         assert_eq!(history.paths().len(), MAX_PATHS);
         assert!(history.paths().iter().all(|path| path.last >= epoch() + Duration::from_secs(84)));
+    }
+
+    #[test]
+    fn what_was_before_a_sleep_is_longer_ago() {
+        let seconds = Duration::from_secs;
+        let start = epoch() + seconds(100_000);
+        let mut history = History::new(start);
+        let at = start + seconds(5);
+        history.note_change(PathChange {
+            at,
+            from: None,
+            to: Some(direct(1)),
+            cause: "",
+            rtt: None,
+        });
+        history.note_answer(direct(1), seconds(1), None, start + seconds(8));
+        history.handle_sleep(seconds(3600));
+        let now = start + seconds(10);
+        let ago = |at: Instant| (now - at).as_secs();
+        assert_eq!(history.changes().map(|change| ago(change.at)).collect::<Vec<_>>(), [3605]);
+        assert_eq!(ago(history.paths()[0].last), 3602);
+        assert_eq!(ago(history.started()), 3610);
+        let times = history.times(now);
+        assert_eq!((times.direct, times.without), (seconds(5), seconds(5)), "asleep is no path");
     }
 
     #[test]

@@ -140,8 +140,8 @@ pub enum Event {
     Identity(Identity),
     /// Something that must survive a restart changed.
     Save,
-    /// The access rules changed: they must be on disk before anything else happens, since a node
-    /// that starts without them is open.
+    /// The access rules changed: they must be on disk before the server is told that they are in effect,
+    /// since a node that starts without them is open.
     Rules,
     /// A peer has a new key: it must be on disk before it is used, since the peer may forget the old
     /// one as soon as it hears from us under the new one.

@@ -74,7 +74,8 @@ impl Node {
         // A static candidate is a guess, and no fact.
         let mapped = |kind| kind == CandidateKind::PortMapped;
         Facts {
-            udp: self.relay.udp_works(),
+            // A server that is away says nothing of UDP.
+            udp: self.relay.udp_works().filter(|works| *works || self.link_up),
             mapping,
             filtering,
             counts: self.prediction.counts(),

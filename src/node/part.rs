@@ -68,6 +68,11 @@ impl UseRecord {
         (unused && !std::mem::replace(&mut self.released, unused)).then_some(Use::NoMore)
     }
 
+    /// A new connection: the server takes every peer that we know for one that we use.
+    fn renew(&mut self) {
+        self.released = false;
+    }
+
     /// It is used; whether the server believes that it is not.
     pub(super) fn touch(&mut self, now: Instant) -> bool {
         self.at = now;
@@ -165,8 +170,10 @@ impl Node {
         }
     }
 
-    /// There is a new connection: what the old one did not answer is asked for again.
+    /// There is a new connection: what the old one did not answer is asked for again, and what was let
+    /// go of by the old one is let go of again, since the hello says that we know it.
     pub(super) fn ask_again(&mut self) {
+        self.peers.values_mut().for_each(|peer| peer.use_record.renew());
         let open: Vec<String> = self.wanted.open.keys().cloned().collect();
         for text in open {
             self.ask_for(&text);
@@ -268,7 +275,9 @@ fn bytes_of(peer: &PeerControl) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::Identity;
     use crate::testing::epoch;
+    use crate::wire::control::{NetmapUpdate, ServerMessage, Welcome, WirePeer};
 
     #[test]
     fn a_peer_is_let_go_of_once_after_its_last_packet() {
@@ -282,5 +291,65 @@ mod tests {
         assert_eq!(looks(&mut record, 9, 40..55), [Use::Again]);
         assert_eq!(looks(&mut record, 9, 55..90), [Use::NoMore]);
         assert!(record.touch(epoch() + minute * 91) && !record.touch(epoch() + minute * 92));
+    }
+    #[test]
+    fn who_was_let_go_of_before_a_reconnect_is_let_go_of_again() {
+        let now = epoch();
+        let key = crate::types::SecretKey::from_bytes([1; 32]);
+        let settings = crate::node::NodeSettings::default();
+        let mut node = Node::new(key, crate::node::Netmap::default(), settings, [7; 32], 1, now);
+        let server = "198.51.100.7:443".parse().unwrap();
+        let welcome = Welcome {
+            version: 1,
+            network: [7; 8],
+            id: 1,
+            name: "own".into(),
+            ipv4: "10.77.0.1".parse().unwrap(),
+            ipv6: "fd00:1:2::1".parse().unwrap(),
+            ipv4_prefix_len: 20,
+            ipv6_prefix_len: 48,
+            relay_key: [9; 32],
+            relay_port: None,
+            second_port: None,
+            observed: None,
+            server_addresses: Vec::new(),
+        };
+        let range = Identity::from_welcome(&welcome).unwrap().range;
+        let addrs = range.addresses(2).unwrap();
+        let peer = WirePeer {
+            id: 2,
+            name: "bob".into(),
+            node_key: [2; 32],
+            ipv4: addrs.v4,
+            ipv6: addrs.v6,
+            online: false,
+            candidates: Vec::new(),
+            expires: None,
+        };
+        let update = NetmapUpdate {
+            to: 1,
+            peers: vec![peer],
+            members: Some(1000),
+            ..NetmapUpdate::default()
+        };
+        let message = ServerMessage {
+            welcome: Some(welcome),
+            netmap: Some(update),
+            ..ServerMessage::default()
+        };
+        let mut unused = |from: Duration| {
+            node.handle_message(&message, server, now + from);
+            let mut said = 0;
+            for minute in 1..20 {
+                node.handle_timeout(now + from + LOOK_INTERVAL * minute);
+                while let Some(message) = node.poll_message() {
+                    said += message.unused.map_or(0, |ids| ids.len());
+                }
+            }
+            node.handle_link_down(now + from + LOOK_INTERVAL * 20);
+            said
+        };
+        assert_eq!(unused(Duration::ZERO), 1);
+        assert_eq!(unused(LOOK_INTERVAL * 30), 1, "the new hello has named it as known");
     }
 }

@@ -116,7 +116,7 @@ impl Node {
 
     /// The peer whose turn is next. Without a known IPv4 endpoint of ours there is nothing to try.
     fn next_stuck(&self) -> Option<(Instant, NodeId)> {
-        self.mapped()?;
+        self.reflexive_v4()?;
         let own = self.netmap.identity.as_ref()?.id;
         let fresh = History::default();
         let due = |(id, peer): (&NodeId, &super::PeerControl)| {
@@ -128,7 +128,7 @@ impl Node {
     }
 
     /// Where the server sees our main socket, over IPv4.
-    fn mapped(&self) -> Option<SocketAddr> {
+    fn reflexive_v4(&self) -> Option<SocketAddr> {
         self.prediction.first_mapping().filter(SocketAddr::is_ipv4)
     }
 
@@ -166,8 +166,8 @@ impl Node {
     /// By relay, like everything here.
     fn say(&mut self, id: NodeId, run: u32, step: Step) {
         let Some(via) = self.relay_path() else { return };
-        let (nat, mapped) = (self.prediction.nat_hint(), self.mapped());
-        self.send_disco(id, via, &Message::Punch(Punch { step, run, nat, mapped }));
+        let (nat, reflexive) = (self.prediction.nat_hint(), self.reflexive_v4());
+        self.send_disco(id, via, &Message::Punch(Punch { step, run, nat, reflexive }));
     }
 
     /// Something arrived about a run.
@@ -215,14 +215,14 @@ impl Node {
         }
         let busy = self.punching.run.is_some()
             || self.is_direct(id)
-            || self.mapped().is_none()
+            || self.reflexive_v4().is_none()
             || !self.punching.history(id).allows(now);
         if busy {
             return self.say(id, offer.run, Step::Busy);
         }
         let tries = tries.max(self.punching.history(id).tries());
         let on = birthday && self.settings.birthday_probing;
-        let free = offer.mapped.is_none_or(|at| self.punching.targets.allows(at.ip(), now));
+        let free = offer.reflexive.is_none_or(|at| self.punching.targets.allows(at.ip(), now));
         match way(offer.nat, self.prediction.nat_hint(), on, tries, own > Some(id)) {
             Some(way) if way.is_birthday() && !(self.can_probe(now) && free) => {
                 self.say(id, offer.run, Step::Busy);
@@ -257,7 +257,7 @@ impl Node {
                 && usable_underlay(*at)
                 && agent.is_some_and(|agent| agent.has_address(at.ip()))
         };
-        let Some(target) = said.mapped.filter(known) else {
+        let Some(target) = said.reflexive.filter(known) else {
             self.punching.history(id).postpone(HOPELESS_WAIT, now);
             return self.say(id, said.run, Step::Stop { found: false });
         };

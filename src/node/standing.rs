@@ -44,8 +44,9 @@ impl Node {
         self.set_server_time(saved.server.saturating_add(passed.unwrap_or(0)), now);
     }
 
-    /// Our timers stood still for so long.
-    pub fn add_server_time(&mut self, away: Duration, now: Instant) {
+    /// The machine was suspended, and our timers stood still, for so long.
+    pub fn handle_sleep(&mut self, away: Duration, now: Instant) {
+        self.peers.values_mut().for_each(|peer| peer.insight.history.handle_sleep(away));
         if let Some(time) = self.server_time(now) {
             self.set_server_time(time.saturating_add(away.as_secs()), now);
         }
@@ -288,7 +289,7 @@ mod tests {
     #[test]
     fn time_that_the_machine_was_suspended_counts() {
         let mut node = node(None, Some(T + 100));
-        node.add_server_time(Duration::from_secs(100), after(1));
+        node.handle_sleep(Duration::from_secs(100), after(1));
         assert!(!has_peer(&node));
     }
 

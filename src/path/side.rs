@@ -4,12 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::{Filtering, Mapping, NatFacts, ProbeOutcome, Via};
-use crate::types::CandidateKind;
+use crate::types::{CandidateKind, is_shared};
 
 /// What a node knows of the network in front of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// Whether UDP reaches the server and comes back; none when that is not known yet.
+    /// Whether UDP reaches the server and comes back; none when that is not known yet, or the server is
+    /// away.
     pub udp: Option<bool>,
     /// How the NAT maps.
     pub mapping: Option<Mapping>,
@@ -230,7 +231,7 @@ impl Side {
 /// Whether an address is of a private network.
 pub(super) fn is_private(ip: IpAddr) -> bool {
     match ip {
-        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
+        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local() || is_shared(ip),
         IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
     }
 }

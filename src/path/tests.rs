@@ -378,9 +378,16 @@ fn a_candidate_that_comes_late_is_probed_at_once() {
 #[test]
 fn who_is_named_by_a_lying_peer_hears_a_trickle() {
     for every in [10, 300, 1_000, 5_000, 7_500, 15_000, 20_000] {
-        let (bytes, copied) = heard_by_a_victim(Duration::from_millis(every));
+        let Heard { bytes, copied, datagrams } = heard_by_a_victim(Duration::from_millis(every));
         let rate = bytes as f64 / SPAN.as_secs_f64();
-        println!("claims every {every} ms: {rate:.0} bytes a second, {copied} of copies");
+        let (at_all, at_one) = most_in_a_window(&datagrams);
+        println!(
+            "claims every {every} ms: {rate:.0} bytes a second, {copied} of copies; besides {} \
+             datagrams, at most {at_all} in 30 s, and {at_one} to one port",
+            datagrams.len(),
+        );
+        // What the account has at once and in 30 s, in the shortest datagrams that there are.
+        assert!(at_all <= (22_400 + 30 * 600) / (PING_LEN + HEADERS), "{at_all} in 30 s");
         assert!(rate <= 1000.0, "claims every {every} ms: {rate:.0} bytes a second");
         assert!(bytes > copied, "an address may be the right one");
         assert!(copied <= 5 * EARLY_BYTES as usize, "{copied} bytes of copies");
@@ -390,8 +397,33 @@ fn who_is_named_by_a_lying_peer_hears_a_trickle() {
 /// How long the peer lies.
 const SPAN: Duration = Duration::from_secs(60);
 
-/// What goes to the victim when it is named so often, and how much of that are copies of data.
-fn heard_by_a_victim(every: Duration) -> (usize, usize) {
+/// What a victim hears.
+struct Heard {
+    bytes: usize,
+    /// So many of them were copies of data.
+    copied: usize,
+    /// When the others came, and to which port.
+    datagrams: Vec<(Instant, u16)>,
+}
+
+/// The most datagrams in any 30 s, to all ports together and to one.
+fn most_in_a_window(datagrams: &[(Instant, u16)]) -> (usize, usize) {
+    let window = Duration::from_secs(30);
+    let from = |start: usize| {
+        let (first, _) = datagrams[start];
+        datagrams[start..].iter().take_while(move |(at, _)| *at < first + window)
+    };
+    let at_all = (0..datagrams.len()).map(|start| from(start).count()).max();
+    let to_one = |start: usize| {
+        let (_, port) = datagrams[start];
+        from(start).filter(|(_, to)| *to == port).count()
+    };
+    let at_one = (0..datagrams.len()).map(to_one).max();
+    (at_all.unwrap_or_default(), at_one.unwrap_or_default())
+}
+
+/// What goes to the victim when it is named so often.
+fn heard_by_a_victim(every: Duration) -> Heard {
     let victim = |port: u16| SocketAddr::from(([198, 51, 100, 7], port));
     let claims = |port: u16, kind| -> Vec<Candidate> {
         (0..24).map(|n| Candidate::new(victim(port.wrapping_add(n).max(1)), kind)).collect()
@@ -400,7 +432,7 @@ fn heard_by_a_victim(every: Duration) -> (usize, usize) {
     let mut agent = PathAgent::new([7; 32], start);
     agent.set_relay(Some(Via::RelayUdp), start);
     agent.set_wanted(true, start);
-    let (mut bytes, mut copied, mut early) = (0, 0, false);
+    let (mut bytes, mut copied, mut early, mut datagrams) = (0, 0, false, Vec::new());
     let (mut port, mut now, mut claim_at) = (1024u16, start, start);
     while now < start + SPAN {
         now += Duration::from_millis(10);
@@ -420,8 +452,14 @@ fn heard_by_a_victim(every: Duration) -> (usize, usize) {
         agent.handle_timeout(now);
         while let Some(transmit) = agent.poll_transmit() {
             bytes += match transmit {
-                PathTransmit::Ping { via: Via::Direct { .. }, .. } => PING_LEN + HEADERS,
-                PathTransmit::Pong { via: Via::Direct { .. }, .. } => PONG_LEN + HEADERS,
+                PathTransmit::Ping { via: Via::Direct { remote, .. }, .. } => {
+                    datagrams.push((now, remote.port()));
+                    PING_LEN + HEADERS
+                }
+                PathTransmit::Pong { via: Via::Direct { remote, .. }, .. } => {
+                    datagrams.push((now, remote.port()));
+                    PONG_LEN + HEADERS
+                }
                 // These open our own NAT, and die before they get anywhere.
                 PathTransmit::Opener { .. } => 0,
                 PathTransmit::Sized { .. }
@@ -433,7 +471,10 @@ fn heard_by_a_victim(every: Duration) -> (usize, usize) {
         }
         // A handshake that is tried every now and then.
         if now.duration_since(start).as_millis() % 5_000 < 10 {
-            bytes += agent.beside_pings(now).len() * (HANDSHAKE_BYTES + HEADERS);
+            let calls = agent.beside_pings(now);
+            bytes += calls.len() * (HANDSHAKE_BYTES + HEADERS);
+            let ports = calls.iter().filter_map(|via| Some(via.place()?.remote.port()));
+            datagrams.extend(ports.map(|port| (now, port)));
         }
         let choice = agent.choice();
         assert_eq!(choice.primary, Some(Via::RelayUdp), "no data that counts");
@@ -444,7 +485,16 @@ fn heard_by_a_victim(every: Duration) -> (usize, usize) {
         }
         early = choice.early;
     }
-    (bytes + copied, copied)
+    Heard { bytes: bytes + copied, copied, datagrams }
+}
+
+/// An endpoint that is named once, and where nobody answers.
+#[test]
+fn a_silent_endpoint_hears_a_few_rounds_and_then_next_to_nothing() {
+    let Heard { datagrams, .. } = heard_by_a_victim(SPAN * 2);
+    let (_, at_one) = most_in_a_window(&datagrams);
+    println!("named once: at most {at_one} datagrams to one port in 30 s");
+    assert!(at_one <= 36, "{at_one} datagrams");
 }
 
 /// A handshake.

@@ -18,6 +18,6 @@ pub use drops::{DropCounters, DropReason};
 pub use id::{InviteId, NetworkId, NodeId, ParseIdError, SocketId, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
-pub use net::{OverlayAddrs, OverlayRange, RangeError, source_of};
+pub use net::{OverlayAddrs, OverlayRange, RangeError, is_global_v4, is_shared, source_of};
 pub use tag::{Tag, TagError};
 pub use uplink::Uplink;

@@ -60,6 +60,23 @@ impl TryFrom<Prefixes> for OverlayRange {
     }
 }
 
+/// Whether this is of the addresses that a provider and its customers share, 100.64.0.0/10 (RFC 6598).
+#[must_use]
+pub fn is_shared(ip: Ipv4Addr) -> bool {
+    let [a, b, ..] = ip.octets();
+    a == 100 && b & 0xc0 == 64
+}
+
+/// Whether the internet may know this address: no private, shared, link-local or loopback one.
+#[must_use]
+pub fn is_global_v4(ip: Ipv4Addr) -> bool {
+    !(ip.is_private()
+        || is_shared(ip)
+        || ip.is_link_local()
+        || ip.is_loopback()
+        || ip.is_unspecified())
+}
+
 impl OverlayRange {
     /// Checks and keeps the two prefixes.
     ///
@@ -70,8 +87,7 @@ impl OverlayRange {
         if !(8..=29).contains(&v4.prefix_len()) {
             return Err(RangeError::V4Size { range: v4 });
         }
-        let shared = Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10);
-        let private = |ip: Ipv4Addr| ip.is_private() || shared.contains(&ip);
+        let private = |ip: Ipv4Addr| ip.is_private() || is_shared(ip);
         if !(private(v4.network()) && private(v4.broadcast())) {
             return Err(RangeError::V4NotPrivate { range: v4 });
         }

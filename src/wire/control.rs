@@ -271,6 +271,18 @@ refused_codes! {
     Cloned = 12, "another machine has the keys of this one: a copied disk, container or state directory";
 }
 
+impl RefusedCode {
+    /// Whether it is the invite that was presented which is of no use. Only who is no member hears
+    /// that: nobody else needs one.
+    #[must_use]
+    pub fn is_about_the_invite(self) -> bool {
+        matches!(
+            self,
+            Self::NotAccepted | Self::InviteExpired | Self::InviteUsedUp | Self::InviteRevoked
+        )
+    }
+}
+
 impl From<RefusedCode> for Refused {
     fn from(code: RefusedCode) -> Self {
         Self { code: code.code(), message: code.text().into() }

@@ -3,7 +3,7 @@
 //! ```text
 //!  0      1      2           6          7                      25         26
 //! +------+------+-----------+----------+----------------------+----------+----------+
-//! | 0x04 | step |  run      |   NAT    |  mapped endpoint     |   first  |  second  |
+//! | 0x04 | step |  run      |   NAT    |  reflexive endpoint  |   first  |  second  |
 //! +------+------+-----------+----------+----------------------+----------+----------+
 //! ```
 //!
@@ -99,7 +99,7 @@ pub struct Punch {
     /// The NAT of the sender.
     pub nat: NatHint,
     /// Where the server sees the sender's main socket.
-    pub mapped: Option<SocketAddr>,
+    pub reflexive: Option<SocketAddr>,
 }
 
 impl Punch {
@@ -120,7 +120,7 @@ impl Punch {
         bytes.push(step);
         bytes.extend_from_slice(&self.run.to_be_bytes());
         bytes.push(nat);
-        bytes.extend_from_slice(&self.mapped.map_or([0; ENDPOINT_LEN], endpoint_bytes));
+        bytes.extend_from_slice(&self.reflexive.map_or([0; ENDPOINT_LEN], endpoint_bytes));
         bytes.extend_from_slice(&[first, second]);
     }
 
@@ -133,7 +133,7 @@ impl Punch {
             2 => NatHint::Varies,
             _ => NatHint::Unknown,
         };
-        let mapped = reader.endpoint()?;
+        let reflexive = reader.endpoint()?;
         let (first, second) = (reader.u8()?, reader.u8()?);
         let step = match step {
             OFFER => Some(Step::Offer { birthday: first & 1 == 1, tries: second }),
@@ -143,8 +143,8 @@ impl Punch {
             STOP => Some(Step::Stop { found: first & 1 == 1 }),
             _ => None,
         };
-        let mapped = (mapped.port() != 0).then_some(mapped);
-        Ok(step.map(|step| Self { step, run, nat, mapped }))
+        let reflexive = (reflexive.port() != 0).then_some(reflexive);
+        Ok(step.map(|step| Self { step, run, nat, reflexive }))
     }
 }
 
@@ -166,8 +166,8 @@ mod tests {
         steps.extend(ways.map(|way| Step::Accept { way }));
         for step in steps {
             for nat in [NatHint::Unknown, NatHint::Steady, NatHint::Varies] {
-                for mapped in [None, Some("203.0.113.7:4000".parse().unwrap())] {
-                    let punch = Punch { step, run: 0xdead_beef, nat, mapped };
+                for reflexive in [None, Some("203.0.113.7:4000".parse().unwrap())] {
+                    let punch = Punch { step, run: 0xdead_beef, nat, reflexive };
                     let mut bytes = Vec::new();
                     punch.encode_into(&mut bytes);
                     assert_eq!(bytes.len(), 26);
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn what_a_newer_node_says_is_no_error_of_its_bytes() {
-        let punch = Punch { step: Step::Busy, run: 1, nat: NatHint::Steady, mapped: None };
+        let punch = Punch { step: Step::Busy, run: 1, nat: NatHint::Steady, reflexive: None };
         let mut bytes = Vec::new();
         punch.encode_into(&mut bytes);
         bytes[0] = 9;

@@ -14,7 +14,7 @@ import argparse, json, os, re, statistics, subprocess, sys, time
 LINE = re.compile(r"^(.+): first answer after ([\d.]+)(µs|ms|s), (\S+) both ways after ([\d.]+)(µs|ms|s)$")
 UNIT = {"µs": 0.001, "ms": 1.0, "s": 1000.0}
 # Their times are not those of a pair that meets.
-SKIP = ["one_port_for_both", "udp_blocked_on_one_side"]
+SKIP = ["one_port_for_both"]
 
 
 def e2e_program():

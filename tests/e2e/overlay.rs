@@ -352,9 +352,15 @@ impl Node {
     /// Waits until `overlay why` gives one of these verdicts; returns all that it says.
     pub(crate) fn wait_verdict(&self, peer: &str, words: &[&str], limit: Duration) -> Value {
         let what = format!("{}: why {peer} says {words:?}", self.name);
+        let mut said = String::new();
         wait_for(&what, limit, || {
             let why = self.why(peer);
-            words.contains(&why["verdict"]["word"].as_str().unwrap_or_default()).then_some(why)
+            let verdict = text(&why, "/verdict/word");
+            if verdict != said {
+                eprintln!("{}: why {peer} says {verdict}", self.name);
+                said.clone_from(&verdict);
+            }
+            words.contains(&&*verdict).then_some(why)
         })
         .0
     }

@@ -282,8 +282,8 @@ fn who_wakes_up_is_back_after_a_round_trip() {
             let name = format!("{}, {slept} s", pair.name);
             let (server, relay) = (pair.server_rtt[0] + 100 * MS, pair.relay_rtt);
             // WireGuard's keys end after three minutes: a handshake needs a round trip, and the peer
-            // may use it when it has heard something under it. Both may begin one, which takes another.
-            let keys = [relay * 2 + 10 * MS, relay * 5 / 2 + 10 * MS];
+            // may use it when it has heard something under it.
+            let keys = [relay + 10 * MS, relay * 3 / 2 + 10 * MS];
             let [own, peers] = if slept > 180 { keys } else { [server; 2] };
             hold("awake, its own packets", &name, back[0], own);
             hold("awake, the peer's packets", &name, back[1], peers);
@@ -294,6 +294,24 @@ fn who_wakes_up_is_back_after_a_round_trip() {
             if kind == PortRestricted {
                 hold("awake, direct data", &name, direct[0].max(direct[1]), bound);
             }
+        }
+    }
+}
+
+#[test]
+fn two_that_call_at_the_same_time_have_keys_as_soon_as_one_alone() {
+    for lines in LINES {
+        for quarters in 0..2 {
+            let mut pair = Pair::settled([NatKind::Symmetric; 2], lines, 0);
+            let (relay, later) = (pair.relay_rtt, pair.relay_rtt * quarters / 4);
+            let first = pair.world.ping(0, 1, 100).expect("both run");
+            pair.world.run_for(later);
+            let second = pair.world.ping(1, 0, 100).expect("both run");
+            pair.world.run_for(relay * 3);
+            let bound = relay * 3 / 2 + 5 * MS;
+            let name = format!("{}, {later:?} apart", pair.name);
+            hold("calls that cross, the first", &name, pair.delivered(first), bound);
+            hold("calls that cross, the other", &name, pair.delivered(second), bound);
         }
     }
 }

@@ -232,7 +232,7 @@ fn an_uplink_that_comes_and_goes_moves_traffic_rarely() {
         );
         assert!(lost.iter().all(|lost| *lost <= RELAY_OUTAGE), "{kind}: {lost:?}");
         assert!(interrupted <= 15, "{kind}: interrupted {interrupted} times: {lost:?}");
-        assert!(moves <= 40, "{kind}: {moves} changes of path");
+        assert!(moves <= 65, "{kind}: {moves} changes of path");
     }
 }
 

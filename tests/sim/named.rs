@@ -210,6 +210,11 @@ fn a_direct_path_that_dies_under_traffic_costs_a_second() {
     assert_eq!(outage(&world, &pings), None, "the way back loses nothing");
 }
 
+/// Whether a host believes that UDP reaches the server.
+fn udp_of(world: &World, host: usize) -> Option<bool> {
+    world.hosts[host].node().unwrap().facts(world.now).udp
+}
+
 #[test]
 fn udp_that_is_blocked_under_traffic_costs_three_seconds() {
     let mut world = running(&[PortRestricted; 2]);
@@ -218,6 +223,7 @@ fn udp_that_is_blocked_under_traffic_costs_three_seconds() {
     pings.extend(talk(&mut world, Duration::from_secs(10), 20 * MS));
     world.run_for(Duration::from_secs(1));
     assert_outage_below(&world, &pings, Duration::from_secs(3), "UDP is blocked");
+    assert_eq!(udp_of(&world, 0), Some(false), "the control connection stands");
     assert_eq!(path_kind(&world, 0, 1), "relay-tcp");
 }
 
@@ -241,6 +247,7 @@ fn direct_pairs_lose_nothing_when_the_server_dies_and_renew_their_keys() {
     pings.extend(talk(&mut world, Duration::from_secs(60), 50 * MS));
     world.run_for(Duration::from_secs(1));
     assert_eq!(outage(&world, &pings), None, "not one packet is lost, over six renewals of keys");
+    assert_eq!(udp_of(&world, 0), None, "a server that is away says nothing of UDP");
     assert_eq!(path_kind(&world, 0, 1), "direct");
 }
 

@@ -29,6 +29,11 @@ const MAX_PAUSE: Duration = Duration::from_secs(60);
 /// The first of these waits: the server soon sees what is going on.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
 
+/// A connection by another uplink than the right one is made anew after this,
+const IMPROVE_AFTER: Duration = Duration::from_secs(2);
+/// and, when that fails again and again, this often.
+const IMPROVE_RARELY: Duration = Duration::from_secs(120);
+
 /// What became of the connection.
 #[derive(Debug)]
 pub(super) enum LinkEvent {
@@ -72,6 +77,25 @@ struct Made {
     device: Option<String>,
 }
 
+/// When the connection is to be made again by the uplink that is the right one: ever more rarely, since
+/// an attempt costs something on a metered one as well.
+#[derive(Debug)]
+struct Improvement {
+    due: Option<Instant>,
+    wait: Duration,
+}
+
+impl Improvement {
+    /// Nothing is to be made better.
+    const NONE: Self = Self { due: None, wait: IMPROVE_AFTER };
+
+    /// The connection goes by the wrong uplink: it is tried after a wait, and the next time later.
+    fn plan(&mut self, now: Instant) {
+        self.due = Some(now + self.wait);
+        self.wait = (self.wait * 2).min(IMPROVE_RARELY);
+    }
+}
+
 type Attempts = JoinSet<Result<Made, ConnectError>>;
 
 enum Phase {
@@ -98,6 +122,10 @@ pub(super) struct ControlLink {
     addresses: BTreeMap<String, SocketAddr>,
     /// Attempts at a connection by another uplink, in place of the one there is.
     better: Attempts,
+    /// When the next of them are made.
+    improvement: Improvement,
+    /// The uplink that the connection goes by.
+    device: Option<String>,
     /// The connection that was replaced: it ends when the new one is at work, since its end would make
     /// us look offline for a moment.
     replaced: Option<Box<LinkReceiver>>,
@@ -116,6 +144,8 @@ impl ControlLink {
             favoured: None,
             addresses: BTreeMap::new(),
             better: JoinSet::new(),
+            improvement: Improvement::NONE,
+            device: None,
             replaced: None,
         }
     }
@@ -154,6 +184,13 @@ impl ControlLink {
         self.wait_until(clock::now());
     }
 
+    /// Where the server is from now on; it counts for the next attempt.
+    pub(super) fn set_servers(&mut self, servers: &[ServerAddr]) {
+        if self.destination.servers != servers {
+            Arc::make_mut(&mut self.destination).servers = servers.to_vec();
+        }
+    }
+
     /// The interfaces of the further uplinks that there are.
     pub(super) fn set_devices(&mut self, devices: Vec<String>) {
         self.devices = devices;
@@ -162,12 +199,17 @@ impl ControlLink {
     /// The server is known to answer by this further uplink only; none when it is not so.
     pub(super) fn favour(&mut self, device: Option<&str>) {
         self.favoured = device.map(str::to_owned);
+        if self.device == self.favoured {
+            self.improvement = Improvement::NONE;
+            self.better = JoinSet::new();
+        }
     }
 
     /// Replaces the connection by one over this further uplink, or the preferred one, as soon as
     /// there is such a one.
     pub(super) fn improve(&mut self, device: Option<&str>) {
         if matches!(self.phase, Phase::Connected(_)) {
+            self.improvement = Improvement::NONE;
             self.better = self.start_by(device);
         }
     }
@@ -186,6 +228,7 @@ impl ControlLink {
     }
 
     fn wait_until(&mut self, at: Instant) {
+        self.improvement = Improvement::NONE;
         self.offers.send_replace(Offers::default());
         self.phase = Phase::Waiting(at);
     }
@@ -223,6 +266,14 @@ impl ControlLink {
                             if let Ok(Ok(made)) = attempt {
                                 return self.take(made);
                             }
+                            if self.better.is_empty() && self.device != self.favoured {
+                                self.improvement.plan(clock::now());
+                            }
+                            continue;
+                        }
+                        () = due(self.improvement.due) => {
+                            self.improvement.due = None;
+                            self.better = self.start_by(self.favoured.as_deref());
                             continue;
                         }
                         received = receiver.next() => received,
@@ -262,6 +313,11 @@ impl ControlLink {
             Phase::Connected(receiver) => Some(receiver),
             Phase::Waiting(_) | Phase::Connecting(..) => None,
         };
+        self.device.clone_from(&made.device);
+        match self.device == self.favoured {
+            true => self.improvement = Improvement::NONE,
+            false => self.improvement.plan(clock::now()),
+        }
         let (local, device) = (local.ip(), made.device);
         LinkEvent::Connected { server: remote, local, device, sender, said }
     }
@@ -305,6 +361,14 @@ impl ControlLink {
     }
 }
 
+/// Waits until then, or for ever.
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Of several failures, the one that says most is shown.
 fn telling(error: &ConnectError) -> u8 {
     match error {
@@ -313,5 +377,56 @@ fn telling(error: &ConnectError) -> u8 {
         ConnectError::Closed { .. } => 2,
         ConnectError::TimedOut { .. } | ConnectError::Unreachable { .. } => 1,
         ConnectError::Resolve { .. } => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::listen;
+    use crate::io::said::Said;
+
+    #[test]
+    fn an_uplink_that_stays_away_is_tried_ever_more_rarely() {
+        let (mut improvement, now) = (Improvement::NONE, crate::testing::epoch());
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            improvement.plan(now);
+            waits.extend(improvement.due.map(|due| (due - now).as_secs()));
+        }
+        assert_eq!(waits, [2, 4, 8, 16, 32, 64, 120, 120]);
+    }
+
+    #[tokio::test]
+    async fn a_connection_by_a_further_uplink_goes_back_to_the_preferred_one() {
+        let server_key = SecretKey::from_bytes([1; 32]);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut link = ControlLink::new(Destination {
+            servers: vec![listener.local_addr().unwrap().into()],
+            server_keys: vec![server_key.public()],
+            machine_key: SecretKey::from_bytes([2; 32]),
+        });
+        link.set_devices(vec!["lo".into()]);
+        tokio::spawn(async move {
+            // The first is by the preferred uplink, which does not work yet.
+            drop(listener.accept().await.unwrap());
+            let mut links = Vec::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                links.push(
+                    listen::upgrade(stream, &server_key, &Said::default(), |_, _| false).await,
+                );
+            }
+        });
+        let mut devices = Vec::new();
+        let both = async {
+            while devices.len() < 2 {
+                if let LinkEvent::Connected { device, .. } = link.next().await {
+                    devices.push(device);
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), both).await.unwrap();
+        assert_eq!(devices, [Some("lo".to_owned()), None]);
     }
 }

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use super::Daemon;
 use super::local::{self, ask, unknown_peer};
+use super::netcheck::UDP_BLOCKED;
 use super::report::{Forecast, Netcheck, PeerReport, SCHEMA, millis};
 use crate::io::clock;
 use crate::io::local::Reply;
@@ -64,7 +65,7 @@ pub struct SideReport {
     pub path: String,
     /// Where a direct path leads.
     pub remote: Option<String>,
-    /// Whether UDP reaches the server; none when that is not known yet.
+    /// Whether UDP reaches the server; none when that is not known yet, or the server is away.
     pub udp: Option<bool>,
     /// Whether there is a global IPv6 address.
     pub ipv6: bool,
@@ -96,7 +97,7 @@ pub struct SideNat {
 pub struct CandidateReport {
     /// Where.
     pub endpoint: String,
-    /// `host`, `reflexive`, `peer-reflexive`, `port-mapped`, `predicted` or `static`.
+    /// `host`, `reflexive`, `peer-reflexive`, `port-mapped`, `predicted`, `static` or `uplink`.
     pub kind: String,
     /// `untried`, `probing`, `answered` or `silent`.
     pub outcome: String,
@@ -165,12 +166,14 @@ pub struct PathStatistics {
 pub(super) enum Request {
     /// Ask a peer for its half; the second sender is told when it came.
     Half(NodeId, oneshot::Sender<()>),
+    /// The peers with a path, first those on the relay: what the two networks do matters most for them.
     Online(oneshot::Sender<Vec<NodeId>>),
     Find(String, oneshot::Sender<Option<NodeId>>),
     Why(NodeId, oneshot::Sender<Option<Why>>),
     Removed(String, oneshot::Sender<Option<Why>>),
     History(NodeId, oneshot::Sender<Option<HistoryReport>>),
-    Forecast(Box<Facts>, oneshot::Sender<Vec<Forecast>>),
+    /// From what was measured here, and of those who were asked.
+    Forecast(Box<Facts>, Vec<NodeId>, oneshot::Sender<Vec<Forecast>>),
 }
 
 type Requests = mpsc::Sender<local::Request>;
@@ -217,20 +220,26 @@ async fn ask_half(requests: &Requests, id: NodeId) {
     }
 }
 
-/// Asks all peers that are online for their halves, at the same time.
-pub(super) async fn ask_all(requests: &Requests) {
-    let peers = explain(requests, Request::Online).await.unwrap_or_default();
-    let asking = peers.into_iter().take(MAX_ASKED).map(|id| {
+/// Asks peers that are online for their halves, at the same time. Returns whom it has asked.
+pub(super) async fn ask_all(requests: &Requests) -> Vec<NodeId> {
+    let mut peers = explain(requests, Request::Online).await.unwrap_or_default();
+    peers.truncate(MAX_ASKED);
+    let asking = peers.iter().copied().map(|id| {
         let requests = requests.clone();
         async move { ask_half(&requests, id).await }
     });
     tokio::task::JoinSet::from_iter(asking).join_all().await;
+    peers
 }
 
 /// What is to be expected of each peer, from what was measured here and what the peers told.
-pub(super) async fn forecast(requests: &Requests, report: &Netcheck) -> Vec<Forecast> {
+pub(super) async fn forecast(
+    requests: &Requests,
+    report: &Netcheck,
+    asked: Vec<NodeId>,
+) -> Vec<Forecast> {
     let own = Box::new(facts_of(report));
-    explain(requests, |sender| Request::Forecast(own, sender)).await.unwrap_or_default()
+    explain(requests, |sender| Request::Forecast(own, asked, sender)).await.unwrap_or_default()
 }
 
 /// What a measurement says, where it says anything.
@@ -239,7 +248,8 @@ fn facts_of(report: &Netcheck) -> Facts {
     let filtering =
         [Filtering::EndpointIndependentOrAddressDependent, Filtering::AddressAndPortDependent];
     Facts {
-        udp: Some(report.udp),
+        // Silence of a server that is away is none of a blocked network.
+        udp: (report.udp || report.nat.kind == UDP_BLOCKED).then_some(report.udp),
         mapping: mapping.into_iter().find(|it| it.as_str() == report.nat.mapping),
         filtering: filtering.into_iter().find(|it| it.as_str() == report.nat.filtering),
         ..Facts::default()
@@ -260,9 +270,7 @@ impl Daemon {
                 }
             }
             Request::Online(reply) => {
-                let peers = self.node.peer_statuses(now);
-                let online = peers.iter().filter(|peer| matches!(peer.path, PathKind::Via(_)));
-                let _ = reply.send(online.map(|peer| peer.id).collect());
+                let _ = reply.send(relayed_first(&self.node.peer_statuses(now)));
             }
             Request::Find(text, reply) => {
                 let _ = reply.send(self.node.netmap().find(&text));
@@ -276,8 +284,8 @@ impl Daemon {
             Request::History(id, reply) => {
                 let _ = reply.send(self.history(id, now));
             }
-            Request::Forecast(measured, reply) => {
-                let _ = reply.send(self.forecasts(&measured, now));
+            Request::Forecast(measured, asked, reply) => {
+                let _ = reply.send(self.forecasts(&measured, &asked, now));
             }
         }
     }
@@ -380,7 +388,7 @@ impl Daemon {
         })
     }
 
-    fn forecasts(&self, measured: &Facts, now: Instant) -> Vec<Forecast> {
+    fn forecasts(&self, measured: &Facts, asked: &[NodeId], now: Instant) -> Vec<Forecast> {
         let seen = self.node.facts(now);
         let own = Facts {
             mapping: measured.mapping.or(seen.mapping),
@@ -389,27 +397,49 @@ impl Daemon {
             ..seen
         };
         let peers = self.node.peer_statuses(now);
-        peers.iter().map(|peer| self.forecast(peer, &own, now)).collect()
-    }
-
-    fn forecast(&self, peer: &PeerStatus, own: &Facts, now: Instant) -> Forecast {
-        let outlook = self.node.outlook(peer.id, own, now);
-        let direct = matches!(peer.path, PathKind::Via(Via::Direct { .. }));
-        let (word, reason) = match (peer.path, outlook) {
-            (PathKind::Offline, _) => ("offline", "it is not there".to_string()),
-            (_, Some(outlook)) => (outlook.as_str(), outlook.reason().to_string()),
-            (_, None) if direct => ("direct", "it is direct now".into()),
-            (_, None) => {
-                (Outlook::Unknown.as_str(), "it does not tell what its network does".into())
+        let forecast = |peer: &PeerStatus| {
+            let outlook = self.node.outlook(peer.id, &own, now);
+            let (word, reason) = expect(peer.path, outlook, asked.contains(&peer.id));
+            Forecast {
+                id: peer.id.to_string(),
+                name: peer.name.to_string(),
+                forecast: word.into(),
+                reason,
+                path: peer.into(),
             }
         };
-        Forecast {
-            id: peer.id.to_string(),
-            name: peer.name.to_string(),
-            forecast: word.into(),
-            reason,
-            path: peer.into(),
+        peers.iter().map(forecast).collect()
+    }
+}
+
+/// Who has a path, those on the relay first.
+fn relayed_first(peers: &[PeerStatus]) -> Vec<NodeId> {
+    let (mut first, mut then) = (Vec::new(), Vec::new());
+    for peer in peers {
+        match peer.path {
+            PathKind::Via(Via::Direct { .. }) => then.push(peer.id),
+            PathKind::Via(Via::RelayUdp | Via::RelayTcp) => first.push(peer.id),
+            PathKind::Connecting | PathKind::Offline => {}
         }
+    }
+    first.append(&mut then);
+    first
+}
+
+/// What is to be expected of a peer with this path, and why: from what the two networks allow, if the
+/// peer was asked and has told that.
+fn expect(path: PathKind, outlook: Option<Outlook>, asked: bool) -> (&'static str, String) {
+    let is_direct = matches!(path, PathKind::Via(Via::Direct { .. }));
+    let unknown = Outlook::Unknown.as_str();
+    match (path, outlook) {
+        (PathKind::Offline, _) => ("offline", "it is not there".into()),
+        // What works needs no permission.
+        (_, Some(Outlook::NoUdp) | None) if is_direct => ("direct", "it is direct now".into()),
+        (_, Some(outlook)) => (outlook.as_str(), outlook.reason().into()),
+        (PathKind::Via(_), None) if !asked => {
+            (unknown, format!("it was not asked: only {MAX_ASKED} peers are, at one time"))
+        }
+        (_, None) => (unknown, "it does not tell what its network does".into()),
     }
 }
 
@@ -453,4 +483,57 @@ fn side_report(name: String, side: &Side) -> SideReport {
 /// Seconds with three decimals.
 fn seconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e3).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::SocketId;
+
+    fn direct() -> PathKind {
+        let remote = "203.0.113.9:4000".parse().unwrap();
+        PathKind::Via(Via::Direct { remote, local: None, socket: SocketId::MAIN })
+    }
+
+    #[test]
+    fn a_path_that_is_there_counts_more_than_what_was_measured() {
+        let no_udp = Some(Outlook::NoUdp);
+        assert_eq!(expect(direct(), no_udp, true).0, "direct");
+        assert_eq!(expect(PathKind::Via(Via::RelayTcp), no_udp, true).0, "relay-tcp");
+        assert_eq!(expect(PathKind::Offline, no_udp, true).0, "offline");
+        assert_eq!(expect(direct(), None, false).0, "direct");
+    }
+
+    #[test]
+    fn who_was_not_asked_is_not_said_to_keep_silent() {
+        let relayed = PathKind::Via(Via::RelayUdp);
+        let (word, reason) = expect(relayed, None, false);
+        assert!(word == "unknown" && reason.contains("not asked"), "{reason}");
+        let (word, reason) = expect(relayed, None, true);
+        assert!(word == "unknown" && reason.contains("does not tell"), "{reason}");
+    }
+
+    #[test]
+    fn silence_of_a_server_that_is_away_does_not_block_udp() {
+        let report = |kind: &str| Netcheck {
+            schema: SCHEMA,
+            udp: false,
+            ipv4: None,
+            ipv6: None,
+            nat: super::super::report::NatReport {
+                mapping: "unknown".into(),
+                filtering: "unknown".into(),
+                kind: kind.into(),
+                hairpin: None,
+                port_mapping: None,
+                mapped: None,
+            },
+            servers: Vec::new(),
+            uplinks: Vec::new(),
+            verdict: String::new(),
+            forecast: Vec::new(),
+        };
+        assert_eq!(facts_of(&report("unknown")).udp, None);
+        assert_eq!(facts_of(&report(UDP_BLOCKED)).udp, Some(false));
+    }
 }

@@ -184,8 +184,8 @@ async fn serve(
             Question::Netcheck => match ask(requests, Request::Netcheck).await {
                 Some(inputs) => {
                     let halves = explain::ask_all(requests);
-                    let (mut report, ()) = tokio::join!(netcheck::run(inputs), halves);
-                    report.forecast = explain::forecast(requests, &report).await;
+                    let (mut report, asked) = tokio::join!(netcheck::run(inputs), halves);
+                    report.forecast = explain::forecast(requests, &report, asked).await;
                     connection.answer(&Reply::Ok(report)).await?;
                 }
                 None => connection.answer(&or_stopping::<()>(None)).await?,

@@ -2,11 +2,11 @@
 //!
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`)
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
-//! what is on disk, `control_link` keeps the control connection, `interface` the TUN interface, `roam`
-//! follows the network around us, `portmap` asks the router for a port, `local` answers the command
-//! line, `lines` knows the uplinks beside the preferred one, `metrics` Prometheus, `rotate` renews the
-//! node key, `reload` applies a new configuration, `explain` has its answers about paths, `netcheck`
-//! measures the network in front of us.
+//! what is on disk, `saving` when it gets there, `control_link` keeps the control connection, `interface`
+//! the TUN interface, `roam` follows the network around us, `portmap` asks the router for a port,
+//! `local` answers the command line, `lines` knows the uplinks beside the preferred one, `metrics`
+//! Prometheus, `rotate` renews the node key, `reload` applies a new configuration, `explain` has its
+//! answers about paths, `netcheck` measures the network in front of us.
 
 mod control_link;
 pub mod explain;
@@ -22,6 +22,7 @@ mod reload;
 pub mod report;
 mod roam;
 pub mod rotate;
+mod saving;
 mod scratch;
 mod standing;
 mod startup;
@@ -47,7 +48,7 @@ use crate::io::metrics::MetricsServer;
 use crate::io::service::Watchdog;
 use crate::io::service::reload::Reload;
 use crate::io::tun::Tun;
-use crate::node::{Clocks, Event, Node};
+use crate::node::{Event, Node};
 use crate::path::Answer;
 use crate::types::{NodeId, OverlayAddrs};
 use crate::wire::control::{self, ClientMessage, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
@@ -57,12 +58,11 @@ use local::Request;
 use portmap::PortMapping;
 use roam::Surroundings;
 use rotate::Rotation;
+use saving::Saving;
 use scratch::ScratchAnswer;
 use state::StateDir;
 use threads::{Ports, send_all, send_opener, send_whole_probe, write_packet, write_tun};
 
-/// The netmap changes in groups too, and a lost one only costs a re-fetch.
-const SAVE_DELAY: Duration = Duration::from_millis(500);
 /// Notes taken in one turn, so that no flood starves the other sources.
 const NOTES_PER_TURN: usize = 256;
 
@@ -110,7 +110,7 @@ struct Daemon {
     halves: BTreeMap<NodeId, Vec<oneshot::Sender<()>>>,
     /// The overlay address can be used.
     ready: bool,
-    save_at: Option<Instant>,
+    saving: Saving,
     watchdog: Watchdog,
     rotation: Rotation,
     /// What was said last of memberships that end.
@@ -205,7 +205,7 @@ impl Daemon {
             self.node.poll_timeout().map(|(at, _)| at),
             self.surroundings.rescan_at,
             self.surroundings.proof_due(),
-            self.save_at,
+            self.saving.due(),
             silence,
             self.portmap_deadline(),
             self.watchdog.next(),
@@ -234,6 +234,7 @@ impl Daemon {
                 self.heard_server = now;
                 // What was queued for an older connection is in the hello already.
                 while self.node.poll_message().is_some() {}
+                self.saving.forget_held();
                 let first = match said.map(|said| control::decode::<ClientMessage>(&said)) {
                     Some(Ok(ClientMessage { hello: Some(said), .. })) => {
                         self.node.confirmation(&said)
@@ -250,6 +251,9 @@ impl Daemon {
                 self.heard_server = now;
                 match control::decode::<ServerMessage>(&bytes) {
                     Ok(message) => {
+                        if message.netmap.is_some() {
+                            self.saving.note_news();
+                        }
                         if let Some(server) = self.server {
                             self.node.handle_message(&message, server, now);
                         }
@@ -258,7 +262,10 @@ impl Daemon {
                             tracing::info!(server, name = %welcome.name, address = %welcome.ipv4,
                                 "connected to the server");
                             self.reflector_ports = (welcome.relay_port, welcome.second_port);
-                            self.state.note_welcome(welcome, self.server);
+                            let servers = self.state.note_welcome(welcome, self.server);
+                            self.control_link.set_servers(servers);
+                            // A member needs no invite, and who is removed is not to come back by it.
+                            self.options.join = None;
                         }
                     }
                     Err(error) => tracing::warn!(%error, "message of the server not understood"),
@@ -326,10 +333,7 @@ impl Daemon {
             }
             self.scan_interfaces().await;
         }
-        if self.save_at.is_some_and(|at| at <= now) {
-            self.save_at = None;
-            self.save();
-        }
+        self.save_when_due(now);
         Ok(())
     }
 
@@ -361,10 +365,7 @@ impl Daemon {
             if message.ping.is_some() {
                 self.note_asked(now);
             }
-            if let Some(link) = self.ports.link() {
-                // When the link is full or gone, the next hello says the same.
-                let _ = link.try_send_control(control::encode(&message));
-            }
+            self.say(message);
         }
     }
 
@@ -379,13 +380,13 @@ impl Daemon {
                     self.scan_interfaces().await;
                 }
             }
-            Event::Rules | Event::PeerKeys => self.save(),
+            Event::Rules | Event::PeerKeys => {
+                self.save();
+            }
             Event::Standing => self.note_standing(now),
             Event::KeyTold => self.note_key_told(),
             Event::KeyRetired => self.forget_old_key(),
-            Event::Save => {
-                self.save_at.get_or_insert(now + SAVE_DELAY);
-            }
+            Event::Save => self.saving.plan(now),
             Event::Mtu { addrs, mtu } => self.set_peer_mtu(addrs, mtu).await,
             Event::Path { peer, from, to, why } => self.log_path(peer, from, to, why),
             Event::Pinged { token, answer } => {
@@ -416,9 +417,15 @@ impl Daemon {
 
     fn handle_refused(&mut self, code: RefusedCode, message: String) {
         tracing::warn!(%message, "refused by the server");
+        let was_member = self.node.netmap().identity.is_some();
+        if was_member && code.is_about_the_invite() && self.options.join.take().is_some() {
+            // A member is let in whatever it presents; without the invite we are told what we are.
+            self.handle_link_down();
+            return self.control_link.try_now();
+        }
         self.refused = Some((code, message));
         match code {
-            RefusedCode::NotMember if self.node.netmap().identity.is_some() => {
+            RefusedCode::NotMember if was_member => {
                 self.node.handle_removed(clock::now());
                 self.state.forget_enrolment();
                 self.ended = Some(Ended::Removed);
@@ -469,15 +476,5 @@ impl Daemon {
         let name = self.node.peer_info(peer).map(|info| info.name.to_string()).unwrap_or_default();
         let (path, was) = (self.show_path(to), self.show_path(from));
         tracing::info!(peer = name, path, was, why, "path changed");
-    }
-
-    fn save(&self) {
-        let mut netmap = self.node.netmap().clone();
-        let own = clock::unix_seconds();
-        let server = self.node.server_time(clock::now());
-        netmap.clocks = server.map(|server| Clocks { server, own });
-        if let Err(error) = self.state.save_netmap(&netmap) {
-            tracing::warn!(%error, "the netmap could not be saved");
-        }
     }
 }

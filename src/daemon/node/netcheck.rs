@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use socket2::SockRef;
-use tokio::net::UdpSocket;
+use tokio::net::{UdpSocket, lookup_host};
 use tokio::time::{sleep_until, timeout};
 
 use super::lines::{family, filters_strictly};
@@ -19,6 +19,7 @@ use crate::node::UplinkStatus;
 use crate::path::{NatFacts, NatKind};
 use crate::types::{TxId, Uplink};
 use crate::wire::control::DEFAULT_PORT;
+use crate::wire::join::ServerAddr;
 use crate::wire::relay::{CONTROL_LEN, Control};
 
 /// A question is sent again after these, in milliseconds from the first.
@@ -27,12 +28,27 @@ const REPEAT_MS: [u64; 3] = [0, 150, 400];
 const ANSWER_LIMIT: Duration = Duration::from_millis(1_200);
 /// The own router answers faster.
 const HAIRPIN_LIMIT: Duration = Duration::from_millis(400);
+/// A name is looked up for this long.
+const NAME_LIMIT: Duration = Duration::from_secs(1);
+/// Servers that are asked.
+const MAX_SERVERS: usize = 8;
+/// The kind of a network through which UDP does not come.
+pub(super) const UDP_BLOCKED: &str = "udp-blocked";
+const NO_UDP: &str = "UDP does not reach the server: everything goes through its relay over TCP; \
+                      allow outgoing UDP to get direct paths";
+const NO_SERVER: &str = "the server does not answer at all, so nothing can be said of the network in \
+                         front of this node; direct paths that there are stay";
 
 /// What has to be known to measure.
 #[derive(Debug, Clone)]
 pub(super) struct Inputs {
     /// The server's two reflector ports, for each of its addresses.
     reflectors: Vec<[SocketAddr; 2]>,
+    /// Its addresses whose names have to be looked up first.
+    names: Vec<ServerAddr>,
+    /// Whether the control connection stands: only then does the silence of a reflector mean that UDP
+    /// is blocked.
+    connected: bool,
     /// Addresses of this machine.
     local: Vec<IpAddr>,
     /// What the daemon has got from the router.
@@ -46,6 +62,32 @@ impl Inputs {
     pub(super) fn reflectors(&self) -> Vec<SocketAddr> {
         self.reflectors.iter().map(|[first, _]| *first).collect()
     }
+
+    /// Adds a server, if there is place.
+    fn add(&mut self, pair: [SocketAddr; 2]) {
+        if !self.reflectors.contains(&pair) && self.reflectors.len() < MAX_SERVERS {
+            self.reflectors.push(pair);
+        }
+    }
+
+    /// Looks the names up. Where that takes too long, whoever knows names is away as well.
+    async fn look_up(&mut self) {
+        let names = std::mem::take(&mut self.names);
+        let found = names.iter().map(|name| async move {
+            let found = timeout(NAME_LIMIT, lookup_host((name.host.as_str(), name.port))).await;
+            found.into_iter().flatten().flatten().collect::<Vec<_>>()
+        });
+        for addr in futures_util::future::join_all(found).await.into_iter().flatten() {
+            self.add(ports_of(addr));
+        }
+    }
+}
+
+/// The reflector ports of a server with this control port.
+fn ports_of(addr: SocketAddr) -> [SocketAddr; 2] {
+    // Control also listens on 443, the reflector does not.
+    let port = if addr.port() == 443 { DEFAULT_PORT } else { addr.port() };
+    [port, port.saturating_add(1)].map(|port| SocketAddr::new(addr.ip(), port))
 }
 
 impl Daemon {
@@ -56,30 +98,32 @@ impl Daemon {
             [first, second.unwrap_or_else(|| first.saturating_add(1))]
                 .map(|port| SocketAddr::new(server.ip(), port))
         });
-        let known = self.state.enrolment().into_iter().flat_map(|enrolment| {
-            enrolment.servers.iter().filter_map(|server| {
-                let addr = server.literal()?;
-                // Control also listens on 443, the reflector does not.
-                let port = if addr.port() == 443 { DEFAULT_PORT } else { addr.port() };
-                Some([port, port.saturating_add(1)].map(|port| SocketAddr::new(addr.ip(), port)))
-            })
-        });
-        let mut reflectors: Vec<[SocketAddr; 2]> = connected.into_iter().collect();
-        for pair in known {
-            if !reflectors.contains(&pair) {
-                reflectors.push(pair);
-            }
-        }
-        reflectors.truncate(8);
         let local = self.node.host_endpoints().iter().map(SocketAddr::ip).collect();
         let mapped = self.port_mapping.as_ref().map(PortMapping::report);
         let uplinks = self.node.uplink_statuses();
-        Inputs { reflectors, local, mapped, uplinks }
+        let reflectors = connected.into_iter().collect();
+        let is_connected = self.server.is_some();
+        let mut inputs = Inputs {
+            reflectors,
+            names: Vec::new(),
+            connected: is_connected,
+            local,
+            mapped,
+            uplinks,
+        };
+        for server in self.state.enrolment().into_iter().flat_map(|known| &known.servers) {
+            match server.literal() {
+                Some(addr) => inputs.add(ports_of(addr)),
+                None => inputs.names.push(server.clone()),
+            }
+        }
+        inputs
     }
 }
 
-/// Measures; takes three seconds at the most.
-pub(super) async fn run(inputs: Inputs) -> Netcheck {
+/// Measures; takes four seconds at the most.
+pub(super) async fn run(mut inputs: Inputs) -> Netcheck {
+    inputs.look_up().await;
     let v4 = inputs.reflectors.iter().find(|pair| pair[0].is_ipv4()).copied();
     let v6 = inputs.reflectors.iter().find(|pair| pair[0].is_ipv6()).copied();
     let (nat, ipv6, servers, uplinks) = tokio::join!(
@@ -94,7 +138,7 @@ pub(super) async fn run(inputs: Inputs) -> Netcheck {
             let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).await.ok()?;
             reflect(&socket, pair[0], false).await.map(|(observed, _)| observed)
         },
-        probe_servers(&inputs.reflectors),
+        probe_servers(&inputs),
         probe_uplinks(&inputs.uplinks, &inputs.reflectors),
     );
     let udp = servers.iter().any(|server| server.rtt_ms.is_some());
@@ -117,10 +161,10 @@ pub(super) async fn run(inputs: Inputs) -> Netcheck {
                 .and_then(|nat| nat.facts.filtering)
                 .map_or("unknown", |filtering| filtering.as_str())
                 .into(),
-            kind: match (kind, udp) {
-                (Some(kind), _) => kind.as_str(),
-                (None, false) => "udp-blocked",
-                (None, true) => "unknown",
+            kind: match kind {
+                Some(kind) => kind.as_str(),
+                None if !udp && inputs.connected => UDP_BLOCKED,
+                None => "unknown",
             }
             .into(),
             hairpin: nat.as_ref().and_then(|nat| nat.hairpin),
@@ -129,7 +173,12 @@ pub(super) async fn run(inputs: Inputs) -> Netcheck {
         },
         servers,
         uplinks,
-        verdict: verdict(kind, udp, ipv6.is_some()).into(),
+        verdict: match (udp, inputs.connected) {
+            (true, _) => verdict(kind, ipv6.is_some()),
+            (false, true) => NO_UDP,
+            (false, false) => NO_SERVER,
+        }
+        .into(),
         forecast: Vec::new(),
     }
 }
@@ -182,8 +231,9 @@ async fn hairpins(inside: &UdpSocket, external: SocketAddr) -> bool {
     timeout(HAIRPIN_LIMIT, arrived).await.unwrap_or(false)
 }
 
-async fn probe_servers(reflectors: &[[SocketAddr; 2]]) -> Vec<ServerProbe> {
-    let probes = reflectors.iter().map(|pair| probe_server(pair[0]));
+async fn probe_servers(inputs: &Inputs) -> Vec<ServerProbe> {
+    let connected = inputs.connected;
+    let probes = inputs.reflectors.iter().map(|pair| probe_server(pair[0], connected));
     let mut probes: Vec<(usize, ServerProbe)> = tokio::task::JoinSet::from_iter(
         probes.enumerate().map(|(place, probe)| async move { (place, probe.await) }),
     )
@@ -229,7 +279,7 @@ async fn seen_by(uplink: &Uplink, server: SocketAddr) -> Option<(SocketAddr, Dur
     reflect(&socket, server, false).await
 }
 
-async fn probe_server(server: SocketAddr) -> ServerProbe {
+async fn probe_server(server: SocketAddr, connected: bool) -> ServerProbe {
     let bind: SocketAddr = if server.is_ipv4() {
         (Ipv4Addr::UNSPECIFIED, 0).into()
     } else {
@@ -246,7 +296,7 @@ async fn probe_server(server: SocketAddr) -> ServerProbe {
     ServerProbe {
         address: server.to_string(),
         rtt_ms: rtt.map(millis),
-        udp_blocked: rtt.is_none(),
+        udp_blocked: rtt.is_none() && connected,
         path_mtu,
     }
 }
@@ -290,11 +340,7 @@ async fn reflect(
     timeout(ANSWER_LIMIT, exchange).await.ok().flatten()
 }
 
-fn verdict(kind: Option<NatKind>, udp: bool, ipv6: bool) -> &'static str {
-    if !udp {
-        return "UDP does not reach the server: everything goes through its relay over TCP; allow \
-                outgoing UDP to get direct paths";
-    }
+fn verdict(kind: Option<NatKind>, ipv6: bool) -> &'static str {
     match kind {
         Some(NatKind::None) => {
             "no NAT and no filter: every peer can be talked to directly, whatever it is behind"
@@ -320,5 +366,36 @@ fn verdict(kind: Option<NatKind>, udp: bool, ipv6: bool) -> &'static str {
              NAT, unless one of the two gives its ports in order"
         }
         None => "UDP works; the NAT for IPv4 could not be measured",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn silence_means_blocked_udp_only_while_the_control_connection_stands() {
+        // Bound, so that nobody else answers there.
+        let silent = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = silent.local_addr().unwrap().port();
+        let named = |connected| Inputs {
+            reflectors: Vec::new(),
+            names: vec![ServerAddr { host: "localhost".into(), port }],
+            connected,
+            local: Vec::new(),
+            mapped: None,
+            uplinks: Vec::new(),
+        };
+        let (away, blocked) = tokio::join!(run(named(false)), run(named(true)));
+        for report in [&away, &blocked] {
+            let asked = |at: &str| report.servers.iter().any(|server| server.address == at);
+            let places = [format!("127.0.0.1:{port}"), format!("[::1]:{port}")];
+            assert!(places.iter().any(|at| asked(at)), "the name was looked up: {report:?}");
+            assert!(!report.udp);
+        }
+        assert_eq!((away.nat.kind.as_str(), away.verdict.as_str()), ("unknown", NO_SERVER));
+        assert!(away.servers.iter().all(|server| !server.udp_blocked), "{away:?}");
+        assert_eq!((blocked.nat.kind.as_str(), blocked.verdict.as_str()), (UDP_BLOCKED, NO_UDP));
+        assert!(blocked.servers.iter().all(|server| server.udp_blocked), "{blocked:?}");
     }
 }

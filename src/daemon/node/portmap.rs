@@ -178,6 +178,18 @@ impl Daemon {
         self.port_mapping.as_ref().and_then(|mapping| mapping.keeper.poll_timeout())
     }
 
+    /// Waits for what is being asked of the router, half a second at the most: it may be a mapping, which
+    /// nobody would remove.
+    pub(super) async fn settle_portmap(&mut self) {
+        let settled = async {
+            while self.port_mapping.as_ref().is_some_and(|mapping| mapping.keeper.is_busy()) {
+                let news = next(self.port_mapping.as_mut()).await;
+                self.handle_portmap_news(news);
+            }
+        };
+        let _ = tokio::time::timeout(FAREWELL_LIMIT, settled).await;
+    }
+
     /// Removes the mapping: the daemon ends. Waits half a second at the most.
     pub(super) async fn end_portmap(&mut self) {
         let Some(mapping) = self.port_mapping.take() else { return };

@@ -311,7 +311,7 @@ pub struct ServerProbe {
     pub address: String,
     /// Round trip in milliseconds, when it answered.
     pub rtt_ms: Option<f64>,
-    /// Whether UDP to it is blocked, as far as silence tells.
+    /// Whether UDP to it is blocked: it is silent while the control connection stands.
     #[serde(default)]
     pub udp_blocked: bool,
     /// The largest of some usual sizes of IP packets that arrives there uncut, in bytes; none when

@@ -22,6 +22,8 @@ const SPACING: Duration = Duration::from_millis(20);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// up to so many at once.
 const LOOKS: u32 = 8;
+/// A look that has failed is repeated after this.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// A sign of life that was asked for on the control connection comes within this, or within
 /// several round trips: the segment that asks may be lost and sent again.
 const PROOF_LIMIT: Duration = Duration::from_millis(1_500);
@@ -35,6 +37,8 @@ pub(super) struct Surroundings {
     looked_at: Option<Instant>,
     /// As if this time had been without changes: what is older than the looks that are left.
     quiet_since: Option<Instant>,
+    /// The last look has failed.
+    is_blind: bool,
     /// When the server was asked for a sign of life, and until when it is waited for.
     asked: Option<(Instant, Instant)>,
 }
@@ -61,6 +65,7 @@ impl Surroundings {
             rescan_at: None,
             looked_at: None,
             quiet_since: None,
+            is_blind: false,
             asked: None,
         }
     }
@@ -91,6 +96,14 @@ impl Surroundings {
         let spaced = self.looked_at.map_or(now, |at| at + SPACING);
         let earned = self.quiet_since.map_or(now, |since| since + LOOK_EVERY);
         self.rescan_at.get_or_insert(earned.max(spaced).max(now + SETTLE));
+    }
+
+    /// A look has failed: what it should have seen is still unknown.
+    fn note_failed_look(&mut self, error: &NetlinkError, now: Instant) {
+        if !std::mem::replace(&mut self.is_blind, true) {
+            tracing::warn!(%error, "the local addresses could not be read, trying again");
+        }
+        self.rescan_at.get_or_insert(now + LOOK_AGAIN);
     }
 
     /// A look costs one of those that are left.
@@ -124,7 +137,7 @@ impl Daemon {
                 // It may have said something that was not read yet.
                 self.heard_server = now;
                 if suspended {
-                    self.node.add_server_time(away, now);
+                    self.node.handle_sleep(away, now);
                 }
                 self.node.handle_wake(suspended, now);
             }
@@ -161,10 +174,11 @@ impl Daemon {
         let underlay = match look(own).await {
             Ok(underlay) => underlay,
             Err(error) => {
-                tracing::warn!(%error, "the local addresses could not be read");
+                self.surroundings.note_failed_look(&error, clock::now());
                 return;
             }
         };
+        self.surroundings.is_blind = false;
         let now = clock::now();
         let before = self.surroundings.underlay.replace(underlay.clone());
         let rerouted = before.as_ref().is_some_and(|before| before.gateways != underlay.gateways);
@@ -233,8 +247,22 @@ mod tests {
             rescan_at: None,
             looked_at: None,
             quiet_since: None,
+            is_blind: false,
             asked: None,
         }
+    }
+
+    #[test]
+    fn a_look_that_failed_is_repeated_whether_or_not_there_is_other_news() {
+        let now = crate::testing::epoch();
+        let mut surroundings = unwatched();
+        let error = NetlinkError::Connect(std::io::ErrorKind::OutOfMemory.into());
+        surroundings.note_failed_look(&error, now);
+        assert_eq!(surroundings.rescan_at, Some(now + LOOK_AGAIN));
+        surroundings.rescan_at = None;
+        surroundings.plan_look(now);
+        surroundings.note_failed_look(&error, now);
+        assert_eq!(surroundings.rescan_at, Some(now + SETTLE), "what comes sooner stays");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::local::serve_local;
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
 use super::rotate::Rotation;
-use super::state::{StateDir, StateError};
+use super::state::{StateDir, StateError, is_known};
 use super::threads::{Ports, Threads};
 use super::{Daemon, Ended};
 use crate::dataplane::{TunBatch, UdpBatch};
@@ -111,6 +111,13 @@ pub enum StartError {
     /// A daemon serves this socket.
     #[error("overlay is already running (it answers on {})", socket.display())]
     AlreadyRunning {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// A daemon serves this socket, and the join line says what it does not know.
+    #[error("overlay is already running (it answers on {}), and uses another join line",
+        socket.display())]
+    RunsOtherwise {
         /// The socket.
         socket: PathBuf,
     },
@@ -231,8 +238,12 @@ pub async fn run(
     options.settle_mtu().await;
     let mut stop = StopSignals::new()?;
     let listener = match LocalListener::bind(&options.socket).await {
-        Err(LocalError::AlreadyRunning { path }) => {
-            return Err(StartError::AlreadyRunning { socket: path });
+        Err(LocalError::AlreadyRunning { path: socket }) => {
+            let known = |join: &JoinLine| is_known(&options.state_dir, join);
+            return Err(match options.join.as_ref().is_none_or(known) {
+                true => StartError::AlreadyRunning { socket },
+                false => StartError::RunsOtherwise { socket },
+            });
         }
         result => result?,
     };
@@ -272,7 +283,7 @@ pub async fn run(
         next_token: 0,
         halves: std::collections::BTreeMap::new(),
         ready: false,
-        save_at: None,
+        saving: super::saving::Saving::default(),
         watchdog: Watchdog::new(ports.progress(), now),
         rotation: Rotation::new(now),
         said: Vec::new(),
@@ -298,7 +309,15 @@ pub async fn run(
         Threads::start(&ports, &note_sender)
             .map_err(|source| StartError::Io { action: "starting the packet threads", source })
     };
-    let (threads, ended) = daemon.come_up(&mut stop, &start_threads).await?;
+    let (threads, ended) = match daemon.come_up(&mut stop, &start_threads).await {
+        Ok((threads, None)) => (threads, None),
+        ended => {
+            // The router was asked beside everything else.
+            daemon.settle_portmap().await;
+            daemon.end_portmap().await;
+            ended?
+        }
+    };
     if let Some(ended) = ended {
         return Ok(ended);
     }
@@ -363,14 +382,14 @@ impl Daemon {
         let deadline = clock::now() + ENROL_LIMIT;
         loop {
             self.drain().await?;
+            if self.ended.is_some() {
+                return Ok(self.ended);
+            }
             if let Some((code, message)) = self.refused.take() {
                 return Err(StartError::Refused { code, message });
             }
             if let Some(error) = self.connect_error.take() {
                 return Err(StartError::Connect(error));
-            }
-            if self.ended.is_some() {
-                return Ok(self.ended);
             }
             if self.node.is_told_expired(clock::now()) {
                 let ends = self.node.netmap().expires.unwrap_or_default();

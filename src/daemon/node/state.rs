@@ -73,6 +73,14 @@ pub(super) struct Enrolment {
 }
 
 impl Enrolment {
+    /// Whether a join line says nothing that is not known here.
+    fn covers(&self, join: &JoinLine) -> bool {
+        self.joined
+            && self.network == join.network
+            && self.server_keys.contains(&join.server_key)
+            && join.addresses.iter().all(|address| self.servers.contains(address))
+    }
+
     /// The servers, to be connected to as the holder of `machine_key`.
     pub(super) fn destination(&self, machine_key: SecretKey) -> Destination {
         let (servers, server_keys) = (self.servers.clone(), self.server_keys.clone());
@@ -215,9 +223,14 @@ impl StateDir {
         }
     }
 
-    /// The server let us in: from here on no join line is needed.
-    pub(super) fn note_welcome(&mut self, welcome: &Welcome, used: Option<SocketAddr>) {
+    /// The server let us in: from here on no join line is needed. Returns where it is found.
+    pub(super) fn note_welcome(
+        &mut self,
+        welcome: &Welcome,
+        used: Option<SocketAddr>,
+    ) -> &[ServerAddr] {
         self.note_addresses(&welcome.server_addresses, used);
+        self.enrolment.as_ref().map_or(&[], |enrolment| &enrolment.servers)
     }
 
     /// Where the server is found from now on: where it was found, where it says that it is, and
@@ -344,6 +357,14 @@ fn parse_keys(text: &[u8]) -> Result<Keys, String> {
     Ok(Keys { machine: key(&file.machine_key)?, node, since: file.since })
 }
 
+/// Whether the node that runs with this state directory has nothing to learn from a join line. The
+/// directory is only looked at: that node has the lock.
+pub(super) fn is_known(path: &Path, join: &JoinLine) -> bool {
+    let text = files::read(&path.join(ENROLMENT_FILE)).ok().flatten();
+    let enrolment = text.and_then(|text| serde_json::from_slice::<Enrolment>(&text).ok());
+    enrolment.is_some_and(|enrolment| enrolment.covers(join))
+}
+
 /// What the state file `name` would hold if it was written again after it was read as `text`.
 ///
 /// # Errors
@@ -424,6 +445,19 @@ mod tests {
             // The next file is looked at with this one whole.
             let _ = std::fs::remove_file(dir.path().join(name));
         }
+    }
+
+    #[test]
+    fn a_join_line_is_known_when_it_names_no_other_network_key_or_address() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!is_known(dir.path(), &line()), "nothing is known yet");
+        enrolled(dir.path());
+        assert!(is_known(dir.path(), &line()));
+        let moved = JoinLine { addresses: vec!["192.0.2.77:41820".parse().unwrap()], ..line() };
+        assert!(!is_known(dir.path(), &moved));
+        let rekeyed = JoinLine { server_key: SecretKey::from_bytes([9; 32]).public(), ..line() };
+        assert!(!is_known(dir.path(), &rekeyed));
+        assert!(!is_known(dir.path(), &JoinLine { network: NetworkId([9; 8]), ..line() }));
     }
 
     #[test]

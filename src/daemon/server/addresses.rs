@@ -9,7 +9,7 @@ use nix::sys::socket::SockaddrStorage;
 use tracing::warn;
 
 use super::sockets::Bound;
-use crate::types::OverlayRange;
+use crate::types::{OverlayRange, is_global_v4};
 use crate::wire::join::{MAX_ADDRESSES, ServerAddr};
 
 /// How the server is found: what it was told, or where it listens.
@@ -117,14 +117,7 @@ fn rank(ip: IpAddr) -> (bool, bool) {
 
 fn is_global(ip: IpAddr) -> bool {
     match ip {
-        IpAddr::V4(ip) => {
-            let shared = ip.octets()[0] == 100 && (ip.octets()[1] & 0xc0) == 64;
-            !(ip.is_private()
-                || ip.is_loopback()
-                || ip.is_link_local()
-                || ip.is_unspecified()
-                || shared)
-        }
+        IpAddr::V4(ip) => is_global_v4(ip),
         // Global unicast is 2000::/3 (RFC 4291 section 2.4 and the IANA registry).
         IpAddr::V6(ip) => (ip.segments()[0] & 0xe000) == 0x2000,
     }

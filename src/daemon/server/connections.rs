@@ -17,6 +17,7 @@ use super::sockets::Listener;
 use crate::io::clock;
 use crate::io::link::{Inbound, Link, LinkReceiver, RelayBatch};
 use crate::io::listen::{self, Admission, Gate, HANDSHAKE_LIMIT};
+use crate::io::said::Said;
 use crate::server::fresh::{Freshness, Tokens};
 use crate::server::{Connected, ConnectionId};
 use crate::types::{PublicKey, SecretKey};
@@ -35,6 +36,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct Entrance {
     key: SecretKey,
     gate: Arc<Gate>,
+    said: Said,
     fresh: Mutex<Freshness>,
     next: AtomicU64,
     events: mpsc::Sender<Event>,
@@ -49,7 +51,8 @@ impl Entrance {
         hub: Arc<Hub>,
     ) -> Self {
         let fresh = Mutex::new(Freshness::new(tokens));
-        Self { key, gate: Arc::default(), fresh, next: AtomicU64::new(1), events, hub }
+        let (gate, said, next) = (Arc::default(), Said::default(), AtomicU64::new(1));
+        Self { key, gate, said, fresh, next, events, hub }
     }
 
     /// Whether what a first message holds may be acted on before there is another.
@@ -139,7 +142,7 @@ async fn serve(
 async fn greet(stream: TcpStream, entrance: &Entrance) -> Result<(Link, Vec<u8>, bool), String> {
     let source = stream.peer_addr().map_err(|error| error.to_string())?.ip();
     let is_new = |key: PublicKey, payload: &[u8]| entrance.is_new(key, payload, source);
-    let upgraded = listen::upgrade(stream, &entrance.key, is_new).await;
+    let upgraded = listen::upgrade(stream, &entrance.key, &entrance.said, is_new).await;
     let (mut link, early) = upgraded.map_err(|error| error.to_string())?;
     link.receiver.limit_messages(MAX_CLIENT_MESSAGE);
     if let Some(early) = early.as_deref().and_then(Early::parse) {

@@ -51,6 +51,11 @@ fn read(state: &mut HandshakeState, text: &[u8]) -> Result<Vec<u8>, HandshakeErr
     Ok(payload)
 }
 
+/// The ephemeral key of a first message, which is made anew for each of them.
+pub(crate) fn ephemeral(first: &[u8]) -> Option<[u8; 32]> {
+    BASE64URL_NOPAD.decode(first).ok()?.first_chunk().copied()
+}
+
 fn finish(state: HandshakeState) -> Result<Secured, HandshakeError> {
     let key = state.get_remote_static().and_then(|key| key.try_into().ok());
     let peer_key = PublicKey(key.ok_or(HandshakeError)?);

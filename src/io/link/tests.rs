@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use super::*;
 use crate::io::listen::{self, UpgradeError};
+use crate::io::said::Said;
 use crate::types::{DropReason, SecretKey};
 use crate::wire::frame::{Early, MAX_MESSAGE};
 use crate::wire::join::ServerAddr;
@@ -29,7 +30,7 @@ async fn listener() -> (TcpListener, ServerAddr) {
 
 /// The server's side of an upgrade, where no early hello counts.
 async fn accept(stream: TcpStream, key: &SecretKey) -> Result<Link, UpgradeError> {
-    listen::upgrade(stream, key, |_, _| false).await.map(|(link, _)| link)
+    listen::upgrade(stream, key, &Said::default(), |_, _| false).await.map(|(link, _)| link)
 }
 
 /// The two ends of a link.
@@ -269,7 +270,7 @@ async fn early(
             assert_eq!(key, machine_key().public());
             counts
         };
-        listen::upgrade(stream, &server_key(), is_new).await.unwrap()
+        listen::upgrade(stream, &server_key(), &Said::default(), is_new).await.unwrap()
     };
     let (way, keys, machine) = (Way::default(), [server_key().public()], machine_key());
     let client = connect_by(&way, &addr, &keys, &machine, offered);

@@ -5,13 +5,19 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::{Stream, StreamExt};
 use rtnetlink::MulticastGroup;
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+
+/// When the news have ended, they are asked for again after this.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+
+type News = NetlinkPayload<RouteNetlinkMessage>;
 
 /// What has changed since the last look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -31,11 +37,11 @@ impl ChangeSet {
     }
 }
 
-/// Waits for changes. The tasks behind it end when this is dropped.
+/// Waits for changes. The task behind it ends when this is dropped.
 #[derive(Debug)]
 pub struct Changes {
     shared: Arc<Shared>,
-    tasks: [JoinHandle<()>; 2],
+    task: JoinHandle<()>,
 }
 
 #[derive(Debug, Default)]
@@ -46,21 +52,49 @@ struct Shared {
 
 impl Changes {
     pub(super) fn listen() -> io::Result<Self> {
-        let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&[
-            MulticastGroup::Link,
-            MulticastGroup::Ipv4Ifaddr,
-            MulticastGroup::Ipv6Ifaddr,
-            MulticastGroup::Ipv4Route,
-            MulticastGroup::Ipv6Route,
-        ])?;
+        Self::listen_by(|| {
+            let (connection, _, messages) = rtnetlink::new_multicast_connection(&[
+                MulticastGroup::Link,
+                MulticastGroup::Ipv4Ifaddr,
+                MulticastGroup::Ipv6Ifaddr,
+                MulticastGroup::Ipv4Route,
+                MulticastGroup::Ipv6Route,
+            ])?;
+            Ok((connection, messages.map(|(message, _)| message.payload)))
+        })
+    }
+
+    /// Takes news from what `open` gives: what has to run for them, and the news.
+    fn listen_by<C, M>(
+        mut open: impl FnMut() -> io::Result<(C, M)> + Send + 'static,
+    ) -> io::Result<Self>
+    where
+        C: Future<Output = ()> + Send + 'static,
+        M: Stream<Item = News> + Unpin + Send + 'static,
+    {
+        let mut source = open()?;
         let shared = Arc::new(Shared::default());
         let writer = Arc::clone(&shared);
-        let reader = tokio::spawn(async move {
-            while let Some((message, _)) = messages.next().await {
-                writer.note(&message.payload);
+        let task = tokio::spawn(async move {
+            loop {
+                let (connection, messages) = source;
+                tokio::select! {
+                    () = connection => {}
+                    () = messages.for_each(|news| std::future::ready(writer.note(&news))) => {}
+                }
+                tracing::debug!("the kernel's news have ended, listening anew");
+                source = loop {
+                    tokio::time::sleep(LISTEN_AGAIN).await;
+                    match open() {
+                        Ok(source) => break source,
+                        Err(error) => tracing::debug!(%error, "the kernel gives no news"),
+                    }
+                };
+                // What has happened meanwhile nobody has told.
+                writer.note_all();
             }
         });
-        Ok(Self { shared, tasks: [tokio::spawn(connection), reader] })
+        Ok(Self { shared, task })
     }
 
     /// Waits until something has changed since the last call; several changes are one. Dropping
@@ -78,9 +112,7 @@ impl Changes {
 
 impl Drop for Changes {
     fn drop(&mut self) {
-        for task in &self.tasks {
-            task.abort();
-        }
+        self.task.abort();
     }
 }
 
@@ -89,7 +121,12 @@ impl Shared {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, payload: &NetlinkPayload<RouteNetlinkMessage>) {
+    fn note_all(&self) {
+        *self.pending() = ChangeSet { links: true, addresses: true, routes: true };
+        self.news.notify_one();
+    }
+
+    fn note(&self, payload: &News) {
         {
             let mut pending = self.pending();
             match payload {
@@ -107,11 +144,37 @@ impl Shared {
                 },
                 // The kernel had more news than the socket could hold: anything may have changed.
                 NetlinkPayload::Overrun(_) => {
-                    *pending = ChangeSet { links: true, addresses: true, routes: true };
+                    drop(pending);
+                    return self.note_all();
                 }
                 _ => return,
             }
         }
         self.news.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn news_that_end_are_asked_for_again_and_nothing_is_missed() {
+        let mut opened = 0;
+        let mut changes = Changes::listen_by(move || {
+            opened += 1;
+            // The first source ends at once, the second cannot be had, the third is silent.
+            match opened {
+                2 => Err(io::ErrorKind::OutOfMemory.into()),
+                1 => Ok((std::future::pending().boxed(), futures_util::stream::empty().boxed())),
+                _ => Ok((std::future::pending().boxed(), futures_util::stream::pending().boxed())),
+            }
+        })
+        .unwrap();
+        let all = ChangeSet { links: true, addresses: true, routes: true };
+        let changed = tokio::time::timeout(LISTEN_AGAIN * 20, changes.changed()).await;
+        assert_eq!(changed.unwrap(), all);
     }
 }

@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::net::IpAddr;
 
 use super::{InterfaceAddress, Link, LinkKind, Route};
-use crate::types::Uplink;
+use crate::types::{Uplink, is_shared};
 
 /// The most addresses of one family.
 const MAX_PER_FAMILY: usize = 16;
@@ -239,7 +239,7 @@ fn is_link_local(address: IpAddr) -> bool {
 /// Not routed in the internet: RFC 1918, and RFC 6598 between a provider and its customers.
 fn is_private(address: IpAddr) -> bool {
     match address {
-        IpAddr::V4(ip) => ip.is_private() || (ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64),
+        IpAddr::V4(ip) => ip.is_private() || is_shared(ip),
         IpAddr::V6(ip) => ip.is_unique_local(),
     }
 }

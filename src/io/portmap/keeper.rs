@@ -302,6 +302,12 @@ impl Keeper {
         }
     }
 
+    /// Whether a job is under way.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.running.is_some()
+    }
+
     /// The mapping that there is, and the gateway that keeps it.
     #[must_use]
     pub fn mapping(&self) -> Option<(Gateway, Mapping)> {

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
 
 use super::{Failure, Gateway};
+use crate::types::is_global_v4;
 
 /// A mapping that is gone sooner is of no use: it could not be renewed in time.
 const SHORTEST_LEASE: Duration = Duration::from_secs(10);
@@ -80,15 +81,8 @@ impl Mapping {
     /// behind this router.
     #[must_use]
     pub fn is_public(&self) -> bool {
-        is_public(*self.external.ip())
+        is_global_v4(*self.external.ip())
     }
-}
-
-/// Whether this is no private, shared (RFC 6598) or link-local address.
-pub(super) fn is_public(ip: Ipv4Addr) -> bool {
-    let [a, b, ..] = ip.octets();
-    let shared = a == 100 && (64..128).contains(&b);
-    !(ip.is_private() || shared || ip.is_link_local() || ip.is_loopback() || ip.is_unspecified())
 }
 
 /// What a job is for.

@@ -20,6 +20,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use crate::io::os::Netlink;
+use crate::types::is_global_v4;
 
 /// A router has this long to carry out what it said it can do.
 const MAPPING_LIMIT: Duration = Duration::from_secs(2);
@@ -58,7 +59,7 @@ pub async fn find_gateway(own_index: Option<u32>) -> Option<Gateway> {
     socket.connect((router, crab_nat::GATEWAY_PORT)).ok()?;
     let SocketAddr::V4(local) = socket.local_addr().ok()? else { return None };
     let gateway = Gateway { router, local: *local.ip() };
-    (!lease::is_public(gateway.local)).then_some(gateway)
+    (!is_global_v4(gateway.local)).then_some(gateway)
 }
 
 /// Carries out a job. Takes the job's budget for finding out what the router speaks, and then two

@@ -2,6 +2,8 @@
 //!
 //! `OVERLAY_TEST_CROWD` is the number of slow connections, `OVERLAY_TEST_REPLAYS` that of replayed
 //! handshakes, `OVERLAY_TEST_REPLAYS_AT_ONCE` how many of them are under way at the same time.
+//! `OVERLAY_TEST_HANDSHAKES_PPS` is how many there are a second in a flood of them, and
+//! `OVERLAY_TEST_HANDSHAKES_S` for how long.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -26,6 +28,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::timed("crowd::slow_connections_keep_nobody_out", slow_connections),
         Case::new("crowd::replayed_handshakes_change_nothing", replays),
+        Case::timed("crowd::a_flood_of_handshakes_keeps_nobody_out", handshakes),
     ]
 }
 
@@ -123,16 +126,8 @@ fn slow_connections() {
         thread::sleep(Duration::from_millis(10));
     }
     let stream = Stream::start(&net, &bob.host, &alice.ipv4());
-    let mut times: Vec<Duration> = (0..10)
-        .map(|number| {
-            let mut node = Node::with_config(&net, &newcomer, &format!("new{number}"), "");
-            node.up(&server.join());
-            node.wait_connected();
-            let took = node.started.elapsed();
-            assert_eq!(node.stop(), Some(0));
-            took
-        })
-        .collect();
+    let mut times: Vec<Duration> =
+        (0..10).map(|number| join_once(&net, &server, &newcomer, number)).collect();
     times.sort();
     let grown = memory_bytes(&server).saturating_sub(before);
     over.store(true, Ordering::Relaxed);
@@ -154,7 +149,7 @@ fn slow_connections() {
     assert!(lines <= 30, "{lines} lines of log");
 }
 
-/// Says `first` once for each of these numbers; how often it was answered.
+/// Says `first` once for each of these numbers; how often it was taken for a new one.
 fn replay_some(
     host: &Host,
     to: SocketAddr,
@@ -166,49 +161,67 @@ fn replay_some(
         let _ = stream.set_nonblocking(false);
         let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
         let _ = stream.write_all(first);
-        let answered = matches!(stream.read(&mut [0; 512]), Ok(1..));
+        let mut answer = [0; 512];
+        let length = stream.read(&mut answer).unwrap_or_default();
         // Half of them go on with what is no frame of that session.
         let _ = number.is_multiple_of(2).then(|| stream.write_all(&[0, 32, 7, 7, 7]));
-        answered
+        answer[..length].starts_with(b"HTTP/1.1 101")
     };
     host.ns.enter(|| numbers.filter(|number| says(*number)).count() as u64)
+}
+
+/// Two members that talk by the relay, and what one of them has said first on a connection.
+struct Recorded {
+    server: Server,
+    alice: Node,
+    bob: Node,
+    mallory: Host,
+    first: Vec<u8>,
+}
+
+impl Recorded {
+    fn new(net: &Net) -> Self {
+        let mut server = Server::start(net, &net.machine("server", Nat::None));
+        let [mut alice, mut bob] = [("alice", Nat::Symmetric), ("bob", Nat::Symmetric)]
+            .map(|(name, nat)| Node::start(net, &net.machine(name, nat), &server));
+        ping::assert_answers(&bob.host, &alice.ipv4());
+        server.stop();
+        let listen = || TcpListener::bind((server.host.address, PORT)).unwrap();
+        let first = attack::answer_with_noise(&server.host.ns.enter(listen));
+        server.run();
+        server.wait_ready();
+        alice.wait_connected();
+        bob.wait_connected();
+        ping::assert_answers(&bob.host, &alice.ipv4());
+        Self { server, alice, bob, mallory: many_addresses(net), first }
+    }
+
+    fn to(&self) -> SocketAddr {
+        SocketAddr::from((self.server.host.address, PORT))
+    }
 }
 
 /// What a node says first, and all that it says first on a connection, said again by a stranger.
 fn replays() {
     let net = Net::new();
-    let mut server = Server::start(&net, &net.machine("server", Nat::None));
-    let [mut alice, mut bob] = [("alice", Nat::Symmetric), ("bob", Nat::Symmetric)]
-        .map(|(name, nat)| Node::start(&net, &net.machine(name, nat), &server));
-    ping::assert_answers(&bob.host, &alice.ipv4());
-    let to = SocketAddr::from((server.host.address, PORT));
-    server.stop();
-    let listener = server.host.ns.enter(|| TcpListener::bind(to).unwrap());
-    let first = attack::answer_with_noise(&listener);
-    drop(listener);
-    server.run();
-    server.wait_ready();
-    alice.wait_connected();
-    bob.wait_connected();
-    ping::assert_answers(&bob.host, &alice.ipv4());
-    let mallory = many_addresses(&net);
-    let state = || (events(&server), connections(&alice), connections(&bob));
+    let scene = Recorded::new(&net);
+    let Recorded { server, alice, bob, mallory, first } = &scene;
+    let state = || (events(server), connections(alice), connections(bob));
     let before = state();
     let log = net.log_file("server");
     let lines_before = fs::read_to_string(&log).unwrap().lines().count();
     let stream = Stream::start(&net, &bob.host, &alice.ipv4());
 
-    let (start, cpu) = (now(), cpu_seconds(&server));
+    let (start, cpu) = (now(), cpu_seconds(server));
     let count = number("OVERLAY_TEST_REPLAYS", 2_000);
     let at_once = number("OVERLAY_TEST_REPLAYS_AT_ONCE", 1);
     let answered: u64 = thread::scope(|scope| {
-        let (host, first) = (&mallory, first.as_slice());
-        let replay = |numbers| scope.spawn(move || replay_some(host, to, first, numbers));
+        let replay = |numbers| scope.spawn(|| replay_some(mallory, scene.to(), first, numbers));
         let of = |worker| (worker..count).step_by(usize::try_from(at_once).unwrap());
         let workers: Vec<_> = (0..at_once).map(of).map(replay).collect();
         workers.into_iter().map(|worker| worker.join().unwrap()).sum()
     });
-    let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(&server) - cpu);
+    let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(server) - cpu);
     stream.wait_for_more(50);
     stream.stop_without_loss();
     eprintln!(
@@ -216,11 +229,82 @@ fn replays() {
         count as f64 / took,
         cpu / took * 100.0,
     );
-    assert!(answered > count / 2, "{answered} of {count} looked genuine at first");
+    // From each address once: after that it is known.
+    let sources = count.min(u64::from(ADDRESSES));
+    assert!(answered > sources / 2 && answered <= sources, "{answered} looked genuine at first");
     assert_eq!(state(), before, "nothing was written, nobody was cut off");
     assert!(cpu < took, "less than one processor: {cpu:.1} s in {took:.1} s");
     let lines = fs::read_to_string(&log).unwrap().lines().count() - lines_before;
     assert!((lines as f64) < 10.0 * took.max(1.0), "{lines} lines of log in {took:.1} s");
+}
+
+/// A genuine first message at a rate, from many sources, each time on a connection of its own. Members
+/// talk by the server's relay, and new ones join.
+fn handshakes() {
+    let net = Net::new();
+    let scene = Recorded::new(&net);
+    let Recorded { server, alice, bob, mallory, first } = &scene;
+    let (to, newcomer) = (scene.to(), net.machine("carol", Nat::None));
+    let rate = number("OVERLAY_TEST_HANDSHAKES_PPS", 500);
+    let span = Duration::from_secs(number("OVERLAY_TEST_HANDSHAKES_S", 2));
+    let stream = Stream::start(&net, &bob.host, &alice.ipv4());
+    stream.wait_for_more(20);
+
+    let (start, cpu) = (now(), cpu_seconds(server));
+    let due = |number: u64| Duration::from_secs_f64(number as f64 / rate as f64);
+    let in_time = |number: &u64| {
+        thread::sleep(due(*number).saturating_sub(start.elapsed()));
+        start.elapsed() < span
+    };
+    let (said, answered, times) = thread::scope(|scope| {
+        let flood = |worker: u64| {
+            scope.spawn(move || {
+                let mut said = 0;
+                let numbers = (worker..).step_by(FLOODERS).take_while(in_time);
+                let counted = numbers.inspect(|_| said += 1);
+                let answered = replay_some(mallory, to, first, counted);
+                (said, answered)
+            })
+        };
+        let flooders: Vec<_> = (0..FLOODERS as u64).map(flood).collect();
+        let mut times: Vec<Duration> = Vec::new();
+        while start.elapsed() < span {
+            times.push(join_once(&net, server, &newcomer, times.len()));
+        }
+        let counts = flooders.into_iter().map(|flooder| flooder.join().unwrap());
+        let sum = |(a, b): (u64, u64), (c, d): (u64, u64)| (a + c, b + d);
+        let (said, answered) = counts.fold((0, 0), sum);
+        (said, answered, times)
+    });
+    let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(server) - cpu);
+    let heard = stream.stop();
+    let slowest = times.iter().max().unwrap();
+    eprintln!(
+        "{:.0} handshakes a second, {answered} of {said} answered: {:.0} % of a processor, {} \
+         joins took {:?} to {slowest:?}, {} of {} pings lost",
+        said as f64 / took,
+        cpu / took * 100.0,
+        times.len(),
+        times.iter().min().unwrap(),
+        heard.lost.len(),
+        heard.packets + heard.lost.len(),
+    );
+    assert!(said as f64 / took > rate as f64 / 2.0, "it was a flood: {said} in {took:.1} s");
+    let sources = u64::from(ADDRESSES);
+    assert!(answered > sources / 2 && answered <= sources, "{answered} looked genuine at first");
+    assert!(cpu < took, "less than one processor: {cpu:.1} s in {took:.1} s");
+    assert!(*slowest < Duration::from_secs(2), "a join takes {slowest:?}");
+    assert!(heard.lost.len() * 100 <= heard.packets, "lost {:?}", heard.lost);
+}
+
+/// How long a new node takes to come in.
+fn join_once(net: &Net, server: &Server, host: &Host, number: usize) -> Duration {
+    let mut node = Node::with_config(net, host, &format!("new{number}"), "");
+    node.up(&server.join());
+    node.wait_connected();
+    let took = node.started.elapsed();
+    assert_eq!(node.stop(), Some(0));
+    took
 }
 
 fn events(server: &Server) -> usize {
@@ -233,3 +317,6 @@ fn connections(node: &Node) -> usize {
 
 /// What Linux says to programs, whatever its own clock does.
 const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Each waits for the answer to what it has said before it goes on.
+const FLOODERS: usize = 16;

@@ -180,6 +180,11 @@ fn second_up() {
     assert_eq!(again.code, Some(0), "{again:?}");
     let said = format!("{}{}", again.stdout, again.stderr).to_lowercase();
     assert!(said.contains("already runs") || said.contains("already running"), "{said}");
+    let same = node.up_to_end(&server.join());
+    assert_eq!(same.code, Some(0), "the line says nothing new: {same:?}");
+    // It would do nothing, so it must not look as if it had.
+    let other = node.up_to_end(include_str!("../../golden/join-line.txt").trim());
+    assert_error(&other, &[1], &["overlay down"]);
     node.wait_connected();
 }
 

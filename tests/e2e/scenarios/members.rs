@@ -19,6 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("members::a_removed_node_is_cut_off_and_told", removed),
         Case::new("members::a_removal_names_whom_it_waits_for", acknowledged),
         Case::new("members::a_removed_node_stays_out_when_all_restart", stays_out),
+        Case::new("members::who_was_removed_hears_so_with_its_old_join_line_too", old_line),
         Case::new("members::a_cloned_machine_is_named_on_all_sides", cloned),
         Case::new("members::a_node_that_left_is_shown_offline", offline),
         Case::new("members::name_address_and_id_mean_the_same", all_names),
@@ -174,6 +175,55 @@ fn stays_out() {
     wait_for("carol is told", Duration::from_secs(5), || {
         carol.log().to_lowercase().contains("removed").then_some(())
     });
+}
+
+/// Removed while nobody told it, with a join line at every start, as a container has one.
+fn old_line() {
+    let net = Net::new();
+    let mut server = Server::start(&net, &net.machine("server", Nat::None));
+    let host = net.machine("carol", Nat::None);
+    let mut carol = Node::new(&net, &host);
+    let old = server.join();
+    carol.up(&old);
+    carol.wait_connected();
+    // It stands still meanwhile, and finds its connection gone.
+    carol.daemon().signal(Signal::SIGSTOP);
+    server.kill();
+    server.run();
+    server.wait_ready();
+    server.cli(&["remove", "carol"]).success("remove");
+    carol.daemon().signal(Signal::SIGCONT);
+    let told = "was removed from its network";
+    assert_eq!(carol.daemon().wait_exit(Duration::from_secs(20)), Some(8));
+    assert!(carol.log().contains(told), "{}", carol.log());
+
+    let assert_no_member = |node: &Node, line: &str| {
+        let said = node.up_to_end(line);
+        assert_error(&said, &[1], &["already used"]);
+        for word in ["this machine is no member", "was removed", "overlay server invite"] {
+            assert!(said.stderr.contains(word), "{word}: {}", said.stderr);
+        }
+    };
+    assert_no_member(&carol, &old);
+    std::fs::remove_dir_all(carol.dir.join("state")).unwrap();
+    assert_no_member(&carol, &old);
+
+    // The same while it is off, with a line that is used up, one that is not, and with none.
+    let newer = server.join();
+    carol.up(&newer);
+    carol.wait_connected();
+    assert_eq!(carol.stop(), Some(0));
+    server.cli(&["remove", "carol"]).success("remove");
+    assert_error(&carol.up_to_end(&newer), &[8], &[told]);
+    carol.up(&server.join());
+    carol.wait_connected();
+    assert_eq!(carol.stop(), Some(0));
+    server.cli(&["remove", "carol"]).success("remove");
+    carol.up(&server.join());
+    carol.wait_connected();
+    assert_eq!(carol.stop(), Some(0));
+    server.cli(&["remove", "carol"]).success("remove");
+    assert_error(&carol.up_to_end(""), &[8], &[told]);
 }
 
 /// The state directory of one machine starts on another one as well.

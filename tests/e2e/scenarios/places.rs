@@ -10,7 +10,7 @@ use crate::overlay::{Node, PORT, Server, find_peer};
 use crate::ping::{self, Stream};
 use crate::topology::server_endpoints;
 
-use super::matrix::{PATH_LIMIT, check_pair};
+use super::matrix::{PATH_LIMIT, check_pair, check_verdicts};
 use Nat::{AddressRestricted, FullCone, None, OpenInput, PortRestricted, Sequential, Symmetric};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -30,13 +30,13 @@ pub(crate) fn cases() -> Vec<Case> {
         cases.push(Case::new(name, move || behind_provider(home, provider, other, kind)));
     }
     cases.push(Case::new("matrix::a_provider_on_both_sides", two_providers));
-    for (what, home, hairpin, kind) in [
-        ("with_hairpin", PortRestricted, true, "direct"),
-        ("without_hairpin", PortRestricted, false, "relay-udp"),
-        ("by_inner_addresses", None, false, "direct"),
+    for (what, home, hairpin, kind, word) in [
+        ("with_hairpin", PortRestricted, true, "direct", "direct-punched"),
+        ("without_hairpin", PortRestricted, false, "relay-udp", "same-nat-no-hairpin"),
+        ("by_inner_addresses", None, false, "direct", "direct-lan"),
     ] {
         let name = format!("matrix::two_customers_of_one_provider_{what}");
-        cases.push(Case::new(name, move || two_customers(home, hairpin, kind)));
+        cases.push(Case::new(name, move || two_customers(home, hairpin, kind, word)));
     }
     for hairpin in [true, false] {
         let what = if hairpin { "with" } else { "without" };
@@ -52,7 +52,8 @@ pub(crate) fn cases() -> Vec<Case> {
     }));
     cases.push(Case::new("matrix::ipv6_only_pair", ipv6_only));
     cases.push(Case::new("matrix::dual_stack_goes_on_when_ipv4_breaks", dual_stack));
-    cases.push(Case::new("matrix::udp_blocked_on_one_side", half_blocked));
+    cases.push(Case::new("matrix::udp_blocked_on_the_first_side", || half_blocked(true)));
+    cases.push(Case::new("matrix::udp_blocked_on_the_second_side", || half_blocked(false)));
     cases
 }
 
@@ -73,7 +74,9 @@ fn behind_provider(home: Nat, provider: Nat, other: Nat, kind: &str) {
     let alice = net.customer("alice", home, &carrier);
     let bob = net.machine("bob", other);
     let what = format!("{home} behind {provider} with {other}");
-    check_pair(&what, &net, &server, [&alice, &bob], (kind, PATH_LIMIT));
+    let nodes = check_pair(&what, &net, &server, [&alice, &bob], (kind, PATH_LIMIT));
+    let both = if provider == Symmetric { Symmetric } else { PortRestricted };
+    check_verdicts(&nodes, [both.verdict(other, kind), other.verdict(both, kind)]);
 }
 
 fn two_providers() {
@@ -82,16 +85,19 @@ fn two_providers() {
         let carrier = net.provider(provider, PortRestricted, false);
         net.customer(name, PortRestricted, &carrier)
     });
-    check_pair("provider with provider", &net, &server, [&alice, &bob], ("direct", PATH_LIMIT));
+    let what = "provider with provider";
+    let nodes = check_pair(what, &net, &server, [&alice, &bob], ("direct", PATH_LIMIT));
+    check_verdicts(&nodes, ["direct-punched"; 2]);
 }
 
-fn two_customers(home: Nat, hairpin: bool, kind: &str) {
+fn two_customers(home: Nat, hairpin: bool, kind: &str, word: &str) {
     let Place { net, server } = place();
     let carrier = net.provider("carrier", FullCone, hairpin);
     let alice = net.customer("alice", home, &carrier);
     let bob = net.customer("bob", home, &carrier);
     let what = format!("customers, {home}, hairpin {hairpin}");
-    check_pair(&what, &net, &server, [&alice, &bob], (kind, PATH_LIMIT));
+    let nodes = check_pair(&what, &net, &server, [&alice, &bob], (kind, PATH_LIMIT));
+    check_verdicts(&nodes, [word; 2]);
 }
 
 /// Asserts that data of `node` to `peer` stays in the home.
@@ -112,10 +118,10 @@ fn one_home(hairpin: bool) {
     };
     let bob = net.at_home("bob", alice.router.as_ref().unwrap(), [192, 168, 1, 99].into());
     let what = format!("one home, hairpin {hairpin}");
-    let [mut left, mut right] =
-        check_pair(&what, &net, &server, [&alice, &bob], ("direct", PATH_LIMIT));
-    assert_inside(&mut left, "bob", &bob);
-    assert_inside(&mut right, "alice", &alice);
+    let mut nodes = check_pair(&what, &net, &server, [&alice, &bob], ("direct", PATH_LIMIT));
+    assert_inside(&mut nodes[0], "bob", &bob);
+    assert_inside(&mut nodes[1], "alice", &alice);
+    check_verdicts(&nodes, ["direct-lan"; 2]);
 }
 
 /// Two machines of one home and somebody elsewhere, and the user has given all the same port.
@@ -150,7 +156,9 @@ fn plain(a: Nat, b: Nat, kind: &str) {
     let Place { net, server } = place();
     let (alice, bob) = (net.machine("alice", a), net.machine("bob", b));
     let what = format!("{a} with {b}");
-    check_pair(&what, &net, &server, [&alice, &bob], (kind, Duration::from_secs(3)));
+    let limit = Duration::from_secs(3);
+    let nodes = check_pair(&what, &net, &server, [&alice, &bob], (kind, limit));
+    check_verdicts(&nodes, [a.verdict(b, kind), b.verdict(a, kind)]);
 }
 
 fn ipv6_only() {
@@ -166,7 +174,8 @@ fn ipv6_only() {
         net.remove_ipv4(&host);
         host
     });
-    check_pair("IPv6 only", &net, &server, [&alice, &bob], ("direct", PATH_LIMIT));
+    let nodes = check_pair("IPv6 only", &net, &server, [&alice, &bob], ("direct", PATH_LIMIT));
+    check_verdicts(&nodes, ["direct-ipv6"; 2]);
 }
 
 /// Both families work; when the one in use breaks, data is on the other within a second, whatever
@@ -202,25 +211,39 @@ fn dual_stack() {
     let lost = stream.stop().lost.len();
     eprintln!("IPv4 breaks: {lost} packets at 10 ms lost before IPv6 took over");
     assert!(lost <= 100, "{lost} packets at 10 ms were lost");
+    check_verdicts(&[left, right], ["direct-ipv6"; 2]);
 }
 
 /// The relay takes TCP on one leg and UDP on the other, and each node shows its own.
-fn half_blocked() {
+fn half_blocked(first: bool) {
     let Place { net, server } = place();
-    let alice = net.machine("alice", PortRestricted);
-    let bob = net.machine("bob", PortRestricted);
-    alice.router.as_ref().unwrap().block_udp();
-    let mut left = Node::start(&net, &alice, &server);
-    let mut right = Node::start(&net, &bob, &server);
+    let hosts = ["alice", "bob"].map(|name| net.machine(name, PortRestricted));
+    hosts[usize::from(!first)].router.as_ref().unwrap().block_udp();
+    let mut alice = Node::start(&net, &hosts[0], &server);
+    let mut bob = Node::new(&net, &hosts[1]);
+    bob.up(&server.join());
     let limit = Duration::from_secs(5);
-    left.wait_path("bob", "relay-tcp", limit);
-    right.wait_path("alice", "relay-udp", limit);
-    let there = Stream::start(&net, &right.host, &left.ipv4());
-    let back = Stream::start(&net, &left.host, &right.ipv6());
+    let answer = ping::first_answer(&bob.host, &alice.ipv4(), bob.started, limit);
+    let mut kinds = ["relay-udp"; 2];
+    kinds[usize::from(!first)] = "relay-tcp";
+    bob.wait_path("alice", kinds[1], limit);
+    alice.wait_path("bob", kinds[0], limit);
+    let settled = bob.started.elapsed();
+    let what = ["port-restricted with UDP blocked", "UDP blocked with port-restricted"];
+    let [what, kind] = [what[usize::from(first)], &kinds.join("/")];
+    eprintln!("{what}: first answer after {answer:.0?}, {kind} both ways after {settled:.0?}");
+    if std::env::var_os("OVERLAY_E2E_TIMES_ONLY").is_some() {
+        return;
+    }
+    let there = Stream::start(&net, &bob.host, &alice.ipv4());
+    let back = Stream::start(&net, &alice.host, &bob.ipv6());
     there.wait_for_more(100);
     back.wait_for_more(100);
     there.stop_without_loss();
     back.stop_without_loss();
-    assert_eq!(left.path_kind("bob"), "relay-tcp");
-    assert_eq!(right.path_kind("alice"), "relay-udp");
+    assert_eq!(alice.path_kind("bob"), kinds[0]);
+    assert_eq!(bob.path_kind("alice"), kinds[1]);
+    let mut words = ["udp-blocked-there"; 2];
+    words[usize::from(!first)] = "udp-blocked-here";
+    check_verdicts(&[alice, bob], words);
 }

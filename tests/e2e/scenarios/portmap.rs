@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::case::Case;
@@ -33,6 +34,7 @@ pub(crate) fn cases() -> Vec<Case> {
         cases.push(Case::new(name, move || joins_late(other)));
     }
     cases.push(Case::new("portmap::the_switch_turns_it_off", switched_off));
+    cases.push(Case::new("portmap::a_node_that_does_not_get_in_leaves_none", not_let_in));
     cases
 }
 
@@ -92,6 +94,22 @@ fn life(speaks: Speaks) {
 
     assert_eq!(alice.stop(), Some(0));
     assert_eq!(upnpd.mappings(), Vec::<String>::new(), "removed on exit");
+}
+
+fn not_let_in() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let line = server.join();
+    // The kernel still takes connections for it.
+    server.signal(Signal::SIGSTOP);
+    let host = at_home(&net, "alice", Nat::Symmetric);
+    let upnpd = Upnpd::start(&net, &host, Speaks::Pcp);
+    let mut alice = Node::new(&net, &host);
+    alice.up(&line);
+    wait_for("a mapping", FOUND, || (upnpd.mappings().len() == 1).then_some(()));
+    assert_ne!(alice.stop(), None, "it ends by itself");
+    assert_eq!(upnpd.mappings(), Vec::<String>::new(), "removed though nobody let it in");
+    server.signal(Signal::SIGCONT);
 }
 
 fn loss(speaks: Speaks) {

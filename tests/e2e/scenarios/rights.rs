@@ -24,8 +24,11 @@ enum Right {
     None,
 }
 
-/// Every command that there is, less those that run a daemon. What changes something stands last and
-/// is tried by those first who may not.
+/// Those that run a daemon, or all of a lab.
+const DAEMONS: &[&str] = &["up", "server", "lab", "lab exec"];
+
+/// Every command that there is, less [`DAEMONS`]. What changes something stands last and is tried by
+/// those first who may not.
 const COMMANDS: &[(&str, Right)] = &[
     ("status", Right::Look),
     ("status --json", Right::Look),
@@ -41,8 +44,11 @@ const COMMANDS: &[(&str, Right)] = &[
     ("server invite list", Right::Look),
     ("server events", Right::Look),
     ("server policy show", Right::Look),
+    ("server policy check /etc/overlay/none.toml", Right::None),
+    ("server policy test /etc/overlay/none.toml", Right::None),
     ("config check /etc/overlay/none.toml", Right::None),
     ("completions bash", Right::None),
+    ("man /tmp/pages", Right::None),
     ("version", Right::None),
     ("service status", Right::None),
     ("server backup /tmp/backup", Right::Change),
@@ -50,7 +56,11 @@ const COMMANDS: &[(&str, Right)] = &[
     ("server invite revoke 00000000", Right::Change),
     ("server rename alice alicia", Right::Change),
     ("server tag alicia office", Right::Change),
+    ("server expire alicia --in 180d", Right::Change),
     ("server policy set /etc/overlay/none.toml", Right::Change),
+    ("server policy clear", Right::Change),
+    ("server restore /etc/overlay/backup", Right::Change),
+    ("rotate", Right::Change),
     ("service install node", Right::Change),
     ("server remove nobody", Right::Change),
     ("down", Right::Change),
@@ -61,15 +71,17 @@ fn rights() {
     let net = Net::new();
     let container = super::service::both(&net);
     assert_ports(&container);
+    assert_all_there(&container);
     container.ok(&["sh", "-c", "mkdir -p /etc/overlay; echo > /etc/overlay/none.toml"]);
+    container.ok(&["overlay", "server", "backup", "/etc/overlay/backup"]);
+    container.ok(&["chmod", "644", "/etc/overlay/backup"]);
     let group = container.ok(&["id", "-g", "overlay"]).trim().to_owned();
     let user = ["setpriv", "--reuid=4711", "--regid=4711"];
     let members = format!("--groups={group}");
     let stranger = [&user[..], &["--clear-groups"]].concat();
     let member = [&user[..], &[&members]].concat();
     let denied = |who: &[&str], command: &str| {
-        let words: Vec<&str> = command.split(' ').collect();
-        let output = container.run(&[who, &["overlay"], &words].concat());
+        let output = container.run(&[who, &["overlay"], &words(command)[..]].concat());
         assert!(output.code.is_some_and(|code| code != 2), "{command}: {output:?}");
         output.code == Some(4)
     };
@@ -81,6 +93,32 @@ fn rights() {
     for (command, _) in COMMANDS {
         assert!(!denied(&[], command), "root: {command}");
     }
+}
+
+/// No command has been forgotten above.
+fn assert_all_there(container: &Container) {
+    let mut open = vec![String::new()];
+    let mut found = 0;
+    while let Some(command) = open.pop() {
+        let help = container.ok(&[&["overlay"], &words(&command)[..], &["--help"]].concat());
+        let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+        let names = lines.take_while(|line| !line.is_empty());
+        let below: Vec<String> = names
+            .filter_map(|line| line.split_whitespace().next())
+            .map(|name| format!("{command} {name}").trim().to_owned())
+            .collect();
+        if below.is_empty() {
+            found += 1;
+            let known = COMMANDS.iter().any(|(it, _)| words(it).starts_with(&words(&command)));
+            assert!(known || DAEMONS.contains(&command.as_str()), "who may `{command}`?");
+        }
+        open.extend(below);
+    }
+    assert!(found > 25, "{found} commands");
+}
+
+fn words(command: &str) -> Vec<&str> {
+    command.split_whitespace().collect()
 }
 
 /// Nothing listens on TCP but what the documents name.

@@ -1,12 +1,13 @@
 //! The server may go away, and come back.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::case::Case;
 use crate::clock::wait_for;
-use crate::lab::Net;
+use crate::lab::{Host, Net};
 use crate::nat::Nat;
-use crate::overlay::{Node, Server, find_peer};
+use crate::overlay::{Node, PORT, Server, call, find_peer, path};
 use crate::pair::Pair;
 use crate::ping::{self, Stream};
 
@@ -22,6 +23,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ));
     }
     cases.push(Case::new("server_loss::sessions_re_key_without_the_server", re_key));
+    cases.push(Case::new("server_loss::running_nodes_follow_a_server_that_moves", moves));
     cases
 }
 
@@ -114,6 +116,44 @@ fn restarts_without_the_server(nat: Nat) {
     alice.wait_status("connected again", RECONNECT_LIMIT, is_connected);
     bob.wait_status("connected again", RECONNECT_LIMIT, is_connected);
     ping::assert_answers(&alice.host, &bob.ipv4());
+}
+
+/// The steps of "Moving a server" in docs/operation.md, with nodes that run all the time.
+fn moves() {
+    let net = Net::new();
+    let [old, new] = ["old", "new"].map(|name| net.machine(name, Nat::None));
+    let at = |host: &Host| SocketAddr::from((host.address, PORT)).to_string();
+    let (old_at, new_at) = (at(&old), at(&new));
+    let mut server = Server::start(&net, &old);
+    let [mut alice, mut bob] = ["alice", "bob"]
+        .map(|name| Node::start(&net, &net.machine(name, Nat::PortRestricted), &server));
+    let alice_ipv4 = alice.ipv4();
+
+    server.stop();
+    let both = [new_at.as_str(), old_at.as_str()];
+    let mut server = Server::start_at(&net, &old, &[&old_at], &both, "");
+    alice.wait_status("connected again", RECONNECT_LIMIT, is_connected);
+    bob.wait_status("connected again", RECONNECT_LIMIT, is_connected);
+    let backup = path(&net.dir().join("backup"));
+    server.cli(&["backup", &backup]).success("server backup");
+    server.stop();
+    wait_unreachable(&mut alice);
+    wait_unreachable(&mut bob);
+
+    let mut server = Server::prepare(&net, &new, "moved", &[&new_at], &[&new_at], "");
+    let state = path(&net.dir().join("moved/state"));
+    call(&new, &["server", "restore", &backup, "--state-dir", &state]).success("server restore");
+    server.run();
+    server.wait_ready();
+    let found = |status: &serde_json::Value| {
+        is_connected(status) && status["server"]["address"] == new_at.as_str()
+    };
+    alice.wait_status("connected to the new place", RECONNECT_LIMIT, found);
+    bob.wait_status("connected to the new place", RECONNECT_LIMIT, found);
+    assert_eq!(alice.ipv4(), alice_ipv4, "addresses survive the move");
+    ping::assert_answers(&bob.host, &alice_ipv4);
+    let again = alice.up_to_end(&server.join());
+    assert_eq!(again.code, Some(0), "a line of the new place says nothing new: {again:?}");
 }
 
 fn is_connected(status: &serde_json::Value) -> bool {
