@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::control_link::ControlLink;
 use super::extra::bind_socket;
 use super::interface::{InterfaceError, widest_mtu};
 use super::local::serve_local;
@@ -17,7 +18,6 @@ use super::roam::Surroundings;
 use super::rotate::Rotation;
 use super::state::{StateDir, StateError, is_known};
 use super::threads::{Ports, Threads};
-use super::uplink::Uplink;
 use super::{Daemon, Ended};
 use crate::dataplane::{TunBatch, UdpBatch};
 use crate::io::clock;
@@ -263,7 +263,7 @@ pub async fn run(
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
     let port_mapping = PortMapping::wanted(&options, &ports, &keys.machine);
-    let uplink = Uplink::new(enrolment.destination(keys.machine));
+    let control_link = ControlLink::new(enrolment.destination(keys.machine));
     let mut daemon = Daemon {
         node,
         ports: Arc::clone(&ports),
@@ -271,7 +271,7 @@ pub async fn run(
         kept: handed_tuns(),
         peer_mtus: std::collections::BTreeMap::new(),
         state,
-        uplink,
+        control_link,
         server: None,
         link_local: None,
         link_device: None,
