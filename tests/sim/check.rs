@@ -20,7 +20,9 @@ pub(crate) fn check_paths(world: &World) {
         let kind = world.hosts[from].path_kind(peer, world.now);
         let expected = oracle::expected_path(world, from, to);
         let lucky = kind == "direct" && oracle::may_be_found_by_chance(world, from, to);
-        let open = kind == oracle::relay(world, from) && oracle::may_swallow(world, from, to);
+        let open = kind == oracle::relay(world, from)
+            && (oracle::may_swallow(world, from, to)
+                || oracle::needs_further_uplink(world, from, to));
         if kind != expected && !lucky && !open {
             let why = world.hosts[from].why(peer, world.now);
             wrong.push(format!("host {from} to host {to} ({peer}): {kind}, not {expected}: {why}"));
