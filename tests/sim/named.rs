@@ -212,7 +212,7 @@ fn a_direct_path_that_dies_under_traffic_costs_a_second() {
 
 /// Whether a host believes that UDP reaches the server.
 fn udp_of(world: &World, host: usize) -> Option<bool> {
-    world.hosts[host].node().unwrap().facts(world.now).udp
+    world.hosts[host].node().and_then(|node| node.facts(world.now).udp)
 }
 
 #[test]

@@ -446,7 +446,7 @@ impl Daemon {
         let identity = own.identity?;
         // The server keeps the connection of a node whose time is over.
         let up = own.link_up || self.node.is_expired(now);
-        let state = match (self.server.is_some() && up, self.uplink.is_trying()) {
+        let state = match (self.server.is_some() && up, self.control_link.is_trying()) {
             (true, _) => "connected",
             (false, true) => "connecting",
             (false, false) => "unreachable",
@@ -481,7 +481,7 @@ impl Daemon {
                 state: state.into(),
                 address,
                 rtt_ms: own.server_rtt.filter(|_| own.link_up).map(millis),
-                uplink: self.link_device.clone().filter(|_| self.server.is_some()),
+                uplink: self.further_uplink_of_link(),
             },
             peers: self.node.peer_statuses(now).into_iter().map(PeerReport::from).collect(),
             nodes: self.node.network_size(),
