@@ -173,6 +173,7 @@ impl PathAgent {
         let appeared = self.relay.is_none() && relay.is_some();
         // UDP leaves this place again: nothing else tells that a direct path may work now.
         let udp = self.relay == Some(Via::RelayTcp) && relay == Some(Via::RelayUdp);
+        let udp_failed = self.relay == Some(Via::RelayUdp) && relay == Some(Via::RelayTcp);
         self.relay = relay;
         self.relay_prober.forget();
         if relay.is_none() {
@@ -181,6 +182,9 @@ impl PathAgent {
         self.relay_delivery = Delivery::default();
         self.relay_mtu = RelayMtu::default();
         self.choose("the relay changed", now);
+        if udp_failed {
+            self.show_that_udp_failed(now);
+        }
         if (appeared || udp && !self.is_direct()) && self.wanted {
             self.start_round(Cause::Wanted, now);
         }

@@ -247,6 +247,23 @@ fn a_guess_that_the_server_confirms_is_a_guess_no_more() {
 }
 
 #[test]
+fn the_server_sees_that_udp_has_failed_a_node_which_has_nothing_to_send() {
+    let start = epoch();
+    for used in [true, false] {
+        let mut agent = PathAgent::new([7; 32], start);
+        agent.set_relay(Some(Via::RelayUdp), start);
+        if used {
+            agent.handle_traffic(Traffic { sent: Some(start), heard: Some(start) }, start);
+        }
+        while agent.poll_transmit().is_some() {}
+        agent.set_relay(Some(Via::RelayTcp), start + Duration::from_secs(3));
+        let mut sent = std::iter::from_fn(|| agent.poll_transmit());
+        let told = sent.any(|it| matches!(it, PathTransmit::Ping { via: Via::RelayTcp, .. }));
+        assert_eq!(told, used);
+    }
+}
+
+#[test]
 fn a_symmetric_side_is_reached_at_the_endpoint_it_sends_from() {
     let mut world = World::new([true, false]);
     // Side 0 announces what the server saw; towards side 1 its NAT maps another port.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 
 use super::opener::{Cause, is_private};
-use super::{Endpoint, PathAgent, PathTransmit};
+use super::{Endpoint, KEEPALIVE, PathAgent, PathTransmit};
 use crate::path::probe::{Due, ProbeOutcome};
 use crate::path::trickle::with_headers;
 use crate::path::{Place, Via, predict};
@@ -265,6 +265,14 @@ impl PathAgent {
         self.trickle.has_bytes(bytes, to, now)
             && all.is_none_or(|all| all.take_bytes(bytes, to, now))
             && self.trickle.take_bytes(bytes, to, now)
+    }
+
+    /// What is sent to us by UDP is lost until the server sees us send by the control connection, and
+    /// we may have nothing to send: nothing arrives that could be answered.
+    pub(super) fn show_that_udp_failed(&mut self, now: Instant) {
+        if self.used_at.is_some_and(|at| now.saturating_duration_since(at) < KEEPALIVE) {
+            self.ping(Via::RelayTcp, now);
+        }
     }
 
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {
