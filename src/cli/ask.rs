@@ -185,6 +185,12 @@ fn restart(role: Role) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::server::FOLLOW_QUIET;
+
+    #[test]
+    fn who_follows_the_log_hears_something_in_time() {
+        assert!(answer_limit(Role::Server) >= FOLLOW_QUIET * 2);
+    }
 
     #[test]
     fn a_daemon_that_does_not_run_is_named_by_its_role() {

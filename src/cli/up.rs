@@ -224,12 +224,11 @@ pub(super) fn join_line(argument: &str) -> Result<JoinLine, Failure> {
         Zeroizing::new(argument.to_string())
     };
     text.parse().map_err(|error: JoinError| {
-        Failure::caused_by(
-            "this is no join line",
-            &error,
-            "copy the whole line that `overlay server invite` prints on the server; it is one word",
-        )
-        .code(USAGE)
+        let help = match error {
+            JoinError::Version { .. } => "install the version of this program that the server has",
+            _ => "copy the whole line that `overlay server invite` prints on the server; it is one word",
+        };
+        Failure::caused_by("this is no join line", &error, help).code(USAGE)
     })
 }
 

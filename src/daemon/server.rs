@@ -18,7 +18,7 @@ mod state;
 mod status;
 
 pub use backup::{BackupError, Restored, records_in, restore};
-pub use local::{EventInfo, Question, StoreAnswer};
+pub use local::{EventInfo, FOLLOW_QUIET, Question, StoreAnswer};
 pub use status::{RateInfo, RelayInfo, ServerStatus, WayInfo};
 
 use std::io;

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use crate::types::SocketId;
 
-/// The most bytes that one run may hold: the largest UDP payload, less some slack.
-const MAX_RUN_BYTES: usize = 65_000;
+/// The most bytes that one run may hold: with all headers a train of 64 KiB is more than devices take.
+const MAX_RUN_BYTES: usize = 65_450;
 /// The most datagrams of one run: `UDP_MAX_SEGMENTS` of Linux before 6.9.
 const MAX_RUN_SEGMENTS: usize = 63;
 

@@ -180,7 +180,7 @@ impl<'t> Train<'t> {
     }
 
     /// Tells the sender of `packet` what the path carries. The packet goes on all the same, in
-    /// fragments: it was accepted, and the answer comes too late for it.
+    /// fragments or by the control connection: it was accepted, and the answer comes too late for it.
     fn tell_sender(&mut self, packet: &[u8]) {
         let Ok(view) = IpView::parse(packet) else { return };
         if view.dst.is_ipv6() && packet.len() <= usize::from(BASE_MTU) {
@@ -291,6 +291,8 @@ struct Way {
     choice: Choice,
     primary: Option<(Target, Header)>,
     duplicate: Option<(Target, Header)>,
+    /// Where a packet goes that is longer than this, instead of by the UDP relay.
+    long: Option<(usize, (Target, Header))>,
 }
 
 impl Way {
@@ -300,7 +302,18 @@ impl Way {
             let via = via?;
             Some((target_of(via, table)?, header_of(via, peer.id)))
         };
-        Self { choice, primary: way(choice.primary), duplicate: way(choice.duplicate) }
+        let long_from = peer.long_from().filter(|_| choice.primary == Some(Via::RelayUdp));
+        let by_link = Header::Relay(relay::data_header_by_link(peer.id));
+        let long = long_from.map(|len| (len, (Target::Link, by_link)));
+        Self { choice, primary: way(choice.primary), duplicate: way(choice.duplicate), long }
+    }
+
+    /// Where a packet of this length goes.
+    fn of(&self, len: usize) -> Option<&(Target, Header)> {
+        match &self.long {
+            Some((longest, by_link)) if len > *longest => Some(by_link),
+            _ => self.primary.as_ref(),
+        }
     }
 
     fn count(&self, sent: &mut PathCounts, counts: SizeCounts, copies: SizeCounts) {
@@ -322,7 +335,7 @@ fn send(
     now: Instant,
     out: &mut UdpBatch,
 ) -> Result<bool, SealError> {
-    let (target, header) = way.primary.as_ref().ok_or(SealError::NoPath)?;
+    let (target, header) = way.of(packet.len()).ok_or(SealError::NoPath)?;
     let room = header.len() + (packet.len() + SEAL_OVERHEAD).max(MIN_SEAL_BUFFER);
     // A doubled packet is sealed once: the same counter lets the receiver drop the second copy.
     let mut copy = None;

@@ -78,6 +78,8 @@ pub struct Peer {
     early_left: AtomicU32,
     /// Longest inner packet that the path carries uncut.
     mtu: AtomicU16,
+    /// Whether what is longer goes by the control connection.
+    long_by_link: AtomicBool,
     session_wanted: AtomicBool,
     first: Mutex<PeerState>,
     /// The second lane, once there was one. Boxed: few peers ever have it.
@@ -99,6 +101,7 @@ impl Peer {
             choice: ArcSwap::from_pointee(Choice::default()),
             early_left: AtomicU32::new(0),
             mtu: AtomicU16::new(BASE_MTU),
+            long_by_link: AtomicBool::new(false),
             session_wanted: AtomicBool::new(false),
             first: Mutex::new(PeerState::new(session)),
             second: OnceLock::new(),
@@ -164,6 +167,16 @@ impl Peer {
     /// Sets it; returns whether it was another.
     pub fn set_mtu(&self, mtu: u16) -> bool {
         self.mtu.swap(mtu, Ordering::Relaxed) != mtu
+    }
+
+    /// Sets whether what is longer than the UDP relay carries goes by the control connection.
+    pub fn set_long_by_link(&self, by_link: bool) {
+        self.long_by_link.store(by_link, Ordering::Relaxed);
+    }
+
+    /// The length of the longest inner packet that goes by the UDP relay, if longer ones go another way.
+    pub(super) fn long_from(&self) -> Option<usize> {
+        self.long_by_link.load(Ordering::Relaxed).then(|| self.mtu().into())
     }
 
     /// Whether the control plane has still to be told that a session is wanted.

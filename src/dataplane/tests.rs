@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use super::offload::{FrameHeader, MergeKinds, Segmentation, SegmentationKind};
 use super::{
     EngineKeys, ForwardingTable, MIN_SEAL_BUFFER, Note, Peer, Session, SessionSettings, Shared,
-    Source, TunBatch, UdpBatch, flush_pending, inbound, inbound_train, outbound, outbound_frame,
-    sender_index,
+    Source, Target, TunBatch, UdpBatch, flush_pending, inbound, inbound_train, outbound,
+    outbound_frame, sender_index,
 };
 use crate::path::{Choice, Via};
 use crate::policy::Filter;
 use crate::testing::epoch;
-use crate::types::{DropReason, NodeId, OverlayAddrs, OverlayRange, SecretKey};
+use crate::types::{DropReason, NodeId, OverlayAddrs, OverlayRange, SecretKey, SocketId};
 use crate::wire::filter::{KIND_UDP, WireFilter, WireRule};
 use crate::wire::relay;
 
@@ -329,6 +329,26 @@ fn who_has_not_answered_gets_few_copies_and_only_those_count_as_sent() {
     }
     let sent = a.peer.records().sent.of(direct.unwrap()).total() - before;
     assert_eq!(sent as usize, copies);
+}
+
+#[test]
+fn what_the_udp_relay_does_not_carry_goes_by_the_control_connection() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    a.peer.set_choice(Choice { primary: Some(Via::RelayUdp), ..Choice::default() });
+    a.peer.set_mtu(1_056);
+    let sent_to = |payload: usize| {
+        let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &vec![7; payload]), now);
+        let (target, bytes) = out.datagrams().next().expect("it leaves");
+        (target, relay::asks_for_link(bytes))
+    };
+    let udp = Target::Udp { remote: RELAY.parse().unwrap(), local: None, socket: SocketId::MAIN };
+    assert_eq!(sent_to(1_260), (udp, false), "there is no connection");
+    a.peer.set_long_by_link(true);
+    assert_eq!(sent_to(1_036), (udp, false));
+    assert_eq!(sent_to(1_037), (Target::Link, true));
+    a.peer.set_choice(Choice { primary: Some(Via::RelayTcp), ..Choice::default() });
+    assert_eq!(sent_to(1_037), (Target::Link, false), "the receiver has its own way");
 }
 
 #[test]

@@ -70,11 +70,34 @@ impl FileError {
     }
 }
 
-/// Replaces `path` by `bytes`; when this returns, a power cut cannot undo it.
+/// To whom a new file belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    /// The owner of the directory, when root writes: see [`leave_to_owner_of`].
+    OfDirectory,
+    /// Who writes.
+    Writer,
+}
+
+/// Replaces `path`, a file in a state directory, by `bytes`; when this returns, a power cut cannot
+/// undo it. What root writes belongs to the owner of the directory.
 ///
 /// # Errors
 /// When a step fails; the old content is then still in place.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    write_as(Owner::OfDirectory, path, bytes, mode)
+}
+
+/// Like [`write_atomically`], for a file that a user names: it belongs to that user, in whosever
+/// directory it is.
+///
+/// # Errors
+/// When a step fails; the old content is then still in place.
+pub fn write_own(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    write_as(Owner::Writer, path, bytes, mode)
+}
+
+fn write_as(owner: Owner, path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -89,7 +112,9 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), File
         file.write_all(bytes)?;
         // The umask may have taken bits away that the caller wants.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
-        leave_to_owner_of(directory, &file);
+        if owner == Owner::OfDirectory {
+            leave_to_owner_of(directory, &file);
+        }
         file.sync_all()?;
         fs::rename(&beside, path)?;
         File::open(directory)?.sync_all()
@@ -280,6 +305,10 @@ mod tests {
         let path = dir.path().join("server.key");
         write_atomically(&path, b"secret", SECRET_MODE).unwrap();
         let _lock = DirLock::acquire(dir.path()).unwrap();
+        let backup = dir.path().join("backup");
+        write_own(&backup, b"secret", SECRET_MODE).unwrap();
+        let file = fs::metadata(&backup).unwrap();
+        assert_eq!((file.uid(), file.mode() & 0o777), (0, 0o600), "it is root's, and a secret");
         for path in [path, dir.path().join(LOCK_FILE)] {
             let file = fs::metadata(&path).unwrap();
             assert_eq!((file.uid(), file.gid()), (4711, 4712), "{}", path.display());

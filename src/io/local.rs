@@ -6,26 +6,25 @@
 //! are the daemons' own.
 
 mod bind;
+mod places;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
+
+use places::{Place, Places};
 
 /// A question is never longer: a file of access rules, every byte of it escaped.
 const MAX_QUESTION_BYTES: usize = 256 * 1024;
 /// An answer is never longer: the nodes of a large network.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
-/// Commands that one daemon serves at a time.
-const MAX_CONNECTIONS: usize = 64;
 /// How long a client may take to ask, or to take an answer.
 const IO_LIMIT: Duration = Duration::from_secs(10);
 
@@ -129,7 +128,7 @@ pub struct Peer {
 pub struct LocalListener {
     listener: UnixListener,
     path: PathBuf,
-    places: Arc<Semaphore>,
+    places: Places,
 }
 
 impl LocalListener {
@@ -139,23 +138,20 @@ impl LocalListener {
     /// [`LocalError::AlreadyRunning`] when a daemon listens there, and what the kernel says.
     pub async fn bind(path: &Path) -> Result<Self, LocalError> {
         let listener = bind::socket(path).await?;
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        Ok(Self { listener, path: path.to_path_buf(), places })
+        Ok(Self { listener, path: path.to_path_buf(), places: Places::default() })
     }
 
-    /// The next connection. Cancel-safe. Beyond 64 at a time they are closed at once.
+    /// The next connection. Cancel-safe. One for which there is no place is closed at once.
     ///
     /// # Errors
     /// What the kernel says; the listener stays usable.
     pub async fn accept(&self) -> io::Result<LocalConnection> {
         loop {
             let (stream, _) = self.listener.accept().await?;
-            let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
-                continue;
-            };
             let credentials = stream.peer_cred()?;
             let (uid, gid) = (credentials.uid(), credentials.gid());
             let may_write = uid == 0 || uid == nix::unistd::geteuid().as_raw();
+            let Some(place) = self.places.take(uid, may_write) else { continue };
             let peer = Peer { uid, gid, may_write };
             let lines = Lines::new(stream, self.path.clone());
             return Ok(LocalConnection { peer, lines, _place: place });
@@ -176,7 +172,7 @@ pub struct LocalConnection {
     /// Who asks.
     pub peer: Peer,
     lines: Lines,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl LocalConnection {
@@ -363,7 +359,7 @@ mod tests {
         let path = dir.path().join("server.sock");
         let listener = LocalListener::bind(&path).await.unwrap();
         let mut inside = Vec::new();
-        for _ in 0..MAX_CONNECTIONS {
+        for _ in 0..places::ALL {
             let client = LocalClient::connect(&path).await.unwrap();
             inside.push((client, listener.accept().await.unwrap()));
         }

@@ -232,6 +232,8 @@ impl Node {
         }
         peer.fast.set_choice(peer.agent.choice());
         let mtu = peer.agent.mtu(now);
+        let by_udp_relay = peer.agent.choice().primary == Some(Via::RelayUdp);
+        peer.fast.set_long_by_link(self.link_up && by_udp_relay && mtu < BASE_MTU);
         if peer.fast.set_mtu(mtu) {
             self.events.push_back(Event::Mtu { addrs: peer.fast.addrs, mtu });
         }

@@ -420,6 +420,12 @@ impl Node {
         self.uplink_of(self.relay.socket())
     }
 
+    /// Whether this interface is an uplink, the preferred one or another.
+    #[must_use]
+    pub fn has_uplink(&self, device: &str, ipv6: bool) -> bool {
+        self.uplinks.known.iter().any(|it| it.device == device && it.ipv6 == ipv6)
+    }
+
     /// All uplinks; none when there is no choice.
     #[must_use]
     pub fn uplink_statuses(&self) -> Vec<UplinkStatus> {

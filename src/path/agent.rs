@@ -173,6 +173,7 @@ impl PathAgent {
         let appeared = self.relay.is_none() && relay.is_some();
         // UDP leaves this place again: nothing else tells that a direct path may work now.
         let udp = self.relay == Some(Via::RelayTcp) && relay == Some(Via::RelayUdp);
+        let udp_failed = self.relay == Some(Via::RelayUdp) && relay == Some(Via::RelayTcp);
         self.relay = relay;
         self.relay_prober.forget();
         if relay.is_none() {
@@ -181,6 +182,9 @@ impl PathAgent {
         self.relay_delivery = Delivery::default();
         self.relay_mtu = RelayMtu::default();
         self.choose("the relay changed", now);
+        if udp_failed {
+            self.show_that_udp_failed(now);
+        }
         if (appeared || udp && !self.is_direct()) && self.wanted {
             self.start_round(Cause::Wanted, now);
         }
@@ -207,7 +211,7 @@ impl PathAgent {
         let mut fresh = false;
         for (place, kind) in announced {
             fresh |= !self.endpoints.contains_key(&place);
-            self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind)).note_uplink(kind);
+            self.endpoints.entry(place).or_insert_with(|| Endpoint::new(kind)).note_kind(kind);
         }
         self.spread();
         if !fresh {
@@ -240,7 +244,7 @@ impl PathAgent {
                 let endpoint = self.endpoints.entry(Place::main(candidate.endpoint));
                 let endpoint = endpoint.or_insert_with(|| Endpoint::new(candidate.kind));
                 endpoint.rank = rank;
-                endpoint.note_uplink(candidate.kind);
+                endpoint.note_kind(candidate.kind);
             }
         }
         self.spread();
@@ -348,6 +352,7 @@ impl PathAgent {
             Via::Direct { remote, local, socket } => {
                 let endpoint = self.learn(Place { remote, socket }, local, now)?;
                 let rtt = endpoint.prober.handle_pong(tx, now)?;
+                endpoint.local = local.or(endpoint.local);
                 endpoint.delivery.handle_pong(tx, arrived, now);
                 endpoint.mtu.handle_pong(tx, now);
                 if let Some(together) = &self.together {

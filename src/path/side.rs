@@ -6,6 +6,9 @@ use std::time::Duration;
 use super::{Filtering, Mapping, NatFacts, ProbeOutcome, Via};
 use crate::types::{CandidateKind, is_shared};
 
+/// What was heard this long ago, in a pair that is in use, is no news of before.
+const JUST_HEARD: Duration = Duration::from_secs(3);
+
 /// What a node knows of the network in front of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Facts {
@@ -221,6 +224,13 @@ impl Side {
 
     pub(super) fn count(&self, outcome: ProbeOutcome) -> usize {
         self.tried.iter().filter(|tried| tried.outcome == outcome).count()
+    }
+
+    /// Whether a candidate that has answered was heard within the last seconds.
+    pub(super) fn hears_now(&self) -> bool {
+        self.tried.iter().any(|tried| {
+            tried.outcome == ProbeOutcome::Answered && tried.heard.is_some_and(|at| at < JUST_HEARD)
+        })
     }
 
     pub(super) fn hears(&self) -> bool {

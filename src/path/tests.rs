@@ -232,6 +232,38 @@ fn a_peer_that_knows_our_endpoint_only_now_has_not_opened_its_nat() {
 }
 
 #[test]
+fn a_guess_that_the_server_confirms_is_a_guess_no_more() {
+    let start = epoch();
+    let mut agent = PathAgent::new([7; 32], start);
+    agent.set_relay(Some(Via::RelayUdp), start);
+    let at: SocketAddr = "203.0.113.20:5000".parse().unwrap();
+    let mut kind = |told| {
+        agent.set_candidates(&[Candidate::new(at, told)], start);
+        agent.outcomes().find(|(remote, ..)| *remote == at).unwrap().1
+    };
+    assert_eq!(kind(CandidateKind::Static), CandidateKind::Static);
+    assert_eq!(kind(CandidateKind::Reflexive), CandidateKind::Reflexive);
+    assert_eq!(kind(CandidateKind::Static), CandidateKind::Reflexive);
+}
+
+#[test]
+fn the_server_sees_that_udp_has_failed_a_node_which_has_nothing_to_send() {
+    let start = epoch();
+    for used in [true, false] {
+        let mut agent = PathAgent::new([7; 32], start);
+        agent.set_relay(Some(Via::RelayUdp), start);
+        if used {
+            agent.handle_traffic(Traffic { sent: Some(start), heard: Some(start) }, start);
+        }
+        while agent.poll_transmit().is_some() {}
+        agent.set_relay(Some(Via::RelayTcp), start + Duration::from_secs(3));
+        let mut sent = std::iter::from_fn(|| agent.poll_transmit());
+        let told = sent.any(|it| matches!(it, PathTransmit::Ping { via: Via::RelayTcp, .. }));
+        assert_eq!(told, used);
+    }
+}
+
+#[test]
 fn a_symmetric_side_is_reached_at_the_endpoint_it_sends_from() {
     let mut world = World::new([true, false]);
     // Side 0 announces what the server saw; towards side 1 its NAT maps another port.

@@ -118,6 +118,8 @@ words! {
     FirewallThere => "firewall-there",
     /// Something between the two drops datagrams, and nobody can tell where.
     Firewall => "firewall",
+    /// Probes pass on a direct path and data does not.
+    DataLost => "data-lost",
     /// Relayed, and the peer does not tell its half.
     PeerSilent => "peer-tells-nothing",
 }
@@ -341,6 +343,19 @@ fn by_probes(pair: &Pair<'_>) -> Judged {
             Word::NotTried,
             format!("none of {peer_name}'s {total} candidates was tried yet: nobody sent anything"),
             format!("overlay ping {peer_name}"),
+        );
+    }
+    if own.path.is_some() && own.hears_now() && pair.peer.is_some_and(Side::hears_now) {
+        return (
+            Word::DataLost,
+            format!(
+                "{own_name} and {peer_name} hear each other directly, but data was lost on that way: \
+                 it is relayed until the direct way has carried it for a while"
+            ),
+            format!(
+                "look for what drops long datagrams or many of them between the two, such as a link \
+                 with a smaller MTU; what was lost: overlay history {peer_name}"
+            ),
         );
     }
     if is_probing(own) || pair.peer.is_some_and(is_probing) {

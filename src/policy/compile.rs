@@ -4,7 +4,11 @@ use std::collections::BTreeSet;
 
 use super::file::{Mark, Marks, Policy, Protocol, Selection};
 use crate::types::{NodeId, NodeName, Tag};
+use crate::wire::control::encode;
 use crate::wire::filter::{KIND_ANY, KIND_ICMP, KIND_TCP, KIND_UDP, WireFilter, WireRule};
+
+/// What an encoded filter has beside its rules, at the most.
+const FRAME: usize = 16;
 
 /// What rules are about: a node.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +34,8 @@ struct CompiledRule {
     from: Selected,
     /// The sources are those of `from`, unless that has changed since.
     rule: WireRule,
+    /// As long it is, encoded.
+    bytes: usize,
     stale: bool,
 }
 
@@ -92,6 +98,15 @@ impl Affected {
     }
 }
 
+impl CompiledRule {
+    fn refresh(&mut self) {
+        if std::mem::take(&mut self.stale) {
+            self.rule.sources = self.from.nodes.as_ref().map(runs);
+            self.bytes = encode(&self.rule).len();
+        }
+    }
+}
+
 impl Selected {
     fn new(selection: &Selection) -> Self {
         let nodes = matches!(selection, Selection::Marked(_)).then(BTreeSet::new);
@@ -110,6 +125,21 @@ impl Selected {
 }
 
 impl Policy {
+    /// The names that rules are about: what a node of such a name may do depends on it.
+    #[must_use]
+    pub fn names(&self) -> BTreeSet<NodeName> {
+        let selections = self.rules.iter().flat_map(|rule| [&rule.from, &rule.to]);
+        let marks = selections.filter_map(|selection| match selection {
+            Selection::Any => None,
+            Selection::Marked(marks) => Some(marks),
+        });
+        let name = |mark: &Mark| match mark {
+            Mark::Name(name) => Some(name.clone()),
+            Mark::Tag(_) => None,
+        };
+        marks.flatten().filter_map(name).collect()
+    }
+
     /// Finds out which nodes the rules are about.
     #[must_use]
     pub fn compile<'m>(&self, members: impl IntoIterator<Item = Member<'m>>) -> Compiled {
@@ -121,7 +151,8 @@ impl Policy {
                 sources: matches!(rule.from, Selection::Marked(_)).then(Vec::new),
                 ports: rule.ports.clone(),
             },
-            stale: false,
+            bytes: 0,
+            stale: true,
         });
         let mut compiled = Compiled { rules: rules.collect() };
         for member in members {
@@ -177,25 +208,38 @@ impl Compiled {
         rules.filter(|(_, rule)| about(&rule.to) && some(&rule.from)).map(|(at, _)| at).collect()
     }
 
-    /// What is let in by these rules.
+    /// What is let in by these rules, and how many of them are left out: the first ones that come to
+    /// more than `limit` bytes, and what is behind them. Since rules only allow, less is let in then.
     #[must_use]
-    pub fn filter_by(&mut self, rules: &[usize]) -> WireFilter {
-        let mut said = Vec::with_capacity(rules.len());
+    pub fn filter_by(&mut self, rules: &[usize], limit: usize) -> (WireFilter, usize) {
+        let (mut said, mut bytes) = (Vec::with_capacity(rules.len()), FRAME);
         for at in rules {
             let Some(rule) = self.rules.get_mut(*at) else { continue };
-            if std::mem::take(&mut rule.stale) {
-                rule.rule.sources = rule.from.nodes.as_ref().map(runs);
+            rule.refresh();
+            bytes += rule.bytes;
+            if bytes > limit {
+                break;
             }
             said.push(rule.rule.clone());
         }
-        WireFilter { rules: Some(said) }
+        let left_out = rules.len() - said.len();
+        (WireFilter { rules: Some(said) }, left_out)
     }
 
     /// What `node` lets in.
     #[must_use]
     pub fn filter_of(&mut self, node: NodeId) -> WireFilter {
         let rules = self.rules_of(node);
-        self.filter_by(&rules)
+        self.filter_by(&rules, usize::MAX).0
+    }
+
+    /// How long the longest filter of these nodes is, encoded.
+    #[must_use]
+    pub fn longest(&mut self, nodes: impl IntoIterator<Item = NodeId>) -> usize {
+        self.rules.iter_mut().for_each(CompiledRule::refresh);
+        let bytes = |at: usize| self.rules.get(at).map_or(0, |rule| rule.bytes);
+        let of = |node| FRAME + self.rules_of(node).into_iter().map(bytes).sum::<usize>();
+        nodes.into_iter().map(of).max().unwrap_or(0)
     }
 }
 
@@ -290,6 +334,31 @@ mod tests {
         let boss: NodeName = "boss".parse().unwrap();
         let everybody = compiled.put(Member { name: &boss, ..member(7) });
         assert_eq!(everybody, Affected::everybody(), "all let it in");
+    }
+
+    #[test]
+    fn a_filter_of_many_sources_and_rules_has_a_known_length_and_can_be_cut() {
+        // Every other node is in the group, so that there are no runs.
+        let rule = "[[rules]]\nfrom = 'web'\nto = 'any'\nprotocol = 'tcp'\nports = [443]\n";
+        let text = format!("[groups]\nweb = 'tag:web'\n{}", rule.repeat(20));
+        let web: Vec<Tag> = vec!["web".parse().unwrap()];
+        let name: NodeName = "node".parse().unwrap();
+        let tags = |number: u32| if number.is_multiple_of(2) { &web[..] } else { &[] };
+        let member = |number| Member { id: id(number), name: &name, tags: tags(number) };
+        let mut compiled = Policy::parse(&text).unwrap().compile((1..=600).map(member));
+        let rules = compiled.rules_of(id(1));
+        let (whole, left_out) = compiled.filter_by(&rules, usize::MAX);
+        assert_eq!((rules.len(), left_out), (20, 0));
+        let (bytes, longest) = (encode(&whole).len(), compiled.longest((1..=600).map(id)));
+        assert!((bytes..=bytes + FRAME).contains(&longest), "{bytes} {longest}");
+        for limit in [0, FRAME, bytes / 2, longest - 1, longest] {
+            let (cut, left_out) = compiled.filter_by(&rules, limit);
+            let said = cut.rules.clone().unwrap();
+            assert_eq!(said.len() + left_out, 20);
+            assert_eq!(left_out == 0, limit == longest);
+            assert_eq!(said[..], whole.rules.as_ref().unwrap()[..said.len()], "the first ones");
+            assert!(encode(&cut).len() <= limit.max(FRAME));
+        }
     }
 
     proptest::proptest! {

@@ -249,14 +249,18 @@ impl Reader<'_> {
                 return Ok(Selection::Any);
             }
             let group = self.groups.get(word).ok_or_else(|| {
-                let known: Vec<String> =
-                    self.groups.keys().cloned().chain([ANY.to_string()]).collect();
+                // "any" is nobody's guess: it would let everybody in.
+                let known: Vec<String> = self.groups.keys().cloned().collect();
                 let message = match nearest(word, &known) {
                     Some(nearest) => {
                         format!("there is no group \"{word}\"; did you mean \"{nearest}\"?")
                     }
                     None => {
-                        format!("there is no group \"{word}\"; groups are {}", known.join(", "))
+                        let known = [known, vec![ANY.to_string()]].concat().join(", ");
+                        format!(
+                            "there is no group \"{word}\"; groups are {known}; nodes and tags get \
+                             into one under [groups]: NAME = [\"{word}\"]"
+                        )
                     }
                 };
                 mistake(self.text, words, message)
@@ -409,6 +413,11 @@ mod tests {
             (
                 with("from = 'admin'\nprotocol = 'tcp'"),
                 "line 5, column 8: there is no group \"admin\"; did you mean \"admins\"?",
+            ),
+            (
+                with("from = 'a'\nprotocol = 'tcp'"),
+                "line 5, column 8: there is no group \"a\"; groups are admins, any; nodes and tags get \
+                 into one under [groups]: NAME = [\"a\"]",
             ),
             (with("from = 'any'\nprotocol = 'tpc'"), "line 6, column 12: unknown variant `tpc`"),
             (

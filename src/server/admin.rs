@@ -341,13 +341,7 @@ impl Server {
                 let nodes = nodes.collect();
                 Ok(read(Answer::Nodes(NodeList { schema: SCHEMA, nodes })))
             }
-            Request::Remove { node } => {
-                let member = self.member(&node)?;
-                let changes = self.members.delete(member.id).into_iter().collect();
-                let removal = Removal::of(self.node_info(&member, wall));
-                let answer = Answer::Removed(Box::new(removal));
-                Ok(Decision { changes, act: Act::Answer(answer) })
-            }
+            Request::Remove { node } => self.decide_remove(&node, wall),
             Request::Acknowledged { epoch } => {
                 Ok(read(Answer::Acknowledged(self.acknowledged(epoch))))
             }
@@ -406,7 +400,7 @@ impl Server {
         if self.members.name_owner(&name).is_some_and(|owner| owner != record.id) {
             return Err(RequestError::NameTaken { name });
         }
-        record.name = name;
+        (record.name, record.named) = (name, true);
         let answer = Answer::Renamed(self.node_info(&record, wall));
         Ok(Decision { changes: vec![self.members.write(record)], act: Act::Answer(answer) })
     }
@@ -458,7 +452,7 @@ fn read(answer: Answer) -> Decision {
     Decision { changes: Vec::new(), act: Act::Answer(answer) }
 }
 
-fn info_of(invite: &super::records::InviteRecord, wall: u64) -> InviteInfo {
+pub(super) fn info_of(invite: &super::records::InviteRecord, wall: u64) -> InviteInfo {
     InviteInfo {
         id: invite.id,
         name: invite.name.clone(),

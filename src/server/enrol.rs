@@ -6,6 +6,7 @@
 use rand::Rng;
 
 use super::distribute::Presence;
+use super::keys::is_key;
 use super::records::MemberRecord;
 use super::relay::RelayChange;
 use super::{Act, ConnectionId, Decision, Output, Server};
@@ -85,7 +86,8 @@ impl Server {
         let node_key = PublicKey(hello.node_key);
         let member = self.members.with_machine_key(&machine_key);
         let own = member.map(|member| member.record.id);
-        if !self.may_have_key(own, node_key) {
+        // Whose keys there are is told to members and to who holds an invite.
+        if !is_key(node_key) || (own.is_some() && !self.may_have_key(own, node_key)) {
             return Err(RefusedCode::BadRequest);
         }
         let wish = hello.name.as_deref().map(NodeName::from_hostname);
@@ -125,12 +127,31 @@ impl Server {
             (record.node_key, record.key_since) = (node_key, wall);
         }
         if wish.is_some() && wish != member.wish {
-            if let Some(wish) = &wish {
-                record.name = self.members.free_name(wish, Some(member.id));
+            if let Some(wish) = wish.as_ref().filter(|_| !member.named) {
+                record.name = self.name_by_wish(wish, Some(member));
             }
             record.wish = wish;
         }
         record
+    }
+
+    /// What a node is called that would like to be called `wish`. A name that access rules know means
+    /// rights, so no wish gets it that has not got it already.
+    fn name_by_wish(&self, wish: &NodeName, member: Option<&MemberRecord>) -> NodeName {
+        let own = member.map(|member| &member.name);
+        let is_barred = |name: &NodeName| own != Some(name) && self.access.knows(name);
+        self.members.free_name(wish, member.map(|member| member.id), is_barred)
+    }
+
+    /// What a node is called that joins: the administrator's name, if its invite has one.
+    fn name_of_new(&self, given: Option<&NodeName>, wish: Option<&NodeName>) -> NodeName {
+        let Some(given) = given else {
+            let unnamed = || NodeName::from_hostname("");
+            return self.name_by_wish(&wish.cloned().unwrap_or_else(unnamed), None);
+        };
+        // One with a number behind it is not the name that was given.
+        let is_barred = |name: &NodeName| name != given && self.access.knows(name);
+        self.members.free_name(given, None, is_barred)
     }
 
     /// A new member and the use of its invite: both are written, or none.
@@ -143,19 +164,20 @@ impl Server {
         wall: u64,
     ) -> Result<(NodeId, Vec<super::Change>), RefusedCode> {
         let presented = hello.invite.as_ref().ok_or(RefusedCode::NotMember)?;
+        let mut invite = self.invites.check(presented, wall)?.record.clone();
         if presented.network != self.network.record.id.0 {
             return Err(RefusedCode::WrongNetwork);
         }
-        let mut invite = self.invites.check(presented, wall)?.record.clone();
+        if !self.may_have_key(None, node_key) {
+            return Err(RefusedCode::BadRequest);
+        }
         let host = self.members.free_host().ok_or(RefusedCode::NetworkFull)?;
         let id = self.members.free_id().ok_or(RefusedCode::NetworkFull)?;
-        let wanted = invite.name.as_ref().or(wish.as_ref()).cloned();
-        let wanted = wanted.unwrap_or_else(|| NodeName::from_hostname(""));
         let record = MemberRecord {
             id,
             machine_key,
             node_key,
-            name: self.members.free_name(&wanted, None),
+            name: self.name_of_new(invite.name.as_ref(), wish.as_ref()),
             wish,
             host,
             joined: wall,
@@ -165,6 +187,7 @@ impl Server {
             key_since: wall,
             expires: self.network.record.members_last_s.map(|last| wall.saturating_add(last)),
             expiry_noted: crate::server::records::ExpiryNoted::Nothing,
+            named: invite.name.is_some(),
         };
         invite.used += 1;
         Ok((id, vec![self.invites.write(invite), self.members.write(record)]))

@@ -11,6 +11,30 @@ use super::records::{Change, InviteRecord, Key, MemberRecord, NetworkRecord, Rec
 use super::{Act, ConnectionId, Decision, Server};
 use crate::types::NodeId;
 
+/// All kinds of lines; docs/operation.md lists them.
+const KINDS: [&str; 20] = [
+    "network-created",
+    "range-changed",
+    "network-expiry-set",
+    "policy-set",
+    "policy-cleared",
+    "policy-cut",
+    "node-joined",
+    "node-removed",
+    "node-renamed",
+    "node-name-refused",
+    "node-tagged",
+    "node-key-changed",
+    "node-expiry-set",
+    "node-expires-soon",
+    "node-expired",
+    "node-cloned",
+    "invite-made",
+    "invite-used",
+    "invite-revoked",
+    "invite-not-accepted",
+];
+
 /// One line of the log. Kinds and fields are added, never changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
@@ -28,6 +52,7 @@ impl Event {
     /// An event without fields.
     #[must_use]
     pub fn new(at: u64, kind: &str, actor: &str) -> Self {
+        debug_assert!(KINDS.contains(&kind), "{kind} is not in the list");
         Self { at, kind: kind.into(), actor: actor.into(), fields: BTreeMap::new() }
     }
 
@@ -62,11 +87,13 @@ impl Server {
             | Act::Rival { .. }
             | Act::Expired { .. }
             | Act::Answer(_)
+            | Act::Cut(_)
             | Act::Nothing => administrator.to_string(),
         };
         let event = |kind: &str| Event::new(wall, kind, &actor);
-        let changes = decision.changes.iter().filter_map(|change| self.event_of(change, event));
+        let changes = decision.changes.iter().flat_map(|change| self.events_of(change, event));
         let changes = changes.chain(self.clone_event(&decision.act, event));
+        let changes = changes.chain(self.cut_event(&decision.act, event));
         changes.chain(self.guess_event(&decision.act, event)).collect()
     }
 
@@ -93,23 +120,19 @@ impl Server {
         format!("node {node} from {from}")
     }
 
-    fn event_of(&self, change: &Change, event: impl Fn(&str) -> Event) -> Option<Event> {
-        match (&change.key, &change.record) {
-            (Key::Member(id), Some(Record::Member(new))) => self.member_event(*id, new, event),
+    fn events_of(&self, change: &Change, event: impl Fn(&str) -> Event) -> Vec<Event> {
+        let one = match (&change.key, &change.record) {
+            (Key::Member(id), Some(Record::Member(new))) => {
+                return self.member_events(*id, new, event);
+            }
             (Key::Member(id), None) => {
-                let member = &self.members.of(*id)?.record;
-                Some(self.about(event("node-removed"), member))
+                let member = self.members.of(*id).map(|member| &member.record);
+                member.map(|member| self.about(event("node-removed"), member))
             }
             (Key::Invite(id), Some(Record::Invite(new))) => {
                 invite_event(self.invites.of(*id).map(|invite| &invite.record), new, event)
             }
-            (Key::Network, Some(Record::Network(new))) => {
-                if self.network.record.members_last_s != new.members_last_s {
-                    return Some(lasting_event(new.members_last_s, event));
-                }
-                let range = new.range;
-                Some(event("range-changed").with("ipv4", range.v4()).with("ipv6", range.v6()))
-            }
+            (Key::Network, Some(Record::Network(new))) => Some(self.network_event(new, event)),
             (Key::Policy, Some(Record::Policy(new))) => {
                 let cleared = || event("policy-cleared");
                 let set = |text: &String| event("policy-set").with("bytes", text.len());
@@ -118,35 +141,65 @@ impl Server {
             // One that ended long ago is tidied away; a record under another's key is none of ours.
             (Key::Invite(_), None) | (Key::Network | Key::Policy, None) => None,
             (Key::Member(_) | Key::Invite(_) | Key::Network | Key::Policy, Some(_)) => None,
-        }
+        };
+        Vec::from_iter(one)
     }
 
-    fn member_event(
+    fn network_event(&self, new: &NetworkRecord, event: impl Fn(&str) -> Event) -> Event {
+        if self.network.record.members_last_s != new.members_last_s {
+            return lasting_event(new.members_last_s, event);
+        }
+        let range = new.range;
+        event("range-changed").with("ipv4", range.v4()).with("ipv6", range.v6())
+    }
+
+    /// One line for each difference: a node that comes back may have another key and another name.
+    fn member_events(
         &self,
         id: NodeId,
         new: &MemberRecord,
         event: impl Fn(&str) -> Event,
-    ) -> Option<Event> {
+    ) -> Vec<Event> {
         let Some(old) = self.members.of(id).map(|member| &member.record) else {
             let joined = event("node-joined").with("invite", new.invite);
-            return Some(self.about(joined, new).with("machine-key", new.machine_key));
+            let joined = self.about(joined, new).with("machine-key", new.machine_key);
+            return [joined].into_iter().chain(self.wish_event(None, new, event)).collect();
         };
+        let mut events = Vec::from_iter(self.wish_event(Some(old), new, &event));
+        if (&old.name, old.named) != (&new.name, new.named) {
+            events.push(self.about(event("node-renamed"), new).with("old-name", &old.name));
+        }
         if old.node_key != new.node_key {
             let changed = self.about(event("node-key-changed"), new);
-            return Some(changed.with("old-key", old.node_key).with("new-key", new.node_key));
+            events.push(changed.with("old-key", old.node_key).with("new-key", new.node_key));
         }
         if old.tags != new.tags {
             let tags: Vec<String> = new.tags.iter().map(ToString::to_string).collect();
-            return Some(self.about(event("node-tagged"), new).with("tags", tags.join(" ")));
+            events.push(self.about(event("node-tagged"), new).with("tags", tags.join(" ")));
         }
-        if let Some(event) = self.expiry_event(old, new, &event) {
-            return Some(event);
-        }
-        if old.name != new.name {
-            return Some(self.about(event("node-renamed"), new).with("old-name", &old.name));
-        }
+        events.extend(self.expiry_event(old, new, &event));
         // When it was last seen, or what it would like to be called, is no change of the network.
-        None
+        events
+    }
+
+    /// A node would like to have a name that means rights, and gets another one.
+    fn wish_event(
+        &self,
+        old: Option<&MemberRecord>,
+        new: &MemberRecord,
+        event: impl Fn(&str) -> Event,
+    ) -> Option<Event> {
+        let wish = new.wish.as_ref()?;
+        let is_new = old.is_none_or(|old| old.wish.as_ref() != Some(wish));
+        (is_new && !new.named && new.name != *wish && self.access.knows(wish)).then(|| {
+            self.about(event("node-name-refused"), new)
+                .with("wish", wish)
+                .with(
+                    "why",
+                    "access rules know a node by that name: only an administrator gives it",
+                )
+                .with("help", format_args!("overlay server rename {} {wish}", new.name))
+        })
     }
 
     pub(super) fn about(&self, event: Event, member: &MemberRecord) -> Event {
@@ -187,6 +240,19 @@ mod tests {
     const RULES: &str = "[[rules]]\nfrom = \"any\"\nto = \"any\"\nprotocol = \"any\"\n";
 
     #[test]
+    fn the_documentation_lists_the_kinds_of_lines() {
+        let page = include_str!("../../docs/operation.md");
+        let (_, log) = page.split_once("## The log of changes").unwrap();
+        let list = log.split("\nA line is written").next().unwrap();
+        let words = list.split('`').skip(1).step_by(2).filter(|word| word.contains('-'));
+        let mut listed: Vec<&str> = words.collect();
+        let mut kinds = KINDS.to_vec();
+        listed.sort_unstable();
+        kinds.sort_unstable();
+        assert_eq!(listed, kinds);
+    }
+
+    #[test]
     fn every_change_of_the_administrator_leaves_one_line_and_a_look_leaves_none() {
         let range: OverlayRange =
             OverlayRange::new("10.77.0.0/20".parse().unwrap(), "fd00::/48".parse().unwrap())
@@ -207,6 +273,7 @@ mod tests {
             key_since: 0,
             expires: None,
             expiry_noted: crate::server::records::ExpiryNoted::Nothing,
+            named: false,
         };
         let records = Records {
             network: Versioned { rev: 1, record },

@@ -13,7 +13,7 @@ use super::records::{Change, ExpiryNoted, MemberRecord, NetworkRecord, Record};
 use super::relay::RelayChange;
 use super::{Act, ConnectionId, Decision, Output, Server};
 use crate::types::NodeId;
-use crate::wire::control::{EXPIRY_WARNING_S, ServerMessage, Standing};
+use crate::wire::control::{EXPIRY_WARNING_S, RefusedCode, ServerMessage, Standing};
 
 /// A membership is extended by ten years at most.
 const MAX_S: u64 = 10 * 366 * 86_400;
@@ -137,13 +137,21 @@ impl Server {
         }
     }
 
-    /// An expired member waits on its connection until it has more time.
+    /// An expired member waits on its connection until it has more time; on the newest one alone.
     pub(super) fn keep_waiting(
         &mut self,
         connection: ConnectionId,
         record: &MemberRecord,
         wall: u64,
     ) {
+        for older in self.waiting(record.id) {
+            if older != connection {
+                if let Some(known) = self.connections.get_mut(&older) {
+                    known.expired = None;
+                }
+                self.refuse(older, RefusedCode::Replaced);
+            }
+        }
         if let Some(known) = self.connections.get_mut(&connection) {
             (known.node, known.expired) = (None, Some(record.id));
             // It has ended also when the clock has been set back since.

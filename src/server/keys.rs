@@ -14,6 +14,11 @@ use crate::wire::control::ServerMessage;
 /// news for everybody.
 const SPACING_S: u64 = 60;
 
+/// Whether it could be anybody's.
+pub(super) fn is_key(key: PublicKey) -> bool {
+    key.0 != [0; 32]
+}
+
 impl Server {
     /// What is to be done about a member's wish for another node key; none for a key that it cannot
     /// have, or a wish that comes too soon: it goes on with the one it has, and asks again.
@@ -44,7 +49,7 @@ impl Server {
     /// and with another node's one could take its packets.
     pub(super) fn may_have_key(&self, node: Option<NodeId>, key: PublicKey) -> bool {
         let owner = self.members.with_node_key(&key);
-        key.0 != [0; 32] && owner.is_none_or(|owner| Some(owner) == node)
+        is_key(key) && owner.is_none_or(|owner| Some(owner) == node)
     }
 
     /// The new key is written down.

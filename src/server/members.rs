@@ -102,10 +102,18 @@ impl Members {
         })
     }
 
-    /// `wish`, or with a number behind it when another node than `except` has that name.
-    pub(super) fn free_name(&self, wish: &NodeName, except: Option<NodeId>) -> NodeName {
-        let is_free =
-            |name: &NodeName| self.by_name.get(name).is_none_or(|owner| Some(*owner) == except);
+    /// `wish`, or with a number behind it when another node than `except` has that name, or it is
+    /// not to be had.
+    pub(super) fn free_name(
+        &self,
+        wish: &NodeName,
+        except: Option<NodeId>,
+        is_barred: impl Fn(&NodeName) -> bool,
+    ) -> NodeName {
+        let is_free = |name: &NodeName| {
+            let owner = self.by_name.get(name);
+            owner.is_none_or(|owner| Some(*owner) == except) && !is_barred(name)
+        };
         if is_free(wish) {
             return wish.clone();
         }
@@ -161,6 +169,7 @@ mod tests {
             key_since: 0,
             expires: None,
             expiry_noted: crate::server::records::ExpiryNoted::Nothing,
+            named: false,
         };
         Versioned { rev: 1, record }
     }
@@ -177,8 +186,12 @@ mod tests {
     fn names_stay_unique_by_a_number_behind_them() {
         let members = members();
         let bob = "bob".parse().unwrap();
-        assert_eq!(members.free_name(&bob, None).as_str(), "bob-3");
-        assert_eq!(members.free_name(&bob, NodeId::new(1)).as_str(), "bob", "it is its own");
+        let free = |except, is_barred: fn(&NodeName) -> bool| {
+            members.free_name(&bob, except, is_barred).to_string()
+        };
+        assert_eq!(free(None, |_| false), "bob-3");
+        assert_eq!(free(NodeId::new(1), |_| false), "bob", "it is its own");
+        assert_eq!(free(None, |name| name.as_str() == "bob-3"), "bob-4");
     }
 
     #[test]

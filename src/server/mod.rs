@@ -142,6 +142,8 @@ enum Act {
         tries: u64,
     },
     Answer(admin::Answer),
+    /// A node is not told all access rules.
+    Cut(policy::CutRules),
     Nothing,
 }
 
@@ -164,7 +166,7 @@ pub struct Server {
     connections: BTreeMap<ConnectionId, Connection>,
     /// The newest connection of each node that is online.
     online: BTreeMap<NodeId, ConnectionId>,
-    /// When nodes were last seen that were online since the last write of this.
+    /// When nodes were last seen that have been online in this run; written down now and then.
     seen: BTreeMap<NodeId, u64>,
     clones: Clones,
     expiries: Expiries,
@@ -350,7 +352,7 @@ impl Server {
                 }
                 return Some(answer);
             }
-            Act::Nothing => {}
+            Act::Cut(_) | Act::Nothing => {}
         }
         None
     }
@@ -363,7 +365,8 @@ impl Server {
             Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
             // The node asks again.
-            Act::Expired { .. } | Act::Rekey { .. } | Act::Answer(_) | Act::Nothing => {}
+            Act::Expired { .. } | Act::Rekey { .. } | Act::Answer(_) => {}
+            Act::Cut(_) | Act::Nothing => {}
         }
     }
 

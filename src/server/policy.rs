@@ -4,20 +4,27 @@
 //! the rules, a name, a tag or the membership changes, and sent to a node only when it is another
 //! thing for that node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::admin::{Answer, RequestError, SCHEMA, rfc3339};
+use super::events::Event;
 use super::members::Members;
 use super::records::{Change, MemberRecord, PolicyRecord, Record, Versioned};
 use super::{Act, Decision, Server};
 use crate::policy::{Affected, Compiled, Member, Policy};
-use crate::types::{NodeId, Tag};
+use crate::types::{NodeId, NodeName, Tag};
 use crate::wire::control::encode;
 use crate::wire::filter::WireFilter;
+use crate::wire::frame::MAX_MESSAGE;
 
+/// Rules that say more than this to one node are not set: it is told all of it at every change.
+const MAX_SET_BYTES: usize = 1 << 20;
+/// A node is told no more than this, however many nodes have come since the rules were set: a message
+/// that is too long would end its connection.
+const MAX_TOLD_BYTES: usize = MAX_MESSAGE / 2;
 /// More tags than anybody can keep in mind.
 const MAX_TAGS: usize = 32;
 
@@ -41,12 +48,34 @@ pub struct PolicyInfo {
 pub(super) struct Access {
     record: Option<Versioned<PolicyRecord>>,
     policy: Option<Policy>,
+    /// See [`Policy::names`].
+    names: BTreeSet<NodeName>,
     /// The rules about the members of this moment; none when that has to be found out.
     compiled: Option<Compiled>,
     /// What some rules say, encoded: many nodes are told the same.
     encoded: BTreeMap<Vec<usize>, Arc<[u8]>>,
     /// The encoded filter that each node has.
     told: BTreeMap<NodeId, Arc<[u8]>>,
+    cut: Cut,
+}
+
+/// Whether somebody was not told all rules, since they are too long.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    #[default]
+    None,
+    /// And that is to be written down.
+    New(CutRules),
+    Noted,
+}
+
+/// Rules that a node was not told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CutRules {
+    /// The node; there may be others.
+    pub(super) node: NodeId,
+    /// How many.
+    pub(super) left_out: usize,
 }
 
 impl Access {
@@ -61,9 +90,16 @@ impl Access {
         // The text was read before it was stored, and when the store was.
         let text = record.as_ref().and_then(|record| record.record.text.as_deref());
         self.policy = text.map(|text| Policy::parse(text).expect("stored rules were checked"));
+        self.names = self.policy.as_ref().map(Policy::names).unwrap_or_default();
         self.record = record;
         self.compiled = None;
         self.encoded.clear();
+        self.cut = Cut::None;
+    }
+
+    /// Whether the rules know a node by this name.
+    pub(super) fn knows(&self, name: &NodeName) -> bool {
+        self.names.contains(name)
     }
 
     pub(super) fn forget(&mut self, node: NodeId) {
@@ -119,7 +155,11 @@ impl Access {
         if let Some(encoded) = self.encoded.get(&rules) {
             return Some(Arc::clone(encoded));
         }
-        let encoded: Arc<[u8]> = encode(&compiled.filter_by(&rules)).into();
+        let (filter, left_out) = compiled.filter_by(&rules, MAX_TOLD_BYTES);
+        if left_out > 0 && self.cut == Cut::None {
+            self.cut = Cut::New(CutRules { node, left_out });
+        }
+        let encoded: Arc<[u8]> = encode(&filter).into();
         self.encoded.insert(rules, Arc::clone(&encoded));
         Some(encoded)
     }
@@ -151,6 +191,21 @@ impl Server {
         }
     }
 
+    /// Writes down, once for these rules, that a node is not told all of them.
+    pub fn decide_cut(&mut self) -> Option<Decision> {
+        let Cut::New(cut) = self.access.cut else { return None };
+        self.access.cut = Cut::Noted;
+        Some(Decision { changes: Vec::new(), act: Act::Cut(cut) })
+    }
+
+    /// The line in the log for that.
+    pub(super) fn cut_event(&self, act: &Act, event: impl Fn(&str) -> Event) -> Option<Event> {
+        let Act::Cut(CutRules { node, left_out }) = act else { return None };
+        let cut = self.about(event("policy-cut"), &self.members.of(*node)?.record);
+        let help = "the network has grown: set fewer rules, each with more ports or larger groups";
+        Some(cut.with("left-out", left_out).with("help", help))
+    }
+
     pub(super) fn decide_policy_show(&self) -> Decision {
         let answer = Answer::Policy(self.access.info());
         Decision { changes: Vec::new(), act: Act::Answer(answer) }
@@ -168,6 +223,16 @@ impl Server {
             let reason = format!(
                 "the test in line {} fails: {}, expected {}",
                 failed.line, failed.question, failed.expected
+            );
+            return Err(RequestError::BadPolicy { reason });
+        }
+        let mut compiled = policy.compile(self.members.iter().map(about));
+        let longest = compiled.longest(self.members.iter().map(|member| member.id));
+        if longest > MAX_SET_BYTES {
+            let reason = format!(
+                "they come to {longest} bytes for one node, and {MAX_SET_BYTES} are the most: each \
+                 rule holds the list of nodes that it is from; make one rule of several with the \
+                 same \"from\" and \"to\", with all their ports, or use the group \"any\""
             );
             return Err(RequestError::BadPolicy { reason });
         }

@@ -29,8 +29,7 @@ pub struct MemberRecord {
     pub node_key: PublicKey,
     /// Its name.
     pub name: NodeName,
-    /// The name that it asked for last. A name given by the administrator stays until the node
-    /// asks for another one.
+    /// The name that it asked for last.
     pub wish: Option<NodeName>,
     /// Its place in the address range.
     pub host: u32,
@@ -52,6 +51,9 @@ pub struct MemberRecord {
     /// What of that has been noted.
     #[serde(default, skip_serializing_if = "ExpiryNoted::is_nothing")]
     pub expiry_noted: ExpiryNoted,
+    /// Whether an administrator gave it its name: then no wish of it changes that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub named: bool,
 }
 
 /// What has been noted of the end of a membership: each is one line in the log of changes.

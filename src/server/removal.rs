@@ -4,8 +4,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::admin::{NodeInfo, SCHEMA};
-use super::{ConnectionId, Server};
+use super::admin::{Answer, InviteInfo, NodeInfo, RequestError, SCHEMA, info_of};
+use super::invites::State;
+use super::{Act, ConnectionId, Decision, Server};
 
 /// `overlay server remove --json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +17,10 @@ pub struct Removal {
     pub removed: NodeInfo,
     /// The epoch in which the nodes are told.
     pub epoch: u64,
+    /// The invite that it came with, if that was still open: it is revoked with the removal, or the
+    /// node could join again with the same line.
+    #[serde(default)]
+    pub invite_revoked: Option<InviteInfo>,
     /// Who has taken note.
     #[serde(flatten)]
     pub progress: Acknowledged,
@@ -36,12 +41,29 @@ pub struct Acknowledged {
 
 impl Removal {
     /// Before it is made.
-    pub(super) fn of(removed: NodeInfo) -> Self {
-        Self { schema: SCHEMA, removed, epoch: 0, progress: Acknowledged::default() }
+    fn of(removed: NodeInfo, invite_revoked: Option<InviteInfo>) -> Self {
+        let progress = Acknowledged::default();
+        Self { schema: SCHEMA, removed, epoch: 0, invite_revoked, progress }
     }
 }
 
 impl Server {
+    /// Ends a membership, and with it the invite that still lets the same machine in.
+    pub(super) fn decide_remove(&self, node: &str, wall: u64) -> Result<Decision, RequestError> {
+        let member = self.member(node)?;
+        let mut changes = Vec::from_iter(self.members.delete(member.id));
+        let invite = self.invites.of(member.invite).map(|invite| invite.record.clone());
+        let open = invite.filter(|invite| State::of(invite, wall) == State::Open);
+        let revoked = open.map(|mut invite| {
+            invite.revoked = true;
+            let info = info_of(&invite, wall);
+            changes.push(self.invites.write(invite));
+            info
+        });
+        let removal = Removal::of(self.node_info(&member, wall), revoked);
+        Ok(Decision { changes, act: Act::Answer(Answer::Removed(Box::new(removal))) })
+    }
+
     /// A node says which epoch is in effect there.
     pub(super) fn note_applied(&mut self, connection: ConnectionId, epoch: u64) {
         // None that was not told can be in effect.

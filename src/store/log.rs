@@ -47,6 +47,25 @@ impl Store {
             .await?;
         rows.iter().rev().map(parse).collect()
     }
+
+    /// Up to `limit` events after number `after`: the first ones, oldest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn events_from(
+        &self,
+        after: u64,
+        limit: u32,
+    ) -> Result<Vec<StoredEvent>, StoreError> {
+        const FIRST: &str = "SELECT seq, at, kind, actor, body FROM events WHERE seq > $1 \
+                             ORDER BY seq LIMIT $2";
+        let rows = sqlx::query(FIRST)
+            .bind(signed(after))
+            .bind(i64::from(limit))
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter().map(parse).collect()
+    }
 }
 
 fn parse(row: &AnyRow) -> Result<StoredEvent, StoreError> {

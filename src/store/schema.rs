@@ -9,7 +9,7 @@ use sqlx::{Any, AnyPool, Row, Transaction};
 use super::{Store, StoreError, StoredRecord, sum_of, unsigned};
 
 /// The version of the tables that this program writes.
-pub const SCHEMA: i64 = 4;
+pub const SCHEMA: i64 = 5;
 
 /// What a new store gets; equal to the oldest version after all steps.
 const TABLES: [&str; 5] = [
@@ -18,7 +18,7 @@ const TABLES: [&str; 5] = [
      deleted BIGINT NOT NULL, body TEXT NOT NULL, sum TEXT NOT NULL DEFAULT '', \
      PRIMARY KEY (kind, id))",
     EVENTS,
-    "INSERT INTO meta (key, value) VALUES ('schema', 4)",
+    "INSERT INTO meta (key, value) VALUES ('schema', 5)",
     "INSERT INTO meta (key, value) VALUES ('rev', 0)",
 ];
 const EVENTS: &str = "CREATE TABLE events (seq BIGINT NOT NULL PRIMARY KEY, at BIGINT NOT NULL, \
@@ -45,6 +45,8 @@ impl Store {
                 2 => {}
                 // 3 to 4: so may the members that a network will have.
                 3 => {}
+                // 4 to 5: so may the mark of a name that an administrator gave.
+                4 => {}
                 _ => return Err(StoreError::Unknown { found }),
             }
             let done = sqlx::query("UPDATE meta SET value = $1 WHERE key = 'schema'")

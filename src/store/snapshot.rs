@@ -46,7 +46,16 @@ impl Store {
             return Err(StoreError::Newer { found: snapshot.schema });
         }
         let store = Self::open(path).await?;
-        let mut transaction = store.pool.begin().await?;
+        if let Err(error) = store.fill(snapshot).await {
+            // Else the file, and what is put in its place, would be closed some time later.
+            store.close().await;
+            return Err(error);
+        }
+        Ok(store)
+    }
+
+    async fn fill(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let mut transaction = self.pool.begin().await?;
         for record in &snapshot.records {
             const INSERT: &str = "INSERT INTO records (kind, id, rev, deleted, body, sum) \
                                   VALUES ($1, $2, $3, $4, $5, $6)";
@@ -68,6 +77,6 @@ impl Store {
             .execute(&mut *transaction)
             .await?;
         transaction.commit().await?;
-        Ok(store)
+        Ok(())
     }
 }

@@ -151,6 +151,10 @@ async fn events_have_numbers_without_gaps_and_go_with_their_change() {
     let last = kinds(store.events(0, 2).await.unwrap());
     assert_eq!(last, [(2, "two".into()), (3, "three".into())]);
     assert_eq!(kinds(store.events(2, 9).await.unwrap()), [(3, "three".into())]);
+    let first = kinds(store.events_from(0, 2).await.unwrap());
+    assert_eq!(first, [(1, "one".into()), (2, "two".into())]);
+    assert_eq!(kinds(store.events_from(2, u32::MAX).await.unwrap()), [(3, "three".into())]);
+    assert!(store.events(0, 0).await.unwrap().is_empty());
     // More than are kept.
     let many: Vec<Event> = (0..10_000).map(|_| event("many")).collect();
     store.commit(&[], &many).await.unwrap();
@@ -160,7 +164,7 @@ async fn events_have_numbers_without_gaps_and_go_with_their_change() {
 
 #[tokio::test]
 async fn a_store_of_the_version_before_is_copied_and_brought_up_to_date() {
-    for version in [2, 3] {
+    for version in [2, 3, 4] {
         brought_up_to_date_from(version).await;
     }
 }

@@ -5,11 +5,14 @@
 //! train of equal-sized datagrams stays one.
 //!
 //! ```text
-//!  0      1      2      4        8
-//! +------+------+------+--------+----------------------------------+
-//! | 0xB2 | 0x01 | zero |  node  | payload: WireGuard or disco      |
-//! +------+------+------+--------+----------------------------------+
+//!  0      1      2       3      4        8
+//! +------+------+-------+------+--------+--------------------------+
+//! | 0xB2 | 0x01 | flags | zero |  node  | payload: WireGuard, disco|
+//! +------+------+-------+------+--------+--------------------------+
 //! ```
+//!
+//! Flag 1, on the way to the server by a control connection, asks for the receiver's connection, too: the
+//! datagram is longer than what UDP carries to it.
 //!
 //! Control, always 50 bytes, so an answer is never larger than its question and the server cannot
 //! be used to amplify traffic to a forged source. Only a reflect may have any padding behind it: its
@@ -58,6 +61,7 @@ pub const DATA_HEADER_LEN: usize = 8;
 pub const CONTROL_LEN: usize = 50;
 
 const VERSION: u8 = 1;
+const FLAG_BY_LINK: u8 = 1;
 const BIND: u8 = 1;
 const BOUND: u8 = 2;
 const REFLECT: u8 = 3;
@@ -109,6 +113,20 @@ impl From<UnexpectedEnd> for RelayError {
 pub fn data_header(node: NodeId) -> [u8; DATA_HEADER_LEN] {
     let [a, b, c, d] = node.number().to_be_bytes();
     [DATA_MAGIC, VERSION, 0, 0, a, b, c, d]
+}
+
+/// The same on the way to the server, for what is to reach the node by its control connection.
+#[must_use]
+pub fn data_header_by_link(node: NodeId) -> [u8; DATA_HEADER_LEN] {
+    let mut header = data_header(node);
+    header[2] = FLAG_BY_LINK;
+    header
+}
+
+/// Whether a relay datagram is to reach its receiver by the control connection.
+#[must_use]
+pub fn asks_for_link(datagram: &[u8]) -> bool {
+    datagram.get(2).is_some_and(|flags| flags & FLAG_BY_LINK != 0)
 }
 
 /// Splits a relay datagram into the node in its header and the payload.

@@ -42,7 +42,7 @@ pub(crate) fn moved() -> Completion {
             ids.push(join(old.address, &line, [key; 32]).await.unwrap().1.unwrap().id);
         }
         let file = old.dir.path().join("backup");
-        backup(&old, &file);
+        only_over_files(&old, &file);
         let events = old.events().await;
 
         let (code, told) = restore(&old, &file, &["--force"]);
@@ -73,9 +73,28 @@ pub(crate) fn moved() -> Completion {
         assert_eq!(aside.len(), 1);
         assert!(aside[0].join("server.key").exists() && aside[0].join("server.db").exists());
         damaged(&new, &file);
+        // Without end, so it must not be read to its end.
+        let (code, told) = restore(&new, Path::new("/dev/zero"), &["--force"]);
+        assert!(code == Some(1) && told.contains("too large"), "{told}");
         new.start().await.stop().await;
     });
     Completion::Completed
+}
+
+/// A backup takes the place of a file and of nothing else: not of a device, pipe or link.
+fn only_over_files(place: &Place, file: &Path) {
+    let (socket, link) = (place.socket(), place.dir.path().join("link"));
+    let socket = socket.to_str().unwrap();
+    let output = overlay(&["server", "backup", socket, "--socket", socket]);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("is there and is no file"), "{told}");
+
+    fs::write(file, "older").unwrap();
+    std::os::unix::fs::symlink(file, &link).unwrap();
+    backup(place, &link);
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_ne!(fs::read(file).unwrap(), b"older");
 }
 
 /// Whatever is done to the file, it is not half restored.

@@ -142,7 +142,7 @@ impl Place {
     }
 
     pub(crate) async fn events(&self) -> Vec<EventInfo> {
-        let question = Question::Events { after: 0, limit: 100_000, follow: false };
+        let question = Question::Events { after: 0, limit: 100_000, first: true, follow: false };
         let value = self.try_ask(&question).await.unwrap();
         match serde_json::from_value(value).unwrap() {
             Reply::Ok(StoreAnswer::Events(events)) => events,

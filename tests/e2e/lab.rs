@@ -158,6 +158,21 @@ impl Net {
             host.ns.ip("route add default via 2001:db8::1");
             return address;
         };
+        self.add_ipv6_by(host, router, "eth0", 0)
+    }
+
+    /// The same for the interface of `host` that leads to this router, with a metric of its own unless
+    /// that is 0.
+    pub(crate) fn add_ipv6_by(
+        &self,
+        host: &Host,
+        router: &Router,
+        interface: &str,
+        metric: u32,
+    ) -> Ipv6Addr {
+        self.internet.sysctl("net/ipv6/conf/all/forwarding", "1");
+        self.internet.ip("addr replace 2001:db8::1/64 dev br0 nodad");
+        let last = u16::from(host.address.octets()[3]);
         let home = u16::from(router.wan.octets()[3]);
         let wan = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, home);
         let lan = Ipv6Addr::new(0x2001, 0xdb8, home, 0, 0, 0, 0, 1);
@@ -168,8 +183,9 @@ impl Net {
         router.ns.ip("route add default via 2001:db8::1");
         router.ns.nft(IPV6_FIREWALL);
         self.internet.ip(&format!("route add 2001:db8:{home:x}::/64 via {wan}"));
-        host.ns.ip(&format!("addr add {address}/64 dev eth0 nodad"));
-        host.ns.ip(&format!("route add default via {lan}"));
+        host.ns.ip(&format!("addr add {address}/64 dev {interface} nodad"));
+        let metric = if metric == 0 { String::new() } else { format!(" metric {metric}") };
+        host.ns.ip(&format!("route add default via {lan} dev {interface}{metric}"));
         self.draw(format!(" |    ({} also has {address})", host.name));
         address
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -99,13 +100,22 @@ impl Stream {
         received
     }
 
-    /// Ends the stream. The last packet may be under way, and is not counted.
+    /// Ends the stream. What has been sent until now counts, and has the time to be answered: on a
+    /// machine that does much else some packets are under way.
     pub(crate) fn stop(mut self) -> Received {
+        self.daemon.signal(Signal::SIGQUIT);
+        let what = format!("the {} to say how much it has sent", self.what);
+        let (sent, _) = wait_for(&what, TOOL_LIMIT, || self.sent_so_far());
+        let asked = now();
+        while !(1..=sent).all(|number| self.answers().contains(&number))
+            && asked.elapsed() < ANSWER_LIMIT
+        {
+            sleep(Duration::from_millis(10));
+        }
         self.daemon.signal(Signal::SIGINT);
         self.daemon.wait_exit(Duration::from_secs(5));
         let answers = self.answers();
-        let sent = self.sent();
-        let lost = (1..sent).filter(|number| !answers.contains(number)).collect();
+        let lost = (1..=sent).filter(|number| !answers.contains(number)).collect();
         Received { packets: answers.len(), lost }
     }
 
@@ -117,11 +127,14 @@ impl Stream {
             .collect()
     }
 
-    fn sent(&self) -> u32 {
+    /// The number of the last packet, in the answer to SIGQUIT: `17/18 packets, 5% loss, ...`.
+    fn sent_so_far(&self) -> Option<u32> {
         let text = std::fs::read_to_string(&self.log).unwrap();
-        let summary = text.lines().find(|line| line.contains("packets transmitted")).unwrap();
-        summary.split(' ').next().unwrap().parse().unwrap()
+        let line = text.lines().find(|line| line.contains(" packets, "))?;
+        line.split(" packets, ").next()?.rsplit('/').next()?.parse().ok()
     }
 }
 
+/// What is answered later than this is lost.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 const TOOL_LIMIT: Duration = Duration::from_secs(20);

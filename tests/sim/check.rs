@@ -20,7 +20,9 @@ pub(crate) fn check_paths(world: &World) {
         let kind = world.hosts[from].path_kind(peer, world.now);
         let expected = oracle::expected_path(world, from, to);
         let lucky = kind == "direct" && oracle::may_be_found_by_chance(world, from, to);
-        let open = kind == oracle::relay(world, from) && oracle::may_swallow(world, from, to);
+        let open = kind == oracle::relay(world, from)
+            && (oracle::may_swallow(world, from, to)
+                || oracle::needs_further_uplink(world, from, to));
         if kind != expected && !lucky && !open {
             let why = world.hosts[from].why(peer, world.now);
             wrong.push(format!("host {from} to host {to} ({peer}): {kind}, not {expected}: {why}"));
@@ -97,7 +99,8 @@ pub(crate) fn check_removed(world: &mut World) {
 pub(crate) fn check_keys(world: &World) {
     for (number, host) in world.hosts.iter().enumerate() {
         let member = host.removed_at.is_none() && host.node().is_some();
-        let (true, Some(id)) = (member && host.uplink.connection().is_some(), host.id()) else {
+        let (true, Some(id)) = (member && host.control_link.connection().is_some(), host.id())
+        else {
             continue;
         };
         let keys = host.keys();
@@ -105,7 +108,7 @@ pub(crate) fn check_keys(world: &World) {
         let (stored, own) = (world.server.node_key(id), keys.current.public());
         assert_eq!(stored, Some(own), "host {number}: another key than the server's");
         for (other, peer) in world.hosts.iter().enumerate().filter(|(other, _)| *other != number) {
-            let settled = peer.node().filter(|_| peer.uplink.connection().is_some());
+            let settled = peer.node().filter(|_| peer.control_link.connection().is_some());
             let known = settled.and_then(|node| node.peer_info(id)).map(|info| info.node_key);
             assert!(known.is_none_or(|key| key == own), "host {other} has an old key of {number}");
         }
@@ -117,7 +120,7 @@ pub(crate) fn check_wakeups(world: &World) {
     for (number, host) in world.hosts.iter().enumerate() {
         // Hello, welcome and the first bind have been exchanged by then.
         let long_ago = |at: Instant| world.now.saturating_duration_since(at) > SIGN_ON;
-        let signed_on = host.uplink.connected_since().is_some_and(long_ago);
+        let signed_on = host.control_link.connected_since().is_some_and(long_ago);
         if host.node().is_some() && host.asleep_until.is_none() && signed_on {
             let in_time = host.wake_at().is_some_and(|at| at <= world.now + LONGEST_SLEEP);
             assert!(in_time, "host {number} has lost a wake-up: {:?}", host.wake_at());
@@ -137,8 +140,8 @@ pub(crate) fn check_settled(world: &mut World) {
             && long_ago(host.asleep_since)
             // The clocks may have been set, and peers go by what they know.
             && !host.may_end
-            && host.uplink.connected_since().is_some_and(long_ago)
-            && world.edges[host.edge].line.loss_permille == 0
+            && host.control_link.connected_since().is_some_and(long_ago)
+            && [0, 1].iter().all(|it| world.edges[host.edge_of(*it)].line.loss_permille == 0)
     };
     let all: Vec<(usize, usize)> = pairs(world).collect();
     let all: Vec<(usize, usize)> =

@@ -31,6 +31,10 @@ pub(crate) struct Edge {
     /// By inside and remote endpoint: conversations that began at a forwarded port.
     forwarded: BTreeMap<(SocketAddr, SocketAddr), (u16, Instant)>,
     homes: u8,
+    /// The third number of the addresses in the LAN.
+    pub(crate) subnet: u8,
+    /// Nothing gets through to the internet or from there.
+    pub(crate) dark: bool,
 }
 
 impl Edge {
@@ -46,6 +50,8 @@ impl Edge {
             forwards: BTreeMap::new(),
             forwarded: BTreeMap::new(),
             homes: 0,
+            subnet: 1,
+            dark: false,
         }
     }
 
@@ -126,12 +132,13 @@ impl Edge {
         self.nat = Nat::with_behaviour(behaviour, self.external, seed);
     }
 
-    /// The address of one more host here. All LANs use one private range, as homes do.
+    /// The address of one more host here. LANs use one private range, as homes do, but for those of second
+    /// uplinks.
     pub(crate) fn next_address(&mut self) -> IpAddr {
         self.homes += 1;
         match self.kind {
             NatKind::None => self.external,
-            _ => IpAddr::V4(Ipv4Addr::new(192, 168, 1, 1 + self.homes)),
+            _ => IpAddr::V4(Ipv4Addr::new(192, 168, self.subnet, 1 + self.homes)),
         }
     }
 
@@ -143,6 +150,10 @@ impl Edge {
         now: Instant,
     ) -> Option<Outbound> {
         let flow = Flow { protocol: Protocol::Udp, src, dst };
+        if self.kind == NatKind::None && src.is_ipv4() && src.ip() != self.external {
+            // RFC 2827: a provider lets no foreign source out.
+            return None;
+        }
         if let (IpAddr::V6(_), Some((_, firewall))) = (dst.ip(), &mut self.v6) {
             return firewall.outbound(flow, now).ok();
         }

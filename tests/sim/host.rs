@@ -2,8 +2,8 @@
 //!
 //! Knows neither NATs nor lines: it is handed what arrives, and says what leaves.
 
-use std::collections::{BTreeSet, VecDeque};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,15 +12,16 @@ use overlay::node::{
     Clocks, Event, MAX_EXTRA_SOCKETS, Netmap, Node, NodeKeys, NodeSettings, SocketOrder,
 };
 use overlay::server::ConnectionId;
-use overlay::types::{NodeId, PublicKey, SecretKey, SocketId};
+use overlay::types::{NodeId, PublicKey, SecretKey, SocketId, Uplink};
 use overlay::wire::control::{
     ClientMessage, Hello, InviteUse, NetmapUpdate, RefusedCode, ServerMessage, WirePeer,
 };
 use overlay::wire::relay::Token;
 
+use crate::control_link::ControlLink;
 use crate::quiet::Meter;
 use crate::server::Frame;
-use crate::uplink::Uplink;
+use crate::uplinks::{Uplinks, interface_number};
 
 /// What leaves a host.
 #[derive(Debug, Default)]
@@ -39,6 +40,8 @@ pub(crate) struct Outgoing {
     pub(crate) news: Vec<String>,
     /// For the first message of a control connection.
     pub(crate) token: Option<Token>,
+    /// The relay goes by another uplink; none for the preferred one.
+    pub(crate) uplink: Option<Option<Uplink>>,
     /// The server does not want us.
     pub(crate) refused: bool,
     /// We are no member any more.
@@ -54,6 +57,7 @@ impl Outgoing {
             && self.packets.is_empty()
             && self.news.is_empty()
             && self.token.is_none()
+            && self.uplink.is_none()
             && !(self.refused || self.expelled)
     }
 }
@@ -67,8 +71,12 @@ pub(crate) struct Host {
     pub(crate) endpoint: SocketAddr,
     /// Its IPv6 endpoint.
     pub(crate) ipv6: Option<SocketAddr>,
-    /// The endpoint that its router forwards to it.
+    /// Its interfaces beside the one that all this is about.
+    pub(crate) uplinks: Uplinks,
+    /// The endpoint that its router forwards to it,
     pub(crate) mapped: Option<SocketAddr>,
+    /// as it does whenever it is asked.
+    pub(crate) forwarded: bool,
     /// Its edge lets no UDP of this host through.
     pub(crate) udp_blocked: bool,
     /// It is suspended until then,
@@ -87,12 +95,14 @@ pub(crate) struct Host {
     pub(crate) expelled: bool,
     /// It is of a version that knows no second key of a peer: one that has another is made anew.
     pub(crate) forgets_old_keys: bool,
+    /// How often data to a peer, or the relay, has begun to go another way.
+    pub(crate) changes: usize,
     /// What it has sent by UDP.
     pub(crate) meter: Meter,
     /// What the server's reflector gave out, and when.
     pub(crate) token: Option<(Token, Instant)>,
     /// Its control connection.
-    pub(crate) uplink: Uplink,
+    pub(crate) control_link: ControlLink,
     /// Its machine key, for the server.
     pub(crate) machine_key: PublicKey,
     /// With what it joins.
@@ -116,6 +126,8 @@ pub(crate) struct Host {
     /// Packets of its programs that were answered with ICMP.
     pub(crate) refused: usize,
     extra_sockets: BTreeSet<SocketId>,
+    /// Sockets of further uplinks, each with its interface.
+    pub(crate) lines: BTreeMap<SocketId, usize>,
 }
 
 impl Host {
@@ -130,7 +142,9 @@ impl Host {
             edge,
             endpoint,
             ipv6: None,
+            uplinks: Uplinks::default(),
             mapped: None,
+            forwarded: false,
             udp_blocked: false,
             asleep_until: None,
             asleep_since: crate::epoch(),
@@ -140,9 +154,10 @@ impl Host {
             may_end: false,
             expelled: false,
             forgets_old_keys: false,
+            changes: 0,
             meter: Meter::default(),
             token: None,
-            uplink: Uplink::new(seed),
+            control_link: ControlLink::new(seed),
             machine_key: SecretKey::from_bytes(spread(seed, 1)).public(),
             invite: None,
             keys: SecretKey::from_bytes(spread(seed, 2)).into(),
@@ -159,6 +174,7 @@ impl Host {
             scratch_ports: FIRST_SCRATCH_PORT,
             refused: 0,
             extra_sockets: BTreeSet::new(),
+            lines: BTreeMap::new(),
         }
     }
 
@@ -178,13 +194,17 @@ impl Host {
             now,
         );
         node.guess_server_time(wall, now);
+        if self.has_second() {
+            node.handle_uplinks(self.known_uplinks(), now);
+            self.uplinks.last_gateway = self.gateway();
+        }
         node.handle_host_endpoints(endpoints, now);
         if let Some(mapped) = self.mapped {
             node.handle_mapped(vec![(mapped, true)], now);
         }
         node.ask_reflectors(&[server], now);
         self.node = Some(node);
-        self.uplink.start(now);
+        self.control_link.start(now);
         self.refresh();
     }
 
@@ -195,10 +215,15 @@ impl Host {
         netmap.clocks = node.server_time(now).map(|server| Clocks { server, own: wall });
         let text = serde_json::to_string(&netmap).expect("a netmap can be saved");
         self.disk = serde_json::from_str(&text).expect("a saved netmap can be read");
-        self.uplink.stop();
+        self.control_link.stop();
         self.from_tun.clear();
         self.extra_sockets.clear();
+        self.lines.clear();
         self.due = None;
+    }
+
+    pub(crate) fn node_mut(&mut self) -> Option<&mut Node> {
+        self.node.as_mut()
     }
 
     /// The running node.
@@ -218,23 +243,39 @@ impl Host {
         netmap.identity.as_ref().map(|identity| identity.addrs.v4)
     }
 
-    /// The endpoint of one of its sockets, as the host sees it itself; none when it is not open.
-    pub(crate) fn endpoint_of(&self, socket: SocketId) -> Option<SocketAddr> {
+    /// The endpoint of one of its sockets at an interface, as the host sees it itself; none when it is not
+    /// open or not bound there.
+    fn endpoint_of(&self, socket: SocketId, interface: usize) -> Option<SocketAddr> {
+        let address = self.address_of(interface);
         if socket == SocketId::MAIN {
-            return Some(self.endpoint);
+            return Some(SocketAddr::new(address, self.endpoint.port()));
         }
         let port = FIRST_EXTRA_PORT + socket.number() % EXTRA_PORTS;
-        let open = self.extra_sockets.contains(&socket);
-        open.then(|| SocketAddr::new(self.endpoint.ip(), port))
+        let open = match self.lines.get(&socket) {
+            Some(bound) => *bound == interface,
+            None => self.extra_sockets.contains(&socket),
+        };
+        open.then(|| SocketAddr::new(address, port))
     }
 
-    /// The same for datagrams to `remote`: the main socket is one for each family.
-    pub(crate) fn source_of(&self, socket: SocketId, remote: SocketAddr) -> Option<SocketAddr> {
-        match remote {
+    /// The interface by which a datagram leaves for `remote`, and the endpoint that it is from; `local` is
+    /// the address of ours that is asked for. The main socket is one for each family.
+    pub(crate) fn source_of(
+        &self,
+        socket: SocketId,
+        remote: SocketAddr,
+        local: Option<IpAddr>,
+    ) -> Option<(usize, SocketAddr)> {
+        let interface = self.interface_towards(socket, remote)?;
+        let source = match remote {
             SocketAddr::V6(_) if socket == SocketId::MAIN => self.ipv6,
             SocketAddr::V6(_) => None,
-            SocketAddr::V4(_) => self.endpoint_of(socket),
-        }
+            SocketAddr::V4(_) => {
+                let wanted = [0, 1].into_iter().find(|it| Some(self.address_of(*it)) == local);
+                self.endpoint_of(socket, wanted.unwrap_or(interface))
+            }
+        };
+        Some((interface, source?))
     }
 
     /// The socket that is bound to this endpoint.
@@ -242,8 +283,9 @@ impl Host {
         if self.ipv6 == Some(endpoint) {
             return Some(SocketId::MAIN);
         }
-        let extra = self.extra_sockets.iter().copied();
-        extra.chain([SocketId::MAIN]).find(|it| self.endpoint_of(*it) == Some(endpoint))
+        let interface = [0, 1].into_iter().find(|it| self.address_of(*it) == endpoint.ip())?;
+        let all = self.extra_sockets.iter().chain(self.lines.keys()).copied();
+        all.chain([SocketId::MAIN]).find(|it| self.endpoint_of(*it, interface) == Some(endpoint))
     }
 
     /// When the node wants to be woken.
@@ -326,6 +368,10 @@ impl Host {
 
     /// The machine has another address.
     pub(crate) fn handle_roam(&mut self, edge: usize, endpoint: SocketAddr, now: Instant) {
+        if self.has_second() {
+            self.readdress(edge, endpoint, now);
+            return self.refresh();
+        }
         self.edge = edge;
         self.endpoint = endpoint;
         let endpoints = self.endpoints();
@@ -374,10 +420,6 @@ impl Host {
         }
     }
 
-    fn endpoints(&self) -> Vec<SocketAddr> {
-        [Some(self.endpoint), self.ipv6].into_iter().flatten().collect()
-    }
-
     /// Whether a datagram from the internet gets to it.
     pub(crate) fn hears_udp(&self) -> bool {
         !self.udp_blocked && self.asleep_until.is_none()
@@ -385,7 +427,7 @@ impl Host {
 
     /// When something has to be done here.
     pub(crate) fn next_at(&self) -> Option<Instant> {
-        let timers = [self.wake_at(), self.uplink.poll_timeout()];
+        let timers = [self.wake_at(), self.control_link.poll_timeout()];
         self.asleep_until.or_else(|| timers.into_iter().flatten().min())
     }
 
@@ -439,12 +481,19 @@ impl Host {
     fn collect(&mut self, connection: Option<ConnectionId>, going: &mut Outgoing) {
         let Some(node) = &mut self.node else { return };
         for order in node.take_socket_orders() {
+            let told = format!("{order:?}");
             let news = match order {
+                SocketOrder::Open { socket, device: Some(device), .. } => {
+                    self.lines.insert(socket, interface_number(&device)).is_none()
+                }
                 SocketOrder::Open { socket, .. } => self.extra_sockets.insert(socket),
-                SocketOrder::Close { socket } => self.extra_sockets.remove(&socket),
+                SocketOrder::Close { socket } => {
+                    self.lines.remove(&socket).is_some() || self.extra_sockets.remove(&socket)
+                }
             };
-            assert!(news, "{order:?} was carried out before");
+            assert!(news, "{told} was carried out before");
         }
+        assert!(self.lines.len() <= 2, "one socket for each interface");
         assert!(self.extra_sockets.len() <= MAX_EXTRA_SOCKETS, "extra sockets are bounded");
         assert_eq!(self.extra_sockets.len(), node.extra_sockets());
         let take = |batch: &UdpBatch, going: &mut Outgoing| {
@@ -482,7 +531,14 @@ impl Host {
                 Event::KeyTold => self.keys.told = true,
                 Event::KeyRetired => self.keys.previous = None,
                 Event::Token { token, .. } => going.token = Some(token),
+                Event::Uplink(by) => {
+                    self.changes += 1;
+                    let device = by.as_ref().map_or("the preferred uplink", |it| &it.device);
+                    going.news.push(format!("the relay by {device}"));
+                    going.uplink = Some(by);
+                }
                 Event::Path { peer, from, to, why } => {
+                    self.changes += 1;
                     let show = |via: Option<overlay::path::Via>| {
                         via.map_or_else(|| "nothing".to_string(), |via| via.to_string())
                     };
@@ -502,7 +558,6 @@ impl Host {
                 | Event::Pinged { .. }
                 | Event::Knocked(_)
                 | Event::Reported(_)
-                | Event::Uplink(_)
                 | Event::Rival(_) => {}
             }
         }
@@ -515,7 +570,7 @@ impl Host {
         assert!(going.messages.len() <= MAX_MESSAGES, "the message queue has a bound");
     }
 
-    fn refresh(&mut self) {
+    pub(crate) fn refresh(&mut self) {
         self.due = self.node.as_ref().and_then(Node::poll_timeout);
     }
 

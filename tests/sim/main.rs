@@ -7,12 +7,13 @@
 //!   bounds      how soon, in round trips      quiet    how much is sent when nothing happens
 //!   large     networks of more nodes than everybody is told of
 //!   filtered    paths that let questions through and no data
-//!   rotation    node keys are renewed
+//!   rotation    node keys are renewed            dark     hosts with two uplinks
 //!   evil      a relay that harms what it carries, and a server that names victims
 //!   transition  what can happen              check    what must be true
 //!     world       clock, flights, turns        oracle   which path must be found
 //!       routing     lines, NATs, LANs            ledger   every inner packet, once, in time
-//!       host, uplink    node core and data plane, as the daemon drives them
+//!       host, control_link    node core and data plane, as the daemon drives them
+//!       uplinks         the interfaces of a host, their routes, and what is dark behind them
 //!       server          server core and relay table over a store in memory
 //!       edge, spot, link    NATs of the lab, IPv6, forwarded ports; latency, loss, doubles
 //! ```
@@ -47,6 +48,8 @@
 
 mod bounds;
 mod check;
+mod control_link;
+mod dark;
 mod edge;
 mod evil;
 mod filtered;
@@ -65,7 +68,7 @@ mod scenario;
 mod server;
 mod spot;
 mod transition;
-mod uplink;
+mod uplinks;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -76,7 +79,7 @@ use std::time::Instant;
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 
-use scenario::{BASE_BYTES, END_BYTES, EXTRA_BYTES, Scenario};
+use scenario::{BASE_BYTES, END_BYTES, EXTRA_BYTES, Scenario, UPLINK_BYTES};
 
 /// The start of virtual time.
 #[expect(clippy::disallowed_methods, reason = "virtual time starts at some real instant")]
@@ -102,7 +105,7 @@ fn play(seed: u64, bytes: usize) {
 }
 
 /// Enough for all that a scenario can have.
-const SCENARIO_BYTES: usize = BASE_BYTES + EXTRA_BYTES + END_BYTES;
+const SCENARIO_BYTES: usize = BASE_BYTES + EXTRA_BYTES + END_BYTES + UPLINK_BYTES;
 
 fn number_from(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().and_then(|text| text.parse().ok())
@@ -146,7 +149,7 @@ fn the_scenarios_of_the_fuzzer_pass() {
 #[expect(clippy::disallowed_methods, reason = "tells how long the scenarios took")]
 fn random_scenarios_hold_what_the_oracle_says() {
     if let Some(seed) = number_from("SIM_SEED") {
-        return play(seed, SCENARIO_BYTES);
+        return play(seed, bytes_of(seed));
     }
     let scenarios = number_from("SIM_SCENARIOS").unwrap_or(SCENARIOS);
     let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(8));
@@ -159,7 +162,7 @@ fn random_scenarios_hold_what_the_oracle_says() {
                 let seeds = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
                 seeds
                     .take_while(|seed| *seed < scenarios)
-                    .for_each(|seed| play(seed, SCENARIO_BYTES));
+                    .for_each(|seed| play(seed, bytes_of(seed)));
             });
         }
     });
@@ -167,6 +170,13 @@ fn random_scenarios_hold_what_the_oracle_says() {
     println!("{scenarios} scenarios in {took:.1} s, {threads} threads");
 }
 
+/// Hosts have second uplinks in the first of them: enough to be a third of so many.
+fn bytes_of(seed: u64) -> usize {
+    if seed < WITH_UPLINKS { SCENARIO_BYTES } else { SCENARIO_BYTES - UPLINK_BYTES }
+}
+
+/// As many as there is time for beside the others.
+const WITH_UPLINKS: u64 = 250;
 /// What two cores play in less than a minute.
 const SCENARIOS: u64 = 1_000;
 

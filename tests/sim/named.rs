@@ -212,7 +212,7 @@ fn a_direct_path_that_dies_under_traffic_costs_a_second() {
 
 /// Whether a host believes that UDP reaches the server.
 fn udp_of(world: &World, host: usize) -> Option<bool> {
-    world.hosts[host].node().unwrap().facts(world.now).udp
+    world.hosts[host].node().and_then(|node| node.facts(world.now).udp)
 }
 
 #[test]
@@ -225,6 +225,42 @@ fn udp_that_is_blocked_under_traffic_costs_three_seconds() {
     assert_outage_below(&world, &pings, Duration::from_secs(3), "UDP is blocked");
     assert_eq!(udp_of(&world, 0), Some(false), "the control connection stands");
     assert_eq!(path_kind(&world, 0, 1), "relay-tcp");
+}
+
+/// One host asks, the other one only answers what arrives, for `time`; the longest time without an answer.
+fn longest_silence(world: &mut World, time: Duration) -> Duration {
+    let until = world.now + time;
+    let (mut asked, mut answered) = (Vec::new(), Vec::new());
+    let (mut last, mut longest) = (world.now, Duration::ZERO);
+    while world.now < until {
+        asked.extend(world.ping(0, 1, 200));
+        world.run_for(20 * MS);
+        let arrived = |world: &World, number: &u64| world.ledger.ping(*number).took().is_some();
+        let questions = asked.extract_if(.., |number| arrived(world, number)).count();
+        for _ in 0..questions {
+            answered.extend(world.ping(1, 0, 200));
+        }
+        if answered.extract_if(.., |number| arrived(world, number)).count() > 0 {
+            last = world.now;
+        }
+        longest = longest.max(world.now - last);
+    }
+    longest
+}
+
+#[test]
+fn who_has_only_answers_to_send_notices_that_udp_is_blocked() {
+    // With both, one notices when the other one has.
+    for (blocked, bound) in [(&[0][..], 4), (&[1], 4), (&[0, 1], 6)] {
+        let mut world = running(&[PortRestricted; 2]);
+        assert!(longest_silence(&mut world, Duration::from_secs(2)) < 200 * MS);
+        for host in blocked {
+            world.hosts[*host].udp_blocked = true;
+        }
+        let silence = longest_silence(&mut world, Duration::from_secs(20));
+        println!("UDP of {blocked:?} is blocked: {silence:?} without an answer");
+        assert!(silence < Duration::from_secs(bound), "{blocked:?}: {silence:?}");
+    }
 }
 
 #[test]

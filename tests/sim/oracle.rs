@@ -6,25 +6,59 @@ use crate::world::World;
 
 /// Whether the nodes of two hosts can reach each other without the server.
 pub(crate) fn direct_path_possible(world: &World, a: usize, b: usize) -> bool {
+    possible(world, [a, b], |host, interface| world.leads_out(host, interface))
+}
+
+/// Whether two hosts reach each other directly by a further uplink of either and by no other way. The
+/// nodes look for such a path when the preferred one fails, and no costly way is tried for its sake.
+pub(crate) fn needs_further_uplink(world: &World, a: usize, b: usize) -> bool {
+    let preferred = |host: usize, interface| {
+        world.leads_out(host, interface) && world.hosts[host].gateway() == Some(interface)
+    };
+    direct_path_possible(world, a, b) && !possible(world, [a, b], preferred)
+}
+
+/// The same when only these interfaces of a host lead out.
+fn possible(world: &World, [a, b]: [usize; 2], leads_out: impl Fn(usize, usize) -> bool) -> bool {
     if world.is_partitioned(a, b) || world.is_black_hole(a) || world.is_black_hole(b) {
         return false;
     }
+    let number = [a, b];
     let (a, b) = (&world.hosts[a], &world.hosts[b]);
-    if a.edge == b.edge {
+    if a.is_behind(b.edge_of(0)) || a.is_behind(b.edge_of(1)) {
         return true;
     }
     if a.udp_blocked || b.udp_blocked {
         return false;
     }
+    let by_first = number.map(|host| leads_out(host, 0));
     // A firewall lets in what answers: both sides send, and know each other's address.
-    if a.ipv6.is_some() && b.ipv6.is_some() {
+    if a.ipv6.is_some() && b.ipv6.is_some() && by_first == [true; 2] {
         return true;
     }
     // Whoever sends to a forwarded port is answered from it.
-    if a.mapped.is_some() || b.mapped.is_some() {
+    let ways_out = number.map(|host| leads_out(host, 0) || leads_out(host, 1));
+    if ways_out == [true; 2]
+        && (a.mapped.is_some() && by_first[0] || b.mapped.is_some() && by_first[1])
+    {
         return true;
     }
-    can_punch(world.edges[a.edge].kind, world.edges[b.edge].kind)
+    any_kinds(world, number, leads_out, can_punch)
+}
+
+/// Whether this is so of the NATs on some way out of each of two hosts.
+fn any_kinds(
+    world: &World,
+    [a, b]: [usize; 2],
+    leads_out: impl Fn(usize, usize) -> bool,
+    holds: impl Fn(NatKind, NatKind) -> bool,
+) -> bool {
+    let kinds = |host: usize| -> Vec<NatKind> {
+        let lit = [0, 1].into_iter().filter(|interface| leads_out(host, *interface));
+        lit.map(|interface| world.edges[world.hosts[host].edge_of(interface)].kind).collect()
+    };
+    let there = kinds(b);
+    kinds(a).into_iter().any(|a| there.iter().any(|b| holds(a, *b)))
 }
 
 /// The word in `path.kind` that host `a` must show for host `b` when all is quiet.
@@ -46,10 +80,11 @@ pub(crate) fn may_swallow(world: &World, a: usize, b: usize) -> bool {
 /// Whether birthday probing may have led to a direct path by now, or may not: it is left to chance
 /// and takes its time, so either is right.
 pub(crate) fn may_be_found_by_chance(world: &World, a: usize, b: usize) -> bool {
-    let (a, b) = (&world.hosts[a], &world.hosts[b]);
     let maps = |kind: NatKind| kind == NatKind::Symmetric;
-    let (kind_a, kind_b) = (world.edges[a.edge].kind, world.edges[b.edge].kind);
-    maps(kind_a) != maps(kind_b)
+    let differ =
+        any_kinds(world, [a, b], |host, it| world.leads_out(host, it), |a, b| maps(a) != maps(b));
+    let (a, b) = (&world.hosts[a], &world.hosts[b]);
+    differ
         && a.settings.birthday_probing
         && b.settings.birthday_probing
         && !a.udp_blocked

@@ -139,7 +139,7 @@ fn a_peer_without_a_server_talks_on_under_the_old_key() {
         let pings = talk(&mut world, Duration::from_secs(2), 50 * MS);
         assert_nothing_lost(&mut world, &pings, "both are there");
     }
-    world.hosts[1].uplink.cut = false;
+    world.hosts[1].control_link.cut = false;
     let pings = talk(&mut world, Duration::from_secs(20), 20 * MS);
     assert_nothing_lost(&mut world, &pings, "it learns the new key");
     assert_old_keys_go(&mut world, "cut off from the server");

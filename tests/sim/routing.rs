@@ -1,8 +1,8 @@
 //! How what leaves a host or the server finds its way: lines, NATs, LANs, the control connection.
 
 use std::cmp::Ordering;
-use std::net::SocketAddr;
-use std::time::Instant;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use overlay::dataplane::{Source, Target};
 use overlay::io::link::GIVEN_UP_AFTER;
@@ -13,9 +13,10 @@ use overlay::wire::control::{self, ClientMessage, Hello, ServerMessage};
 use overlay::wire::relay::Token;
 
 use crate::edge::is_private;
-use crate::host::{FIRST_SCRATCH_PORT, Outgoing};
+use crate::host::{FIRST_SCRATCH_PORT, Host, Outgoing};
 use crate::link::Line;
 use crate::server::{Frame, Sent};
+use crate::uplinks::Way;
 use crate::world::World;
 
 /// Something under way.
@@ -38,13 +39,21 @@ pub(crate) enum Parcel {
     /// What a hostile relay has kept back.
     KeptBack(Sent),
     /// A host asks for a control connection.
-    Connect { host: usize, attempt: u64, early: Option<(Token, Hello)> },
+    Connect { host: usize, attempt: u64, way: Way, early: Option<(Token, Hello)> },
     /// TCP has led to somebody.
-    Tcp { host: usize, attempt: u64 },
+    Tcp { host: usize, attempt: u64, way: Way },
     /// It is made, or nobody listens; perhaps with a hello that is acted on.
-    Connected { host: usize, attempt: u64, connection: Option<ConnectionId>, said: Option<Hello> },
+    Connected {
+        host: usize,
+        attempt: u64,
+        way: Way,
+        connection: Option<ConnectionId>,
+        said: Option<Hello>,
+    },
     /// The server's TCP gives a connection up if its host has left it.
     GivenUp { host: usize, connection: ConnectionId },
+    /// The host's TCP gives a connection up if what it sends still vanishes.
+    Unheard { host: usize, connection: ConnectionId },
     /// A frame to the server.
     Up { host: usize, connection: ConnectionId, frame: Frame },
     /// A frame to a host.
@@ -52,7 +61,7 @@ pub(crate) enum Parcel {
 }
 
 impl World {
-    fn launch(&mut self, at: Instant, parcel: Parcel) {
+    pub(super) fn launch(&mut self, at: Instant, parcel: Parcel) {
         let seq = self.next_seq;
         self.next_seq += 1;
         self.flights.push(Flight { at, seq, parcel });
@@ -72,11 +81,11 @@ impl World {
         }
         if let Some(token) = going.token {
             self.hosts[host].token = Some((token, self.now));
-            if let Some(attempt) = self.hosts[host].uplink.handle_token() {
+            if let Some(attempt) = self.hosts[host].control_link.handle_token() {
                 self.upgrade(host, attempt);
             }
         }
-        let connection = self.hosts[host].uplink.connection();
+        let connection = self.hosts[host].control_link.connection();
         for message in going.messages {
             if let Some(connection) = connection {
                 self.send_up(host, connection, Frame::Control(control::encode(&message)));
@@ -92,9 +101,9 @@ impl World {
         }
         for (target, bytes) in going.datagrams {
             match (target, connection) {
-                (Target::Udp { remote, socket, .. }, _) => {
+                (Target::Udp { remote, socket, local }, _) => {
                     self.hosts[host].meter.count(bytes.len(), self.now);
-                    self.send_udp(host, socket, remote, bytes);
+                    self.send_udp(host, (socket, local), remote, bytes);
                 }
                 (Target::Link, Some(connection)) => {
                     self.send_up(host, connection, Frame::Relay(bytes));
@@ -102,20 +111,29 @@ impl World {
                 (Target::Link, None) => {}
             }
         }
+        if let Some(by) = going.uplink {
+            self.improve_link(host, by.as_ref());
+        }
         if going.refused {
-            self.close_uplink(host);
-            self.hosts[host].uplink.retry(self.now);
+            self.close_link(host);
+            self.hosts[host].control_link.retry(self.now);
             let now = self.now;
             self.hosts[host].handle_link_down(now);
         }
     }
 
-    fn send_udp(&mut self, host: usize, socket: SocketId, dst: SocketAddr, bytes: Vec<u8>) {
-        let edge = self.hosts[host].edge;
-        let Some(src) = self.hosts[host].source_of(socket, dst) else { return };
+    fn send_udp(
+        &mut self,
+        host: usize,
+        (socket, local): (SocketId, Option<IpAddr>),
+        dst: SocketAddr,
+        bytes: Vec<u8>,
+    ) {
+        let Some((interface, src)) = self.hosts[host].source_of(socket, dst, local) else { return };
+        let edge = self.hosts[host].edge_of(interface);
         if is_private(dst.ip()) || dst == src || self.edges[edge].owns_ipv6(dst.ip()) {
             // Homes use the same private range: what is meant for another home stays in this one.
-            self.send_in_lan(host, src, dst, bytes);
+            self.send_in_lan((host, edge), src, dst, bytes);
             return;
         }
         if self.hosts[host].udp_blocked {
@@ -124,15 +142,18 @@ impl World {
         let now = self.now;
         match self.edges[edge].outbound(src, dst, now) {
             Some(Outbound::Forward(flow)) => self.send_out(edge, Some(host), flow.src, dst, bytes),
-            Some(Outbound::Hairpin(flow)) => self.send_in_lan(host, flow.src, flow.dst, bytes),
+            Some(Outbound::Hairpin(flow)) => {
+                self.send_in_lan((host, edge), flow.src, flow.dst, bytes);
+            }
             None => {}
         }
     }
 
     /// A datagram that passes the own edge, and dies in the internet.
     fn open(&mut self, host: usize, dst: SocketAddr, socket: SocketId) {
-        let edge = self.hosts[host].edge;
-        let Some(src) = self.hosts[host].source_of(socket, dst) else { return };
+        let source = self.hosts[host].source_of(socket, dst, None);
+        let Some((interface, src)) = source else { return };
+        let edge = self.hosts[host].edge_of(interface);
         if !is_private(dst.ip()) && !self.hosts[host].udp_blocked {
             let now = self.now;
             let _ = self.edges[edge].outbound(src, dst, now);
@@ -141,9 +162,11 @@ impl World {
 
     /// A question of a socket that has never sent anything.
     fn ask(&mut self, host: usize, dst: SocketAddr, bytes: Vec<u8>) {
-        let edge = self.hosts[host].edge;
+        let Some(interface) = self.hosts[host].gateway() else { return };
+        let edge = self.hosts[host].edge_of(interface);
         self.hosts[host].scratch_ports += 1;
-        let src = SocketAddr::new(self.hosts[host].endpoint.ip(), self.hosts[host].scratch_ports);
+        let src =
+            SocketAddr::new(self.hosts[host].address_of(interface), self.hosts[host].scratch_ports);
         let now = self.now;
         if !self.hosts[host].udp_blocked
             && let Some(Outbound::Forward(flow)) = self.edges[edge].outbound(src, dst, now)
@@ -152,10 +175,15 @@ impl World {
         }
     }
 
-    fn send_in_lan(&mut self, from: usize, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8>) {
-        let edge = self.hosts[from].edge;
-        let to =
-            self.hosts.iter().position(|host| host.edge == edge && host.socket_at(dst).is_some());
+    fn send_in_lan(
+        &mut self,
+        (from, edge): (usize, usize),
+        src: SocketAddr,
+        dst: SocketAddr,
+        bytes: Vec<u8>,
+    ) {
+        let mut hosts = self.hosts.iter();
+        let to = hosts.position(|host| host.is_behind(edge) && host.socket_at(dst).is_some());
         if let Some(to) = to {
             let at = self.now + LAN_LATENCY;
             self.launch(at, Parcel::Lan { from, to, src, dst, bytes });
@@ -171,6 +199,9 @@ impl World {
         dst: SocketAddr,
         bytes: Vec<u8>,
     ) {
+        if self.edges[edge].dark {
+            return;
+        }
         let here = self.edges[edge].line;
         if dst.ip() == self.server.address() {
             let there = self.server_line;
@@ -229,7 +260,7 @@ impl World {
             Sent::Link(connection, frame) => {
                 let mut hosts = self.hosts.iter();
                 let host = hosts.position(|host| {
-                    host.uplink.connection().or(host.uplink.opening) == Some(connection)
+                    host.control_link.connection().or(host.control_link.opening) == Some(connection)
                 });
                 if let Some(host) = host {
                     self.send_down(host, connection, frame);
@@ -238,47 +269,50 @@ impl World {
         }
     }
 
-    fn one_way(&self, host: usize) -> std::time::Duration {
-        self.edges[self.hosts[host].edge].line.latency + self.server_line.latency
+    fn one_way(&self, host: usize, way: Way) -> Duration {
+        let edge = self.hosts[host].edge_of(way.interface);
+        self.edges[edge].line.latency + self.server_line.latency
     }
 
     fn send_up(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
-        let soonest = self.now + self.one_way(host);
-        let at = self.hosts[host].uplink.up_free_at.map_or(soonest, |at| at.max(soonest));
-        self.hosts[host].uplink.up_free_at = Some(at);
+        let way = self.hosts[host].control_link.way(connection);
+        let soonest = self.now + self.one_way(host, way);
+        let at = self.hosts[host].control_link.up_free_at.map_or(soonest, |at| at.max(soonest));
+        self.hosts[host].control_link.up_free_at = Some(at);
         self.launch(at, Parcel::Up { host, connection, frame });
     }
 
     fn send_down(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
-        let soonest = self.now + self.one_way(host);
-        let at = self.hosts[host].uplink.down_free_at.map_or(soonest, |at| at.max(soonest));
-        self.hosts[host].uplink.down_free_at = Some(at);
+        let way = self.hosts[host].control_link.way(connection);
+        let soonest = self.now + self.one_way(host, way);
+        let at = self.hosts[host].control_link.down_free_at.map_or(soonest, |at| at.max(soonest));
+        self.hosts[host].control_link.down_free_at = Some(at);
         self.launch(at, Parcel::Down { host, connection, frame });
     }
 
     /// Somebody who is nobody's host sends this, as from there.
     pub(crate) fn forge(&mut self, src: SocketAddr, dst: SocketAddr, bytes: Vec<u8>) {
-        self.send_to_edge(Line::clean(std::time::Duration::ZERO), None, src, dst, bytes);
+        self.send_to_edge(Line::clean(Duration::ZERO), None, src, dst, bytes);
     }
 
     /// The host's end of its connection is gone; the server hears of it.
-    pub(super) fn close_uplink(&mut self, host: usize) {
-        if let Some(connection) = self.hosts[host].uplink.connection() {
+    pub(super) fn close_link(&mut self, host: usize) {
+        if let Some(connection) = self.hosts[host].control_link.connection() {
             self.send_up(host, connection, Frame::Closed);
         }
     }
 
     /// The host is elsewhere or asleep and says no goodbye on its connection: the server keeps that
     /// until there is another one, or for as long as TCP waits for a tick to be taken.
-    pub(super) fn leave_uplink(&mut self, host: usize) {
-        if let Some(connection) = self.hosts[host].uplink.connection() {
+    pub(super) fn leave_link(&mut self, host: usize) {
+        if let Some(connection) = self.hosts[host].control_link.connection() {
             self.launch(self.now + GIVEN_UP_AFTER, Parcel::GivenUp { host, connection });
         }
     }
 
     /// The server's end is gone; the host hears of it.
     pub(super) fn tell_server_gone(&mut self, host: usize) {
-        if let Some(connection) = self.hosts[host].uplink.connection() {
+        if let Some(connection) = self.hosts[host].control_link.connection() {
             self.send_down(host, connection, Frame::Closed);
         }
     }
@@ -289,43 +323,76 @@ impl World {
         let (server, now) = (self.server.control_endpoint(), self.now);
         self.hosts[host].ask_token(server, now);
         self.settle(host);
-        if !self.hosts[host].uplink.cut {
-            let at = self.now + self.one_way(host) * 2;
-            self.launch(at, Parcel::Tcp { host, attempt });
+        let ways: Vec<(usize, bool)> = self.hosts[host].leads_out().collect();
+        if !ways.iter().any(|(_, preferred)| *preferred) {
+            // The kernel knows no way, and says so at once.
+            return self.hosts[host].control_link.handle_failed(attempt, now);
         }
+        for (interface, preferred) in ways {
+            let way = Way { interface, bound: !preferred };
+            let favoured = self.hosts[host].control_link.favoured == Some(interface);
+            let later = if preferred || favoured { Duration::ZERO } else { FURTHER_DELAY };
+            if !preferred {
+                self.hosts[host].control_link.try_another(later);
+            }
+            self.knock(host, attempt, way, later);
+        }
+    }
+
+    /// Starts TCP by one way, a little later.
+    pub(super) fn knock(&mut self, host: usize, attempt: u64, way: Way, later: Duration) {
+        if !self.hosts[host].control_link.cut {
+            let at = self.now + later + self.one_way(host, way) * 2;
+            self.launch(at, Parcel::Tcp { host, attempt, way });
+        }
+    }
+
+    /// The first message of the key exchange leaves by a further uplink. Seen from another address a token
+    /// is worth nothing.
+    fn upgrade_by(&mut self, host: usize, attempt: u64, way: Way) {
+        let at = self.now + self.one_way(host, way);
+        self.launch(at, Parcel::Connect { host, attempt, way, early: None });
     }
 
     /// The first message of the key exchange leaves, with the hello in it if there is a token.
     pub(super) fn upgrade(&mut self, host: usize, attempt: u64) {
+        let Some(interface) = self.hosts[host].gateway() else { return };
+        let way = Way { interface, bound: false };
         let early = self.hosts[host].token.take();
         let early = early.filter(|(_, at)| self.now - *at < TOKEN_USABLE);
         let early = early.and_then(|(token, _)| Some((token, self.hosts[host].hello()?.hello?)));
-        let at = self.now + self.one_way(host);
-        self.launch(at, Parcel::Connect { host, attempt, early });
+        let at = self.now + self.one_way(host, way);
+        self.launch(at, Parcel::Connect { host, attempt, way, early });
     }
 
     /// Something arrives.
     pub(super) fn deliver(&mut self, parcel: Parcel) {
         let now = self.now;
+        let Some(parcel) = self.gets_through(parcel) else { return };
         match parcel {
             Parcel::Edge { edge, from, src, dst, bytes } => {
+                if self.edges[edge].dark {
+                    return;
+                }
                 let Some(flow) = self.edges[edge].inbound(src, dst, now) else { return };
                 if flow.dst.is_ipv4() && flow.dst.port() > FIRST_SCRATCH_PORT {
                     let ip = flow.dst.ip();
-                    let to = self
-                        .hosts
-                        .iter()
-                        .position(|host| host.edge == edge && host.endpoint.ip() == ip);
+                    let mut hosts = self.hosts.iter();
+                    let at = |host: &Host| {
+                        [0, 1]
+                            .into_iter()
+                            .any(|it| host.edge_of(it) == edge && host.address_of(it) == ip)
+                    };
+                    let to = hosts.position(at);
                     if let Some(to) = to.filter(|to| self.hosts[*to].hears_udp()) {
                         self.hosts[to].handle_scratch(src, &bytes, now);
                         self.settle(to);
                     }
                     return;
                 }
-                let to = self
-                    .hosts
-                    .iter()
-                    .position(|host| host.edge == edge && host.socket_at(flow.dst).is_some());
+                let mut hosts = self.hosts.iter();
+                let to = hosts
+                    .position(|host| host.is_behind(edge) && host.socket_at(flow.dst).is_some());
                 let Some(to) = to.filter(|to| self.hosts[*to].hears_udp()) else { return };
                 if from.is_none_or(|from| self.passes(from, to, &bytes)) {
                     self.hand_in(to, src, flow.dst, &bytes);
@@ -340,21 +407,41 @@ impl World {
                 self.server.handle_datagram(src, dst, bytes, now);
                 self.route_server();
             }
-            Parcel::Tcp { host, attempt } => {
+            Parcel::Tcp { host, way, .. } | Parcel::Connect { host, way, .. }
+                if !self.leads_out(host, way.interface) => {}
+            Parcel::Tcp { host, attempt, way } if way.bound => self.upgrade_by(host, attempt, way),
+            Parcel::Tcp { host, attempt, way }
+                if self.hosts[host].control_link.is_better(attempt) =>
+            {
+                self.upgrade_by(host, attempt, way);
+            }
+            Parcel::Tcp { host, attempt, .. } => {
                 let known = self.hosts[host].token.is_some();
                 let awake = self.hosts[host].asleep_until.is_none();
-                if awake && self.hosts[host].uplink.handle_tcp(attempt, known, now) {
+                if awake && self.hosts[host].control_link.handle_tcp(attempt, known, now) {
                     self.upgrade(host, attempt);
                 }
             }
-            Parcel::Connect { host, attempt, early } => self.accept(host, attempt, early),
-            Parcel::Connected { host, attempt, connection: None, .. } => {
-                self.hosts[host].uplink.handle_failed(attempt, now);
+            Parcel::Connect { host, attempt, way, early } => self.accept(host, attempt, way, early),
+            Parcel::Connected { host, connection, way, .. }
+                if !self.leads_out(host, way.interface) =>
+            {
+                if let Some(connection) = connection {
+                    self.launch(now + GIVEN_UP_AFTER, Parcel::GivenUp { host, connection });
+                }
             }
-            Parcel::Connected { host, attempt, connection: Some(connection), said } => {
+            Parcel::Connected { host, attempt, connection: None, .. } => {
+                self.hosts[host].control_link.handle_failed(attempt, now);
+            }
+            Parcel::Connected { host, attempt, connection: Some(connection), said, .. } => {
                 let awake = self.hosts[host].asleep_until.is_none();
+                let replaced = self.hosts[host].control_link.connection();
                 let wanted =
-                    awake && self.hosts[host].uplink.handle_opened(attempt, connection, now);
+                    awake && self.hosts[host].control_link.handle_opened(attempt, connection, now);
+                if let Some(connection) = replaced.filter(|_| wanted) {
+                    // It ends when the server has heard of the new one.
+                    self.launch(now + GIVEN_UP_AFTER, Parcel::GivenUp { host, connection });
+                }
                 let first = match said {
                     Some(said) => self.hosts[host].confirmation(&said),
                     None => self.hosts[host].hello(),
@@ -369,12 +456,13 @@ impl World {
             }
             Parcel::GivenUp { host, connection } => {
                 let asleep = self.hosts[host].asleep_until.is_some();
-                if asleep || self.hosts[host].uplink.connection() != Some(connection) {
+                if asleep || self.hosts[host].control_link.connection() != Some(connection) {
                     self.deliver_up(host, connection, Frame::Closed);
                     // TCP says so to whoever wakes up and sends.
                     self.send_down(host, connection, Frame::Closed);
                 }
             }
+            Parcel::Unheard { host, connection } => self.give_up(host, connection),
             Parcel::KeptBack(sent) => self.route_sent(sent),
             Parcel::Up { host, connection, frame } => self.deliver_up(host, connection, frame),
             Parcel::Down { host, connection, frame } => self.deliver_down(host, connection, frame),
@@ -382,19 +470,22 @@ impl World {
     }
 
     /// The first message of a key exchange is at the server.
-    fn accept(&mut self, host: usize, attempt: u64, early: Option<(Token, Hello)>) {
-        let public = self.edges[self.hosts[host].edge].external;
+    fn accept(&mut self, host: usize, attempt: u64, way: Way, early: Option<(Token, Hello)>) {
+        let public = self.edges[self.hosts[host].edge_of(way.interface)].external;
         let observed = SocketAddr::new(public, 50_000);
         let key = self.hosts[host].machine_key;
         let token = early.as_ref().map(|(token, _)| *token);
         let accepted = self.server.accept(key, observed, token, self.now);
         let (connection, taken) = (accepted.map(|(id, _)| id), accepted.is_some_and(|it| it.1));
         let said = early.map(|(_, hello)| hello).filter(|_| taken);
-        let at = self.now + self.one_way(host);
-        let news = Parcel::Connected { host, attempt, connection, said: said.clone() };
+        if let Some(connection) = connection {
+            self.hosts[host].control_link.note_way(connection, way);
+        }
+        let at = self.now + self.one_way(host, way);
+        let news = Parcel::Connected { host, attempt, way, connection, said: said.clone() };
         self.launch(at, news);
         if let Some((connection, hello)) = connection.zip(said) {
-            self.hosts[host].uplink.handle_opening(attempt, connection);
+            self.hosts[host].control_link.handle_opening(attempt, connection);
             let message = ClientMessage { hello: Some(hello), ..ClientMessage::default() };
             let frame = Frame::Control(control::encode(&message));
             self.server.handle_frame(connection, frame, self.now);
@@ -403,7 +494,7 @@ impl World {
     }
 
     fn deliver_up(&mut self, host: usize, connection: ConnectionId, frame: Frame) {
-        if self.hosts[host].uplink.cut && frame != Frame::Closed {
+        if self.hosts[host].control_link.cut && frame != Frame::Closed {
             return;
         }
         if !self.server.knows(connection) && frame != Frame::Closed {
@@ -421,7 +512,9 @@ impl World {
             self.hosts[host].held_frames.push((connection, frame));
             return;
         }
-        if self.hosts[host].uplink.cut || !self.hosts[host].uplink.handle_heard(connection, now) {
+        if self.hosts[host].control_link.cut
+            || !self.hosts[host].control_link.handle_heard(connection, now)
+        {
             return;
         }
         match frame {
@@ -437,7 +530,7 @@ impl World {
             Frame::Relay(bytes) => self.hand_over(host, Source::Link, &bytes),
             Frame::Closed => {
                 self.note(&format!("host {host}: lost the server"));
-                self.hosts[host].uplink.retry(now);
+                self.hosts[host].control_link.retry(now);
                 self.hosts[host].handle_link_down(now);
             }
         }
@@ -500,8 +593,10 @@ impl PartialEq for Flight {
 impl Eq for Flight {}
 
 /// One hop in a home.
-pub(crate) const LAN_LATENCY: std::time::Duration = std::time::Duration::from_millis(1);
+pub(crate) const LAN_LATENCY: Duration = Duration::from_millis(1);
 /// A token is used when it is no older than this.
-const TOKEN_USABLE: std::time::Duration = std::time::Duration::from_secs(5);
+const TOKEN_USABLE: Duration = Duration::from_secs(5);
+/// A further uplink is tried so much later than the preferred one.
+const FURTHER_DELAY: Duration = Duration::from_secs(1);
 /// What an opener has, as any ping.
 const PING_BYTES: usize = 60;

@@ -31,6 +31,8 @@ struct Place {
     /// In the LAN of the host before it.
     beside: bool,
     port: u16,
+    /// A second uplink.
+    second: Option<(NatKind, Line)>,
 }
 
 /// Bytes, and zeros after them.
@@ -74,9 +76,11 @@ impl Scenario {
     pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
         let (base, extras) = bytes.split_at(bytes.len().min(BASE_BYTES));
         let (extras, ends) = extras.split_at(extras.len().min(EXTRA_BYTES));
+        let (ends, uplinks) = ends.split_at(ends.len().min(END_BYTES));
         let mut scenario = Self::base(base);
         scenario.add_extras(&mut Bytes(extras.iter()));
         scenario.add_ends(&mut Bytes(ends.iter()));
+        scenario.add_uplinks(&mut Bytes(uplinks.iter()));
         scenario
     }
 
@@ -109,7 +113,8 @@ impl Scenario {
                 let flags = bytes.next();
                 let port = if flags & 1 == 0 { 5000 } else { 5000 + number };
                 let beside = number > 0 && flags & 0b1110 == 0;
-                Place { spot: Spot::plain(bytes.kind()), line: bytes.line(), beside, port }
+                let (spot, line) = (Spot::plain(bytes.kind()), bytes.line());
+                Place { spot, line, beside, port, second: None }
             })
             .collect();
         let mut steps = Vec::new();
@@ -129,7 +134,8 @@ impl Scenario {
         for number in 0..more {
             let spot = Spot::plain(bytes.kind()).with_extras(bytes.next());
             let line = bytes.line();
-            self.places.push(Place { spot, line, beside: false, port: 6000 + number });
+            let port = 6000 + number;
+            self.places.push(Place { spot, line, beside: false, port, second: None });
         }
         self.steps.truncate([MAX_STEPS, 7, 5, 3][bytes.below(4)]);
         let mut added = 0;
@@ -158,6 +164,36 @@ impl Scenario {
                 let at = at + 1 + bytes.below(self.steps.len() - at);
                 self.steps.insert(at, (wait, Transition::Expire(host, None)));
             }
+        }
+    }
+
+    /// Second uplinks in some scenarios, which go dark and come back, or lose their routes.
+    fn add_uplinks(&mut self, bytes: &mut Bytes<'_>) {
+        if bytes.below(3) != 1 {
+            return;
+        }
+        for place in &mut self.places {
+            let wanted = bytes.next() & 1 == 1;
+            let (kind, line) = (bytes.kind(), bytes.line());
+            // What comes for a public address of a further uplink at the main socket is answered by the
+            // preferred one, from an address that is foreign there.
+            let kind = if kind == NatKind::None { NatKind::FullCone } else { kind };
+            place.second = wanted.then_some((kind, line));
+        }
+        let two: Vec<usize> =
+            (0..self.places.len()).filter(|place| self.places[*place].second.is_some()).collect();
+        for _ in 0..[1, 2, 3, 4][bytes.below(4)] {
+            let at = bytes.below(self.steps.len() + 1);
+            let Some(host) = two.get(bytes.below(two.len())).copied() else { return };
+            let interface = [0, 0, 1][bytes.below(3)];
+            let step = match bytes.below(6) {
+                0..=2 => Transition::Dark { host, interface, dark: true },
+                3 => Transition::Dark { host, interface, dark: false },
+                4 => Transition::Route { host, interface, there: false },
+                _ => Transition::Route { host, interface, there: true },
+            };
+            let wait = [0, 300, 1_000, 2_500, 6_000, 12_000][bytes.below(6)];
+            self.steps.insert(at, (Duration::from_millis(wait), step));
         }
     }
 
@@ -221,6 +257,9 @@ impl Scenario {
             if place.spot.forwards {
                 world.forward_port(host);
             }
+            if let Some((kind, line)) = place.second {
+                world.add_second(host, Spot::plain(kind), line);
+            }
         }
         world
     }
@@ -269,15 +308,21 @@ fn bring_peace(world: &mut World) {
         edge.line = edge.line.calm();
     }
     for host in 0..world.hosts.len() {
-        world.hosts[host].uplink.cut = false;
+        if !world.has_way_out(host) {
+            world.set_route(host, 0, true);
+            world.set_dark(host, 0, false);
+        }
+    }
+    for host in 0..world.hosts.len() {
+        world.hosts[host].control_link.cut = false;
         world.start_host(host);
     }
     let all_up = |world: &World| {
         // Who has missed its removal is refused by every hello.
         let out = |host: &Host| host.expelled || host.removed_at.is_some();
-        world.hosts.iter().all(|host| out(host) || host.uplink.connection().is_some())
+        (0..world.hosts.len()).all(|host| out(&world.hosts[host]) || world.is_connected(host))
     };
-    assert!(world.run_until(Duration::from_secs(15), all_up), "some node does not connect");
+    assert!(world.run_until(Duration::from_secs(60), all_up), "some node does not connect");
 }
 
 /// The last lines of a log, as one text.
@@ -294,6 +339,9 @@ impl fmt::Display for Scenario {
                 if place.beside { ", beside the one before if that has a NAT" } else { "" };
             let Place { spot, line, port, .. } = place;
             writeln!(f, "host {number}: {spot}, port {port}, {line}{beside}")?;
+            if let Some((kind, line)) = place.second {
+                writeln!(f, "    and by a second uplink: {kind}, {line}")?;
+            }
         }
         for (wait, step) in &self.steps {
             writeln!(f, "  {step}, then {wait:?}")?;
@@ -312,5 +360,7 @@ pub(crate) const BASE_BYTES: usize = 96;
 pub(crate) const EXTRA_BYTES: usize = 48;
 /// And behind these: enough for two memberships that end.
 pub(crate) const END_BYTES: usize = 16;
+/// And behind these: second uplinks of eight hosts, and what becomes of them.
+pub(crate) const UPLINK_BYTES: usize = 56;
 /// The prime of the 64-bit Fowler-Noll-Vo hash.
 const FNV: u64 = 0x0100_0000_01b3;

@@ -56,6 +56,10 @@ pub(crate) enum Transition {
     Move(usize, Spot),
     /// A node renews its key, if it may at this moment.
     Rotate(usize),
+    /// The internet behind an interface of a host goes dark, or is lit again.
+    Dark { host: usize, interface: usize, dark: bool },
+    /// A host loses the default route of an interface, or has it again.
+    Route { host: usize, interface: usize, there: bool },
     /// A membership ends in so many seconds, or never.
     Expire(usize, Option<u64>),
 }
@@ -97,7 +101,7 @@ pub(crate) fn apply(world: &mut World, step: Transition) {
         Transition::UdpBlock(host, blocked) => world.hosts[host].udp_blocked = blocked,
         Transition::Partition(a, b, partitioned) => world.set_partitioned(a, b, partitioned),
         Transition::CutLink(host, true) => world.cut_link(host),
-        Transition::CutLink(host, false) => world.hosts[host].uplink.cut = false,
+        Transition::CutLink(host, false) => world.hosts[host].control_link.cut = false,
         Transition::Quiet => {
             world.run_for(Duration::from_secs(40));
             check_settled(world);
@@ -126,6 +130,8 @@ pub(crate) fn apply(world: &mut World, step: Transition) {
             world.filters.retain(|it| it.from != Some(host));
             world.healed = true;
         }
+        Transition::Dark { host, interface, dark } => world.set_dark(host, interface, dark),
+        Transition::Route { host, interface, there } => world.set_route(host, interface, there),
         Transition::Rotate(host) => drop(world.rotate(host)),
         Transition::Expire(host, in_s) => drop(world.expire(host, in_s)),
         Transition::Move(host, spot) => {
@@ -167,6 +173,17 @@ impl fmt::Display for Transition {
             Self::Expire(host, None) => write!(f, "the membership of host {host} goes on"),
             Self::Expire(host, Some(in_s)) => {
                 write!(f, "the membership of host {host} ends in {in_s} s")
+            }
+            Self::Dark { host, interface, dark } => {
+                write!(
+                    f,
+                    "uplink {interface} of host {host} is {}",
+                    if *dark { "dark" } else { "lit" }
+                )
+            }
+            Self::Route { host, interface, there } => {
+                let word = if *there { "has" } else { "loses" };
+                write!(f, "host {host} {word} the default route by uplink {interface}")
             }
             Self::Rotate(host) => write!(f, "host {host} renews its node key"),
             Self::Move(host, spot) => write!(f, "host {host} moves to a new place: {spot}"),

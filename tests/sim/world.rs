@@ -19,15 +19,15 @@ use overlay::node::NodeSettings;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use crate::control_link::Due;
 use crate::edge::Edge;
 use crate::evil::Relay;
 use crate::host::{Host, spread};
 use crate::ledger::Ledger;
 use crate::link::Line;
-use crate::routing::Flight;
+use crate::routing::{Flight, Parcel};
 use crate::server::ServerHost;
 use crate::spot::Spot;
-use crate::uplink::Due;
 
 /// The last things that happened, for whoever has to understand a failure.
 pub(crate) type EventLog = Rc<RefCell<VecDeque<String>>>;
@@ -63,6 +63,8 @@ pub(crate) struct World {
     pub(crate) ledger: Ledger,
     pub(super) flights: BinaryHeap<Flight>,
     pub(super) next_seq: u64,
+    /// What TCP keeps because its way is dark.
+    pub(super) stalled: Vec<Parcel>,
     pub(super) rng: StdRng,
     partitions: BTreeSet<(usize, usize)>,
     /// Something between hosts has let datagrams through again, of which nobody is told.
@@ -97,6 +99,7 @@ impl World {
             ledger: Ledger::default(),
             flights: BinaryHeap::new(),
             next_seq: 0,
+            stalled: Vec::new(),
             rng: StdRng::from_seed(spread(seed, 5)),
             partitions: BTreeSet::new(),
             healed: false,
@@ -153,6 +156,7 @@ impl World {
 
     /// Has the router of a host forward a port to it.
     pub(crate) fn forward_port(&mut self, host: usize) {
+        self.hosts[host].forwarded = true;
         let endpoint = self.hosts[host].endpoint;
         let mapped = self.edges[self.hosts[host].edge].forward(endpoint);
         self.hosts[host].handle_mapped(mapped, self.now);
@@ -172,7 +176,7 @@ impl World {
     /// Kills a host's node; its operating system ends the control connection.
     pub(crate) fn stop_host(&mut self, host: usize) {
         self.wake(host);
-        self.close_uplink(host);
+        self.close_link(host);
         let (wall, now) = (self.server.wall(self.now), self.now);
         self.hosts[host].stop(wall, now);
     }
@@ -190,9 +194,13 @@ impl World {
         let endpoint = SocketAddr::new(self.edges[edge].next_address(), port);
         self.hosts[host].ipv6 =
             self.edges[edge].last_ipv6().map(|address| SocketAddr::new(address, port));
-        self.leave_uplink(host);
-        self.retry_link(host);
+        let link = &self.hosts[host].control_link;
+        if link.connection().is_none_or(|connection| link.way(connection).interface == 0) {
+            self.leave_link(host);
+            self.retry_link(host);
+        }
         let now = self.now;
+        self.hosts[host].forwarded = false;
         self.hosts[host].handle_mapped(None, now);
         self.hosts[host].handle_roam(edge, endpoint, now);
         self.settle(host);
@@ -204,18 +212,18 @@ impl World {
     /// Breaks a host's control connection, for good or until it is mended.
     pub(crate) fn cut_link(&mut self, host: usize) {
         self.wake(host);
-        self.hosts[host].uplink.cut = true;
+        self.hosts[host].control_link.cut = true;
         self.lose_link(host);
         self.settle(host);
     }
 
     fn lose_link(&mut self, host: usize) {
-        self.close_uplink(host);
+        self.close_link(host);
         self.retry_link(host);
     }
 
     fn retry_link(&mut self, host: usize) {
-        self.hosts[host].uplink.retry(self.now);
+        self.hosts[host].control_link.retry(self.now);
         let now = self.now;
         self.hosts[host].handle_link_down(now);
     }
@@ -225,7 +233,7 @@ impl World {
         if self.hosts[host].asleep_until.is_none() {
             self.hosts[host].asleep_since = self.now;
             self.hosts[host].asleep_until = Some(self.now + time);
-            self.leave_uplink(host);
+            self.leave_link(host);
         }
     }
 
@@ -244,10 +252,10 @@ impl World {
                 self.deliver_down(host, connection, frame);
             }
             self.ledger.slack = Duration::ZERO;
-        } else if self.hosts[host].uplink.connection().is_some() {
+        } else if self.hosts[host].control_link.connection().is_some() {
             self.lose_link(host);
             // The daemon knows that there is nothing to wait for.
-            self.hosts[host].uplink.start(self.now);
+            self.hosts[host].control_link.start(self.now);
         }
         if slept >= NOTICED {
             let now = self.now;
@@ -308,8 +316,16 @@ impl World {
         let long_ago = |at: Instant| self.now.saturating_duration_since(at) > REVOCATION;
         let other = &self.hosts[other];
         other.removed_at.or(other.over_at).is_some_and(long_ago)
-            && self.hosts[host].uplink.connected_since().is_some_and(long_ago)
+            && self.hosts[host].control_link.connected_since().is_some_and(long_ago)
             && self.server.is_running()
+            && self.is_connected(host)
+    }
+
+    /// Whether a host has a control connection, by a way that leads there.
+    pub(crate) fn is_connected(&self, host: usize) -> bool {
+        let link = &self.hosts[host].control_link;
+        let connection = link.connection();
+        connection.is_some_and(|connection| self.leads_out(host, link.way(connection).interface))
     }
 
     /// Kills the server; every connection ends.
@@ -440,7 +456,7 @@ impl World {
                 continue;
             }
             self.wake(host);
-            match self.hosts[host].uplink.handle_timeout(now) {
+            match self.hosts[host].control_link.handle_timeout(now) {
                 Due::Nothing => {}
                 Due::Connect(attempt) => self.connect(host, attempt),
                 Due::Upgrade(attempt) => self.upgrade(host, attempt),
@@ -466,7 +482,7 @@ impl World {
             return;
         }
         for _ in 0..MAX_TURNS {
-            let connection = self.hosts[host].uplink.connection();
+            let connection = self.hosts[host].control_link.connection();
             let going = self.hosts[host].turn(connection, self.now);
             let expelled = going.expelled;
             self.route_host(host, going);

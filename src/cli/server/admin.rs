@@ -1,7 +1,7 @@
 //! The commands that ask a running server.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 
@@ -10,10 +10,12 @@ use crate::cli::fail::Failure;
 use crate::cli::print::{hint, json, line, table, table_text};
 use crate::cli::{Done, ask};
 use crate::config::paths::{Paths, Role};
+use crate::io::clock;
 use crate::server::admin::{
     Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Removal, Request,
 };
 use crate::types::{InviteId, NodeName, Tag};
+use crate::wire::control::EXPIRY_WARNING_S;
 
 /// How long an invite lives if nobody says otherwise; `--ttl` has the same.
 const DEFAULT_TTL_S: u64 = 3600;
@@ -150,7 +152,11 @@ fn print(answer: &Answer, show: Show) -> Done {
         (Answer::Invites(list), Show::Text) => print_invites(list),
         (Answer::Revoked(invite), Show::Text) => line(format!("revoked {}", invite.id)),
         (Answer::Nodes(list), Show::Text) => print_nodes(list),
-        (Answer::Removed(removal), Show::Text) => line(removal_text(removal)),
+        (Answer::Removed(removal), Show::Text) => {
+            line(removal_text(removal))?;
+            removal.invite_revoked.iter().for_each(|invite| hint(same_again(invite)));
+            Ok(())
+        }
         (Answer::Renamed(node), Show::Text) => {
             line(format!("{} is called {} now", node.ipv4, node.name))
         }
@@ -212,11 +218,29 @@ fn removal_text(removal: &Removal) -> String {
             format!("{some} of {online} {nodes} acknowledged, waiting for {waiting}")
         }
     };
+    if let Some(invite) = &removal.invite_revoked {
+        text += &format!("; its invite {} is revoked as well", invite.id);
+    }
     if !progress.offline.is_empty() {
         let they = if progress.offline.len() == 1 { "it comes" } else { "they come" };
         text += &format!("; {} will learn it when {they} back", names(&progress.offline));
     }
     text
+}
+
+/// For those who have the join line of an invite that went with a node.
+fn same_again(invite: &InviteInfo) -> String {
+    let mut command = format!("overlay server invite --uses {}", invite.uses - invite.used);
+    let time = |text: &str| humantime::parse_rfc3339(text).ok();
+    let ttl = time(&invite.expires).zip(time(&invite.created));
+    if let Some(ttl) = ttl.and_then(|(end, start)| end.duration_since(start).ok()) {
+        command += &format!(" --ttl {}s", ttl.as_secs());
+    }
+    command.extend(invite.name.iter().map(|name| format!(" --name {name}")));
+    command.extend(invite.tags.iter().map(|tag| format!(" --tag {tag}")));
+    format!(
+        "with its line the node could have come back; a new one for others who have it: {command}"
+    )
 }
 
 fn names(all: &[String]) -> String {
@@ -230,6 +254,13 @@ fn names(all: &[String]) -> String {
 fn words(tags: &[Tag]) -> String {
     let words: Vec<String> = tags.iter().map(ToString::to_string).collect();
     words.join(" ")
+}
+
+/// Whether a node's membership has ended or will within the time in which everybody is warned.
+fn ends_soon(node: &NodeInfo, now: u64) -> bool {
+    let end = node.expires.as_deref().and_then(|end| humantime::parse_rfc3339(end).ok());
+    let end = end.and_then(|end| end.duration_since(UNIX_EPOCH).ok());
+    node.expired || end.is_some_and(|end| end.as_secs() <= now.saturating_add(EXPIRY_WARNING_S))
 }
 
 fn print_nodes(list: &NodeList) -> Done {
@@ -258,7 +289,8 @@ fn print_nodes(list: &NodeList) -> Done {
     let mut table = table(&["NAME", "IPV4", "STATE", "LAST SEEN", "IPV6", "ID", "TAGS"]);
     table.add_rows(list.nodes.iter().map(row));
     line(table_text(&table))?;
-    for node in &list.nodes {
+    let now = clock::unix_seconds();
+    for node in list.nodes.iter().filter(|node| ends_soon(node, now)) {
         if let Some(expires) = &node.expires {
             let ends = if node.expired { "has ended" } else { "ends" };
             hint(format!(
@@ -276,4 +308,61 @@ fn print_nodes(list: &NodeList) -> Done {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::admin::rfc3339;
+
+    #[test]
+    fn an_end_is_worth_a_word_within_the_time_of_the_warnings() {
+        const NOW: u64 = 1_800_000_000;
+        let node = |expires: Option<u64>, expired| NodeInfo {
+            id: "00000001".into(),
+            name: "bob".into(),
+            ipv4: "10.77.0.1".parse().unwrap(),
+            ipv6: "fd00::1".parse().unwrap(),
+            online: false,
+            last_seen: rfc3339(0),
+            joined: rfc3339(0),
+            public_key: String::new(),
+            remote: None,
+            tags: Vec::new(),
+            key_since: None,
+            expires: expires.map(rfc3339),
+            expired,
+            cloned: false,
+        };
+        let warned = NOW + EXPIRY_WARNING_S;
+        for (expires, expired, said) in [
+            (None, false, false),
+            (Some(NOW + 400 * 86_400), false, false),
+            (Some(warned + 1), false, false),
+            (Some(warned), false, true),
+            (Some(NOW - 1), true, true),
+            (Some(NOW + 400 * 86_400), true, true),
+        ] {
+            assert_eq!(ends_soon(&node(expires, expired), NOW), said, "{expires:?} {expired}");
+        }
+    }
+
+    #[test]
+    fn who_has_the_line_of_a_revoked_invite_can_be_given_one_like_it() {
+        let invite = InviteInfo {
+            id: InviteId([0xab; 4]),
+            name: None,
+            uses: 20,
+            used: 3,
+            created: rfc3339(1_000),
+            expires: rfc3339(1_000 + 7 * 86_400),
+            state: "revoked".into(),
+            tags: vec!["web".parse().unwrap()],
+        };
+        let said = same_again(&invite);
+        assert!(
+            said.ends_with(": overlay server invite --uses 17 --ttl 604800s --tag tag:web"),
+            "{said}"
+        );
+    }
 }

@@ -1,7 +1,7 @@
 //! `overlay server backup` and `restore`.
 
 use std::io::{IsTerminal, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
 
@@ -14,6 +14,8 @@ use crate::io::clock;
 use crate::io::files::{self, FileError, SECRET_MODE};
 
 const WARNING: &str = "it holds the server's secret key: whoever has this file can be the server";
+/// No backup is longer: a quarter of it holds a hundred thousand nodes.
+const MAX_BYTES: u64 = 256 << 20;
 
 pub(super) fn write(file: &Path, socket: &Path) -> Done {
     let to_stdout = file == Path::new("-");
@@ -39,7 +41,8 @@ pub(super) fn write(file: &Path, socket: &Path) -> Done {
         hint(WARNING);
         return Ok(());
     }
-    files::write_atomically(file, text.expose().as_bytes(), SECRET_MODE).map_err(|error| {
+    let place = place(file)?;
+    files::write_own(&place, text.expose().as_bytes(), SECRET_MODE).map_err(|error| {
         let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty());
         let directory = directory.unwrap_or(Path::new(".")).display();
         Failure::caused_by(
@@ -51,6 +54,21 @@ pub(super) fn write(file: &Path, socket: &Path) -> Done {
     hint(format_args!("written to {}; {WARNING}", file.display()));
     hint("a node that joins after this moment is not in it");
     Ok(())
+}
+
+/// Where the bytes go: a new file takes the place of the old one, which must not be the place of a
+/// device, nor of a link to the file.
+fn place(file: &Path) -> Result<PathBuf, Failure> {
+    match std::fs::metadata(file) {
+        Ok(there) if !there.is_file() => Err(Failure::new(
+            "the backup cannot be written",
+            format!("{} is there and is no file", file.display()),
+            "overlay server backup FILE, a new one or one to replace; for a pipe: overlay server backup -",
+        )),
+        Ok(_) => Ok(file.canonicalize().unwrap_or_else(|_| file.to_owned())),
+        // Whether it can be made is found out by making it.
+        Err(_) => Ok(file.to_owned()),
+    }
 }
 
 pub(super) fn restore(file: &Path, state_dir: &Path, force: bool) -> Done {
@@ -75,15 +93,19 @@ pub(super) fn restore(file: &Path, state_dir: &Path, force: bool) -> Done {
 
 fn read(file: &Path) -> Result<Zeroizing<String>, Failure> {
     let mut text = Zeroizing::new(String::new());
+    // A pipe and a device do not say how much they have, and may have it without end.
     let read = if file == Path::new("-") {
-        std::io::stdin().lock().read_to_string(&mut text)
+        std::io::stdin().lock().take(MAX_BYTES + 1).read_to_string(&mut text)
     } else {
-        std::fs::File::open(file).and_then(|mut file| file.read_to_string(&mut text))
+        let opened = std::fs::File::open(file);
+        opened.and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text))
     };
-    read.map_err(|error| {
-        let help = format!("look at it: ls -l {}", file.display());
-        Failure::caused_by("the backup cannot be read", &error, help)
-    })?;
+    let help = || format!("look at it: ls -l {}", file.display());
+    read.map_err(|error| Failure::caused_by("the backup cannot be read", &error, help()))?;
+    if text.len() as u64 > MAX_BYTES {
+        let cause = format!("it is too large: more than {MAX_BYTES} bytes");
+        return Err(Failure::new("the backup cannot be read", cause, help()));
+    }
     Ok(text)
 }
 
@@ -105,7 +127,16 @@ fn explain(error: &BackupError, file: &Path, state_dir: &Path) -> Failure {
              type the command again"
                 .into(),
         ),
-        BackupError::File(_) | BackupError::Store(_) | BackupError::Content(_) => failure(format!(
+        BackupError::Stuck { aside, .. } => failure(format!(
+            "look at the place: df -h {0}; then type the command again, or move the files in {1} \
+             back to {0} and remove {0}/restoring",
+            state_dir.display(),
+            aside.display()
+        )),
+        BackupError::File(_)
+        | BackupError::Store(_)
+        | BackupError::Content(_)
+        | BackupError::Undone { .. } => failure(format!(
             "run it with sudo, and look at the place: df -h {}",
             state_dir.display()
         )),

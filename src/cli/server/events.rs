@@ -11,14 +11,18 @@ use crate::cli::print::{hint, json, line};
 use crate::config::paths::Role;
 use crate::daemon::server::{EventInfo, Question, StoreAnswer};
 
+/// So many are shown when nobody says how many.
+const NEWEST: u32 = 100;
+
 #[derive(Debug, Args)]
 pub(super) struct EventsArgs {
-    /// Show so many of the newest
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 100)]
-    lines: u32,
-    /// Only those after this number
-    #[arg(long, value_name = "SEQ", default_value_t = 0)]
-    after: u64,
+    /// Show so many: of the newest, or with --after of those that follow it [default: 100; with
+    /// --after all]
+    #[arg(short = 'n', long, value_name = "N")]
+    lines: Option<u32>,
+    /// Only those after this number, the oldest of them first
+    #[arg(long, value_name = "SEQ")]
+    after: Option<u64>,
     /// Go on with those that come, until Ctrl-C
     #[arg(long, short)]
     follow: bool,
@@ -29,7 +33,9 @@ pub(super) struct EventsArgs {
 
 pub(super) fn run(args: EventsArgs, socket: &Path) -> Done {
     let EventsArgs { lines, after, follow, json: as_json } = args;
-    let question = Question::Events { after, limit: lines, follow };
+    let limit = lines.unwrap_or(if after.is_some() { u32::MAX } else { NEWEST });
+    let (after, first) = (after.unwrap_or(0), after.is_some());
+    let question = Question::Events { after, limit, first, follow };
     let mut shown = false;
     let mut show = |answer: StoreAnswer| {
         let StoreAnswer::Events(events) = answer else { return Ok(()) };

@@ -97,6 +97,12 @@ pub(super) fn print(policy: &PolicyInfo) -> Done {
                 policy.tests,
                 policy.set.as_deref().unwrap_or("at an unknown time")
             ));
+            if policy.rules == 0 {
+                hint(
+                    "# no rule allows anything: nobody may send anything to anybody; to take the \
+                     rules away: overlay server policy clear",
+                );
+            }
             line(text.trim_end())
         }
         None => {

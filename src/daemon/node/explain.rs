@@ -190,19 +190,28 @@ pub(super) async fn why(requests: &Requests, text: String) -> Option<Reply<Why>>
     let found = explain(requests, |sender| Request::Find(text.clone(), sender)).await?;
     let Some(id) = found else {
         let removed = explain(requests, |sender| Request::Removed(text.clone(), sender)).await?;
-        return Some(removed.map_or_else(|| Reply::Error(unknown_peer(&text)), Reply::Ok));
+        return Some(or_unknown(removed, requests, &text).await);
     };
     ask_half(requests, id).await;
     let why = explain(requests, |sender| Request::Why(id, sender)).await?;
-    Some(why.map_or_else(|| Reply::Error(unknown_peer(&text)), Reply::Ok))
+    Some(or_unknown(why, requests, &text).await)
 }
 
 /// The answer to `overlay history`; none when the daemon ends.
 pub(super) async fn history(requests: &Requests, text: String) -> Option<Reply<HistoryReport>> {
     let found = explain(requests, |sender| Request::Find(text.clone(), sender)).await?;
-    let Some(id) = found else { return Some(Reply::Error(unknown_peer(&text))) };
-    let history = explain(requests, |sender| Request::History(id, sender)).await?;
-    Some(history.map_or_else(|| Reply::Error(unknown_peer(&text)), Reply::Ok))
+    let history = match found {
+        Some(id) => explain(requests, |sender| Request::History(id, sender)).await?,
+        None => None,
+    };
+    Some(or_unknown(history, requests, &text).await)
+}
+
+async fn or_unknown<T>(answer: Option<T>, requests: &Requests, text: &str) -> Reply<T> {
+    match answer {
+        Some(answer) => Reply::Ok(answer),
+        None => Reply::Error(unknown_peer(requests, text).await),
+    }
 }
 
 /// Asks a peer for its half, and waits for it or until it is clear that it tells nothing.

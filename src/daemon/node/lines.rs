@@ -25,7 +25,7 @@ impl Daemon {
             |it: &Uplink| uplinks.iter().find(|other| other.ipv6 == it.ipv6) == Some(it);
         let further: BTreeSet<String> =
             uplinks.iter().filter(|it| !preferred(it)).map(|it| it.device.clone()).collect();
-        self.uplink.set_devices(further.into_iter().collect());
+        self.control_link.set_devices(further.into_iter().collect());
         self.node.handle_uplinks(uplinks, crate::io::clock::now());
     }
 
@@ -36,10 +36,21 @@ impl Daemon {
             by = device.unwrap_or("the preferred one"),
             "the relay goes by another uplink"
         );
-        self.uplink.favour(device);
+        self.control_link.favour(device);
         if self.server.is_some() && self.link_device.as_deref() != device {
-            self.uplink.improve(device);
+            self.control_link.improve(device);
         }
+    }
+
+    /// The further uplink that the control connection goes by, if it does. The interface that it is bound
+    /// to may have become the preferred one since, or no uplink at all.
+    pub(super) fn further_uplink_of_link(&self) -> Option<String> {
+        let server = self.server?;
+        let by = self.link_device.as_ref()?;
+        let statuses = self.node.uplink_statuses();
+        let further = statuses.iter().filter(|it| !it.preferred).map(|it| &it.uplink);
+        let mut same = further.filter(|it| it.device == *by && it.ipv6 == server.is_ipv6());
+        same.next().map(|uplink| uplink.device.clone())
     }
 
     /// A path in words, with the uplink when it is not the preferred one.

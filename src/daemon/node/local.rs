@@ -1,6 +1,7 @@
 //! Answers to the command line. Each connection has a task; what it needs of the core it asks the
 //! control task for.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -160,7 +161,7 @@ async fn serve(
                 connection
                     .answer(&match found {
                         Some(Some(_)) => Reply::Ok(()),
-                        Some(None) => Reply::Error(unknown_peer(&peer)),
+                        Some(None) => Reply::Error(unknown_peer(requests, &peer).await),
                         None => or_stopping(None),
                     })
                     .await?;
@@ -252,11 +253,24 @@ fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     )
 }
 
-pub(super) fn unknown_peer(text: &str) -> Refusal {
+/// There is no such peer; the node itself is none.
+pub(super) async fn unknown_peer(requests: &mpsc::Sender<Request>, text: &str) -> Refusal {
+    let own = ask(requests, Request::Status).await.map(|status| status.own);
+    let is_own = own.is_some_and(|own| {
+        let [ipv4, ipv6] = [IpAddr::from(own.ipv4), IpAddr::from(own.ipv6)];
+        own.name.eq_ignore_ascii_case(text)
+            || own.id == text
+            || text.parse().is_ok_and(|ip: IpAddr| ip == ipv4 || ip == ipv6)
+    });
+    let cause = if is_own {
+        "it is this node itself, and a peer is another one"
+    } else {
+        "it is no name, overlay address or id of a node in this network"
+    };
     Refusal {
         code: exit::UNKNOWN_PEER,
         error: format!("no peer is called \"{text}\""),
-        cause: "it is no name, overlay address or id of a node in this network".into(),
+        cause: cause.into(),
         help: "overlay status (it lists all peers)".into(),
     }
 }
@@ -293,7 +307,8 @@ async fn ping(
 ) -> Result<(), LocalError> {
     let find = |sender| Request::Find(text.clone(), sender);
     let Some(Some((id, _))) = ask(requests, find).await else {
-        return connection.answer(&Reply::<PingLine>::Error(unknown_peer(&text))).await;
+        let refusal = unknown_peer(requests, &text).await;
+        return connection.answer(&Reply::<PingLine>::Error(refusal)).await;
     };
     let started = clock::now();
     let end = plan.limit.map(|limit| started + limit);
@@ -431,7 +446,7 @@ impl Daemon {
         let identity = own.identity?;
         // The server keeps the connection of a node whose time is over.
         let up = own.link_up || self.node.is_expired(now);
-        let state = match (self.server.is_some() && up, self.uplink.is_trying()) {
+        let state = match (self.server.is_some() && up, self.control_link.is_trying()) {
             (true, _) => "connected",
             (false, true) => "connecting",
             (false, false) => "unreachable",
@@ -466,7 +481,7 @@ impl Daemon {
                 state: state.into(),
                 address,
                 rtt_ms: own.server_rtt.filter(|_| own.link_up).map(millis),
-                uplink: self.link_device.clone().filter(|_| self.server.is_some()),
+                uplink: self.further_uplink_of_link(),
             },
             peers: self.node.peer_statuses(now).into_iter().map(PeerReport::from).collect(),
             nodes: self.node.network_size(),

@@ -2,12 +2,13 @@
 //!
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`)
 //! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
-//! what is on disk, `saving` when it gets there, `uplink` keeps the control connection, `interface`
+//! what is on disk, `saving` when it gets there, `control_link` keeps the control connection, `interface`
 //! the TUN interface, `roam` follows the network around us, `portmap` asks the router for a port,
 //! `local` answers the command line, `lines` knows the uplinks beside the preferred one, `metrics`
 //! Prometheus, `rotate` renews the node key, `reload` applies a new configuration, `explain` has its
 //! answers about paths, `netcheck` measures the network in front of us.
 
+mod control_link;
 pub mod explain;
 mod extra;
 mod interface;
@@ -27,7 +28,6 @@ mod standing;
 mod startup;
 mod state;
 mod threads;
-mod uplink;
 
 pub use interface::InterfaceError;
 pub use local::{PingLine, Question};
@@ -52,6 +52,7 @@ use crate::node::{Event, Node};
 use crate::path::Answer;
 use crate::types::{NodeId, OverlayAddrs};
 use crate::wire::control::{self, ClientMessage, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
+use control_link::{ControlLink, LinkEvent};
 use interface::Interface;
 use local::Request;
 use portmap::PortMapping;
@@ -61,7 +62,6 @@ use saving::Saving;
 use scratch::ScratchAnswer;
 use state::StateDir;
 use threads::{Ports, send_all, send_opener, send_whole_probe, write_packet, write_tun};
-use uplink::{Uplink, UplinkEvent};
 
 /// Notes taken in one turn, so that no flood starves the other sources.
 const NOTES_PER_TURN: usize = 256;
@@ -90,11 +90,11 @@ struct Daemon {
     /// What each direct path carries, where that is not what every path does.
     peer_mtus: BTreeMap<Ipv4Addr, (OverlayAddrs, u16)>,
     state: StateDir,
-    uplink: Uplink,
+    control_link: ControlLink,
     server: Option<SocketAddr>,
     /// Our address on the control connection.
     link_local: Option<IpAddr>,
-    /// The further uplink that it goes by; none for what the routes say.
+    /// The interface that it is bound to; none when it goes where the routes say.
     link_device: Option<String>,
     reflector_ports: (Option<u16>, Option<u16>),
     heard_server: Instant,
@@ -154,7 +154,7 @@ impl Daemon {
             () = stop.wait() => self.ended = Some(Ended::Stopped),
             Some(request) = self.requests.recv() => self.handle_request(request),
             surprise = self.surroundings.next() => self.handle_surprise(surprise, clock::now()),
-            event = self.uplink.next() => self.handle_uplink(event),
+            event = self.control_link.next() => self.handle_control_link(event),
             Some(note) = self.notes.recv() => self.take_notes(note),
             Some((from, answer)) = self.scratch.1.recv() => {
                 self.node.handle_scratch(from, &answer, clock::now());
@@ -167,7 +167,7 @@ impl Daemon {
         let silent = Duration::from_secs(SILENCE_LIMIT_S);
         if self.server.is_some() && now.saturating_duration_since(self.heard_server) > silent {
             tracing::warn!("the server is silent, connecting again");
-            self.uplink.reconnect();
+            self.control_link.reconnect();
             self.handle_link_down();
         }
         self.check_proof(now);
@@ -181,7 +181,7 @@ impl Daemon {
         let far = || clock::now() + Duration::from_secs(1);
         let deadline = self.node.poll_timeout().map_or_else(far, |(at, _)| at);
         tokio::select! {
-            event = self.uplink.next() => self.handle_uplink(event),
+            event = self.control_link.next() => self.handle_control_link(event),
             Some(note) = self.notes.recv() => self.take_notes(note),
             () = tokio::time::sleep_until(deadline.into()) => {}
         }
@@ -217,16 +217,16 @@ impl Daemon {
         .unwrap_or_else(|| clock::now() + Duration::from_secs(3600))
     }
 
-    fn handle_uplink(&mut self, event: UplinkEvent) {
+    fn handle_control_link(&mut self, event: LinkEvent) {
         let now = clock::now();
         match event {
-            UplinkEvent::Trying => {
+            LinkEvent::Trying => {
                 let mut reflectors = self.netcheck_inputs().reflectors();
-                reflectors.retain(|at| !self.uplink.has_token(at.ip()));
+                reflectors.retain(|at| !self.control_link.has_token(at.ip()));
                 self.node.ask_tokens(&reflectors, now);
-                self.uplink.expect_tokens(reflectors.iter().map(SocketAddr::ip));
+                self.control_link.expect_tokens(reflectors.iter().map(SocketAddr::ip));
             }
-            UplinkEvent::Connected { server, local, device, sender, said } => {
+            LinkEvent::Connected { server, local, device, sender, said } => {
                 tracing::debug!(%server, early = said.is_some(), "the key exchange is through");
                 self.server = Some(server);
                 self.link_local = Some(local);
@@ -243,11 +243,11 @@ impl Daemon {
                 };
                 let sent = first.map(|first| sender.try_send_control(control::encode(&first)));
                 if !matches!(sent, Some(Ok(()))) {
-                    self.uplink.reconnect();
+                    self.control_link.reconnect();
                 }
                 self.ports.set_link(Some(sender));
             }
-            UplinkEvent::Control(bytes) => {
+            LinkEvent::Control(bytes) => {
                 self.heard_server = now;
                 match control::decode::<ServerMessage>(&bytes) {
                     Ok(message) => {
@@ -263,7 +263,7 @@ impl Daemon {
                                 "connected to the server");
                             self.reflector_ports = (welcome.relay_port, welcome.second_port);
                             let servers = self.state.note_welcome(welcome, self.server);
-                            self.uplink.set_servers(servers);
+                            self.control_link.set_servers(servers);
                             // A member needs no invite, and who is removed is not to come back by it.
                             self.options.join = None;
                         }
@@ -271,17 +271,17 @@ impl Daemon {
                     Err(error) => tracing::warn!(%error, "message of the server not understood"),
                 }
             }
-            UplinkEvent::Relayed(datagrams) => {
+            LinkEvent::Relayed(datagrams) => {
                 self.heard_server = now;
                 self.handle_relayed(&datagrams, now);
             }
-            UplinkEvent::Lost(error) => {
+            LinkEvent::Lost(error) => {
                 if self.server.is_some() {
                     tracing::info!(%error, "connection to the server lost");
                 }
                 self.handle_link_down();
             }
-            UplinkEvent::Failed(error) => {
+            LinkEvent::Failed(error) => {
                 tracing::info!(%error, "cannot reach the server");
                 self.connect_error = Some(error);
             }
@@ -397,7 +397,7 @@ impl Daemon {
             }
             Event::Token { server, token } => {
                 let hello = control::encode(&self.hello());
-                self.uplink.offer(server, token, hello);
+                self.control_link.offer(server, token, hello);
             }
             Event::Knocked(knocked) => self.handle_knocked(knocked, now),
             Event::Reported(peer) => {
@@ -421,7 +421,7 @@ impl Daemon {
         if was_member && code.is_about_the_invite() && self.options.join.take().is_some() {
             // A member is let in whatever it presents; without the invite we are told what we are.
             self.handle_link_down();
-            return self.uplink.try_now();
+            return self.control_link.try_now();
         }
         self.refused = Some((code, message));
         match code {
@@ -430,12 +430,12 @@ impl Daemon {
                 self.state.forget_enrolment();
                 self.ended = Some(Ended::Removed);
             }
-            RefusedCode::Replaced => self.uplink.pause(),
+            RefusedCode::Replaced => self.control_link.pause(),
             RefusedCode::Cloned => {
                 self.note_rival("it is connected, and this machine is kept out".into());
-                self.uplink.pause();
+                self.control_link.pause();
             }
-            _ => self.uplink.reconnect(),
+            _ => self.control_link.reconnect(),
         }
         self.handle_link_down();
     }

@@ -129,7 +129,7 @@ impl Daemon {
                 // After a long sleep nobody is at the other end, and TCP does not know that yet.
                 let given_up = suspended && away >= GIVEN_UP_AFTER;
                 if self.server.is_none() || given_up {
-                    self.uplink.try_now();
+                    self.control_link.try_now();
                 }
                 if self.server.is_some() && given_up {
                     self.handle_link_down();
@@ -160,7 +160,7 @@ impl Daemon {
         } else if until <= now {
             self.surroundings.asked = None;
             tracing::info!("the server does not answer on the control connection");
-            self.uplink.try_now();
+            self.control_link.try_now();
             self.handle_link_down();
         }
     }
@@ -186,7 +186,7 @@ impl Daemon {
         self.check_link(&underlay, rerouted);
         if before.is_some_and(|before| before != underlay) && self.server.is_none() {
             // The attempt under way may be one into a network that is gone.
-            self.uplink.try_now();
+            self.control_link.try_now();
         }
         let ports = &self.ports;
         let endpoints: Vec<SocketAddr> =
@@ -209,8 +209,8 @@ impl Daemon {
         }
         let gone = !underlay.present.contains(&local);
         let lost = self.link_device.as_ref().map(|by| {
-            // Bound to its interface, it goes on for as long as that has a default route.
-            underlay.uplinks.iter().all(|uplink| uplink.device != *by)
+            // Bound to its interface, it goes on for as long as that is an uplink that we may use.
+            !self.node.has_uplink(by, server.is_ipv6())
         });
         let elsewhere = || {
             lost.unwrap_or(rerouted) && source_towards(server).is_ok_and(|source| source != local)
@@ -218,7 +218,7 @@ impl Daemon {
         if gone || elsewhere() {
             let why = if gone { "its address is gone" } else { "packets leave another way" };
             tracing::info!(why, "the control connection is made anew");
-            self.uplink.try_now();
+            self.control_link.try_now();
             self.handle_link_down();
         }
     }

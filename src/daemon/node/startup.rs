@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::control_link::ControlLink;
 use super::extra::bind_socket;
 use super::interface::{InterfaceError, widest_mtu};
 use super::local::serve_local;
@@ -17,7 +18,6 @@ use super::roam::Surroundings;
 use super::rotate::Rotation;
 use super::state::{StateDir, StateError, is_known};
 use super::threads::{Ports, Threads};
-use super::uplink::Uplink;
 use super::{Daemon, Ended};
 use crate::dataplane::{TunBatch, UdpBatch};
 use crate::io::clock;
@@ -224,6 +224,15 @@ fn prepare(options: &NodeOptions, state: &mut StateDir) -> Result<(), StartError
     Ok(())
 }
 
+/// Another daemon serves the socket: that is an error only where it lacks what the join line says.
+fn already_running(options: &NodeOptions, socket: PathBuf) -> StartError {
+    let known = |join: &JoinLine| is_known(&options.state_dir, join);
+    match options.join.as_ref().is_none_or(known) {
+        true => StartError::AlreadyRunning { socket },
+        false => StartError::RunsOtherwise { socket },
+    }
+}
+
 /// Runs a node until it is stopped or removed. `ready` is called when the overlay address is
 /// usable; `read` reads the options anew when SIGHUP comes.
 ///
@@ -238,13 +247,7 @@ pub async fn run(
     options.settle_mtu().await;
     let mut stop = StopSignals::new()?;
     let listener = match LocalListener::bind(&options.socket).await {
-        Err(LocalError::AlreadyRunning { path: socket }) => {
-            let known = |join: &JoinLine| is_known(&options.state_dir, join);
-            return Err(match options.join.as_ref().is_none_or(known) {
-                true => StartError::AlreadyRunning { socket },
-                false => StartError::RunsOtherwise { socket },
-            });
-        }
+        Err(LocalError::AlreadyRunning { path }) => return Err(already_running(&options, path)),
         result => result?,
     };
     let mut state = StateDir::open(&options.state_dir)?;
@@ -260,7 +263,7 @@ pub async fn run(
     let (note_sender, notes) = mpsc::channel(QUEUE);
     let (request_sender, requests) = mpsc::channel(QUEUE);
     let port_mapping = PortMapping::wanted(&options, &ports, &keys.machine);
-    let uplink = Uplink::new(enrolment.destination(keys.machine));
+    let control_link = ControlLink::new(enrolment.destination(keys.machine));
     let mut daemon = Daemon {
         node,
         ports: Arc::clone(&ports),
@@ -268,7 +271,7 @@ pub async fn run(
         kept: handed_tuns(),
         peer_mtus: std::collections::BTreeMap::new(),
         state,
-        uplink,
+        control_link,
         server: None,
         link_local: None,
         link_device: None,
@@ -309,15 +312,7 @@ pub async fn run(
         Threads::start(&ports, &note_sender)
             .map_err(|source| StartError::Io { action: "starting the packet threads", source })
     };
-    let (threads, ended) = match daemon.come_up(&mut stop, &start_threads).await {
-        Ok((threads, None)) => (threads, None),
-        ended => {
-            // The router was asked beside everything else.
-            daemon.settle_portmap().await;
-            daemon.end_portmap().await;
-            ended?
-        }
-    };
+    let (threads, ended) = daemon.come_up(&mut stop, &start_threads).await?;
     if let Some(ended) = ended {
         return Ok(ended);
     }
@@ -353,9 +348,23 @@ fn open_ports(
 }
 
 impl Daemon {
-    /// Makes the interface of a member, or has a new node enrol, unless it ends before. The packet
-    /// threads of a new node, if it is to send packets, run from then on.
+    /// Makes the interface of a member, or has a new node enrol, unless it ends before: then nothing of
+    /// it stays. The packet threads of a new node, if it is to send packets, run from then on.
     async fn come_up(
+        &mut self,
+        stop: &mut StopSignals,
+        start_threads: &impl Fn() -> Result<Threads, StartError>,
+    ) -> Result<(Option<Threads>, Option<Ended>), StartError> {
+        let started = self.get_in(stop, start_threads).await;
+        if !matches!(started, Ok((_, None))) {
+            // The router was asked beside everything else.
+            self.settle_portmap().await;
+            self.end_portmap().await;
+        }
+        started
+    }
+
+    async fn get_in(
         &mut self,
         stop: &mut StopSignals,
         start_threads: &impl Fn() -> Result<Threads, StartError>,

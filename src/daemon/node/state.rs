@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::uplink::Destination;
+use super::control_link::Destination;
 use crate::io::clock;
 use crate::io::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::node::{Netmap, NodeKeys};

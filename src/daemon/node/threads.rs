@@ -31,6 +31,7 @@ use crate::types::{DropReason, SocketId};
 
 mod pump;
 mod turn;
+mod watch;
 
 use pump::{NoteSender, Outlet, run_inbound, run_outbound};
 use turn::Turn;
@@ -162,7 +163,7 @@ impl Ports {
 
     /// The interface was removed. Until the control task has made another one there is nothing to
     /// wait for.
-    fn forget_tun(&self, broken: &Option<Arc<Tun>>) {
+    fn forget_tun(&self, broken: &Arc<Tun>) {
         self.tun.compare_and_swap(broken, None);
     }
 

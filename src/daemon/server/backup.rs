@@ -19,7 +19,7 @@ use super::state::{self, KEY_FILE, RESTORING_FILE, STORE_FILE};
 use crate::io::files::{self, DirLock, FileError, SECRET_MODE};
 use crate::server::admin::rfc3339;
 use crate::server::records::Records;
-use crate::store::{Snapshot, Store, StoreError};
+use crate::store::{SCHEMA, Snapshot, Store, StoreError};
 use crate::types::{NetworkId, SecretKey};
 
 /// The version of the file.
@@ -54,10 +54,12 @@ pub enum BackupError {
         reason: String,
     },
     /// Made by a newer program.
-    #[error("a newer version of this program made it (format {format})")]
+    #[error("a newer version of this program made it ({of} {found})")]
     Newer {
-        /// The format found.
-        format: u32,
+        /// The version of what it is: of the file's format, or of the store in it.
+        of: &'static str,
+        /// The one that was found.
+        found: i64,
     },
     /// There is a network already.
     #[error("there is a network in {} already", state_dir.display())]
@@ -74,6 +76,26 @@ pub enum BackupError {
     /// What is in it.
     #[error(transparent)]
     Content(#[from] StartError),
+    /// It could not be written to the end, and nor could what was there be put back.
+    #[error("{failed}; what was in {} before is now in {} ({undoing})", state_dir.display(), aside.display())]
+    Stuck {
+        /// Why it was not restored.
+        failed: Box<Self>,
+        /// Why what was there is not back.
+        undoing: FileError,
+        /// The state directory.
+        state_dir: PathBuf,
+        /// Where it is.
+        aside: PathBuf,
+    },
+    /// It could not be written to the end; what was there before is there again.
+    #[error("{failed}; {} is as it was before", state_dir.display())]
+    Undone {
+        /// Why it was not restored.
+        failed: Box<Self>,
+        /// The state directory.
+        state_dir: PathBuf,
+    },
 }
 
 /// What was restored.
@@ -135,7 +157,8 @@ fn read(text: &str) -> Result<(Header, Content), BackupError> {
     let header: Header =
         serde_json::from_str(header).map_err(|error| damaged(error.to_string()))?;
     if header.overlay_server_backup > FORMAT {
-        return Err(BackupError::Newer { format: header.overlay_server_backup });
+        let found = header.overlay_server_backup.into();
+        return Err(BackupError::Newer { of: "format", found });
     }
     let content = rest.strip_suffix('\n').ok_or_else(|| damaged("its end is missing".into()))?;
     if sum_of(content) != header.sum {
@@ -148,6 +171,9 @@ fn read(text: &str) -> Result<(Header, Content), BackupError> {
 /// The key and the records, if a server can start with them.
 fn checked(content: &Content) -> Result<(SecretKey, Records), BackupError> {
     let damaged = |reason: &str| BackupError::Damaged { reason: reason.into() };
+    if content.store.schema > SCHEMA {
+        return Err(BackupError::Newer { of: "store", found: content.store.schema });
+    }
     let key = state::parse_key(content.key.expose().as_bytes())
         .ok_or_else(|| damaged("its key is none"))?;
     let records = state::parse(&content.store.records)?
@@ -187,40 +213,182 @@ pub async fn restore(
     if occupied && !replace && !marker.exists() {
         return Err(BackupError::Occupied { state_dir: state_dir.to_path_buf() });
     }
-    files::write_atomically(&marker, b"overlay server restore\n", SECRET_MODE)?;
-    let replaced = if occupied { Some(set_aside(state_dir, wall)?) } else { None };
-    let store = Store::create_from(&state_dir.join(STORE_FILE), &content.store).await?;
-    store.close().await;
-    let line = Zeroizing::new(format!("{}\n", *key.expose_base64()));
-    files::write_atomically(&state_dir.join(KEY_FILE), line.as_bytes(), SECRET_MODE)?;
+    // It may be there from such an attempt; then it stays when this one fails, too.
+    let resumed = marker.exists();
+    let aside = if occupied { Some(free_place(state_dir, wall)) } else { None };
+    let mut moved = false;
+    let placing = async {
+        files::write_atomically(&marker, b"overlay server restore\n", SECRET_MODE)?;
+        if let Some(aside) = &aside {
+            set_aside(state_dir, aside).map_err(FileError::io("move aside to", aside))?;
+        }
+        moved = true;
+        put_in_place(state_dir, &key, &content.store).await
+    };
+    if let Err(failed) = placing.await {
+        let (failed, state_dir) = (Box::new(failed), state_dir.to_path_buf());
+        return Err(match put_back(&state_dir, aside.as_deref(), moved, resumed) {
+            Ok(()) => BackupError::Undone { failed, state_dir },
+            Err(undoing) => {
+                let aside = aside.unwrap_or_else(|| state_dir.clone());
+                BackupError::Stuck { failed, undoing, state_dir, aside }
+            }
+        });
+    }
     fs::remove_file(&marker)
         .and_then(|()| File::open(state_dir)?.sync_all())
         .map_err(FileError::io("remove", &marker))?;
     let nodes = records.members.len();
-    Ok(Restored { network: header.network, made: header.made, nodes, replaced })
+    Ok(Restored { network: header.network, made: header.made, nodes, replaced: aside })
 }
 
-/// Moves what is there into a directory of its own.
-fn set_aside(state_dir: &Path, wall: u64) -> Result<PathBuf, FileError> {
-    let aside = (0..1000)
+async fn put_in_place(
+    state_dir: &Path,
+    key: &SecretKey,
+    store: &Snapshot,
+) -> Result<(), BackupError> {
+    Store::create_from(&state_dir.join(STORE_FILE), store).await?.close().await;
+    let line = Zeroizing::new(format!("{}\n", *key.expose_base64()));
+    Ok(files::write_atomically(&state_dir.join(KEY_FILE), line.as_bytes(), SECRET_MODE)?)
+}
+
+/// All that a server is made of.
+fn parts() -> impl Iterator<Item = String> {
+    let beside = ["-wal", "-shm", "-journal"].map(|end| format!("{STORE_FILE}{end}"));
+    [KEY_FILE.to_string(), STORE_FILE.to_string()].into_iter().chain(beside)
+}
+
+/// A directory of its own for what is there.
+fn free_place(state_dir: &Path, wall: u64) -> PathBuf {
+    (0..1000)
         .map(|number| state_dir.join(format!("replaced-{}", wall.saturating_add(number))))
         .find(|path| !path.exists())
-        .unwrap_or_else(|| state_dir.join("replaced"));
-    let moved = (|| {
-        DirBuilder::new().mode(0o700).create(&aside)?;
-        files::leave_to_owner(&aside, &File::open(&aside)?);
-        for name in [KEY_FILE.to_string(), STORE_FILE.to_string()]
-            .into_iter()
-            .chain(["-wal", "-shm", "-journal"].map(|end| format!("{STORE_FILE}{end}")))
-        {
-            match fs::rename(state_dir.join(&name), aside.join(&name)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        .unwrap_or_else(|| state_dir.join("replaced"))
+}
+
+/// Moves what is there into it.
+fn set_aside(state_dir: &Path, aside: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(aside)?;
+    files::leave_to_owner(aside, &File::open(aside)?);
+    for name in parts() {
+        unless_missing(fs::rename(state_dir.join(&name), aside.join(&name)))?;
+    }
+    File::open(aside)?.sync_all()?;
+    File::open(state_dir)?.sync_all()
+}
+
+/// Undoes all of a restore that has failed; `moved` tells whether it had moved all aside that was
+/// there. The marker goes last, since no server may start from a half.
+fn put_back(
+    state_dir: &Path,
+    aside: Option<&Path>,
+    moved: bool,
+    resumed: bool,
+) -> Result<(), FileError> {
+    let undone = (|| {
+        for name in parts() {
+            let place = state_dir.join(&name);
+            match aside.map(|aside| aside.join(&name)) {
+                Some(kept) if kept.exists() => fs::rename(kept, place)?,
+                // It is of the backup.
+                _ if moved => unless_missing(fs::remove_file(place))?,
                 _ => {}
             }
         }
-        File::open(&aside)?.sync_all()?;
+        if let Some(aside) = aside {
+            unless_missing(fs::remove_dir(aside))?;
+        }
+        File::open(state_dir)?.sync_all()?;
+        if !resumed {
+            unless_missing(fs::remove_file(state_dir.join(RESTORING_FILE)))?;
+        }
         File::open(state_dir)?.sync_all()
     })();
-    moved.map_err(FileError::io("move aside to", &aside))?;
-    Ok(aside)
+    undone.map_err(FileError::io("put back", state_dir))
+}
+
+fn unless_missing(done: io::Result<()>) -> io::Result<()> {
+    done.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::records::NetworkRecord;
+    use crate::store::StoredRecord;
+    use crate::types::OverlayRange;
+
+    const WALL: u64 = 1_800_000_000;
+
+    /// A backup of a network without members, with a change made to its store.
+    fn backup(spoil: impl Fn(&mut Snapshot)) -> String {
+        let range =
+            OverlayRange::new("10.77.0.0/20".parse().unwrap(), "fd00::/48".parse().unwrap());
+        let id = NetworkId([7; 8]);
+        let range = range.unwrap();
+        let network = NetworkRecord { id, range, created: WALL, members_last_s: None };
+        let body = Some(serde_json::to_string(&network).unwrap());
+        let record = StoredRecord { kind: "network".into(), id: "0".into(), rev: 1, body };
+        let (records, events) = (vec![record], Vec::new());
+        let mut store = Snapshot { schema: SCHEMA, rev: 1, records, events };
+        spoil(&mut store);
+        write(id, WALL, &SecretKey::from_bytes([3; 32]), store).unwrap().expose().into()
+    }
+
+    /// All files in a directory but the lock, with their content, by name.
+    fn content(directory: &Path) -> Vec<(String, Vec<u8>)> {
+        let files = fs::read_dir(directory).unwrap().map(Result::unwrap);
+        let named = files.map(|file| (file.file_name().into_string().unwrap(), file.path()));
+        let mut found: Vec<_> = named
+            .filter(|(name, _)| name != "lock")
+            .map(|(name, path)| (name, fs::read(path).unwrap()))
+            .collect();
+        found.sort();
+        found
+    }
+
+    #[tokio::test]
+    async fn a_restore_that_fails_leaves_everything_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path();
+        restore(&backup(|_| {}), state, false, WALL).await.unwrap();
+        fs::write(state.join("server.db-wal"), "not yet in the database").unwrap();
+        let before = content(state);
+
+        let newer = backup(|store| store.schema += 1);
+        let refused = restore(&newer, state, true, WALL).await.unwrap_err();
+        assert!(matches!(refused, BackupError::Newer { of: "store", .. }), "{refused}");
+        assert_eq!(content(state), before);
+
+        // The second copy of a record is one that the database does not take: it fails half-way.
+        let twice = backup(|store| store.records.extend(store.records.clone()));
+        let failed = restore(&twice, state, true, WALL).await.unwrap_err();
+        assert!(matches!(failed, BackupError::Undone { .. }), "{failed}");
+        assert!(failed.to_string().contains(&state.display().to_string()), "{failed}");
+        assert_eq!(content(state), before);
+
+        let empty = tempfile::tempdir().unwrap();
+        let failed = restore(&twice, empty.path(), false, WALL).await.unwrap_err();
+        assert!(matches!(failed, BackupError::Undone { .. }), "{failed}");
+        assert!(content(empty.path()).is_empty());
+
+        let done = restore(&backup(|_| {}), state, true, WALL).await.unwrap();
+        let aside = done.replaced.unwrap();
+        assert_eq!(content(&aside), before, "it is kept");
+    }
+
+    #[test]
+    fn what_was_not_moved_yet_is_left_where_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, aside) = (dir.path(), dir.path().join("replaced-1"));
+        fs::create_dir(&aside).unwrap();
+        fs::write(aside.join(KEY_FILE), "key").unwrap();
+        for name in [STORE_FILE, RESTORING_FILE] {
+            fs::write(state.join(name), name).unwrap();
+        }
+        put_back(state, Some(&aside), false, false).unwrap();
+        let left: Vec<(String, Vec<u8>)> =
+            vec![(STORE_FILE.into(), STORE_FILE.into()), (KEY_FILE.into(), "key".into())];
+        assert_eq!(content(state), left);
+    }
 }

@@ -26,7 +26,7 @@ use crate::wire::frame::{Early, MAX_CLIENT_MESSAGE};
 
 /// Control messages that a node may send in a burst; an honest one sends a few.
 const BURST_MESSAGES: u32 = 200;
-/// Above that, one message in this time.
+/// Above that, two messages in this time: one for the wait, and one that is earned meanwhile.
 const MESSAGE_INTERVAL: Duration = Duration::from_millis(100);
 /// After an error like "too many open files", until the next try.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -157,6 +157,10 @@ impl Core {
                 self.watchdog.look(clock::now());
             }
             self.note_expiry(Instant::from_std(now)).await;
+            if let Some(decision) = self.server.decide_cut() {
+                // It is for the administrator to read, and changes nothing.
+                let _ = self.commit(decision, "server").await;
+            }
             if self.next_seen <= Instant::from_std(now) {
                 self.next_seen += SEEN_INTERVAL;
                 self.write_seen().await;
@@ -228,8 +232,13 @@ impl Core {
         let failed =
             |error: StoreError| unavailable("the store cannot be read", &error.to_string());
         match question {
-            Question::Events { after, limit, .. } => {
-                let events = self.parts.store.events(after, limit).await.map_err(failed)?;
+            Question::Events { after, limit, first, .. } => {
+                let store = &self.parts.store;
+                let events = match first {
+                    true => store.events_from(after, limit).await,
+                    false => store.events(after, limit).await,
+                };
+                let events = events.map_err(failed)?;
                 let events = events.into_iter().map(EventInfo::from).collect();
                 Ok(StoreAnswer::Events(events))
             }

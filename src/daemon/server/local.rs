@@ -24,6 +24,9 @@ const ACKNOWLEDGE_LIMIT: Duration = Duration::from_secs(2);
 /// How often it looks.
 const ACKNOWLEDGE_POLL: Duration = Duration::from_millis(20);
 
+/// A client that follows hears an empty list when nothing has come for so long: who hears nothing at
+/// all takes the server for dead.
+pub const FOLLOW_QUIET: Duration = Duration::from_secs(10);
 /// Events in one answer to a client that follows them.
 const FOLLOWED_AT_ONCE: u32 = 10_000;
 
@@ -31,12 +34,15 @@ const FOLLOWED_AT_ONCE: u32 = 10_000;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Question {
-    /// The newest events.
+    /// Events.
     Events {
         /// Only those after this number.
         after: u64,
         /// So many at most.
         limit: u32,
+        /// The first of these, rather than the newest.
+        #[serde(default)]
+        first: bool,
         /// And then those that come.
         follow: bool,
     },
@@ -149,8 +155,9 @@ async fn answer_all(
                 }
                 connection.answer(&reply(result)).await
             }
-            Question::Events { after, limit, follow: true } => {
-                return follow(connection, after, limit, &events, newest).await;
+            Question::Events { after, limit, first, follow: true } => {
+                let asked = Followed { after, limit, first };
+                return follow(connection, asked, FOLLOW_QUIET, &events, newest).await;
             }
             question => {
                 let reply = reply(look(connection.peer, question, &events).await);
@@ -170,17 +177,27 @@ fn reply<T>(result: Result<T, Refusal>) -> Reply<T> {
     }
 }
 
-/// Sends the events that there are and those that come, until the client hangs up.
+/// What a client that follows the log has asked for.
+#[derive(Debug, Clone, Copy)]
+struct Followed {
+    after: u64,
+    limit: u32,
+    first: bool,
+}
+
+/// Sends the events that there are and those that come, until the client hangs up; and an empty list
+/// when none has come for `quiet`.
 async fn follow(
     mut connection: LocalConnection,
-    mut after: u64,
-    mut limit: u32,
+    asked: Followed,
+    quiet: Duration,
     events: &mpsc::Sender<Event>,
     mut newest: watch::Receiver<u64>,
 ) {
+    let Followed { mut after, mut limit, mut first } = asked;
     loop {
-        newest.mark_unchanged();
-        let question = Question::Events { after, limit, follow: false };
+        let newest_then = *newest.borrow_and_update();
+        let question = Question::Events { after, limit, first, follow: false };
         let answer = look(connection.peer, question, events).await;
         let seen = match &answer {
             Ok(StoreAnswer::Events(list)) => list.last().map(|event| event.seq),
@@ -194,12 +211,20 @@ async fn follow(
         if failed {
             return;
         }
-        after = seen.unwrap_or(after).max(after);
-        limit = FOLLOWED_AT_ONCE;
+        // Who asks for the newest does not want those before them; of the first, more come next.
+        let known = if first { after } else { after.max(newest_then) };
+        after = seen.map_or(known, |seen| seen.max(known));
+        (limit, first) = (FOLLOWED_AT_ONCE, true);
         while *newest.borrow() <= after {
             tokio::select! {
                 changed = newest.changed() => if changed.is_err() { return },
                 () = connection.hung_up() => return,
+                () = sleep(quiet) => {
+                    let nothing = Reply::Ok(StoreAnswer::Events(Vec::new()));
+                    if let Err(error) = connection.answer(&nothing).await {
+                        return debug!(%error, "local socket");
+                    }
+                }
             }
         }
     }
@@ -266,4 +291,85 @@ async fn wait_for_nodes(peer: Peer, removal: &mut Removal, events: &mpsc::Sender
         }
     };
     let _ = timeout(ACKNOWLEDGE_LIMIT, waiting).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::JoinHandle;
+
+    use super::*;
+    use crate::io::local::LocalClient;
+
+    fn info(seq: u64) -> EventInfo {
+        let (at, kind, actor) = (0, "kind".to_string(), "test".to_string());
+        let event = crate::store::Event { at, kind, actor, body: "{}".into() };
+        EventInfo::from(StoredEvent { seq, event })
+    }
+
+    /// Answers as a core whose log has as many events as `newest` says.
+    fn core(newest: watch::Receiver<u64>) -> (mpsc::Sender<Event>, JoinHandle<()>) {
+        let (sender, mut inbox) = mpsc::channel(1);
+        let answering = tokio::spawn(async move {
+            while let Some(event) = inbox.recv().await {
+                let Event::Look { question, answer } = event else { panic!("{event:?}") };
+                let Question::Events { after, limit, first, follow: false } = question else {
+                    panic!("{question:?}")
+                };
+                let all: Vec<u64> = (after + 1..=*newest.borrow()).collect();
+                let limit = limit as usize;
+                let skipped = if first { 0 } else { all.len().saturating_sub(limit) };
+                let list = all.into_iter().skip(skipped).take(limit).map(info).collect();
+                answer.send(Ok(StoreAnswer::Events(list))).unwrap();
+            }
+        });
+        (sender, answering)
+    }
+
+    /// The numbers in the next answer that is not empty.
+    async fn next(client: &mut LocalClient) -> Vec<u64> {
+        loop {
+            let reply = client.next::<Reply<StoreAnswer>>().await.unwrap().unwrap();
+            let Reply::Ok(StoreAnswer::Events(list)) = reply else { panic!("{reply:?}") };
+            if !list.is_empty() {
+                return list.iter().map(|event| event.seq).collect();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_follows_the_log_misses_nothing_and_hears_that_the_server_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = LocalListener::bind(&dir.path().join("sock")).await.unwrap();
+        for (after, limit, first, shown) in [
+            (0, 0, false, &[][..]),
+            (0, 2, false, &[149, 150]),
+            (147, u32::MAX, true, &[148, 149, 150]),
+            (10, 2, true, &[11, 12]),
+        ] {
+            let (newest, watched) = watch::channel(150);
+            let (events, answering) = core(watched.clone());
+            let mut client = LocalClient::connect(&dir.path().join("sock")).await.unwrap();
+            let connection = listener.accept().await.unwrap();
+            let asked = Followed { after, limit, first };
+            let quiet = Duration::from_millis(1);
+            let serving = tokio::spawn(async move {
+                follow(connection, asked, quiet, &events, watched).await;
+            });
+            if !shown.is_empty() {
+                assert_eq!(next(&mut client).await, shown);
+            }
+            if shown == [11, 12] {
+                assert_eq!(next(&mut client).await, (13..=150).collect::<Vec<_>>());
+            }
+            for _ in 0..3 {
+                let reply = client.next::<Reply<StoreAnswer>>().await.unwrap().unwrap();
+                assert_eq!(reply, Reply::Ok(StoreAnswer::Events(Vec::new())), "it lives");
+            }
+            newest.send_replace(152);
+            assert_eq!(next(&mut client).await, [151, 152], "after {after}, {limit} at most");
+            drop(client);
+            serving.await.unwrap();
+            answering.await.unwrap();
+        }
+    }
 }

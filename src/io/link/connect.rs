@@ -10,6 +10,7 @@ use hyper::body::Bytes;
 use hyper::header::{CONNECTION, HOST, HeaderValue, UPGRADE};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
@@ -30,6 +31,9 @@ const TCP_LIMIT: Duration = Duration::from_secs(5);
 const UPGRADE_LIMIT: Duration = Duration::from_secs(5);
 /// Head start of one resolved address over the next (RFC 8305 section 8).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// Neither side sends longer segments, whatever its own network takes: on the way there may be a narrow
+/// link that drops what does not fit without a word, and TCP alone would send the same again for ever.
+const LONGEST_SEGMENT: u32 = 1_024;
 
 /// Why there is no link to the server.
 #[derive(Debug, thiserror::Error)]
@@ -196,6 +200,7 @@ async fn connect_tcp(way: &Way, server: &ServerAddr) -> Result<TcpStream, Connec
             if let Some(device) = device {
                 socket.bind_device(Some(device.as_bytes()))?;
             }
+            setsockopt(&socket, sockopt::TcpMaxSeg, &LONGEST_SEGMENT)?;
             let stream = socket.connect(addr).await?;
             tune(&stream)?;
             Ok(stream)

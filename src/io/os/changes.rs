@@ -80,7 +80,7 @@ impl Changes {
                 let (connection, messages) = source;
                 tokio::select! {
                     () = connection => {}
-                    () = messages.for_each(|news| std::future::ready(writer.note(&news))) => {}
+                    () = writer.take(messages) => {}
                 }
                 tracing::debug!("the kernel's news have ended, listening anew");
                 source = loop {
@@ -119,6 +119,12 @@ impl Drop for Changes {
 impl Shared {
     fn pending(&self) -> MutexGuard<'_, ChangeSet> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn take(&self, mut messages: impl Stream<Item = News> + Unpin) {
+        while let Some(news) = messages.next().await {
+            self.note(&news);
+        }
     }
 
     fn note_all(&self) {

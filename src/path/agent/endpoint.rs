@@ -51,10 +51,11 @@ impl Endpoint {
         }
     }
 
-    /// The peer says whether this endpoint is of a further uplink; it may have been found before.
-    pub(super) fn note_uplink(&mut self, kind: CandidateKind) {
+    /// The peer says what this endpoint is, which may have been found before: whether it is of a further
+    /// uplink, and that a guess of a forwarded port is where the server sees the peer.
+    pub(super) fn note_kind(&mut self, kind: CandidateKind) {
         let uplink = CandidateKind::Uplink;
-        if (kind == uplink) != (self.kind == uplink) {
+        if (kind == uplink) != (self.kind == uplink) || self.kind == CandidateKind::Static {
             self.kind = kind;
         }
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 
 use super::opener::{Cause, is_private};
-use super::{Endpoint, PathAgent, PathTransmit};
+use super::{Endpoint, KEEPALIVE, PathAgent, PathTransmit};
 use crate::path::probe::{Due, ProbeOutcome};
 use crate::path::trickle::with_headers;
 use crate::path::{Place, Via, predict};
@@ -69,10 +69,12 @@ impl PathAgent {
             self.endpoints.insert(place, Endpoint::new(CandidateKind::PeerReflexive));
         }
         let endpoint = self.endpoints.get_mut(&place)?;
-        endpoint.heard = Some(now);
-        if local.is_some() {
+        // What works goes on from the address of ours where its answers arrive. The peer may still send to
+        // another one for a moment, and from there no datagram of ours may lead back to it.
+        if local.is_some() && !endpoint.proved(now) {
             endpoint.local = local;
         }
+        endpoint.heard = Some(now);
         Some(endpoint)
     }
 
@@ -83,7 +85,10 @@ impl PathAgent {
         let recent = |at: Instant| now.saturating_duration_since(at) < ROUND_SPACING;
         let started = self.round_at.is_some_and(recent) && cause != Cause::Guess;
         let hold = self.hold(cause, now);
-        for (place, endpoint) in &mut self.endpoints {
+        // Those by a fresh port have a time of their own: the call may be older than what we opened.
+        let fresh = self.fresh;
+        let places = self.endpoints.iter_mut().filter(|(place, _)| Some(place.socket) != fresh);
+        for (place, endpoint) in places {
             let hold = if endpoint.wants_opener(place.remote) { hold } else { Duration::ZERO };
             let untried = endpoint.prober.outcome() == ProbeOutcome::Untried;
             let sooner = endpoint.prober.is_held(now + hold);
@@ -262,6 +267,14 @@ impl PathAgent {
             && self.trickle.take_bytes(bytes, to, now)
     }
 
+    /// What is sent to us by UDP is lost until the server sees us send by the control connection, and
+    /// we may have nothing to send: nothing arrives that could be answered.
+    pub(super) fn show_that_udp_failed(&mut self, now: Instant) {
+        if self.used_at.is_some_and(|at| now.saturating_duration_since(at) < KEEPALIVE) {
+            self.ping(Via::RelayTcp, now);
+        }
+    }
+
     pub(super) fn ping(&mut self, via: Via, now: Instant) -> TxId {
         let tx = TxId(self.rng.random());
         match via.place() {
@@ -278,5 +291,51 @@ impl PathAgent {
         }
         self.transmits.push_back(PathTransmit::Ping { via, tx });
         tx
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::epoch;
+    use crate::types::{Candidate, SocketId};
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_path_that_works_leaves_from_where_its_answers_arrive() {
+        let now = epoch();
+        let remote: std::net::SocketAddr = "203.0.113.10:4000".parse().unwrap();
+        let [old, new] = ["192.168.1.11", "192.168.2.210"].map(|ip| ip.parse().ok());
+        let by = |local| Via::Direct { remote, local, socket: SocketId::MAIN };
+        let mut agent = PathAgent::new([1; 32], now);
+        agent.set_candidates(&[Candidate::new(remote, CandidateKind::Host)], now);
+        agent.set_wanted(true, now);
+        agent.handle_timeout(now);
+        let answer = |agent: &mut PathAgent, local, now| {
+            while let Some(transmit) = agent.poll_transmit() {
+                if let PathTransmit::Ping { tx, .. } = transmit {
+                    agent.handle_pong(tx, by(local), None, now);
+                }
+            }
+            agent.primary
+        };
+        // Until something has answered, the peer's pings show an address as good as any.
+        agent.handle_ping(TxId([7; 12]), by(old), now);
+        assert_eq!(answer(&mut agent, new, now), Some(by(new)));
+
+        // The peer asks, and sends data, at the address that we had.
+        let now = now + MS;
+        agent.handle_ping(TxId([8; 12]), by(old), now);
+        let pong = agent.poll_transmit();
+        assert!(matches!(pong, Some(PathTransmit::Pong { via, .. }) if via == by(old)), "{pong:?}");
+        agent.handle_authenticated(by(old), now);
+        agent.handle_timeout(now);
+        assert_eq!(agent.primary, Some(by(new)));
+        assert!(agent.endpoints.values().all(|endpoint| endpoint.local == new));
+
+        // An answer there says that it works from there.
+        agent.ping(by(old), now);
+        assert_eq!(answer(&mut agent, old, now + MS), Some(by(old)));
     }
 }

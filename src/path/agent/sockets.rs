@@ -10,6 +10,9 @@ use crate::types::{CandidateKind, SocketId};
 
 /// A path that was heard this long ago, and is not proved yet, is waited for.
 const PROVING: Duration = Duration::from_secs(6);
+/// The peer, which takes a fresh port as well, has opened its NAT for ours by then, however much else its
+/// machine does: seconds have passed already, and a ping that comes too early spoils these ports, too.
+const FRESH_HOLD: Duration = Duration::from_millis(400);
 
 impl PathAgent {
     /// Whether an extra socket has to stay open: a path by it works, or is about to be proved.
@@ -48,7 +51,7 @@ impl PathAgent {
 
     pub(super) fn open_fresh(&mut self, now: Instant) {
         let Some(socket) = self.fresh else { return };
-        let hold = self.hold(Cause::Wanted, now);
+        let hold = self.hold(Cause::Wanted, now).max(FRESH_HOLD);
         let public: Vec<(Place, CandidateKind)> = self
             .endpoints
             .iter()

@@ -92,6 +92,10 @@ impl PathAgent {
         if self.on_second() {
             (self.uplinks.back_at, self.uplinks.backs) = (Some(now), 0);
             self.watch_uplinks(now);
+        } else if self.wanted && !self.is_direct() {
+            // Data went by the relay while no further uplink led to the peer.
+            (self.round_at, self.retries) = (None, 0);
+            self.start_round(Cause::Wanted, now);
         }
     }
 

@@ -226,6 +226,19 @@ fn a_firewall_is_found_by_who_hears_whom() {
 }
 
 #[test]
+fn probes_that_pass_where_data_does_not_are_no_firewall() {
+    let heard = |seconds| {
+        let mut side = relayed("none", HERE);
+        side.tried[0].outcome = ProbeOutcome::Answered;
+        side.tried[0].heard = Some(Duration::from_secs(seconds));
+        side.tried.push(tried("198.51.100.7:2", ProbeOutcome::Probing));
+        side
+    };
+    assert_eq!(word(&heard(0), &heard(1)), Word::DataLost);
+    assert_eq!(word(&heard(0), &heard(60)), Word::Trying, "it was so once");
+}
+
+#[test]
 fn a_peer_that_tells_nothing_is_said_to() {
     let own = relayed("symmetric", HERE);
     let verdict = judged(&own, None, Presence::Online);

@@ -101,6 +101,34 @@ fn members_reach_each_other_by_udp_and_by_link() {
 }
 
 #[test]
+fn what_is_too_long_for_udp_is_handed_on_by_the_connection_and_says_nothing_else() {
+    let now = epoch();
+    let mut table = RelayTable::default();
+    let keys = [1, 2].map(|number| online(&mut table, number));
+    bind(&mut table, 1, &keys[0], 1, 1001, now);
+    bind(&mut table, 2, &keys[1], 1, 1002, now);
+    let later = now + BIND_ANSWERED * 2;
+    let mut long = data(1);
+    long[..DATA_HEADER_LEN].copy_from_slice(&wire::data_header_by_link(node(1)));
+    for _ in 0..2 {
+        let verdict = table.handle_from(node(2), &mut long.clone(), later);
+        assert_eq!(verdict, Verdict::Forward(Way::Link(ConnectionId(1))));
+    }
+    let _ = table.handle_from(node(2), &mut long, later);
+    assert_eq!(long, data(2), "the receiver is told nothing of it");
+    // Both receive by UDP as before.
+    for (sender, receiver, port) in [(1, 2, 1002), (2, 1, 1001)] {
+        let source = if sender == 1 { 1001 } else { 1002 };
+        let verdict = table.handle_datagram(&mut data(receiver), arrival(source), later);
+        assert_eq!(verdict, Verdict::Forward(Way::Udp(arrival(port))));
+    }
+    table.apply(RelayChange::Offline { node: node(1), connection: ConnectionId(1) });
+    long[..DATA_HEADER_LEN].copy_from_slice(&wire::data_header_by_link(node(1)));
+    let verdict = table.handle_from(node(2), &mut long, later);
+    assert_eq!(verdict, Verdict::Forward(Way::Udp(arrival(1001))), "there is nothing better");
+}
+
+#[test]
 fn nothing_goes_out_of_the_network_or_comes_from_outside() {
     let now = epoch();
     let mut table = RelayTable::default();
@@ -295,6 +323,30 @@ fn who_binds_and_sends_by_its_link_alone_is_sent_nothing_by_udp() {
     assert_eq!(table.handle_from(node(2), &mut data(1), now + BIND_ANSWERED), by_link);
     table.apply(RelayChange::Offline { node: node(1), connection: ConnectionId(1) });
     assert_eq!(table.handle_from(node(2), &mut data(1), now + BIND_ANSWERED), by_udp);
+}
+
+#[test]
+fn who_is_sent_to_and_not_heard_gets_a_datagram_by_its_link_now_and_then() {
+    let start = epoch();
+    let mut table = RelayTable::default();
+    let key = online(&mut table, 1);
+    online(&mut table, 2);
+    bind(&mut table, 1, &key, 1, 1001, start);
+    let to_one = |table: &mut RelayTable, ms| {
+        let now = start + Duration::from_millis(ms);
+        table.handle_from(node(2), &mut data(1), now) != Verdict::Forward(Way::Udp(arrival(1001)))
+    };
+    let by_link: Vec<u64> = (0..2_000).step_by(10).filter(|ms| to_one(&mut table, *ms)).collect();
+    assert_eq!(by_link, [500, 1_000, 1_500]);
+    // Who answers is sent to by UDP.
+    for ms in (2_000..4_000).step_by(10) {
+        let now = start + Duration::from_millis(ms);
+        table.handle_datagram(&mut data(2), arrival(1001), now);
+        assert!(!to_one(&mut table, ms), "{ms} ms");
+    }
+    // Without the link there is nothing else.
+    table.apply(RelayChange::Offline { node: node(1), connection: ConnectionId(1) });
+    assert!((10_000..12_000).step_by(10).all(|ms| !to_one(&mut table, ms)));
 }
 
 #[test]

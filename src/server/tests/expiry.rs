@@ -58,11 +58,13 @@ fn a_member_is_warned_of_then_shut_out_and_comes_back_with_more_time() {
     // What is over is over, also by a clock that shows an earlier time again, as this one does.
     let over = Some(Standing { now: WALL, expires: Some(WALL) });
     assert_eq!((world.node(first).standing, world.node(again).standing), (over, over));
+    assert_eq!(world.node(first).refused, Some(RefusedCode::Replaced), "one of them is enough");
+    assert!(world.node(first).closed && !world.node(again).closed);
     let Some(Answer::Nodes(list)) = world.ask(Request::Nodes).unwrap() else { panic!("nodes") };
     assert_eq!((list.nodes[0].expired, list.nodes[0].online), (true, false));
 
     expire(&mut world, "node", Some(u64::from(u32::MAX) / 100));
-    assert!(world.node(first).closed && world.node(again).closed, "come again");
+    assert!(world.node(again).closed, "come again");
     let back = world.enter(1, hello(1, None));
     world.pass(Duration::from_secs(1));
     assert_eq!(world.node(back).id, Some(1), "it is who it was");
@@ -96,6 +98,19 @@ fn an_end_outlives_a_server_that_starts_again_and_a_removal_ends_it() {
     assert_eq!((world.node(out).id, world.node(out).closed), (None, false));
     world.ask(Request::Remove { node: "node".into() }).unwrap();
     assert_eq!(world.node(out).refused, Some(RefusedCode::NotMember));
+}
+
+#[test]
+fn an_expired_member_holds_one_connection_however_many_it_makes() {
+    let (mut world, first, _) = pair();
+    expire(&mut world, "node", Some(10));
+    look(&mut world, WALL + 10);
+    let made: Vec<ConnectionId> = (0..50).map(|_| world.enter(1, hello(1, None))).collect();
+    let open = |id: &&ConnectionId| !world.node(**id).closed;
+    let open: Vec<_> = [first].iter().chain(&made).filter(open).copied().collect();
+    assert_eq!(open, made[49..]);
+    assert_eq!(world.server.waiting(NodeId::new(1).unwrap()), made[49..]);
+    assert_eq!(world.server.connections.len(), 2, "its last one, and the other member's");
 }
 
 #[test]

@@ -117,3 +117,17 @@ fn a_new_key_is_no_second_machine_and_a_second_machine_does_not_change_the_key()
     let stored = world.server.members.iter().next().unwrap().node_key;
     assert_eq!(stored.0, [30; 32], "that of the machine which stays");
 }
+
+#[test]
+fn a_node_that_comes_back_with_another_key_and_name_leaves_a_line_for_each() {
+    let (mut world, _, _) = pair();
+    let connection = world.connect(1);
+    let hello = Hello { node_key: NEW, name: Some("carol".into()), ..hello(1, None) };
+    let message = ClientMessage { hello: Some(hello), ..Default::default() };
+    let decision = world.server.handle_message(connection, message, WALL).unwrap();
+    let events = world.server.events(&decision, "server", WALL);
+    let kinds: Vec<&str> = events.iter().map(|event| event.kind.as_str()).collect();
+    assert_eq!(kinds, ["node-renamed", "node-key-changed"]);
+    assert!(events.iter().all(|event| event.fields["name"] == "carol"), "{events:?}");
+    world.commit(decision);
+}

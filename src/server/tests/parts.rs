@@ -168,7 +168,7 @@ proptest! {
     fn what_a_node_knows_is_true_and_known_to_both_sides(
         events in proptest::collection::vec(event(), 1..80)
     ) {
-        let (mut world, invite) = large();
+        let (mut world, mut invite) = large();
         let mut connections = BTreeMap::new();
         // What each machine has asked for and not let go of since it connected.
         let mut uses: BTreeMap<u8, BTreeSet<u32>> = BTreeMap::new();
@@ -210,6 +210,7 @@ proptest! {
                 }
                 Event::Remove(number) => {
                     let _ = world.ask(Request::Remove { node: format!("{number:08x}") });
+                    invite = world.open_invite(invite);
                 }
                 Event::Pass(ms) => world.pass(Duration::from_millis(ms)),
             }

@@ -57,6 +57,30 @@ fn a_removal_waits_for_every_node_that_is_online_and_names_the_others() {
 }
 
 #[test]
+fn a_removal_revokes_the_invite_that_would_let_the_node_in_again() {
+    let mut world = World::new("10.77.0.0/20");
+    let (invite, once) = (world.invite(20), world.invite(1));
+    world.enter(1, hello(1, Some(&invite)));
+    world.enter(2, hello(2, Some(&once)));
+    let decision = world.server.decide(Request::Remove { node: "node".into() }, WALL).unwrap();
+    let events = world.server.events(&decision, "administrator uid 0", WALL);
+    let kinds: Vec<&str> = events.iter().map(|event| event.kind.as_str()).collect();
+    assert_eq!(kinds, ["node-removed", "invite-revoked"]);
+    let Some(Answer::Removed(removal)) = world.commit(decision) else { panic!("a removal") };
+    let revoked = removal.invite_revoked.unwrap();
+    assert_eq!((revoked.id.0, revoked.used, revoked.uses), (invite.id, 1, 20));
+    assert_eq!(revoked.state, "revoked");
+    let back = world.enter(1, hello(1, Some(&invite)));
+    assert_eq!(world.node(back).refused, Some(RefusedCode::InviteRevoked));
+    let other = world.enter(3, hello(3, Some(&invite)));
+    assert_eq!(world.node(other).refused, Some(RefusedCode::InviteRevoked));
+    // One that lets nobody in is left as it is.
+    assert_eq!(remove(&mut world, "node-2").invite_revoked, None);
+    let back = world.enter(2, hello(2, Some(&once)));
+    assert_eq!(world.node(back).refused, Some(RefusedCode::InviteUsedUp));
+}
+
+#[test]
 fn a_node_cannot_acknowledge_what_it_was_not_told() {
     let mut world = World::new("10.77.0.0/20");
     let invite = world.invite(2);

@@ -246,54 +246,50 @@ fn handshakes() {
     let Recorded { server, alice, bob, mallory, first } = &scene;
     let (to, newcomer) = (scene.to(), net.machine("carol", Nat::None));
     let rate = number("OVERLAY_TEST_HANDSHAKES_PPS", 500);
-    let span = Duration::from_secs(number("OVERLAY_TEST_HANDSHAKES_S", 2));
+    let count = rate * number("OVERLAY_TEST_HANDSHAKES_S", 2);
+    let join = |number: usize| join_once(&net, server, &newcomer, number);
+    // A machine that does much else takes longer for it without a flood, too.
+    let calm = (0..3).map(join).max().unwrap();
     let stream = Stream::start(&net, &bob.host, &alice.ipv4());
     stream.wait_for_more(20);
 
     let (start, cpu) = (now(), cpu_seconds(server));
     let due = |number: u64| Duration::from_secs_f64(number as f64 / rate as f64);
-    let in_time = |number: &u64| {
-        thread::sleep(due(*number).saturating_sub(start.elapsed()));
-        start.elapsed() < span
+    let in_time = |number: u64| {
+        thread::sleep(due(number).saturating_sub(start.elapsed()));
+        number
     };
-    let (said, answered, times) = thread::scope(|scope| {
+    let (answered, mut times) = thread::scope(|scope| {
         let flood = |worker: u64| {
-            scope.spawn(move || {
-                let mut said = 0;
-                let numbers = (worker..).step_by(FLOODERS).take_while(in_time);
-                let counted = numbers.inspect(|_| said += 1);
-                let answered = replay_some(mallory, to, first, counted);
-                (said, answered)
-            })
+            let numbers = (worker..count).step_by(FLOODERS).map(in_time);
+            scope.spawn(move || replay_some(mallory, to, first, numbers))
         };
         let flooders: Vec<_> = (0..FLOODERS as u64).map(flood).collect();
         let mut times: Vec<Duration> = Vec::new();
-        while start.elapsed() < span {
-            times.push(join_once(&net, server, &newcomer, times.len()));
+        while flooders.iter().any(|flooder| !flooder.is_finished()) {
+            times.push(join(3 + times.len()));
         }
-        let counts = flooders.into_iter().map(|flooder| flooder.join().unwrap());
-        let sum = |(a, b): (u64, u64), (c, d): (u64, u64)| (a + c, b + d);
-        let (said, answered) = counts.fold((0, 0), sum);
-        (said, answered, times)
+        let answered: u64 = flooders.into_iter().map(|flooder| flooder.join().unwrap()).sum();
+        (answered, times)
     });
     let (took, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds(server) - cpu);
     let heard = stream.stop();
-    let slowest = times.iter().max().unwrap();
+    times.sort();
+    let (middle, slowest) = (times[times.len() / 2], times[times.len() - 1]);
     eprintln!(
-        "{:.0} handshakes a second, {answered} of {said} answered: {:.0} % of a processor, {} \
-         joins took {:?} to {slowest:?}, {} of {} pings lost",
-        said as f64 / took,
+        "{:.0} handshakes a second, {answered} of {count} answered: {:.0} % of a processor, {} joins \
+         took {:?} to {slowest:?} ({calm:?} before), {} of {} pings lost",
+        count as f64 / took,
         cpu / took * 100.0,
         times.len(),
-        times.iter().min().unwrap(),
+        times[0],
         heard.lost.len(),
         heard.packets + heard.lost.len(),
     );
-    assert!(said as f64 / took > rate as f64 / 2.0, "it was a flood: {said} in {took:.1} s");
-    let sources = u64::from(ADDRESSES);
-    assert!(answered > sources / 2 && answered <= sources, "{answered} looked genuine at first");
+    // From each address once, if it has come back in time to be counted.
+    assert!((1..=u64::from(ADDRESSES)).contains(&answered), "{answered} looked genuine at first");
     assert!(cpu < took, "less than one processor: {cpu:.1} s in {took:.1} s");
-    assert!(*slowest < Duration::from_secs(2), "a join takes {slowest:?}");
+    assert!(middle < (calm * 4).max(Duration::from_secs(2)), "joins take {times:?}");
     assert!(heard.lost.len() * 100 <= heard.packets, "lost {:?}", heard.lost);
 }
 

@@ -41,6 +41,7 @@ mod server;
 mod server_loss;
 mod service;
 mod spoof;
+mod two_uplinks;
 mod uplinks;
 mod why;
 
@@ -52,6 +53,7 @@ pub(crate) fn all() -> Vec<Case> {
         matrix::cases(),
         places::cases(),
         roam::cases(),
+        two_uplinks::cases(),
         uplinks::cases(),
         rotation::cases(),
         hard::cases(),

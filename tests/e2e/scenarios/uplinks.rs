@@ -25,48 +25,53 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// What a silently dead uplink may cost.
-const OUTAGE_LIMIT: Duration = Duration::from_secs(1);
-const PATH_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const OUTAGE_LIMIT: Duration = Duration::from_secs(1);
+pub(super) const PATH_LIMIT: Duration = Duration::from_secs(10);
 /// The preferred uplink has to work for a while before it is used again.
 const RETURN_LIMIT: Duration = Duration::from_secs(40);
 const PING_SPACING: Duration = Duration::from_millis(10);
 
 /// A home with two routers: alice's own by `eth0`, preferred, and by `eth1` that of a second home,
 /// which also has the address range 192.168.2.0/24.
-struct Home {
-    net: Net,
-    server: Server,
-    alice: Host,
-    second: Router,
+pub(super) struct Home {
+    pub(super) net: Net,
+    pub(super) server: Server,
+    pub(super) alice: Host,
+    pub(super) second: Router,
 }
 
 impl Home {
-    fn new(nat: Nat) -> Self {
+    pub(super) fn new(nat: Nat) -> Self {
         let net = Net::new();
         let server = Server::start(&net, &net.machine("server", Nat::None));
         let alice = net.machine("alice", nat);
         let second = net.machine("neighbour", nat).router.expect("a home");
-        net.second_home(&alice, &second, "eth1");
-        second.ns.ip("addr add 192.168.2.1/24 dev lan");
-        alice.ns.ip("addr flush dev eth1");
-        alice.ns.ip("addr add 192.168.2.210/24 dev eth1");
-        alice.ns.ip("route replace default via 192.168.1.1 dev eth0 metric 100");
-        alice.ns.ip("route del default metric 0");
-        alice.ns.ip("route add default via 192.168.2.1 dev eth1 metric 200");
+        add_uplink(&net, &alice, &second);
         Self { net, server, alice, second }
     }
 
-    fn node(&self, name: &str, nat: Nat) -> Node {
+    pub(super) fn node(&self, name: &str, nat: Nat) -> Node {
         Node::start(&self.net, &self.net.machine(name, nat), &self.server)
     }
 
-    fn first(&self) -> &Router {
+    pub(super) fn first(&self) -> &Router {
         self.alice.router.as_ref().expect("alice is at home")
     }
 }
 
+/// Joins a machine at home to this router, too, by `eth1`; `eth0` is preferred.
+pub(super) fn add_uplink(net: &Net, host: &Host, second: &Router) {
+    net.second_home(host, second, "eth1");
+    second.ns.ip("addr add 192.168.2.1/24 dev lan");
+    host.ns.ip("addr flush dev eth1");
+    host.ns.ip("addr add 192.168.2.210/24 dev eth1");
+    host.ns.ip("route replace default via 192.168.1.1 dev eth0 metric 100");
+    host.ns.ip("route del default metric 0");
+    host.ns.ip("route add default via 192.168.2.1 dev eth1 metric 200");
+}
+
 /// Lets nothing through this router any more; its own addresses still answer.
-fn darken(router: &Router) {
+pub(super) fn darken(router: &Router) {
     router.ns.nft(
         "table inet dark {\n chain forward { type filter hook forward priority -10; policy drop;\n \
          }\n}\n",
@@ -78,7 +83,7 @@ fn lighten(router: &Router) {
 }
 
 /// Waits until the server was seen to answer by both uplinks.
-fn wait_both_answer(node: &mut Node) {
+pub(super) fn wait_both_answer(node: &mut Node) {
     node.wait_status("both uplinks answer", PATH_LIMIT, |status| {
         let uplinks = status["self"]["uplinks"].as_array().cloned().unwrap_or_default();
         uplinks.len() == 2 && uplinks.iter().all(|uplink| uplink["state"] == "answers")
@@ -86,7 +91,13 @@ fn wait_both_answer(node: &mut Node) {
 }
 
 /// Waits until data to `peer` goes this way, by this uplink.
-fn wait_by(node: &mut Node, peer: &str, kind: &str, uplink: Option<&str>, limit: Duration) {
+pub(super) fn wait_by(
+    node: &mut Node,
+    peer: &str,
+    kind: &str,
+    uplink: Option<&str>,
+    limit: Duration,
+) {
     let what = format!("{kind} to {peer} by {uplink:?}");
     node.wait_status(&what, limit, |status| {
         let path = &find_peer(status, peer)["path"];
@@ -95,7 +106,7 @@ fn wait_by(node: &mut Node, peer: &str, kind: &str, uplink: Option<&str>, limit:
 }
 
 /// Waits until a candidate of this kind has answered, on the way to `peer`.
-fn wait_answered(node: &Node, peer: &str, wanted: impl Fn(&Value) -> bool) {
+pub(super) fn wait_answered(node: &Node, peer: &str, wanted: impl Fn(&Value) -> bool) {
     wait_for("an answer by the further uplink", PATH_LIMIT, || {
         let why = node.why(peer);
         let candidates = why["here"]["candidates"].as_array().cloned().unwrap_or_default();
@@ -104,7 +115,7 @@ fn wait_answered(node: &Node, peer: &str, wanted: impl Fn(&Value) -> bool) {
 }
 
 /// The time between the first and the last ping that was lost.
-fn outage(stream: Stream) -> Duration {
+pub(super) fn outage(stream: Stream) -> Duration {
     let lost = stream.stop().lost;
     match (lost.first(), lost.last()) {
         (Some(first), Some(last)) => PING_SPACING * (last - first + 1),

@@ -4,14 +4,16 @@
 //! acknowledgements leave without a second thread that wakes for each. When more comes than that,
 //! the sending thread is woken and watches the interface until it has become quiet again.
 
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::mpsc;
 
 use super::turn::Turn;
+use super::watch::Watch;
 use super::{Ports, send_all, send_now, send_runs, write_tun};
 use crate::dataplane::{
     Note, Shared, Source, Target, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
@@ -41,9 +43,16 @@ const SEND_BYTES: usize = 65_000;
 const WRITE_BYTES: usize = 128 << 10;
 /// A thread without work shows this often that it lives.
 const IDLE_MS: u16 = 3000;
-/// Where the descriptor that wakes a thread stands among those that it waits for; the first is the
-/// stop signal.
-const WAKE_AT: usize = 1;
+/// A drain of more than this is part of much: the sending thread lets the next packets gather,
+const MUCH_BYTES: usize = 32 << 10;
+/// for so long. Each wait that ends with a packet costs several microseconds, at both ends.
+const GATHER: Duration = Duration::from_micros(50);
+/// The numbers of what both threads wait for: the stop signal, and what tells of another interface.
+const STOP: u64 = 0;
+const WAKE: u64 = 1;
+/// Of what the receiving thread waits for besides: the extra sockets, and the others from there on.
+const EXTRA: u64 = 2;
+const SOCKETS: u64 = 3;
 
 /// Where the threads put what the control plane is to know.
 pub(super) struct NoteSender {
@@ -128,66 +137,77 @@ impl Drained {
     fn is_within(&self, budget: Budget) -> bool {
         self.all && self.packets <= budget.packets && self.bytes <= budget.bytes
     }
+
+    /// Whether the next packets are to gather: there will be more, and none waits now.
+    fn is_much(&self) -> bool {
+        self.all && self.bytes > MUCH_BYTES
+    }
 }
 
 pub(super) fn run_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
+    stopped(pump_outbound(ports, outlet, notes));
+}
+
+pub(super) fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
+    stopped(pump_inbound(ports, outlet, notes));
+}
+
+fn stopped(end: io::Result<()>) {
+    if let Err(error) = end {
+        tracing::error!(%error, "waiting for packets failed, they stop");
+    }
+}
+
+fn pump_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> io::Result<()> {
     let mut quiet = 0;
     let mut turn = ports.begin_turn();
+    let mut watch = Watch::new([ports.stop.as_fd(), ports.wake_sender.as_fd()])?;
     loop {
-        let tun = ports.watched_tun(true);
-        let mut fds = vec![
-            PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ports.wake_sender.as_fd(), PollFlags::POLLIN),
-        ];
-        fds.extend(tun.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds, &ports.progress[0], &mut turn) {
-            return;
+        watch.set_tun(ports.watched_tun(true))?;
+        wait(&mut watch, &ports.progress[0], &mut turn)?;
+        if watch.is_ready(STOP) {
+            return Ok(());
         }
-        if is_ready(fds.get(WAKE_AT)) {
+        if watch.is_ready(WAKE) {
             let _ = ports.wake_sender.read();
             quiet = 0;
             continue;
         }
-        if is_broken(fds.get(2)) {
-            ports.forget_tun(&tun);
+        let (Some(is_whole), Some(tun)) = (watch.tun_is_ready(), watch.tun()) else { continue };
+        if !is_whole {
+            ports.forget_tun(tun);
             continue;
         }
-        let Some(tun) = tun else { continue };
         // A batch that a panic left behind is cleared before it is used.
         let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
-        let drained = outlet.drain(ports, &tun, notes, TUN_BUDGET);
+        let drained = outlet.drain(ports, tun, notes, TUN_BUDGET);
         drop(outlet);
         quiet = if drained.is_within(ANSWER_BUDGET) { quiet + 1 } else { 0 };
         if quiet >= QUIET_DRAINS {
             ports.let_watch(false);
         }
+        if drained.is_much() {
+            let from = clock::now();
+            std::thread::sleep(GATHER);
+            turn.waited(from, clock::now());
+        }
     }
 }
 
-pub(super) fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) {
+fn pump_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> io::Result<()> {
     let mut turn = ports.begin_turn();
     let mut inlet =
         Inlet { buffers: RecvBuffers::default(), batch: TunBatch::default(), asked: Vec::new() };
+    let fds = [ports.stop.as_fd(), ports.wake_receiver.as_fd(), ports.extra.as_fd()];
+    let mut watch = Watch::new(fds.into_iter().chain(ports.sockets().map(AsFd::as_fd)))?;
     loop {
-        let watched = ports.watched_tun(false);
-        let mut fds = vec![
-            PollFd::new(ports.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ports.wake_receiver.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ports.extra.as_fd(), PollFlags::POLLIN),
-        ];
-        let sockets_at = fds.len();
-        fds.extend(ports.sockets().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
-        let tun_at = fds.len();
-        fds.extend(watched.iter().map(|tun| PollFd::new(tun.as_fd(), PollFlags::POLLIN)));
-        if !wait(&mut fds, &ports.progress[1], &mut turn) {
-            return;
+        watch.set_tun(ports.watched_tun(false))?;
+        wait(&mut watch, &ports.progress[1], &mut turn)?;
+        if watch.is_ready(STOP) {
+            return Ok(());
         }
-        if is_ready(fds.get(WAKE_AT)) {
+        if watch.is_ready(WAKE) {
             let _ = ports.wake_receiver.read();
-        }
-        if is_broken(fds.get(tun_at)) {
-            ports.forget_tun(&watched);
-            continue;
         }
         let mut answer = |tun: Option<&Tun>| {
             let Some(tun) = tun else { return };
@@ -201,11 +221,16 @@ pub(super) fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSen
                 ports.let_watch(true);
             }
         };
-        if is_ready(fds.get(tun_at)) {
-            answer(watched.as_deref());
+        match (watch.tun_is_ready(), watch.tun()) {
+            (Some(true), tun) => answer(tun.map(Arc::as_ref)),
+            (Some(false), Some(tun)) => {
+                ports.forget_tun(tun);
+                continue;
+            }
+            _ => {}
         }
-        for (number, socket) in ports.sockets().enumerate() {
-            if !is_ready(fds.get(sockets_at + number)) {
+        for (number, socket) in (SOCKETS..).zip(ports.sockets()) {
+            if !watch.is_ready(number) {
                 continue;
             }
             for _ in 0..BUSY_ROUNDS {
@@ -214,7 +239,7 @@ pub(super) fn run_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSen
                 }
             }
         }
-        if is_ready(fds.get(WAKE_AT + 1)) {
+        if watch.is_ready(EXTRA) {
             for (id, socket) in ports.extra.ready() {
                 inlet.receive(ports, id, &socket, notes, &mut answer);
             }
@@ -283,25 +308,24 @@ fn send_cookies(ports: &Ports, notes: &mut Vec<Note>) {
     });
 }
 
-fn is_ready(fd: Option<&PollFd<'_>>) -> bool {
-    fd.is_some_and(|fd| fd.any() == Some(true))
-}
-
-fn is_broken(fd: Option<&PollFd<'_>>) -> bool {
-    fd.and_then(PollFd::revents).is_some_and(|events| events.contains(PollFlags::POLLERR))
-}
-
-/// Waits for any of `fds`; `false` when the first one, the stop signal, is set.
-fn wait(fds: &mut [PollFd<'_>], progress: &Progress, turn: &mut Turn) -> bool {
+fn wait(watch: &mut Watch, progress: &Progress, turn: &mut Turn) -> io::Result<()> {
     progress.step();
     let from = clock::now();
-    let ready = poll(fds, PollTimeout::from(IDLE_MS));
+    let waited = watch.wait(IDLE_MS);
     turn.waited(from, clock::now());
-    match ready {
-        Ok(_) | Err(nix::errno::Errno::EINTR) => fds[0].any() != Some(true),
-        Err(error) => {
-            tracing::error!(%error, "poll failed, packets stop");
-            false
-        }
+    waited
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_gather_only_behind_a_transfer_that_has_none_waiting() {
+        let drained = |packets, bytes, all| Drained { packets, bytes, all };
+        assert!(!drained(1, 98, true).is_much(), "a lone packet");
+        assert!(!drained(200, 200 * 102, true).is_much(), "a flood of small ones");
+        assert!(drained(1, MAX_PACKET - 64, true).is_much(), "one full super-packet");
+        assert!(!drained(64, TUN_BUDGET.bytes + 1, false).is_much(), "more is there already");
     }
 }

@@ -7,6 +7,8 @@ use libfuzzer_sys::fuzz_target;
 
 #[path = "../../../sim/check.rs"]
 mod check;
+#[path = "../../../sim/control_link.rs"]
+mod control_link;
 #[path = "../../../sim/edge.rs"]
 mod edge;
 #[path = "../../../sim/evil.rs"]
@@ -33,8 +35,8 @@ mod server;
 mod spot;
 #[path = "../../../sim/transition.rs"]
 mod transition;
-#[path = "../../../sim/uplink.rs"]
-mod uplink;
+#[path = "../../../sim/uplinks.rs"]
+mod uplinks;
 #[path = "../../../sim/world.rs"]
 mod world;
 

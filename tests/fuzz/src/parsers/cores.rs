@@ -439,6 +439,7 @@ fn member(number: u8) -> MemberRecord {
         key_since: WALL,
         expires: None,
         expiry_noted: Default::default(),
+        named: false,
     }
 }
 

@@ -1,6 +1,7 @@
 //! A host's end of the control connection: made, lost, made again with growing waits, as the
 //! daemon does it.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use overlay::io::link::token_grace;
@@ -10,6 +11,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::host::spread;
+use crate::uplinks::Way;
 
 /// What the connection is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,10 +28,17 @@ pub(crate) enum Phase {
 
 /// The control connection, as the host sees it.
 #[derive(Debug)]
-pub(crate) struct Uplink {
+pub(crate) struct ControlLink {
     phase: Phase,
     wait: Duration,
     attempts: u64,
+    /// How many ways are tried in the attempt under way.
+    open: usize,
+    /// An attempt at a connection by another way, in place of the one there is.
+    better: Option<u64>,
+    ways: BTreeMap<ConnectionId, Way>,
+    /// The interface of the further uplink by which the server is known to answer.
+    pub(crate) favoured: Option<usize>,
     opened_at: Option<Instant>,
     /// TCP is through, and a token is waited for until then.
     tcp_until: Option<Instant>,
@@ -44,12 +53,16 @@ pub(crate) struct Uplink {
     pub(crate) down_free_at: Option<Instant>,
 }
 
-impl Uplink {
+impl ControlLink {
     pub(crate) fn new(seed: u64) -> Self {
         Self {
             phase: Phase::Off,
             wait: MIN_WAIT,
             attempts: 0,
+            open: 0,
+            better: None,
+            ways: BTreeMap::new(),
+            favoured: None,
             opened_at: None,
             tcp_until: None,
             tried_at: None,
@@ -63,6 +76,7 @@ impl Uplink {
 
     pub(crate) fn start(&mut self, now: Instant) {
         self.wait = MIN_WAIT;
+        self.better = None;
         self.phase = Phase::Waiting(now);
     }
 
@@ -75,6 +89,36 @@ impl Uplink {
         match self.phase {
             Phase::Connected(connection, _) => Some(connection),
             Phase::Off | Phase::Waiting(_) | Phase::Connecting(..) => None,
+        }
+    }
+
+    /// The way that a connection goes.
+    pub(crate) fn way(&self, connection: ConnectionId) -> Way {
+        self.ways.get(&connection).copied().unwrap_or_default()
+    }
+
+    /// The server has made a connection, by this way.
+    pub(crate) fn note_way(&mut self, connection: ConnectionId, way: Way) {
+        self.ways.insert(connection, way);
+    }
+
+    /// The number of an attempt at a connection that replaces the one there is.
+    pub(crate) fn improve(&mut self) -> u64 {
+        self.attempts += 1;
+        self.better = Some(self.attempts);
+        self.attempts
+    }
+
+    /// Whether an attempt is one at a better connection than there is.
+    pub(crate) fn is_better(&self, attempt: u64) -> bool {
+        self.better == Some(attempt)
+    }
+
+    /// The attempt under way goes by one more way, a little later.
+    pub(crate) fn try_another(&mut self, later: Duration) {
+        self.open += 1;
+        if let Phase::Connecting(_, until) = &mut self.phase {
+            *until += later;
         }
     }
 
@@ -101,6 +145,7 @@ impl Uplink {
         match self.phase {
             Phase::Waiting(_) => {
                 self.attempts += 1;
+                self.open = 1;
                 self.phase = Phase::Connecting(self.attempts, now + CONNECT_LIMIT);
                 (self.tried_at, self.tcp_until, self.opening) = (Some(now), None, None);
                 Due::Connect(self.attempts)
@@ -152,8 +197,10 @@ impl Uplink {
         connection: ConnectionId,
         now: Instant,
     ) -> bool {
-        let wanted = matches!(self.phase, Phase::Connecting(current, _) if current == attempt);
+        let first = matches!(self.phase, Phase::Connecting(current, _) if current == attempt);
+        let wanted = first || self.connection().is_some() && self.better == Some(attempt);
         if wanted {
+            self.better = None;
             self.phase = Phase::Connected(connection, now);
             (self.opened_at, self.opening) = (Some(now), None);
         }
@@ -163,7 +210,10 @@ impl Uplink {
     /// The attempt of this number has failed.
     pub(crate) fn handle_failed(&mut self, attempt: u64, now: Instant) {
         if matches!(self.phase, Phase::Connecting(current, _) if current == attempt) {
-            self.retry(now);
+            self.open -= 1;
+            if self.open == 0 {
+                self.retry(now);
+            }
         }
     }
 
@@ -182,7 +232,7 @@ impl Uplink {
         if self.phase == Phase::Off {
             return;
         }
-        (self.tcp_until, self.opening) = (None, None);
+        (self.tcp_until, self.opening, self.better) = (None, None, None);
         let longest = self.wait.max(MIN_WAIT + Duration::from_millis(2));
         let wait = self.rng.random_range(MIN_WAIT..longest);
         self.wait = (self.wait * 3).min(MAX_WAIT);
@@ -190,7 +240,7 @@ impl Uplink {
     }
 }
 
-/// What an uplink wants done.
+/// What the connection wants done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Due {
     /// Nothing.

@@ -36,7 +36,7 @@ const IMPROVE_RARELY: Duration = Duration::from_secs(120);
 
 /// What became of the connection.
 #[derive(Debug)]
-pub(super) enum UplinkEvent {
+pub(super) enum LinkEvent {
     /// One is being made; tokens are of use now.
     Trying,
     /// There is one.
@@ -105,7 +105,7 @@ enum Phase {
 }
 
 /// The control connection.
-pub(super) struct Uplink {
+pub(super) struct ControlLink {
     destination: Arc<Destination>,
     phase: Phase,
     backoff: Backoff,
@@ -131,7 +131,7 @@ pub(super) struct Uplink {
     replaced: Option<Box<LinkReceiver>>,
 }
 
-impl Uplink {
+impl ControlLink {
     pub(super) fn new(destination: Destination) -> Self {
         Self {
             destination: Arc::new(destination),
@@ -184,9 +184,9 @@ impl Uplink {
         self.wait_until(clock::now());
     }
 
-    /// Where the server is from now on; it counts for the next attempt.
+    /// Where the server is from now on, if that is known; it counts for the next attempt.
     pub(super) fn set_servers(&mut self, servers: &[ServerAddr]) {
-        if self.destination.servers != servers {
+        if !servers.is_empty() && self.destination.servers != servers {
             Arc::make_mut(&mut self.destination).servers = servers.to_vec();
         }
     }
@@ -234,13 +234,13 @@ impl Uplink {
     }
 
     /// The next event. Cancel-safe.
-    pub(super) async fn next(&mut self) -> UplinkEvent {
+    pub(super) async fn next(&mut self) -> LinkEvent {
         loop {
             match &mut self.phase {
                 Phase::Waiting(at) => {
                     tokio::time::sleep_until((*at).into()).await;
                     self.phase = Phase::Connecting(self.start(), None);
-                    return UplinkEvent::Trying;
+                    return LinkEvent::Trying;
                 }
                 Phase::Connecting(attempts, worst) => match attempts.join_next().await {
                     Some(Ok(Ok(made))) => return self.take(made),
@@ -255,7 +255,7 @@ impl Uplink {
                         self.plain = !self.plain;
                         self.wait();
                         if let Some(error) = error {
-                            return UplinkEvent::Failed(error);
+                            return LinkEvent::Failed(error);
                         }
                     }
                 },
@@ -282,18 +282,18 @@ impl Uplink {
                         Ok(Inbound::Control(message)) => {
                             self.backoff.reset();
                             self.replaced = None;
-                            return UplinkEvent::Control(message);
+                            return LinkEvent::Control(message);
                         }
                         Ok(Inbound::Relay(first)) => {
                             self.backoff.reset();
                             let mut relayed = RelayBatch::default();
                             relayed.push(&first);
                             receiver.more_relayed(&mut relayed);
-                            return UplinkEvent::Relayed(relayed);
+                            return LinkEvent::Relayed(relayed);
                         }
                         Err(error) => {
                             self.wait();
-                            return UplinkEvent::Lost(error);
+                            return LinkEvent::Lost(error);
                         }
                     }
                 }
@@ -301,7 +301,7 @@ impl Uplink {
         }
     }
 
-    fn take(&mut self, made: Made) -> UplinkEvent {
+    fn take(&mut self, made: Made) -> LinkEvent {
         let Link { sender, receiver, local, remote, said, .. } = made.link;
         self.plain = false;
         // A token is for one connection.
@@ -319,7 +319,7 @@ impl Uplink {
             false => self.improvement.plan(clock::now()),
         }
         let (local, device) = (local.ip(), made.device);
-        UplinkEvent::Connected { server: remote, local, device, sender, said }
+        LinkEvent::Connected { server: remote, local, device, sender, said }
     }
 
     /// Tries all servers by all uplinks.
@@ -401,12 +401,12 @@ mod tests {
     async fn a_connection_by_a_further_uplink_goes_back_to_the_preferred_one() {
         let server_key = SecretKey::from_bytes([1; 32]);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut uplink = Uplink::new(Destination {
+        let mut link = ControlLink::new(Destination {
             servers: vec![listener.local_addr().unwrap().into()],
             server_keys: vec![server_key.public()],
             machine_key: SecretKey::from_bytes([2; 32]),
         });
-        uplink.set_devices(vec!["lo".into()]);
+        link.set_devices(vec!["lo".into()]);
         tokio::spawn(async move {
             // The first is by the preferred uplink, which does not work yet.
             drop(listener.accept().await.unwrap());
@@ -421,7 +421,7 @@ mod tests {
         let mut devices = Vec::new();
         let both = async {
             while devices.len() < 2 {
-                if let UplinkEvent::Connected { device, .. } = uplink.next().await {
+                if let LinkEvent::Connected { device, .. } = link.next().await {
                     devices.push(device);
                 }
             }
