@@ -76,7 +76,7 @@ impl Underlay {
 enum Rank {
     /// Its interface has the default route in use.
     Default,
-    /// Its interface has another default route.
+    /// Its interface has another default route, and it is of a private net.
     OtherDefault,
     /// It is on some other network that a peer may be on, too.
     Local,
@@ -101,10 +101,16 @@ impl Facts<'_> {
         }
         let v4 = ip.is_ipv4();
         let in_use = self.default_in_use(v4).is_some_and(|route| route.index == link.index);
+        let other_default = !in_use && self.has_default(link.index, v4);
+        // What the main socket answers leaves by the route in use, where this source is foreign. A
+        // further uplink has a socket and a candidate of its own.
+        if other_default && !is_private(ip) {
+            return None;
+        }
         if address.temporary {
             return (!self.has_stable_sibling(address)).then_some(Rank::Temporary);
         }
-        Some(match (in_use, self.has_default(link.index, v4)) {
+        Some(match (in_use, other_default) {
             (true, _) => Rank::Default,
             (false, true) => Rank::OtherDefault,
             (false, false) => Rank::Local,
@@ -397,6 +403,20 @@ mod tests {
         let found: Vec<(u32, bool)> =
             underlay.uplinks.iter().map(|uplink| (uplink.index, uplink.ipv6)).collect();
         assert_eq!(found, [(2, false), (1, true)], "each family has one");
+    }
+
+    #[test]
+    fn a_public_address_of_a_further_uplink_is_not_announced() {
+        let links = [link(1, LinkKind::Device), link(2, LinkKind::Device)];
+        let addresses = ["203.0.113.1/24", "2001:db8::1/64"].map(|it| address(1, it));
+        let further = ["198.51.100.2/24", "192.168.7.2/24", "2001:db8:7::2/64", "fd01::2/64"];
+        let addresses = [&addresses[..], &further.map(|it| address(2, it))].concat();
+        let v6 =
+            |index, metric| Route { dst: "::/0".parse().unwrap(), ..default_route(index, metric) };
+        let routes = [default_route(1, 1), default_route(2, 2), v6(1, 1), v6(2, 2)];
+        let underlay = Underlay::of(&links, &addresses, &routes, None);
+        let announced = ["203.0.113.1", "192.168.7.2", "2001:db8::1", "fd01::2"];
+        assert_eq!(underlay.addresses, ips(&announced));
     }
 
     #[test]
