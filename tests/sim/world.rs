@@ -317,6 +317,8 @@ impl World {
         let other = &self.hosts[other];
         other.removed_at.or(other.over_at).is_some_and(long_ago)
             && self.hosts[host].control_link.connected_since().is_some_and(long_ago)
+            // What waited for a sleeper in its connection is older than what comes behind it.
+            && long_ago(self.hosts[host].asleep_since)
             && self.server.is_running()
             && self.is_connected(host)
     }
