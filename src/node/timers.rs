@@ -23,7 +23,7 @@ use crate::types::NodeId;
 const ENGINE_TICK: Duration = Duration::from_secs(1);
 /// A peer that was not sent to for this long is not watched.
 const QUIET: Duration = Duration::from_secs(2);
-/// Sent by relay and heard nothing for this long: is the relay still there?
+/// Sent by UDP and heard nothing for this long: does the server still answer by UDP?
 const RELAY_PATIENCE: Duration = Duration::from_secs(1);
 /// An unanswered user ping is forgotten after this.
 const PING_LIFETIME: Duration = Duration::from_secs(30);
@@ -125,8 +125,9 @@ impl Node {
                 peer.agent.handle_counts(via, counts, now);
             }
             peer.agent.handle_traffic(Traffic { sent, heard }, now);
-            let relayed = peer.agent.choice().primary == Some(Via::RelayUdp);
-            relay_silent |= relayed
+            // Who only answers notices nothing else of it when all UDP has failed here.
+            let by_udp = peer.agent.choice().primary != Some(Via::RelayTcp);
+            relay_silent |= by_udp
                 && heard.is_none_or(|at| now.saturating_duration_since(at) > RELAY_PATIENCE);
             self.drain_agent(id, now);
             self.look_at_lanes(id, now);

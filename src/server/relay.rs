@@ -31,15 +31,6 @@ pub const BIND_LIFETIME: Duration = Duration::from_secs(30);
 /// its control connection instead does not receive by UDP, though its binds may go on to arrive.
 const BIND_ANSWERED: Duration = Duration::from_secs(2);
 
-/// A node that is sent to by UDP and has sent nothing by it for this long may receive nothing there: one
-/// datagram goes by its control connection, and the same again after each further such time. It
-/// arrives in any case, and shows a node that has nothing to send that UDP has failed it.
-const UNHEARD: Duration = Duration::from_millis(500);
-
-/// Who is sent to more rarely than this, or not so often yet, is not watched in this way.
-const PAUSE: Duration = Duration::from_secs(2);
-const MANY: u8 = 2;
-
 /// One of the server's UDP sockets. They come in pairs, a main and a second port: the last bit
 /// tells which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -158,18 +149,6 @@ struct Binding {
     silent_since: Instant,
     /// Data has come by the control connection in this silence.
     by_link: bool,
-    unheard: Option<Unheard>,
-}
-
-/// A node that is sent to by UDP and not heard.
-#[derive(Debug, Clone, Copy)]
-struct Unheard {
-    /// Since when, or when a datagram went by the connection last.
-    since: Instant,
-    /// When it was sent to last.
-    last: Instant,
-    /// How often, up to a few.
-    datagrams: u8,
 }
 
 /// What a bind says.
@@ -324,10 +303,7 @@ impl RelayTable {
             let elsewhere = by_link || bound.is_lost(now);
             bound.is_fresh(now) && !(entry.connection.is_some() && elsewhere)
         };
-        let bound = entry.bound.filter(by_udp);
-        let in_turn = bound.is_some() && entry.bound.as_mut().is_some_and(|it| it.asks(now));
-        let way = match (bound, entry.connection) {
-            (Some(bound), Some(connection)) if bound.proved && in_turn => Way::Link(connection),
+        let way = match (entry.bound.filter(by_udp), entry.connection) {
             (Some(bound), _) if bound.proved => Way::Udp(bound.arrival),
             (Some(bound), _) if entry.unproved.take(datagram.len(), now) => {
                 Way::Unproved(bound.arrival)
@@ -448,7 +424,7 @@ impl Default for RelayTable {
 
 impl Binding {
     fn new(arrival: Arrival, proved: bool, now: Instant) -> Self {
-        Self { arrival, at: now, proved, silent_since: now, by_link: false, unheard: None }
+        Self { arrival, at: now, proved, silent_since: now, by_link: false }
     }
 
     /// What is known of the last bind holds on, unless this one shows that an answer has arrived since
@@ -458,7 +434,6 @@ impl Binding {
         if self.arrival == before.arrival && before.is_fresh(self.at) && !shows_more {
             self.silent_since = before.silent_since;
             self.by_link = before.by_link;
-            self.unheard = before.unheard;
         }
     }
 
@@ -466,19 +441,6 @@ impl Binding {
     fn note_data(&mut self, now: Instant) {
         self.silent_since = now;
         self.by_link = false;
-        self.unheard = None;
-    }
-
-    /// Whether this datagram to the node goes by its control connection, to see what comes back.
-    fn asks(&mut self, now: Instant) -> bool {
-        let ago = |at: Instant| now.saturating_duration_since(at);
-        let before = self.unheard.filter(|before| ago(before.last) <= PAUSE);
-        let before = before.unwrap_or(Unheard { since: now, last: now, datagrams: 0 });
-        let asks = before.datagrams >= MANY && ago(before.since) >= UNHEARD;
-        let since = if asks { now } else { before.since };
-        let datagrams = before.datagrams.saturating_add(1);
-        self.unheard = Some(Unheard { since, last: now, datagrams });
-        asks
     }
 
     /// Data of the node came by its control connection. What has been on its way since before the

@@ -326,30 +326,6 @@ fn who_binds_and_sends_by_its_link_alone_is_sent_nothing_by_udp() {
 }
 
 #[test]
-fn who_is_sent_to_and_not_heard_gets_a_datagram_by_its_link_now_and_then() {
-    let start = epoch();
-    let mut table = RelayTable::default();
-    let key = online(&mut table, 1);
-    online(&mut table, 2);
-    bind(&mut table, 1, &key, 1, 1001, start);
-    let to_one = |table: &mut RelayTable, ms| {
-        let now = start + Duration::from_millis(ms);
-        table.handle_from(node(2), &mut data(1), now) != Verdict::Forward(Way::Udp(arrival(1001)))
-    };
-    let by_link: Vec<u64> = (0..2_000).step_by(10).filter(|ms| to_one(&mut table, *ms)).collect();
-    assert_eq!(by_link, [500, 1_000, 1_500]);
-    // Who answers is sent to by UDP.
-    for ms in (2_000..4_000).step_by(10) {
-        let now = start + Duration::from_millis(ms);
-        table.handle_datagram(&mut data(2), arrival(1001), now);
-        assert!(!to_one(&mut table, ms), "{ms} ms");
-    }
-    // Without the link there is nothing else.
-    table.apply(RelayChange::Offline { node: node(1), connection: ConnectionId(1) });
-    assert!((10_000..12_000).step_by(10).all(|ms| !to_one(&mut table, ms)));
-}
-
-#[test]
 fn a_proof_of_before_does_not_turn_data_to_where_the_node_receives_nothing_now() {
     let start = epoch();
     let mut table = RelayTable::default();
