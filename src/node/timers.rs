@@ -127,8 +127,8 @@ impl Node {
             peer.agent.handle_traffic(Traffic { sent, heard }, now);
             // Who only answers notices nothing else of it when all UDP has failed here.
             let by_udp = peer.agent.choice().primary != Some(Via::RelayTcp);
-            relay_silent |= by_udp
-                && heard.is_none_or(|at| now.saturating_duration_since(at) > RELAY_PATIENCE);
+            relay_silent |=
+                by_udp && heard.is_none_or(|at| now.saturating_duration_since(at) > RELAY_PATIENCE);
             self.drain_agent(id, now);
             self.look_at_lanes(id, now);
         }

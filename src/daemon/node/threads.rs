@@ -7,7 +7,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -55,6 +55,8 @@ pub(super) struct Ports {
     stop: EventFd,
     /// Whether the sending thread watches the interface, and not the receiving one.
     sender_watches: AtomicBool,
+    /// Bytes of datagrams that the receiving thread has read, modulo 2^64.
+    received: AtomicU64,
     /// Tell the threads that there is another interface, or that it is theirs to watch.
     wake_sender: EventFd,
     wake_receiver: EventFd,
@@ -83,6 +85,7 @@ impl Ports {
             shared,
             stop: EventFd::from_value_and_flags(0, flags)?,
             sender_watches: AtomicBool::new(false),
+            received: AtomicU64::new(0),
             wake_sender: EventFd::from_value_and_flags(0, flags)?,
             wake_receiver: EventFd::from_value_and_flags(0, flags)?,
             realtime,

@@ -138,9 +138,10 @@ impl Drained {
         self.all && self.packets <= budget.packets && self.bytes <= budget.bytes
     }
 
-    /// Whether the next packets are to gather: there will be more, and none waits now.
-    fn is_much(&self) -> bool {
-        self.all && self.bytes > MUCH_BYTES
+    /// Whether the next packets are to gather: there will be more, and none waits now. What comes in
+    /// is acknowledgements; who sends and receives much has the processors busy anyhow.
+    fn is_much(&self, received: u64) -> bool {
+        self.all && self.bytes > MUCH_BYTES && received < self.bytes as u64 / 4
     }
 }
 
@@ -159,7 +160,7 @@ fn stopped(end: io::Result<()>) {
 }
 
 fn pump_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> io::Result<()> {
-    let mut quiet = 0;
+    let (mut quiet, mut received) = (0, 0);
     let mut turn = ports.begin_turn();
     let mut watch = Watch::new([ports.stop.as_fd(), ports.wake_sender.as_fd()])?;
     loop {
@@ -186,7 +187,8 @@ fn pump_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> i
         if quiet >= QUIET_DRAINS {
             ports.let_watch(false);
         }
-        if drained.is_much() {
+        let before = std::mem::replace(&mut received, ports.received.load(Ordering::Relaxed));
+        if drained.is_much(received.wrapping_sub(before)) {
             let from = clock::now();
             std::thread::sleep(GATHER);
             turn.waited(from, clock::now());
@@ -287,6 +289,7 @@ impl Inlet {
                 answer(tun.as_deref());
             }
         }
+        ports.received.fetch_add(received as u64, Ordering::Relaxed);
         if !batch.is_empty() {
             write_tun(ports, batch);
             answer(tun.as_deref());
@@ -323,9 +326,10 @@ mod tests {
     #[test]
     fn packets_gather_only_behind_a_transfer_that_has_none_waiting() {
         let drained = |packets, bytes, all| Drained { packets, bytes, all };
-        assert!(!drained(1, 98, true).is_much(), "a lone packet");
-        assert!(!drained(200, 200 * 102, true).is_much(), "a flood of small ones");
-        assert!(drained(1, MAX_PACKET - 64, true).is_much(), "one full super-packet");
-        assert!(!drained(64, TUN_BUDGET.bytes + 1, false).is_much(), "more is there already");
+        assert!(!drained(1, 98, true).is_much(0), "a lone packet");
+        assert!(!drained(200, 200 * 102, true).is_much(0), "a flood of small ones");
+        assert!(drained(1, MAX_PACKET - 64, true).is_much(200), "one full super-packet");
+        assert!(!drained(1, MAX_PACKET - 64, true).is_much(65_000), "as much comes in");
+        assert!(!drained(64, TUN_BUDGET.bytes + 1, false).is_much(0), "more is there already");
     }
 }
