@@ -25,7 +25,7 @@ ROWS = [
     ("reading from the TUN interface", ("tun_chr_read_iter", "tun_do_read")),
     ("sending by UDP, with the delivery to the other end", ("udp_sendmsg", "udpv6_sendmsg", "__sys_sendmsg", "__sys_sendmmsg")),
     ("receiving by UDP", ("udp_recvmsg", "udpv6_recvmsg", "__sys_recvmmsg", "__sys_recvmsg")),
-    ("poll", ("do_sys_poll", "__x64_sys_poll")),
+    ("waiting for packets", ("do_epoll_wait", "ep_poll", "do_sys_poll")),
     ("waiting for locks", ("futex",)),
     ("scheduler", ("schedule", "__schedule")),
     ("rest of the kernel", ("entry_SYSCALL_64", "do_syscall_64", "ret_from_fork")),
