@@ -24,7 +24,7 @@ const ENGINE_TICK: Duration = Duration::from_secs(1);
 /// A peer that was not sent to for this long is not watched.
 const QUIET: Duration = Duration::from_secs(2);
 /// Sent by UDP and heard nothing for this long: does the server still answer by UDP?
-const RELAY_PATIENCE: Duration = Duration::from_secs(1);
+const UDP_PATIENCE: Duration = Duration::from_secs(1);
 /// An unanswered user ping is forgotten after this.
 const PING_LIFETIME: Duration = Duration::from_secs(30);
 
@@ -106,7 +106,7 @@ impl Node {
     }
 
     fn handle_traffic_tick(&mut self, now: Instant) {
-        let (mut busy, mut relay_silent) = (false, false);
+        let (mut busy, mut udp_silent) = (false, false);
         let ids: Vec<NodeId> = self.peers.keys().copied().collect();
         for id in ids {
             let Some(peer) = self.peers.get_mut(&id) else { continue };
@@ -127,12 +127,12 @@ impl Node {
             peer.agent.handle_traffic(Traffic { sent, heard }, now);
             // Who only answers notices nothing else of it when all UDP has failed here.
             let by_udp = peer.agent.choice().primary != Some(Via::RelayTcp);
-            relay_silent |=
-                by_udp && heard.is_none_or(|at| now.saturating_duration_since(at) > RELAY_PATIENCE);
+            udp_silent |=
+                by_udp && heard.is_none_or(|at| now.saturating_duration_since(at) > UDP_PATIENCE);
             self.drain_agent(id, now);
             self.look_at_lanes(id, now);
         }
-        if relay_silent {
+        if udp_silent {
             self.relay.verify(now);
         }
         self.traffic_tick_at = busy.then(|| now + TRAFFIC_TICK);

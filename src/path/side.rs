@@ -238,7 +238,8 @@ impl Side {
     }
 }
 
-/// Whether an address is of a private network.
+/// Whether an address is of a private network, a provider's own (RFC 6598) among them. For what is said of a
+/// path; an opener goes there like into the internet (`agent::opener`).
 pub(super) fn is_private(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_private() || ip.is_link_local() || is_shared(ip),
