@@ -18,7 +18,7 @@ pub(super) fn admit(
 ) -> Result<(), Option<Vec<u8>>> {
     match filter.inbound(peer, packet, &mut records.flows, now) {
         Verdict::Allow => Ok(()),
-        Verdict::Refuse if records.answers.allow(now) => {
+        Verdict::Refuse if records.may_answer(now) => {
             let from = IpView::parse(packet).ok().map(|view| view.dst);
             Err(from.and_then(|from| icmp::answer(packet, from, Trouble::Prohibited)))
         }

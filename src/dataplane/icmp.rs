@@ -2,7 +2,6 @@
 //! and ICMPv6 (RFC 4443).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::time::{Duration, Instant};
 
 use super::offload::checksum;
 use crate::wire::ip::IpView;
@@ -139,41 +138,11 @@ fn build_v6(packet: &[u8], from: Ipv6Addr, to: Ipv6Addr, trouble: Trouble) -> Ve
     bytes
 }
 
-/// How many answers may be given: a few at once, then so many in a second (RFC 1812 section
-/// 4.3.2.8, RFC 4443 section 2.4 f).
-#[derive(Debug, Default)]
-pub struct AnswerLimit {
-    spent: u32,
-    since: Option<Instant>,
-}
-
-/// Answers at once: one for every flow of a busy machine.
-const BURST: u32 = 16;
-/// One more after this.
-const REFILL: Duration = Duration::from_millis(20);
-
-impl AnswerLimit {
-    /// Whether an answer may be given now; it counts as given.
-    pub fn allow(&mut self, now: Instant) -> bool {
-        let since = *self.since.get_or_insert(now);
-        let earned = now.saturating_duration_since(since).as_millis() / REFILL.as_millis();
-        let earned = u32::try_from(earned).unwrap_or(u32::MAX);
-        if earned > 0 {
-            self.spent = self.spent.saturating_sub(earned);
-            self.since = Some(if self.spent == 0 { now } else { since + REFILL * earned });
-        }
-        let allowed = self.spent < BURST;
-        self.spent += u32::from(allowed);
-        allowed
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::testing::epoch;
 
     const V4: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 77, 0, 1), Ipv4Addr::new(10, 77, 0, 2)];
     const BIG: Trouble = Trouble::TooBig { mtu: 1_064 };
@@ -272,15 +241,6 @@ mod tests {
         let behind_options = [[58, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]].concat();
         assert_eq!(answer(&v6(60, &behind_options), peer, BIG), None, "an error behind options");
         assert_eq!(answer(&v6(17, b""), from, BIG), None, "the other family");
-    }
-
-    #[test]
-    fn answers_are_limited_and_the_limit_refills() {
-        let mut limit = AnswerLimit::default();
-        let given = |limit: &mut AnswerLimit, now| (0..1_000).filter(|_| limit.allow(now)).count();
-        assert_eq!(given(&mut limit, epoch()), BURST as usize);
-        assert_eq!(given(&mut limit, epoch() + REFILL * 3), 3);
-        assert_eq!(given(&mut limit, epoch() + Duration::from_secs(60)), BURST as usize);
     }
 
     proptest! {

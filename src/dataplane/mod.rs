@@ -15,6 +15,7 @@ mod gate;
 pub mod icmp;
 mod inbound;
 mod lanes;
+mod limit;
 pub mod offload;
 mod outbound;
 mod path_counts;

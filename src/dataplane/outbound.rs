@@ -188,7 +188,7 @@ impl<'t> Train<'t> {
         }
         self.peer.counters.too_big.fetch_add(1, Ordering::Relaxed);
         let mtu = u16::try_from(self.mtu).unwrap_or(u16::MAX);
-        if self.peer.records().answers.allow(self.now)
+        if self.peer.records().may_answer(self.now)
             && let Some(answer) = icmp::answer(packet, view.dst, Trouble::TooBig { mtu })
         {
             self.notes.push(Note::Answer(answer));
@@ -343,7 +343,11 @@ fn send(
         let (head, body) = room.split_at_mut(header.len());
         head.copy_from_slice(header.as_slice());
         let len = session.seal(packet, body, now)?;
-        if way.duplicate.is_some() && (!way.choice.early || peer.spend_early(len)) {
+        let may_copy = || match way.choice.early {
+            true => peer.spend_early(len),
+            false => peer.records().may_copy(packet.len(), now),
+        };
+        if way.duplicate.is_some() && may_copy() {
             copy = Some(body[..len].to_vec());
         }
         Ok(header.len() + len)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
-use super::icmp::AnswerLimit;
+use super::limit::{Limit, Rate};
 use super::path_counts::PathCounts;
 use super::session::Session;
 use crate::path::{BASE_MTU, Choice, EARLY_BYTES, UNDERLAY_BYTES};
@@ -18,6 +18,16 @@ use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
 const MAX_PENDING: usize = 64;
 /// A packet that waited for longer is of no use to its program any more.
 const PENDING_LIFETIME: Duration = Duration::from_secs(3);
+
+/// Answers to a peer's packets that go no further, or to our own for it: one for every flow of a busy
+/// machine at once, and then so many in a second (RFC 1812 section 4.3.2.8, RFC 4443 section 2.4 f).
+const ANSWERS: Rate = Rate { interval: Duration::from_millis(20), burst: 16 };
+/// Packets that are doubled onto another path: 110 Mb/s of full ones. With all of a faster flow a relay
+/// would drown, and the flow slows down by itself if its path has failed.
+const COPIES: Rate = Rate { interval: Duration::from_micros(100), burst: 1_000 };
+/// So many of them are left for packets up to this length: what somebody waits for.
+const SHORT_COPIES: u32 = 500;
+const SHORT: usize = 256;
 
 /// What the data plane counts per peer.
 #[derive(Debug, Default)]
@@ -56,7 +66,21 @@ pub struct Records {
     pub arrived: PathCounts,
     /// Flows with the peer, as far as access rules need to know them.
     pub(super) flows: Flows,
-    pub(super) answers: AnswerLimit,
+    answers: Limit,
+    copies: Limit,
+}
+
+impl Records {
+    /// Whether one more answer may be given.
+    pub(super) fn may_answer(&mut self, now: Instant) -> bool {
+        self.answers.take(ANSWERS, 0, now)
+    }
+
+    /// Whether a packet of this length may be doubled.
+    pub(super) fn may_copy(&mut self, len: usize, now: Instant) -> bool {
+        let left = if len > SHORT { SHORT_COPIES } else { 0 };
+        self.copies.take(COPIES, left, now)
+    }
 }
 
 /// A peer's state while its lock is held.

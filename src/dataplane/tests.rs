@@ -310,6 +310,30 @@ fn a_doubled_packet_arrives_once() {
 }
 
 #[test]
+fn of_a_fast_flow_some_is_doubled_and_what_somebody_waits_for() {
+    let (a, b) = pair(epoch());
+    let Choice { primary, .. } = a.peer.choice();
+    a.peer.set_choice(Choice { primary, duplicate: Some(Via::RelayTcp), ..Choice::default() });
+    let copies = |len: usize, now| {
+        let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &vec![7; len]), now);
+        out.datagrams().count() - 1
+    };
+    // A second with 50,000 long packets, and a short one every 10 ms.
+    let (mut long, mut short) = (0, 0);
+    for number in 0..50_000u32 {
+        let now = epoch() + Duration::from_micros(20) * number;
+        long += copies(1000, now);
+        if number % 500 == 0 {
+            short += copies(64, now);
+        }
+    }
+    assert_eq!(short, 100, "all of these");
+    assert!((10_000..10_600).contains(&long), "{long} of these");
+    let sent = a.peer.records().sent.of(Via::RelayTcp).total();
+    assert_eq!(sent as usize, long + short, "only what was doubled counts");
+}
+
+#[test]
 fn who_has_not_answered_gets_few_copies_and_only_those_count_as_sent() {
     let now = epoch();
     let (a, b) = pair(now);
