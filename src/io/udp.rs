@@ -151,10 +151,12 @@ impl UdpSocket {
     /// What the kernel says; `EMSGSIZE` when the first link is too narrow for it.
     pub fn send_whole(&self, remote: SocketAddr, datagram: &[u8]) -> io::Result<()> {
         let ipv6 = remote.is_ipv6();
-        set_fragments(&self.socket, ipv6, Fragments::Forbidden)?;
-        let sent = self.socket.send_to(datagram, remote);
+        let sent = match set_fragments(&self.socket, ipv6, Fragments::Forbidden) {
+            Ok(()) => self.socket.send_to(datagram, remote).map(drop),
+            Err(error) => Err(error.into()),
+        };
         set_fragments(&self.socket, ipv6, Fragments::Allowed)?;
-        sent.map(drop)
+        sent
     }
 
     /// Receives what is there, up to the size of `buffers`.
@@ -209,9 +211,10 @@ pub fn forbid_fragments(socket: &impl std::os::fd::AsRawFd, ipv6: bool) -> io::R
 }
 
 /// To call after `quinn-udp` has set up `socket`, which forbids fragments: it is made for QUIC, and
-/// QUIC finds out how much a path takes. A full packet of the overlay has 1348 bytes and more with
-/// all headers; a path that takes less is slower with fragments, and without them it swallows every
-/// full packet with no word to anybody.
+/// QUIC finds out how much a path takes. A full packet of the overlay has 1340 bytes and more with
+/// the headers of IPv4, 1360 with those of IPv6, where 1280 is all that a path must take; one that
+/// takes less than a full packet is slower with fragments, and without them it swallows every full
+/// packet with no word to anybody.
 ///
 /// # Errors
 /// What the kernel says.
