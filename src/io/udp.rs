@@ -7,13 +7,16 @@
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::sys::{Fragments, set_fragments};
+
+mod gso;
+
+pub use gso::{Gso, is_refusal};
 
 /// Datagrams of at most this size are received, alone or many in one buffer.
 const SLOT_BYTES: usize = 65_536;
@@ -28,7 +31,7 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 pub struct UdpSocket {
     socket: std::net::UdpSocket,
     state: UdpSocketState,
-    gso: AtomicBool,
+    gso: Gso,
     gro: bool,
 }
 
@@ -63,13 +66,13 @@ impl UdpSocket {
         // Where the kernel allows less, less it is.
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
-        let (gso, gro) = (state.max_gso_segments() > 1, state.gro_segments() > 1);
-        Ok(Self { socket, state, gso: AtomicBool::new(gso), gro })
+        let (gso, gro) = (Gso::new(state.max_gso_segments()), state.gro_segments() > 1);
+        Ok(Self { socket, state, gso, gro })
     }
 
     /// Sends every datagram singly from here on.
     pub fn disable_gso(&mut self) {
-        self.gso = AtomicBool::new(false);
+        self.gso = Gso::new(1);
     }
 
     /// Receives every datagram singly from here on.
@@ -84,7 +87,7 @@ impl UdpSocket {
 
     /// Whether trains are sent in one call.
     pub fn sends_trains(&self) -> bool {
-        self.gso.load(Ordering::Relaxed)
+        self.gso.works()
     }
 
     /// Whether trains are received in one piece.
@@ -120,13 +123,16 @@ impl UdpSocket {
             segment_size,
             src_ip: local,
         };
-        let mut no_offload = false;
-        if bytes.len() > segment && self.gso.load(Ordering::Relaxed) {
+        let mut refused = false;
+        if bytes.len() > segment && self.gso.longest() > 1 {
             match self.state.try_send((&self.socket).into(), &transmit(bytes, Some(segment))) {
-                // Perhaps the network device cannot cut it; the train is still here.
-                Err(error) if is_no_offload(&error) => no_offload = true,
-                // A train is not cut into fragments, its single datagrams are.
-                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
+                Ok(()) => {
+                    self.gso.worked();
+                    return Ok(());
+                }
+                // Perhaps the network device cannot cut it, and a train is not cut into fragments, but
+                // its single datagrams are; it is still here.
+                Err(error) if goes_singly(&error) => refused = is_refusal(&error, segment),
                 result => return result,
             }
         }
@@ -138,9 +144,8 @@ impl UdpSocket {
                 result => result?,
             }
         }
-        if no_offload {
-            self.gso.store(false, Ordering::Relaxed);
-            tracing::warn!("the kernel takes no UDP trains, going on without");
+        if refused {
+            self.gso.refuse();
         }
         Ok(())
     }
@@ -189,10 +194,9 @@ pub fn source_towards(remote: SocketAddr) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-/// The device has no checksum offload, or something on the way takes no trains. An address of ours
-/// that is gone looks the same; then single datagrams fail, too.
-pub fn is_no_offload(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL))
+/// Whether the datagrams of a train that failed so may leave one by one.
+fn goes_singly(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE))
 }
 
 impl AsFd for UdpSocket {

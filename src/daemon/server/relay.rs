@@ -28,7 +28,7 @@ use crate::io::clock;
 use crate::io::link::{LinkSender, RelayBatch};
 use crate::io::listen::Fare;
 use crate::io::service::Progress;
-use crate::io::udp::is_no_offload;
+use crate::io::udp::is_refusal;
 use crate::server::ConnectionId;
 use crate::server::relay::limit::Limits;
 use crate::server::relay::queue::{FairQueues, Train};
@@ -101,7 +101,7 @@ impl Hub {
 
     /// Whether trains are sent in one call.
     pub(super) fn sends_trains(&self) -> bool {
-        self.ports.iter().all(|port| port.train() > 1)
+        self.ports.iter().all(|port| port.gso.works())
     }
 
     /// How much it carries.
@@ -356,17 +356,18 @@ impl Hub {
             self.drops.count(DropReason::SendFailed);
             return bytes.len();
         };
-        let train_bytes = segment_bytes * port.train();
+        let train_bytes = segment_bytes * port.gso.longest();
         let mut done = 0;
         for train in bytes.chunks(train_bytes) {
             match send(port, exit, train, segment_bytes) {
+                Ok(()) if train.len() > segment_bytes => port.gso.worked(),
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // A network card or tunnel that takes no trains may take them one by one.
                 Err(error) => {
                     let all = self.send_singly(port, exit, train, segment_bytes);
-                    if all && train.len() > segment_bytes && is_no_offload(&error) {
-                        port.stop_trains();
+                    if all && train.len() > segment_bytes && is_refusal(&error, segment_bytes) {
+                        port.gso.refuse();
                     }
                 }
             }
