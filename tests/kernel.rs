@@ -434,8 +434,11 @@ fn fragments() {
         let to = receiver.local_addr().unwrap();
         let too_long = sender.send_whole(to, &[1; 1_312]).unwrap_err();
         assert_eq!(too_long.raw_os_error(), Some(libc::EMSGSIZE), "{any}");
-        sender.send(to, None, &[2; 1_312], 1_312).unwrap();
-        sender.send(to, None, &[3; 3_000], 1_312).unwrap();
+        for (mark, len) in [(2, 1_312), (3, 3_000)] {
+            let sent = sender.send(to, None, &vec![mark; len], 1_312);
+            assert_eq!((sent.done, sent.lost), (len, 0), "{:?}", sent.error);
+        }
+        assert!(sender.sends_trains(), "one was too long for this path");
         sender.send_whole(to, &[4; 1_200]).unwrap();
         assert_eq!(
             arrived(&receiver, 5),

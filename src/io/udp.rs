@@ -15,8 +15,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::sys::{Fragments, set_fragments};
 
 mod gso;
+mod train;
 
-pub use gso::{Gso, is_refusal};
+pub use gso::Gso;
+pub use train::{Sent, Train, send_train};
 
 /// Datagrams of at most this size are received, alone or many in one buffer.
 const SLOT_BYTES: usize = 65_536;
@@ -104,50 +106,22 @@ impl UdpSocket {
     }
 
     /// Sends datagrams of `segment` bytes each (the last may be shorter) to `remote`, from address
-    /// `local` of ours if one is given. Where the kernel cannot cut them, they are sent singly.
-    ///
-    /// # Errors
-    /// `WouldBlock` when the socket's buffer is full, else what the kernel says. Some of the
-    /// datagrams may have left.
+    /// `local` of ours if one is given and still there. Where the kernel cannot cut them, they are sent
+    /// singly.
+    #[must_use]
     pub fn send(
         &self,
         remote: SocketAddr,
         local: Option<IpAddr>,
         bytes: &[u8],
         segment: usize,
-    ) -> io::Result<()> {
-        let transmit = |contents, segment_size| Transmit {
-            destination: remote,
-            ecn: None,
-            contents,
-            segment_size,
-            src_ip: local,
-        };
-        let mut refused = false;
-        if bytes.len() > segment && self.gso.longest() > 1 {
-            match self.state.try_send((&self.socket).into(), &transmit(bytes, Some(segment))) {
-                Ok(()) => {
-                    self.gso.worked();
-                    return Ok(());
-                }
-                // Perhaps the network device cannot cut it, and a train is not cut into fragments, but
-                // its single datagrams are; it is still here.
-                Err(error) if goes_singly(&error) => refused = is_refusal(&error, segment),
-                result => return result,
-            }
-        }
-        for datagram in bytes.chunks(segment.max(1)) {
-            let send = || self.state.try_send((&self.socket).into(), &transmit(datagram, None));
-            match send() {
-                // Fragments are forbidden for the instant in which a probe is sent.
-                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => send()?,
-                result => result?,
-            }
-        }
-        if refused {
-            self.gso.refuse();
-        }
-        Ok(())
+    ) -> Sent {
+        let train = Train { bytes, segment, local, may_leave_elsewhere: true };
+        send_train(&self.gso, train, |contents, segment_size, src_ip| {
+            let transmit =
+                Transmit { destination: remote, ecn: None, contents, segment_size, src_ip };
+            self.state.try_send((&self.socket).into(), &transmit)
+        })
     }
 
     /// Sends one datagram that nobody may cut: it arrives whole or not at all.
@@ -192,11 +166,6 @@ pub fn source_towards(remote: SocketAddr) -> io::Result<IpAddr> {
     let socket = std::net::UdpSocket::bind(SocketAddr::new(any, 0))?;
     socket.connect(remote)?;
     Ok(socket.local_addr()?.ip())
-}
-
-/// Whether the datagrams of a train that failed so may leave one by one.
-fn goes_singly(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE))
 }
 
 impl AsFd for UdpSocket {
@@ -281,7 +250,8 @@ mod tests {
         let receiver = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let sender = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let train: Vec<u8> = (0..2_500u32).map(|i| u8::try_from(i / 1000).unwrap()).collect();
-        sender.send(receiver.local_addr().unwrap(), None, &train, 1000).unwrap();
+        let sent = sender.send(receiver.local_addr().unwrap(), None, &train, 1000);
+        assert_eq!((sent.done, sent.lost), (2_500, 0));
         let mut buffers = RecvBuffers::default();
         let mut got: Vec<Vec<u8>> = Vec::new();
         while got.iter().map(Vec::len).sum::<usize>() < train.len() {
@@ -303,7 +273,8 @@ mod tests {
         let mut sender = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         receiver.disable_gro().unwrap();
         sender.disable_gso();
-        sender.send(receiver.local_addr().unwrap(), None, &[7; 2_500], 1000).unwrap();
+        let sent = sender.send(receiver.local_addr().unwrap(), None, &[7; 2_500], 1000);
+        assert_eq!((sent.done, sent.lost), (2_500, 0));
         let mut buffers = RecvBuffers::default();
         receiver.receive(&mut buffers).unwrap();
         let lens: Vec<usize> = buffers.trains().map(|train| train.bytes.len()).collect();
@@ -313,11 +284,15 @@ mod tests {
 
     #[test]
     fn a_lost_address_of_ours_does_not_switch_trains_off() {
+        let receiver = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let sender = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let before = sender.sends_trains();
         let foreign = Some("192.0.2.77".parse().unwrap());
-        let remote = "127.0.0.1:9".parse().unwrap();
-        assert!(sender.send(remote, foreign, &[7; 2_500], 1000).is_err());
+        let sent = sender.send(receiver.local_addr().unwrap(), foreign, &[7; 2_500], 1000);
+        assert_eq!((sent.done, sent.lost), (2_500, 0), "from another address");
         assert_eq!(sender.sends_trains(), before);
+        let mut buffers = RecvBuffers::default();
+        receiver.receive(&mut buffers).unwrap();
+        assert!(buffers.trains().all(|train| train.remote == sender.local_addr().unwrap()));
     }
 }

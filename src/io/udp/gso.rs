@@ -71,8 +71,7 @@ impl Gso {
 ///
 /// Before 6.14 Linux says `EINVAL` as well when a datagram is longer than the path takes, where it says
 /// `EMSGSIZE` today: that is nothing against shorter ones, or against the trains of others.
-#[must_use]
-pub fn is_refusal(error: &io::Error, segment: usize) -> bool {
+pub(super) fn is_refusal(error: &io::Error, segment: usize) -> bool {
     match error.raw_os_error() {
         Some(libc::EIO) => true,
         Some(libc::EINVAL) => segment <= SHORT_DATAGRAM,
