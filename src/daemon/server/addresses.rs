@@ -12,6 +12,17 @@ use super::sockets::Bound;
 use crate::types::{OverlayRange, is_global_v4};
 use crate::wire::join::{MAX_ADDRESSES, ServerAddr};
 
+const NO_ADDRESS: &str = "this machine has no address that a join line could name; say how nodes \
+                          reach it: --public-addr HOST, or for the service public-addr = \
+                          [\"HOST\"] in server.toml and a reload; or when its network is up: \
+                          overlay server invite";
+const ONLY_LOOPBACK: &str =
+    "only this machine itself can reach the server: it listens on loopback alone";
+const ONLY_PRIVATE: &str = "join lines name only private addresses, which nodes in other networks \
+                            cannot reach; name a better one: --public-addr HOST, or for the \
+                            service public-addr = [\"HOST\"] in server.toml and a reload; then a \
+                            new line: overlay server invite";
+
 /// How the server is found: what it was told, or where it listens.
 #[derive(Debug)]
 pub(super) struct Advertised {
@@ -53,26 +64,27 @@ impl Advertised {
         self.told = told;
     }
 
+    /// What is wrong with the addresses that a join line names just now, and what to do about it.
+    pub(super) fn trouble(&self) -> Option<&'static str> {
+        let addresses = self.look();
+        let all = |is: fn(IpAddr) -> bool| {
+            addresses.iter().all(|address| address.literal().is_some_and(|at| is(at.ip())))
+        };
+        if addresses.is_empty() {
+            Some(NO_ADDRESS)
+        } else if all(|ip| ip.is_loopback()) {
+            Some(ONLY_LOOPBACK)
+        } else if all(|ip| !is_global(ip)) {
+            Some(ONLY_PRIVATE)
+        } else {
+            None
+        }
+    }
+
     /// Tells the administrator what will not work.
     pub(super) fn warn(&self) {
-        let addresses = self.look();
-        let literal = |address: &ServerAddr| address.literal().map(|literal| literal.ip());
-        if addresses.is_empty() {
-            warn!(
-                "this machine has no address that a join line could name: --public-addr HOST says \
-                 how nodes reach it; or when its network is up: overlay server invite"
-            );
-        } else if addresses
-            .iter()
-            .all(|address| literal(address).is_some_and(|ip| ip.is_loopback()))
-        {
-            warn!("only this machine itself can reach the server: it listens on loopback alone");
-        } else if addresses.iter().all(|address| literal(address).is_some_and(|ip| !is_global(ip)))
-        {
-            warn!(
-                "join lines name only private addresses, which nodes in other networks cannot \
-                 reach; --public-addr HOST names a better one"
-            );
+        if let Some(trouble) = self.trouble() {
+            warn!("{trouble}");
         }
         let ports = &self.ports;
         for address in self.told.iter().filter(|address| !ports.contains(&address.port)) {
@@ -200,5 +212,24 @@ mod tests {
         assert_eq!(texts(&both.look()), ["203.0.113.1:41820", "[2001:db8::1]:41820"]);
         let private = advertised(&[], &fixed[..1]);
         assert_eq!(texts(&private.look()), ["10.0.0.1:41820"]);
+    }
+
+    #[test]
+    fn who_can_be_reached_from_nowhere_else_is_told_the_flag_and_the_key() {
+        for (told, fixed, trouble) in [
+            (&[][..], &["203.0.113.1:41820"][..], None),
+            (&["vpn.example.org"], &["10.0.0.1:41820"], None),
+            (&["192.168.1.2", "203.0.113.1"], &[], None),
+            (&[], &["10.0.0.1:41820", "[fd00::1]:41820"], Some(ONLY_PRIVATE)),
+            (&["192.168.1.2"], &["10.0.0.1:41820"], Some(ONLY_PRIVATE)),
+            (&[], &["127.0.0.1:41820"], Some(ONLY_LOOPBACK)),
+            (&[], &[], Some(NO_ADDRESS)),
+        ] {
+            assert_eq!(advertised(told, fixed).trouble(), trouble, "{told:?} {fixed:?}");
+        }
+        for trouble in [ONLY_PRIVATE, NO_ADDRESS] {
+            assert!(trouble.contains("--public-addr HOST"), "{trouble}");
+            assert!(trouble.contains("public-addr = [\"HOST\"] in server.toml"), "{trouble}");
+        }
     }
 }

@@ -223,7 +223,10 @@ impl Core {
         }
         let decision =
             self.server.decide(request, clock::unix_seconds()).map_err(|error| refusal(&error))?;
-        let answer = self.commit(decision, actor).await?;
+        let mut answer = self.commit(decision, actor).await?;
+        if let Some(Answer::Invited(invited)) = &mut answer {
+            invited.warning = self.parts.advertised.trouble().map(Into::into);
+        }
         answer.ok_or_else(|| unavailable("the server has no answer", "the question has none"))
     }
 
@@ -381,8 +384,9 @@ fn refusal(error: &RequestError) -> Refusal {
         ),
         RequestError::NoAddress => (
             exit::FAILED,
-            "the network of this machine is not up, or --public-addr has to say how it is reached",
-            "look at its addresses: ip addr; or name one: overlay server --public-addr HOST",
+            "the network of this machine is not up, or it has to be said how it is reached",
+            "look at its addresses: ip addr; or name one: overlay server --public-addr HOST, or \
+             for the service public-addr = [\"HOST\"] in server.toml and a reload",
         ),
         RequestError::TooManyTags => (
             exit::USAGE,
