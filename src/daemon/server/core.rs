@@ -12,7 +12,7 @@ use super::addresses::Advertised;
 use super::local::{EventInfo, Question, StoreAnswer};
 use super::metrics::Counts;
 use super::relay::Hub;
-use super::{StartError, backup, state};
+use super::{StartError, backup, notify, state, where_found};
 use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::files::DirLock;
@@ -178,7 +178,11 @@ impl Core {
     async fn handle(&mut self, event: Event, waiting: usize) {
         let wall = clock::unix_seconds();
         match event {
-            Event::Connected { id, about } => self.server.handle_connected(id, about),
+            Event::Connected { id, about } => {
+                // What the welcome tells is what is true now.
+                self.note_addresses();
+                self.server.handle_connected(id, about);
+            }
             Event::Disconnected { id } => self.server.handle_disconnected(id, wall),
             Event::Sighted { node, endpoint } => self.server.note_reflexive(node, endpoint),
             Event::Message { id, message } => {
@@ -198,7 +202,7 @@ impl Core {
             }
             Event::PublicAddr(told) => {
                 self.parts.advertised.tell(told);
-                self.server.set_addresses(self.parts.advertised.look());
+                self.note_addresses();
                 self.warn();
             }
             Event::Metrics { answer } => {
@@ -211,6 +215,14 @@ impl Core {
         self.drain();
     }
 
+    /// Has nodes and the service manager told how the server is found, if that has changed.
+    fn note_addresses(&mut self) {
+        if let Some(addresses) = self.parts.advertised.news(clock::now()) {
+            notify(&[sd_notify::NotifyState::Status(&where_found(&addresses))]);
+            self.server.set_addresses(addresses);
+        }
+    }
+
     /// Does what the administrator asks for.
     pub(super) async fn answer(
         &mut self,
@@ -218,8 +230,9 @@ impl Core {
         actor: &str,
     ) -> Result<Answer, Refusal> {
         if matches!(request, Request::Invite { .. }) {
-            // The machine may have got another address since it was started.
-            self.server.set_addresses(self.parts.advertised.look());
+            // The machine may have got another address just now.
+            self.parts.advertised.look_again();
+            self.note_addresses();
         }
         let decision =
             self.server.decide(request, clock::unix_seconds()).map_err(|error| refusal(&error))?;
