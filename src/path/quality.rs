@@ -246,7 +246,8 @@ impl Delivery {
 
     /// Whether data is doubled onto another path.
     pub(super) fn wants_duplicate(&self, srtt: Duration, now: Instant) -> bool {
-        self.doubted_since(srtt, now).is_some()
+        let large = &self.classes[SizeCounts::LARGE];
+        self.doubted_since(srtt, now).is_some() || large.missing_since.is_some()
     }
 
     /// Whether datagrams above the size that every path has do not arrive.
@@ -298,9 +299,8 @@ impl Delivery {
 
     /// When the path is to be asked again; none while nothing is in doubt.
     pub(super) fn next_at(&self, srtt: Duration) -> Option<Instant> {
-        let short = &self.classes[..SizeCounts::LARGE];
-        let missing = short.iter().any(|it| it.missing_since.is_some())
-            || self.classes.iter().any(|it| it.unsure >= 2 && it.missing == 0);
+        let in_doubt = |it: &Class| it.missing_since.is_some() || it.unsure >= 2 && it.missing == 0;
+        let missing = self.classes.iter().any(in_doubt);
         let spacing = if self.floods { ASK_FLOOD_SPACING } else { ASK_SPACING };
         let again = self.asked_at.map(|at| at + spacing);
         if missing || self.lossy_since.is_some() {

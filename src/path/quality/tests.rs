@@ -92,6 +92,14 @@ fn a_death_in_the_middle_of_a_burst_is_noticed_by_the_first_retransmission() {
 }
 
 #[test]
+fn one_lost_retransmission_of_a_large_datagram_is_enough_to_double() {
+    let mut flow = Flow::new();
+    flow.step([0, 0, 50], [0, 0, 50], true);
+    flow.step([0, 0, 1], [0, 0, 0], true);
+    assert!(flow.doubles() && !flow.delivery.large_missing());
+}
+
+#[test]
 fn one_lost_datagram_of_a_quiet_pair_is_forgotten() {
     let mut flow = Flow::new();
     flow.step([5, 5, 0], [5, 5, 0], true);
