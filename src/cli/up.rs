@@ -349,8 +349,10 @@ fn interface_failure(error: &InterfaceError) -> Failure {
         InterfaceError::Conflict(conflict) => Failure::new(
             "the overlay's addresses are in use on this machine",
             conflict,
-            "remove that local route or address; or, before the first node joins, give the \
-             network another range in the server's configuration: network = \"10.x.y.0/20\"",
+            "remove that local route or address, then: sudo overlay up; or give the network another \
+             range, which it takes while it has no node: on the server, overlay server remove NODE \
+             (this machine is one now, it is in overlay server nodes), then network = \
+             \"10.x.y.0/20\" in its configuration, a restart, and a new join line",
         ),
         InterfaceError::Netlink(error) => Failure::caused_by(
             "the network interface cannot be configured",

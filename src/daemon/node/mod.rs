@@ -85,7 +85,7 @@ struct Daemon {
     node: Node,
     ports: Arc<Ports>,
     interface: Option<Interface>,
-    /// TUN devices that an earlier run has left to the service manager.
+    /// TUN devices that an earlier run has left to the service manager, and one made in advance.
     kept: Vec<Tun>,
     /// What each direct path carries, where that is not what every path does.
     peer_mtus: BTreeMap<Ipv4Addr, (OverlayAddrs, u16)>,

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::control_link::ControlLink;
 use super::extra::bind_socket;
-use super::interface::{InterfaceError, widest_mtu};
+use super::interface::{InterfaceError, reserve, widest_mtu};
 use super::local::serve_local;
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
@@ -252,9 +252,14 @@ pub async fn run(
     };
     let mut state = StateDir::open(&options.state_dir)?;
     prepare(&options, &mut state)?;
-    let keys = state.keys()?;
     let enrolment = state.enrolment().ok_or(StartError::NotEnrolled)?.clone();
     let netmap = if enrolment.joined { state.netmap() } else { crate::node::Netmap::default() };
+    let mut kept = handed_tuns();
+    if netmap.identity.is_none() && !options.enrol_only {
+        // Before there are keys: another user, who may do it, will join with others.
+        reserve(&options, &mut kept).await?;
+    }
+    let keys = state.keys()?;
 
     let now = clock::now();
     let call_epoch = clock::unix_seconds().saturating_mul(1000);
@@ -268,7 +273,7 @@ pub async fn run(
         node,
         ports: Arc::clone(&ports),
         interface: None,
-        kept: handed_tuns(),
+        kept,
         peer_mtus: std::collections::BTreeMap::new(),
         state,
         control_link,
