@@ -265,6 +265,7 @@ fn failure(error: &StartError) -> Failure {
                  sudo ss -ulpn 'sport = :{port}'"
             ),
         ),
+        StartError::Port { .. } => port_failure(error),
         StartError::Interface(error) => interface_failure(error),
         StartError::Local(LocalError::NotASocket { path }) => Failure::caused_by(
             LOCAL_SOCKET,
@@ -323,6 +324,19 @@ fn failure(error: &StartError) -> Failure {
         ),
     };
     if denied { failure.code(PERMISSION) } else { failure }
+}
+
+/// A port that was asked for, and is not taken either.
+fn port_failure(error: &StartError) -> Failure {
+    let help = match is_denied(error) {
+        true => String::from(
+            "choose a port from 1024 on; to let the service have this one: sudo systemctl edit \
+             overlay, with [Service], CapabilityBoundingSet=CAP_NET_BIND_SERVICE and \
+             AmbientCapabilities=CAP_NET_BIND_SERVICE on three lines",
+        ),
+        false => "choose another --listen-port, or none to get a free one".into(),
+    };
+    Failure::caused_by("the node cannot start", error, help)
 }
 
 /// For node and server.

@@ -1,13 +1,15 @@
 //! The node daemon: joins the node core to sockets, TUN, netlink and the local socket.
 //!
-//! One task owns the core and serves every source once per turn; two plain threads (`threads`)
-//! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
-//! what is on disk, `saving` when it gets there, `control_link` keeps the control connection, `interface`
-//! the TUN interface, `roam` follows the network around us, `portmap` asks the router for a port,
-//! `local` answers the command line, `lines` knows the uplinks beside the preferred one, `metrics`
-//! Prometheus, `rotate` renews the node key, `reload` applies a new configuration, `explain` has its
-//! answers about paths, `netcheck` measures the network in front of us.
+//! One task owns the core and serves every source once per turn; two plain threads (`threads`) move
+//! packets, and `extra` are sockets that come and go. `startup` makes all of it, `bind` the main
+//! UDP sockets, `state` is what is on disk, `saving` when it gets there, `control_link` keeps the
+//! control connection, `interface` the TUN interface, `roam` follows the network around us,
+//! `portmap` asks the router for a port, `local` answers the command line, `lines` knows the
+//! uplinks beside the preferred one, `metrics` Prometheus, `rotate` renews the node key, `reload`
+//! applies a new configuration, `explain` has its answers about paths, `netcheck` measures the
+//! network in front of us.
 
+mod bind;
 mod control_link;
 pub mod explain;
 mod extra;

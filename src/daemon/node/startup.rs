@@ -1,7 +1,6 @@
 //! From options to a running daemon, and its end.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +8,8 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::bind::bind_udp;
 use super::control_link::ControlLink;
-use super::extra::bind_socket;
 use super::interface::{InterfaceError, reserve, widest_mtu};
 use super::local::serve_local;
 use super::portmap::PortMapping;
@@ -26,7 +25,6 @@ use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::LoopbackAddr;
 use crate::io::service::reload::{Read, Reload};
 use crate::io::service::{Watchdog, handed_tuns};
-use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
 use crate::server::admin::rfc3339;
@@ -157,6 +155,14 @@ pub enum StartError {
     PortTaken {
         /// The port.
         port: u16,
+    },
+    /// The UDP port that was asked for cannot be had.
+    #[error("UDP port {port} cannot be used")]
+    Port {
+        /// The port.
+        port: u16,
+        /// What the kernel said.
+        source: io::Error,
     },
     /// The local socket.
     #[error(transparent)]
@@ -421,34 +427,4 @@ impl Daemon {
             let _ = tokio::time::timeout(limit, self.turn(stop)).await;
         }
     }
-}
-
-fn bind_udp(
-    options: &NodeOptions,
-    saved_port: u16,
-) -> Result<(Option<UdpSocket>, Option<UdpSocket>), StartError> {
-    let bind = |ip: IpAddr, port| bind_socket(SocketAddr::new(ip, port), None, options.offloads);
-    let v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port);
-    let v6 = |port| bind(Ipv6Addr::UNSPECIFIED.into(), port);
-    let wanted = options.listen_port.unwrap_or(saved_port);
-    let udp_v4 = match v4(wanted) {
-        Ok(socket) => Some(socket),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            if options.listen_port.is_some() {
-                return Err(StartError::PortTaken { port: wanted });
-            }
-            tracing::warn!(port = wanted, "the UDP port of the last run is taken, using another");
-            v4(0).ok()
-        }
-        Err(_) => None,
-    };
-    let port =
-        udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()).map_or(wanted, |a| a.port());
-    // Another port for IPv6 is as good, it has candidates of its own.
-    let udp_v6 = v6(port).or_else(|_| v6(0)).ok();
-    if udp_v4.is_none() && udp_v6.is_none() {
-        let source = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        return Err(StartError::Io { action: "binding a UDP socket", source });
-    }
-    Ok((udp_v4, udp_v6))
 }
