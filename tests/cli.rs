@@ -217,6 +217,22 @@ fn every_failure_says_what_and_why_and_what_to_do() {
 }
 
 #[test]
+fn a_command_asks_on_the_socket_that_the_configuration_file_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("elsewhere.sock");
+    for (file, line) in [("node.toml", "status"), ("server.toml", "server nodes")] {
+        let file = dir.path().join(file);
+        fs::write(&file, format!("socket = \"{}\"\n", socket.display())).unwrap();
+        let places = [("CONFIGURATION_DIRECTORY", dir.path()), ("OVERLAY_CONFIG", file.as_path())];
+        for (variable, value) in places {
+            let output = overlay(line).env(variable, value).output().unwrap();
+            let text = assert_failure(line, &output, fail::NOT_RUNNING);
+            assert!(text.contains("elsewhere.sock"), "{variable}: {text}");
+        }
+    }
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     for line in ["--help", "--version", "server --help", "server invite -h"] {
         let output = overlay(line).output().unwrap();

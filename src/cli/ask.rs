@@ -32,10 +32,14 @@ pub struct SocketArg {
 }
 
 impl SocketArg {
-    /// The socket to ask: the given one, the user's own, or the system's.
+    /// The socket to ask: the given one, or where the configuration files say, the user's own or the
+    /// system's.
     #[must_use]
     pub fn path(&self) -> PathBuf {
-        self.socket.clone().unwrap_or_else(|| Paths::socket_to_ask(Role::Node))
+        self.socket.clone().unwrap_or_else(|| {
+            let file = std::env::var_os("OVERLAY_CONFIG").filter(|file| !file.is_empty());
+            Paths::socket_to_ask(Role::Node, file.as_ref().map(Path::new))
+        })
     }
 
     /// Asks the node a question that has one answer.
