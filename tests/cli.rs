@@ -5,10 +5,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use clap::CommandFactory;
 use overlay::cli::{Cli, fail};
@@ -232,6 +234,36 @@ fn a_command_asks_on_the_socket_that_the_configuration_file_names() {
     }
 }
 
+/// A node that is killed while it answers: what came before is told, and not taken for all.
+#[test]
+fn a_ping_whose_node_vanishes_has_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("node.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let reply = r#"{"ok":{"seq":1,"name":"bob","ipv4":"10.77.0.2","rtt_ms":1.5,"kind":"direct","remote":null}}"#;
+    let end = r#"{"ok":null}"#;
+    let cases = [
+        (vec![reply], fail::FAILED),
+        (vec![], fail::FAILED),
+        (vec![reply, end], fail::OK),
+        (vec![end], fail::NO_REPLY),
+    ];
+    for (said, code) in cases {
+        let line = format!("ping bob --socket {}", socket.display());
+        let ping = overlay(&line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        BufReader::new(&stream).read_line(&mut String::new()).unwrap();
+        said.iter().for_each(|line| writeln!(&stream, "{line}").unwrap());
+        drop(stream);
+        let output = ping.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code.into()), "{said:?}: {text}");
+        assert_eq!(text.contains("hung up"), code == fail::FAILED, "{said:?}: {text}");
+        let summary = String::from_utf8_lossy(&output.stdout);
+        assert!(summary.contains(" received"), "what was received is told: {summary}");
+    }
+}
+
 #[test]
 fn help_and_version_are_no_errors() {
     for line in ["--help", "--version", "server --help", "server invite -h"] {
@@ -282,7 +314,7 @@ fn a_file_without_end_is_no_join_line() {
     let dir = tempfile::tempdir().unwrap();
     let mut command = overlay("up file:/dev/zero --state-dir");
     command.arg(dir.path()).arg("--socket").arg(dir.path().join("socket"));
-    let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
     let ended = (0..200).find_map(|_| {
         std::thread::sleep(std::time::Duration::from_millis(50));
         child.try_wait().unwrap()

@@ -306,9 +306,13 @@ async fn ping(
     plan: PingPlan,
 ) -> Result<(), LocalError> {
     let find = |sender| Request::Find(text.clone(), sender);
-    let Some(Some((id, _))) = ask(requests, find).await else {
-        let refusal = unknown_peer(requests, &text).await;
-        return connection.answer(&Reply::<PingLine>::Error(refusal)).await;
+    let id = match ask(requests, find).await {
+        Some(Some((id, _))) => id,
+        Some(None) => {
+            let refusal = unknown_peer(requests, &text).await;
+            return connection.answer(&Reply::<PingLine>::Error(refusal)).await;
+        }
+        None => return connection.answer(&or_stopping::<PingLine>(None)).await,
     };
     let started = clock::now();
     let end = plan.limit.map(|limit| started + limit);
@@ -326,10 +330,10 @@ async fn ping(
             // No path at this moment: as good as a lost ping, and nothing to wait for.
             Some(None) | None => None,
         };
-        let Some(Some((_, mut line))) =
-            ask(requests, |sender| Request::Find(id.to_string(), sender)).await
-        else {
-            break;
+        let mut line = match ask(requests, |sender| Request::Find(id.to_string(), sender)).await {
+            Some(Some((_, line))) => line,
+            Some(None) => break,
+            None => return connection.answer(&or_stopping::<PingLine>(None)).await,
         };
         line.seq = seq;
         if let Some(answer) = answer {
