@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 
+use super::ping::{PingLine, PingPlan, ping};
 use super::portmap::PortMapping;
 use super::report::{OwnStatus, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis};
 use super::rotate::Rotated;
@@ -16,21 +17,15 @@ use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
 use crate::io::metrics::Page;
-use crate::path::{Answer, Via};
+use crate::path::Answer;
 use crate::types::NodeId;
 
-/// How long one reply to a ping is waited for.
-const REPLY_LIMIT: Duration = Duration::from_secs(2);
 /// How long the server is waited for when the node key is renewed.
 const ROTATE_LIMIT: Duration = Duration::from_secs(6);
 /// How often it is looked whether the server has told of a peer that it was asked for.
 const SEEK_INTERVAL: Duration = Duration::from_millis(10);
 /// How long that is looked for; the node gives up before.
 const SEEK_LIMIT: Duration = Duration::from_secs(1);
-/// Between pings of a person.
-const CALM: Duration = Duration::from_secs(1);
-/// Between pings of somebody who waits for the direct path.
-const EAGER: Duration = Duration::from_millis(100);
 
 /// What the command line asks a node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -72,23 +67,6 @@ pub enum Question {
     Down,
 }
 
-/// One ping, as it is told on the socket.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PingLine {
-    /// Counted from 1.
-    pub seq: u64,
-    /// The peer's name, for people.
-    pub name: String,
-    /// Its overlay address, for people.
-    pub ipv4: std::net::Ipv4Addr,
-    /// Round trip in milliseconds; none when there was no reply.
-    pub rtt_ms: Option<f64>,
-    /// `direct`, `relay-udp` or `relay-tcp`; of no reply, the state of the path.
-    pub kind: String,
-    /// The endpoint.
-    pub remote: Option<String>,
-}
-
 /// What a connection asks the control task.
 pub(super) enum Request {
     Status(oneshot::Sender<Status>),
@@ -106,7 +84,16 @@ pub(super) enum Request {
 }
 
 /// Serves the socket until this is dropped.
-pub(super) struct LocalServer(AbortHandle);
+pub(super) struct LocalServer(JoinHandle<()>);
+
+impl LocalServer {
+    /// Removes the socket; when this returns, it is gone.
+    pub(super) async fn end(mut self) {
+        self.0.abort();
+        // It was called off, which is what was wanted.
+        let _ = (&mut self.0).await;
+    }
+}
 
 impl Drop for LocalServer {
     fn drop(&mut self) {
@@ -137,7 +124,7 @@ pub(super) fn serve_local(listener: LocalListener, requests: mpsc::Sender<Reques
             }
         }
     };
-    LocalServer(tokio::spawn(accepting).abort_handle())
+    LocalServer(tokio::spawn(accepting))
 }
 
 async fn serve(
@@ -239,7 +226,7 @@ async fn rotate(requests: &mpsc::Sender<Request>) -> Reply<Rotated> {
     }
 }
 
-fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
+pub(super) fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     answer.map_or_else(
         || {
             Reply::Error(Refusal {
@@ -293,70 +280,6 @@ async fn seek(requests: &mpsc::Sender<Request>, text: &str) {
     }
 }
 
-struct PingPlan {
-    count: Option<u64>,
-    until_direct: bool,
-    limit: Option<Duration>,
-}
-
-async fn ping(
-    connection: &mut LocalConnection,
-    requests: &mpsc::Sender<Request>,
-    text: String,
-    plan: PingPlan,
-) -> Result<(), LocalError> {
-    let find = |sender| Request::Find(text.clone(), sender);
-    let id = match ask(requests, find).await {
-        Some(Some((id, _))) => id,
-        Some(None) => {
-            let refusal = unknown_peer(requests, &text).await;
-            return connection.answer(&Reply::<PingLine>::Error(refusal)).await;
-        }
-        None => return connection.answer(&or_stopping::<PingLine>(None)).await,
-    };
-    let started = clock::now();
-    let end = plan.limit.map(|limit| started + limit);
-    let mut seq = 0;
-    while plan.count.is_none_or(|count| seq < count) {
-        seq += 1;
-        let sent_at = clock::now();
-        let left = end.map(|end| end.saturating_duration_since(sent_at));
-        if left == Some(Duration::ZERO) {
-            break;
-        }
-        let wait = left.map_or(REPLY_LIMIT, |left| left.min(REPLY_LIMIT));
-        let answer = match ask(requests, |sender| Request::Ping(id, sender)).await {
-            Some(Some(pong)) => tokio::time::timeout(wait, pong).await.ok().and_then(Result::ok),
-            // No path at this moment: as good as a lost ping, and nothing to wait for.
-            Some(None) | None => None,
-        };
-        let mut line = match ask(requests, |sender| Request::Find(id.to_string(), sender)).await {
-            Some(Some((_, line))) => line,
-            Some(None) => break,
-            None => return connection.answer(&or_stopping::<PingLine>(None)).await,
-        };
-        line.seq = seq;
-        if let Some(answer) = answer {
-            line.rtt_ms = Some(millis(answer.rtt));
-            line.kind = answer.via.kind().into();
-            if let Via::Direct { remote, .. } = answer.via {
-                line.remote = Some(remote.to_string());
-            }
-        }
-        let direct = answer.is_some_and(|answer| !answer.via.is_relay());
-        connection.answer(&Reply::Ok(line)).await?;
-        if plan.until_direct && direct || plan.count == Some(seq) {
-            break;
-        }
-        let spacing = if plan.until_direct { EAGER } else { CALM };
-        let next = sent_at + spacing;
-        let next = end.map_or(next, |end| next.min(end));
-        tokio::time::sleep_until(next.into()).await;
-    }
-    // An empty line of pings ends the row.
-    connection.answer(&Reply::Ok(Option::<PingLine>::None)).await
-}
-
 impl Daemon {
     fn punching(&self) -> PunchReport {
         let counters = self.node.punch_counters();
@@ -369,6 +292,12 @@ impl Daemon {
             sockets_open: self.node.extra_sockets(),
             probes: counters.probes,
         }
+    }
+
+    /// From here on every command is told that the node is about to end.
+    pub(super) fn refuse_requests(&mut self) {
+        self.requests.close();
+        while self.requests.try_recv().is_ok() {}
     }
 
     pub(super) fn handle_request(&mut self, request: Request) {

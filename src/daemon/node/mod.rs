@@ -4,10 +4,10 @@
 //! packets, and `extra` are sockets that come and go. `startup` makes all of it, `bind` the main
 //! UDP sockets, `state` is what is on disk, `saving` when it gets there, `control_link` keeps the
 //! control connection, `interface` the TUN interface, `roam` follows the network around us,
-//! `portmap` asks the router for a port, `local` answers the command line, `lines` knows the
-//! uplinks beside the preferred one, `metrics` Prometheus, `rotate` renews the node key, `reload`
-//! applies a new configuration, `explain` has its answers about paths, `netcheck` measures the
-//! network in front of us.
+//! `portmap` asks the router for a port, `local` answers the command line, `ping` the longest of
+//! its questions, `lines` knows the uplinks beside the preferred one, `metrics` Prometheus,
+//! `rotate` renews the node key, `reload` applies a new configuration, `explain` has its answers
+//! about paths, `netcheck` measures the network in front of us.
 
 mod bind;
 mod control_link;
@@ -19,6 +19,7 @@ mod local;
 mod metrics;
 mod netcheck;
 mod path_mtu;
+mod ping;
 mod portmap;
 mod reload;
 pub mod report;
@@ -32,7 +33,8 @@ mod state;
 mod threads;
 
 pub use interface::InterfaceError;
-pub use local::{PingLine, Question};
+pub use local::Question;
+pub use ping::PingLine;
 pub use startup::{NodeOptions, Offloads, StartError, run};
 pub use state::{ENROLMENT_FILE, StateError, rewritten};
 

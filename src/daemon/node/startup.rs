@@ -11,14 +11,14 @@ use tokio::sync::mpsc;
 use super::bind::bind_udp;
 use super::control_link::ControlLink;
 use super::interface::{InterfaceError, reserve, widest_mtu};
-use super::local::serve_local;
+use super::local::{LocalServer, serve_local};
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
 use super::rotate::Rotation;
 use super::state::{StateDir, StateError, is_known};
 use super::threads::{Ports, Threads};
 use super::{Daemon, Ended};
-use crate::dataplane::{TunBatch, UdpBatch};
+use crate::dataplane::{Note, TunBatch, UdpBatch};
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
@@ -308,14 +308,26 @@ pub async fn run(
         configured,
         reload,
         metrics: None,
-        request_sender: request_sender.clone(),
+        request_sender,
         refused: None,
         rival: None,
         connect_error: None,
         ended: None,
     };
     daemon.scan_interfaces().await;
+    live(daemon, listener, note_sender, &mut stop, ready).await
+}
+
+/// The life of a daemon that has all it needs.
+async fn live(
+    mut daemon: Daemon,
+    listener: LocalListener,
+    note_sender: mpsc::Sender<Note>,
+    stop: &mut StopSignals,
+    ready: impl FnOnce(&Node),
+) -> Result<Ended, StartError> {
     // From here on commands are answered, though most of them with "not enrolled yet".
+    let (request_sender, ports) = (daemon.request_sender.clone(), Arc::clone(&daemon.ports));
     let metrics = daemon.options.metrics.filter(|_| !daemon.options.enrol_only);
     daemon.metrics = metrics.map(|at| super::metrics::start(at, &request_sender)).transpose()?;
     let local = serve_local(listener, request_sender);
@@ -323,10 +335,18 @@ pub async fn run(
         Threads::start(&ports, &note_sender)
             .map_err(|source| StartError::Io { action: "starting the packet threads", source })
     };
-    let (threads, ended) = daemon.come_up(&mut stop, &start_threads).await?;
-    if let Some(ended) = ended {
-        return Ok(ended);
-    }
+    let threads = match daemon.come_up(stop, &start_threads).await {
+        Ok((threads, None)) => threads,
+        Ok((threads, Some(ended))) => {
+            drop(threads);
+            leave(daemon, ports, local).await;
+            return Ok(ended);
+        }
+        Err(error) => {
+            leave(daemon, ports, local).await;
+            return Err(error);
+        }
+    };
     daemon.state.set_listen_port(ports.listen_port());
     daemon.save();
     if daemon.options.enrol_only {
@@ -336,14 +356,22 @@ pub async fn run(
     let threads = threads.map_or_else(start_threads, Ok)?;
     daemon.ready = true;
     ready(&daemon.node);
-    let ended = daemon.serve(&mut stop).await;
+    let ended = daemon.serve(stop).await;
     daemon.metrics = None;
-    drop(local);
+    daemon.refuse_requests();
     daemon.end_interface(matches!(ended, Ok(Ended::Down | Ended::Removed))).await;
     drop(threads);
     daemon.end_portmap().await;
     daemon.save();
+    leave(daemon, ports, local).await;
     ended
+}
+
+/// The socket goes last: who waits for its end finds the interface, the port and the lock free.
+async fn leave(mut daemon: Daemon, ports: Arc<Ports>, local: LocalServer) {
+    daemon.refuse_requests();
+    drop((daemon, ports));
+    local.end().await;
 }
 
 /// Binds the main sockets, for the two threads and the control task.

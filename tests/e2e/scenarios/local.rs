@@ -191,7 +191,10 @@ fn route_taken() {
 
 fn second_up() {
     let Place { net, server, host } = place();
-    let mut node = Node::start(&net, &host, &server);
+    let mut node = Node::new(&net, &host);
+    node.add_args(&["--listen-port", "45678"]);
+    node.up(&server.join());
+    node.wait_connected();
     let again = node.up_to_end("");
     assert_eq!(again.code, Some(0), "{again:?}");
     let said = format!("{}{}", again.stdout, again.stderr).to_lowercase();
@@ -202,6 +205,11 @@ fn second_up() {
     let other = node.up_to_end(include_str!("../../golden/join-line.txt").trim());
     assert_error(&other, &[1], &["overlay down"]);
     node.wait_connected();
+    // When `down` has ended, the directory, the interface and the port are free.
+    for _ in 0..2 {
+        node.down_and_up();
+        node.wait_connected();
+    }
 }
 
 fn down(node: &mut Node) -> Option<i32> {
