@@ -131,7 +131,15 @@ async fn serve(
     mut connection: LocalConnection,
     requests: &mpsc::Sender<Request>,
 ) -> Result<(), LocalError> {
-    while let Some(question) = connection.question().await? {
+    loop {
+        let question = match connection.question().await {
+            Ok(Some(question)) => question,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                connection.answer(&Reply::<()>::Error(not_understood(&error))).await?;
+                return Err(error);
+            }
+        };
         let always = matches!(question, Question::Netcheck | Question::Down);
         if !always && let Some(Some(refusal)) = ask(requests, Request::Unready).await {
             connection.answer(&Reply::<()>::Error(refusal)).await?;
@@ -197,7 +205,17 @@ async fn serve(
             }
         }
     }
-    Ok(())
+}
+
+fn not_understood(error: &LocalError) -> Refusal {
+    Refusal {
+        code: exit::USAGE,
+        error: "the node does not understand the question".into(),
+        cause: error.to_string(),
+        help: "use the same version for command and node (overlay version), and restart the node \
+               if it was replaced"
+            .into(),
+    }
 }
 
 fn not_allowed(what: &str, help: &str) -> Refusal {
@@ -419,5 +437,30 @@ impl Daemon {
             peers: self.node.peer_statuses(now).into_iter().map(PeerReport::from).collect(),
             nodes: self.node.network_size(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::local::LocalClient;
+
+    #[tokio::test]
+    async fn a_question_of_another_version_is_answered_with_that_as_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("node.sock");
+        let listener = LocalListener::bind(&path).await.unwrap();
+        let (requests, _nobody_asks) = mpsc::channel(1);
+        let local = serve_local(listener, requests);
+        let mut client = LocalClient::connect(&path).await.unwrap();
+        client.ask(&serde_json::json!({"of-tomorrow": {"peer": "bob"}})).await.unwrap();
+        let answer = client.next::<Reply<()>>().await.unwrap();
+        let Some(Reply::Error(refusal)) = answer else { panic!("{answer:?}") };
+        assert_eq!(refusal.code, exit::USAGE);
+        assert!(refusal.cause.contains("of-tomorrow"), "{refusal:?}");
+        assert!(refusal.help.contains("overlay version"), "{refusal:?}");
+        assert_eq!(client.next::<Reply<()>>().await.unwrap(), None, "and it hangs up");
+        local.end().await;
+        assert!(!path.exists());
     }
 }
