@@ -311,15 +311,29 @@ fn a_configuration_that_may_not_be_read_is_a_missing_right() {
 
 #[test]
 fn a_file_without_end_is_no_join_line() {
+    assert_no_join_line("file:/dev/zero", "");
+}
+
+/// Who pastes a line into a terminal does not end the input.
+#[test]
+fn a_join_line_on_standard_input_ends_with_its_line() {
+    assert_no_join_line("-", "\nhello\n");
+}
+
+/// Has `up` take no join line, although its input goes on without end.
+fn assert_no_join_line(argument: &str, input: &str) {
     let dir = tempfile::tempdir().unwrap();
-    let mut command = overlay("up file:/dev/zero --state-dir");
+    let mut command = overlay(&format!("up {argument} --state-dir"));
     command.arg(dir.path()).arg("--socket").arg(dir.path().join("socket"));
-    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    let mut child = command.stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).unwrap();
     let ended = (0..200).find_map(|_| {
         std::thread::sleep(std::time::Duration::from_millis(50));
         child.try_wait().unwrap()
     });
-    // It would go on to eat all memory.
+    // It would go on to wait, or to eat all memory.
     child.kill().unwrap();
+    drop(stdin);
     assert_eq!(ended.and_then(|status| status.code()), Some(i32::from(fail::USAGE)));
 }

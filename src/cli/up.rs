@@ -1,6 +1,6 @@
 //! `overlay up`: runs a node in the foreground; systemd starts the same.
 
-use std::io::Read;
+use std::io::{BufRead, IsTerminal, Read};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use clap::Args;
 use zeroize::Zeroizing;
 
 use super::fail::{Failure, NOT_ENROLLED, PERMISSION, USAGE, is_denied};
-use super::{Done, config as config_command, runtime};
+use super::{Done, config as config_command, print, runtime};
 use crate::config::node::{MtuSetting, NodeConfig};
 use crate::config::paths::{Paths, Role};
 use crate::config::{self, Wanted};
@@ -197,18 +197,30 @@ fn read_start(path: &str) -> std::io::Result<Zeroizing<String>> {
     Ok(text)
 }
 
+/// The first line with something in it: who pastes it into a terminal does not end the input.
+fn first_line(input: impl BufRead) -> std::io::Result<Zeroizing<String>> {
+    let mut input = input.take(LONGEST_INPUT);
+    loop {
+        let mut line = Zeroizing::new(String::new());
+        if input.read_line(&mut line)? == 0 || !line.trim().is_empty() {
+            return Ok(line);
+        }
+    }
+}
+
 /// Reads a join line from the argument, a file or standard input.
 pub(super) fn join_line(argument: &str) -> Result<JoinLine, Failure> {
     let text = if argument == "-" {
-        let mut text = Zeroizing::new(String::new());
-        std::io::stdin().lock().take(LONGEST_INPUT).read_to_string(&mut text).map_err(|error| {
+        if std::io::stdin().is_terminal() {
+            print::hint("paste the join line, then press Enter");
+        }
+        first_line(std::io::stdin().lock()).map_err(|error| {
             Failure::caused_by(
                 "the join line cannot be read from standard input",
                 &error,
                 "overlay server invite | ssh MACHINE sudo overlay up -",
             )
-        })?;
-        text
+        })?
     } else if let Some(path) = argument.strip_prefix("file:") {
         read_start(path).map_err(|error| {
             let denied = error.kind() == std::io::ErrorKind::PermissionDenied;

@@ -425,6 +425,7 @@ impl Daemon {
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
                 punching: self.punching(),
                 node_key: self.key_report(),
+                expired: self.node.is_expired(now),
                 warnings: self.warnings(now),
                 uplinks: self.uplink_reports(),
             },
