@@ -13,6 +13,7 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode};
 
@@ -24,6 +25,7 @@ use overlay::dataplane::offload::{
     FrameHeader, MergeKinds, Segmentation, SegmentationKind, Segments,
 };
 use overlay::io::tun::{Tun, TunOptions};
+use overlay::io::udp::{RecvBuffers, UdpSocket};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -78,10 +80,16 @@ fn run(arguments: &Arguments, missing: Option<String>) -> ExitCode {
     let trials = vec![
         test("the_kernel_cuts_a_super_packet_as_we_do", cut_alike),
         test("the_kernel_makes_of_our_trains_what_came_in", merged_and_cut),
+        test("what_the_link_does_not_take_leaves_in_fragments_or_not_at_all", fragments),
     ];
     // Each has the two devices for itself.
     let arguments = Arguments { test_threads: Some(1), ..arguments.clone() };
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn ip(words: &str) {
+    let output = Command::new("ip").args(words.split(' ')).output().unwrap();
+    assert!(output.status.success(), "{words}: {output:?}");
 }
 
 /// The way through the kernel.
@@ -105,8 +113,7 @@ impl Kernel {
             "route add 10.2.0.0/24 dev exit",
             "-6 route add fd02::/64 dev exit",
         ] {
-            let output = Command::new("ip").args(words.split(' ')).output().unwrap();
-            assert!(output.status.success(), "{words}: {output:?}");
+            ip(words);
         }
         for (key, value) in [
             ("ipv4/ip_forward", "1"),
@@ -417,4 +424,54 @@ fn merged_and_cut() {
     result.unwrap();
     assert!(kernel.borrow().entry.trains() == MergeKinds { tcp: true, udp: true }, "none refused");
     assert!(trains.get() > CASES, "{} trains", trains.get());
+}
+
+/// A full packet of the overlay, sealed, on a link that takes less.
+fn fragments() {
+    ip("link set lo mtu 1280 up");
+    for any in ["127.0.0.1:0", "[::1]:0"] {
+        let [sender, receiver] = [(); 2].map(|()| UdpSocket::bind(any.parse().unwrap()).unwrap());
+        let to = receiver.local_addr().unwrap();
+        let too_long = sender.send_whole(to, &[1; 1_312]).unwrap_err();
+        assert_eq!(too_long.raw_os_error(), Some(libc::EMSGSIZE), "{any}");
+        for (mark, len) in [(2, 1_312), (3, 3_000)] {
+            let sent = sender.send(to, None, &vec![mark; len], 1_312);
+            assert_eq!((sent.done, sent.lost), (len, 0), "{:?}", sent.error);
+        }
+        assert!(sender.sends_trains(), "one was too long for this path");
+        sender.send_whole(to, &[4; 1_200]).unwrap();
+        assert_eq!(
+            arrived(&receiver, 5),
+            [(2, 1_312), (3, 1_312), (3, 1_312), (3, 376), (4, 1_200)]
+        );
+    }
+    // One for both families, as `quinn-udp` leaves it.
+    let socket = std::net::UdpSocket::bind("[::]:0").unwrap();
+    quinn_udp::UdpSocketState::new((&socket).into()).unwrap();
+    let ends = ["127.0.0.1:0", "[::1]:0"].map(|any| UdpSocket::bind(any.parse().unwrap()).unwrap());
+    let to = ends.each_ref().map(|end| match end.local_addr().unwrap() {
+        SocketAddr::V4(end) => (end.ip().to_ipv6_mapped(), end.port()).into(),
+        end @ SocketAddr::V6(_) => end,
+    });
+    assert!(to.iter().all(|to| socket.send_to(&[5; 1_312], to).is_err()), "forbidden");
+    overlay::io::udp::allow_fragments(&socket).unwrap();
+    for (end, to) in ends.iter().zip(to) {
+        assert_eq!(socket.send_to(&[6; 1_312], to).unwrap(), 1_312);
+        assert_eq!(arrived(end, 1), [(6, 1_312)]);
+    }
+}
+
+/// The first byte and the length of each datagram, once there are `count`.
+fn arrived(receiver: &UdpSocket, count: usize) -> Vec<(u8, usize)> {
+    let mut buffers = RecvBuffers::default();
+    let mut got = Vec::new();
+    while got.len() < count {
+        let mut fds = [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, 5_000u16), Ok(1), "nothing after {got:?}");
+        receiver.receive(&mut buffers).unwrap();
+        for train in buffers.trains() {
+            got.extend(train.bytes.chunks(train.stride).map(|it| (it[0], it.len())));
+        }
+    }
+    got
 }

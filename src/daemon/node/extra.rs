@@ -145,7 +145,8 @@ mod tests {
 
         let sender = sockets.get(SocketId::new(1)).unwrap();
         let receiver = sockets.get(SocketId::new(2)).unwrap();
-        sender.send(receiver.local_addr().unwrap(), None, b"hello", 5).unwrap();
+        let sent = sender.send(receiver.local_addr().unwrap(), None, b"hello", 5);
+        assert_eq!((sent.done, sent.lost), (5, 0));
         assert!(readable(&sockets, 2_000));
         let ready: Vec<SocketId> = sockets.ready().into_iter().map(|(id, _)| id).collect();
         assert_eq!(ready, [SocketId::new(2)]);

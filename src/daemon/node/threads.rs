@@ -224,10 +224,10 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
                 let sent = ports.with_socket(socket, remote, |socket| {
                     send_or_wait(socket, remote, local, bytes, run.segment)
                 });
-                if !matches!(sent, Some(Ok(()))) {
-                    let datagrams = bytes.len().div_ceil(run.segment.max(1));
-                    drops.count_many(DropReason::SendFailed, datagrams as u64);
-                    tracing::trace!(%remote, ?sent, "datagrams not sent");
+                let datagrams = || bytes.len().div_ceil(run.segment.max(1));
+                let lost = sent.unwrap_or_else(datagrams);
+                if lost > 0 {
+                    drops.count_many(DropReason::SendFailed, lost as u64);
                 }
             }
             Target::Link => {
@@ -249,7 +249,7 @@ fn send_now(ports: &Ports, target: Target, datagram: &[u8]) {
     let Target::Udp { remote, local, socket } = target else { return };
     let sent = ports
         .with_socket(socket, remote, |socket| socket.send(remote, local, datagram, datagram.len()));
-    if !matches!(sent, Some(Ok(()))) {
+    if sent.is_none_or(|sent| sent.lost > 0 || sent.done < datagram.len()) {
         ports.shared.drops().count(DropReason::SendFailed);
     }
 }
@@ -288,26 +288,31 @@ pub(super) fn write_packet(ports: &Ports, packet: &[u8]) {
     }
 }
 
+/// Sends a run, and waits once for a socket that is full; returns how many datagrams were lost.
 fn send_or_wait(
     socket: &UdpSocket,
     remote: SocketAddr,
     local: Option<std::net::IpAddr>,
     bytes: &[u8],
     segment: usize,
-) -> io::Result<()> {
-    match socket.send(remote, local, bytes, segment) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
-            poll(&mut fds, FULL_SOCKET_WAIT_MS)?;
-            socket.send(remote, local, bytes, segment)
-        }
-        // An address that we no longer have must not hold the datagram back.
-        Err(error) if local.is_some() && error.kind() != io::ErrorKind::PermissionDenied => {
-            tracing::trace!(%error, "sending from the address that was asked failed");
-            socket.send(remote, None, bytes, segment)
-        }
-        result => result,
+) -> usize {
+    let first = socket.send(remote, local, bytes, segment);
+    let (mut lost, mut error) = (first.lost, first.error);
+    let mut rest = bytes.get(first.done..).unwrap_or_default();
+    if !rest.is_empty() {
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+        // It may have room now, whatever this says.
+        let _ = poll(&mut fds, FULL_SOCKET_WAIT_MS);
+        let second = socket.send(remote, local, rest, segment);
+        lost += second.lost;
+        error = second.error.or(error);
+        rest = rest.get(second.done..).unwrap_or_default();
     }
+    lost += rest.len().div_ceil(segment.max(1));
+    if lost > 0 {
+        tracing::trace!(%remote, lost, error = ?error, "datagrams not sent");
+    }
+    lost
 }
 
 /// Writes a whole batch to the TUN interface.

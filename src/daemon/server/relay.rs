@@ -28,7 +28,7 @@ use crate::io::clock;
 use crate::io::link::{LinkSender, RelayBatch};
 use crate::io::listen::Fare;
 use crate::io::service::Progress;
-use crate::io::udp::is_no_offload;
+use crate::io::udp::{self, send_train};
 use crate::server::ConnectionId;
 use crate::server::relay::limit::Limits;
 use crate::server::relay::queue::{FairQueues, Train};
@@ -101,7 +101,7 @@ impl Hub {
 
     /// Whether trains are sent in one call.
     pub(super) fn sends_trains(&self) -> bool {
-        self.ports.iter().all(|port| port.train() > 1)
+        self.ports.iter().all(|port| port.gso.works())
     }
 
     /// How much it carries.
@@ -350,29 +350,29 @@ impl Hub {
         self.drops.count_many(reason, lost as u64);
     }
 
-    /// Sends until the socket is full; returns how many bytes are done with.
+    /// Sends until the socket is full; returns how many bytes are done with, sent or lost.
     fn send_trains(&self, exit: Arrival, bytes: &[u8], segment_bytes: usize) -> usize {
         let Some(port) = self.ports.get(usize::from(exit.socket.0)) else {
             self.drops.count(DropReason::SendFailed);
             return bytes.len();
         };
-        let train_bytes = segment_bytes * port.train();
-        let mut done = 0;
-        for train in bytes.chunks(train_bytes) {
-            match send(port, exit, train, segment_bytes) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // A network card or tunnel that takes no trains may take them one by one.
-                Err(error) => {
-                    let all = self.send_singly(port, exit, train, segment_bytes);
-                    if all && train.len() > segment_bytes && is_no_offload(&error) {
-                        port.stop_trains();
-                    }
-                }
-            }
-            done += train.len();
+        // Who asked one address of ours takes no answer from another.
+        let train = udp::Train {
+            bytes,
+            segment: segment_bytes,
+            local: exit.local,
+            may_leave_elsewhere: false,
+        };
+        let sent = send_train(&port.gso, train, |contents, segment_size, src_ip| {
+            let destination = exit.source;
+            let transmit = Transmit { destination, ecn: None, contents, segment_size, src_ip };
+            port.state.try_send(UdpSockRef::from(&port.socket), &transmit)
+        });
+        if let Some(error) = sent.error {
+            debug!(%error, "cannot send");
+            self.drops.count_many(DropReason::SendFailed, sent.lost as u64);
         }
-        done
+        sent.done
     }
 
     /// Sends what waits, in turn, until its sockets are full again.
@@ -387,25 +387,6 @@ impl Hub {
             }
         }
     }
-
-    /// Sends the datagrams of a train one by one; tells whether all of them have left.
-    fn send_singly(
-        &self,
-        port: &UdpPort,
-        exit: Arrival,
-        train: &[u8],
-        segment_bytes: usize,
-    ) -> bool {
-        let mut all = true;
-        for datagram in train.chunks(segment_bytes) {
-            if let Err(error) = send(port, exit, datagram, segment_bytes) {
-                debug!(%error, "cannot send");
-                self.drops.count(DropReason::SendFailed);
-                all = false;
-            }
-        }
-        all
-    }
 }
 
 /// One for each family that this machine has.
@@ -418,17 +399,6 @@ fn knockers() -> Vec<std::net::UdpSocket> {
         Some(socket)
     };
     any.into_iter().filter_map(open).collect()
-}
-
-fn send(port: &UdpPort, exit: Arrival, bytes: &[u8], segment_bytes: usize) -> io::Result<()> {
-    let transmit = Transmit {
-        destination: exit.source,
-        ecn: None,
-        contents: bytes,
-        segment_size: (bytes.len() > segment_bytes).then_some(segment_bytes),
-        src_ip: exit.local,
-    };
-    port.state.try_send(UdpSockRef::from(&port.socket), &transmit)
 }
 
 /// Starts the thread of every UDP socket; they end when `stopping` turns true.

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -12,7 +11,7 @@ use tracing::{debug, info, warn};
 use super::StartError;
 use crate::io::listen;
 use crate::io::service::{forget_listener, store_listener};
-use crate::io::udp::allow_fragments;
+use crate::io::udp::{Gso, allow_fragments};
 use crate::wire::control::DEFAULT_PORT;
 
 /// Passes most firewalls; taken when it is free and may be taken.
@@ -44,23 +43,9 @@ pub(super) struct Listener {
 pub(super) struct UdpPort {
     pub(super) socket: UdpSocket,
     pub(super) state: UdpSocketState,
-    /// Datagrams in the longest train that may be sent. The state has a number of its own, which one
-    /// datagram to an impossible address is enough to change.
-    train: AtomicUsize,
-}
-
-impl UdpPort {
-    /// Datagrams in the longest train that the kernel takes.
-    pub(super) fn train(&self) -> usize {
-        self.train.load(Ordering::Relaxed)
-    }
-
-    /// The kernel has refused a train whose datagrams it takes singly.
-    pub(super) fn stop_trains(&self) {
-        if self.train.swap(1, Ordering::Relaxed) > 1 {
-            warn!("the kernel takes no UDP trains, the relay goes on without");
-        }
-    }
+    /// The state has a number of its own, which one datagram to an impossible address is enough to
+    /// change.
+    pub(super) gso: Gso,
 }
 
 /// Listening TCP sockets that somebody else has opened.
@@ -197,6 +182,6 @@ fn bind_udp_socket(address: SocketAddr) -> io::Result<UdpPort> {
     let socket = UdpSocket::from(socket);
     let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
     allow_fragments(&socket)?;
-    let train = AtomicUsize::new(state.max_gso_segments().max(1));
-    Ok(UdpPort { socket, state, train })
+    let gso = Gso::new(state.max_gso_segments());
+    Ok(UdpPort { socket, state, gso })
 }
