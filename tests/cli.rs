@@ -5,10 +5,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use clap::CommandFactory;
 use overlay::cli::{Cli, fail};
@@ -217,6 +219,52 @@ fn every_failure_says_what_and_why_and_what_to_do() {
 }
 
 #[test]
+fn a_command_asks_on_the_socket_that_the_configuration_file_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("elsewhere.sock");
+    for (file, line) in [("node.toml", "status"), ("server.toml", "server nodes")] {
+        let file = dir.path().join(file);
+        fs::write(&file, format!("socket = \"{}\"\n", socket.display())).unwrap();
+        let places = [("CONFIGURATION_DIRECTORY", dir.path()), ("OVERLAY_CONFIG", file.as_path())];
+        for (variable, value) in places {
+            let output = overlay(line).env(variable, value).output().unwrap();
+            let text = assert_failure(line, &output, fail::NOT_RUNNING);
+            assert!(text.contains("elsewhere.sock"), "{variable}: {text}");
+        }
+    }
+}
+
+/// A node that is killed while it answers: what came before is told, and not taken for all.
+#[test]
+fn a_ping_whose_node_vanishes_has_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("node.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let reply = r#"{"ok":{"seq":1,"name":"bob","ipv4":"10.77.0.2","rtt_ms":1.5,"kind":"direct","remote":null}}"#;
+    let end = r#"{"ok":null}"#;
+    let cases = [
+        (vec![reply], fail::FAILED),
+        (vec![], fail::FAILED),
+        (vec![reply, end], fail::OK),
+        (vec![end], fail::NO_REPLY),
+    ];
+    for (said, code) in cases {
+        let line = format!("ping bob --socket {}", socket.display());
+        let ping = overlay(&line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        BufReader::new(&stream).read_line(&mut String::new()).unwrap();
+        said.iter().for_each(|line| writeln!(&stream, "{line}").unwrap());
+        drop(stream);
+        let output = ping.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code.into()), "{said:?}: {text}");
+        assert_eq!(text.contains("hung up"), code == fail::FAILED, "{said:?}: {text}");
+        let summary = String::from_utf8_lossy(&output.stdout);
+        assert!(summary.contains(" received"), "what was received is told: {summary}");
+    }
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     for line in ["--help", "--version", "server --help", "server invite -h"] {
         let output = overlay(line).output().unwrap();
@@ -263,15 +311,29 @@ fn a_configuration_that_may_not_be_read_is_a_missing_right() {
 
 #[test]
 fn a_file_without_end_is_no_join_line() {
+    assert_no_join_line("file:/dev/zero", "");
+}
+
+/// Who pastes a line into a terminal does not end the input.
+#[test]
+fn a_join_line_on_standard_input_ends_with_its_line() {
+    assert_no_join_line("-", "\nhello\n");
+}
+
+/// Has `up` take no join line, although its input goes on without end.
+fn assert_no_join_line(argument: &str, input: &str) {
     let dir = tempfile::tempdir().unwrap();
-    let mut command = overlay("up file:/dev/zero --state-dir");
+    let mut command = overlay(&format!("up {argument} --state-dir"));
     command.arg(dir.path()).arg("--socket").arg(dir.path().join("socket"));
-    let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut child = command.stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).unwrap();
     let ended = (0..200).find_map(|_| {
         std::thread::sleep(std::time::Duration::from_millis(50));
         child.try_wait().unwrap()
     });
-    // It would go on to eat all memory.
+    // It would go on to wait, or to eat all memory.
     child.kill().unwrap();
+    drop(stdin);
     assert_eq!(ended.and_then(|status| status.code()), Some(i32::from(fail::USAGE)));
 }

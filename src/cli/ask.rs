@@ -32,10 +32,14 @@ pub struct SocketArg {
 }
 
 impl SocketArg {
-    /// The socket to ask: the given one, the user's own, or the system's.
+    /// The socket to ask: the given one, or where the configuration files say, the user's own or the
+    /// system's.
     #[must_use]
     pub fn path(&self) -> PathBuf {
-        self.socket.clone().unwrap_or_else(|| Paths::socket_to_ask(Role::Node))
+        self.socket.clone().unwrap_or_else(|| {
+            let file = std::env::var_os("OVERLAY_CONFIG").filter(|file| !file.is_empty());
+            Paths::socket_to_ask(Role::Node, file.as_ref().map(Path::new))
+        })
     }
 
     /// Asks the node a question that has one answer.
@@ -62,13 +66,7 @@ pub(super) fn ask<Q: Serialize, A: DeserializeOwned>(
     question: &Q,
 ) -> Result<A, Failure> {
     let mut answers = Answers::to(role, socket, question)?;
-    answers.next_answer()?.ok_or_else(|| {
-        Failure::new(
-            format!("{} hung up without an answer", running(role)),
-            "it came to its end, or it serves too many other commands at this moment",
-            format!("type the command again; if that does not help: {}", log(role)),
-        )
-    })
+    answers.next_answer()?.ok_or_else(|| answers.hung_up())
 }
 
 /// The answers to one question.
@@ -110,6 +108,15 @@ impl Answers {
             Some(Reply::Ok(answer)) => Ok(Some(answer)),
             Some(Reply::Error(refusal)) => Err(refusal.into()),
         }
+    }
+
+    /// How a command fails that waited for more.
+    pub(super) fn hung_up(&self) -> Failure {
+        Failure::new(
+            format!("{} hung up without an answer", running(self.role)),
+            "it came to its end, or it serves too many other commands at this moment",
+            format!("type the command again; if that does not help: {}", log(self.role)),
+        )
     }
 }
 

@@ -163,11 +163,14 @@ fn failure(error: &anyhow::Error) -> Failure {
                 Some(pid) => format!("process {pid} is no lab that this user has started"),
                 None => "exec runs a command inside a lab that this user has started before".into(),
             };
-            let help = "start one in another terminal: overlay lab";
+            let help = format!("start one in another terminal: {} lab", lab::program());
             return Failure::new(error, cause, help).code(NOT_RUNNING);
         }
         if let Some(NotStarted { source, .. }) = cause.downcast_ref::<NotStarted>() {
-            let help = "a command of this machine, by name or path: overlay lab exec alice -- sh";
+            let help = format!(
+                "a command of this machine, by name or path: {} lab exec alice -- sh",
+                lab::program()
+            );
             let denied = source.kind() == std::io::ErrorKind::PermissionDenied;
             let failure = Failure::new(error, source, help);
             return failure.code(if denied { PERMISSION } else { USAGE });
@@ -177,7 +180,7 @@ fn failure(error: &anyhow::Error) -> Failure {
             return Failure::new(
                 error,
                 format!("its machines are {}", machines.join(", ")),
-                format!("overlay lab exec {machine} -- overlay status"),
+                format!("{} lab exec {machine} -- overlay status", lab::program()),
             )
             .code(USAGE);
         }
@@ -185,8 +188,11 @@ fn failure(error: &anyhow::Error) -> Failure {
     Failure::caused_by(
         FAILED_LAB,
         error.as_ref(),
-        "start it without --check, then look inside from another terminal: \
-         overlay lab exec alice -- overlay status",
+        format!(
+            "start it without --check, then look inside from another terminal: \
+             {} lab exec alice -- overlay status",
+            lab::program()
+        ),
     )
 }
 
@@ -243,6 +249,7 @@ mod tests {
         let failure = failure(&anyhow::Error::new(NoLab { pid: None }));
         assert_eq!(failure.exit_code(), NOT_RUNNING);
         let text = failure.to_string();
-        assert!(text.ends_with("help: start one in another terminal: overlay lab"), "{text}");
+        let command = format!("help: start one in another terminal: {} lab", lab::program());
+        assert!(text.ends_with(&command), "{text}");
     }
 }

@@ -82,7 +82,15 @@ pub fn run(args: &PingArgs) -> Done {
     })?;
     let (mut sent, mut rtts, mut direct) = (0, Vec::new(), false);
     let (mut last_kind, mut last_path) = (String::new(), String::new());
-    while let Some(Some(line)) = answers.next_answer::<Option<PingLine>>()? {
+    let end = loop {
+        let line = match answers.next_answer::<Option<PingLine>>() {
+            Ok(Some(Some(line))) => line,
+            // An empty line ends the row.
+            Ok(Some(None)) => break Ok(()),
+            Ok(None) => break Err(answers.hung_up()),
+            Err(failure) if sent == 0 => return Err(failure),
+            Err(failure) => break Err(failure),
+        };
         sent = line.seq;
         if let Some(rtt_ms) = line.rtt_ms {
             rtts.push(rtt_ms);
@@ -100,7 +108,7 @@ pub fn run(args: &PingArgs) -> Done {
         if line.rtt_ms.is_some() {
             last_kind = line.kind;
         }
-    }
+    };
     let received = rtts.len() as u64;
     let summary = Summary {
         sent,
@@ -121,6 +129,7 @@ pub fn run(args: &PingArgs) -> Done {
     } else {
         print::line(format!("{sent} sent, {received} received"))?;
     }
+    end?;
     if received == 0 {
         return Err(no_reply(&args.peer, sent, &last_path));
     }

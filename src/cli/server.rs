@@ -180,12 +180,10 @@ pub(super) fn first_invite(socket: &std::path::Path) -> Result<bool, Failure> {
 
 /// Where the running server's socket is, if nobody says so on the command line.
 fn socket_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
-    let config = match file {
-        Some(file) => load(&file, Wanted::Explicitly)?,
-        // An administrator may not be allowed to read it; then the default place has to do.
-        None => load(&Paths::of(Role::Server).config, Wanted::IfThere).unwrap_or_default(),
-    };
-    Ok(config.socket.unwrap_or_else(|| Paths::socket_to_ask(Role::Server)))
+    if let Some(file) = &file {
+        load(file, Wanted::Explicitly)?;
+    }
+    Ok(Paths::socket_to_ask(Role::Server, file.as_deref()))
 }
 
 /// Where the server keeps its state, if nobody says so on the command line.

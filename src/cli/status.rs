@@ -67,6 +67,16 @@ fn uplink_line(uplink: &UplinkReport) -> String {
     format!("uplink {interface} {family} ({place})  {state}{rtt}")
 }
 
+/// What is said in place of the peers when there are none.
+fn alone(expired: bool) -> &'static str {
+    if expired {
+        "no peers: the membership of this node has ended"
+    } else {
+        "no other node yet; on the server: overlay server invite, on another machine: \
+         sudo overlay up JOINLINE"
+    }
+}
+
 fn text(status: &Status) -> String {
     let own = &status.own;
     let server = &status.server;
@@ -91,11 +101,7 @@ fn text(status: &Status) -> String {
         ));
     }
     if status.peers.is_empty() && status.nodes.is_none() {
-        lines.push(
-            "no other node yet; on the server: overlay server invite, here or elsewhere: \
-             overlay up JOINLINE"
-                .into(),
-        );
+        lines.push(alone(own.expired).into());
         return lines.join("\n");
     }
     let mut table = print::table(&["NAME", "IPV4", "PATH", "RTT", "RX", "TX", "WHY"]);
@@ -124,4 +130,30 @@ fn text(status: &Status) -> String {
         }
     }
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expired_node_is_not_told_to_join() {
+        let status = |expired: bool| -> Status {
+            let own = serde_json::json!({
+                "id": "00000001", "name": "alice", "ipv4": "10.77.0.1", "ipv6": "fd00::1",
+                "interface": "overlay0", "mtu": 1280, "listen_port": 4711, "public_key": "",
+                "network": "", "drops": {}, "version": "", "expired": expired,
+            });
+            let server = serde_json::json!({
+                "state": "connected", "address": null, "rtt_ms": null,
+            });
+            let status = serde_json::json!({
+                "schema": 1, "self": own, "server": server, "peers": [],
+            });
+            serde_json::from_value(status).unwrap()
+        };
+        assert!(text(&status(false)).contains("overlay up JOINLINE"));
+        let expired = text(&status(true));
+        assert!(expired.contains("has ended") && !expired.contains("JOINLINE"), "{expired}");
+    }
 }

@@ -1,6 +1,6 @@
 //! `overlay up`: runs a node in the foreground; systemd starts the same.
 
-use std::io::Read;
+use std::io::{BufRead, IsTerminal, Read};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use clap::Args;
 use zeroize::Zeroizing;
 
 use super::fail::{Failure, NOT_ENROLLED, PERMISSION, USAGE, is_denied};
-use super::{Done, config as config_command, runtime};
+use super::{Done, config as config_command, print, runtime};
 use crate::config::node::{MtuSetting, NodeConfig};
 use crate::config::paths::{Paths, Role};
 use crate::config::{self, Wanted};
@@ -197,18 +197,30 @@ fn read_start(path: &str) -> std::io::Result<Zeroizing<String>> {
     Ok(text)
 }
 
+/// The first line with something in it: who pastes it into a terminal does not end the input.
+fn first_line(input: impl BufRead) -> std::io::Result<Zeroizing<String>> {
+    let mut input = input.take(LONGEST_INPUT);
+    loop {
+        let mut line = Zeroizing::new(String::new());
+        if input.read_line(&mut line)? == 0 || !line.trim().is_empty() {
+            return Ok(line);
+        }
+    }
+}
+
 /// Reads a join line from the argument, a file or standard input.
 pub(super) fn join_line(argument: &str) -> Result<JoinLine, Failure> {
     let text = if argument == "-" {
-        let mut text = Zeroizing::new(String::new());
-        std::io::stdin().lock().take(LONGEST_INPUT).read_to_string(&mut text).map_err(|error| {
+        if std::io::stdin().is_terminal() {
+            print::hint("paste the join line, then press Enter");
+        }
+        first_line(std::io::stdin().lock()).map_err(|error| {
             Failure::caused_by(
                 "the join line cannot be read from standard input",
                 &error,
                 "overlay server invite | ssh MACHINE sudo overlay up -",
             )
-        })?;
-        text
+        })?
     } else if let Some(path) = argument.strip_prefix("file:") {
         read_start(path).map_err(|error| {
             let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
@@ -266,6 +278,7 @@ fn failure(error: &StartError) -> Failure {
                  sudo ss -ulpn 'sport = :{port}'"
             ),
         ),
+        StartError::Port { .. } => port_failure(error),
         StartError::Interface(error) => interface_failure(error),
         StartError::Local(LocalError::NotASocket { path }) => Failure::caused_by(
             LOCAL_SOCKET,
@@ -326,6 +339,19 @@ fn failure(error: &StartError) -> Failure {
     if denied { failure.code(PERMISSION) } else { failure }
 }
 
+/// A port that was asked for, and is not taken either.
+fn port_failure(error: &StartError) -> Failure {
+    let help = match is_denied(error) {
+        true => String::from(
+            "choose a port from 1024 on; to let the service have this one: sudo systemctl edit \
+             overlay, with [Service], CapabilityBoundingSet=CAP_NET_BIND_SERVICE and \
+             AmbientCapabilities=CAP_NET_BIND_SERVICE on three lines",
+        ),
+        false => "choose another --listen-port, or none to get a free one".into(),
+    };
+    Failure::caused_by("the node cannot start", error, help)
+}
+
 /// For node and server.
 pub(super) fn metrics_failure(address: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
     let port = address.rsplit(':').next().unwrap_or_default();
@@ -350,8 +376,10 @@ fn interface_failure(error: &InterfaceError) -> Failure {
         InterfaceError::Conflict(conflict) => Failure::new(
             "the overlay's addresses are in use on this machine",
             conflict,
-            "remove that local route or address; or, before the first node joins, give the \
-             network another range in the server's configuration: network = \"10.x.y.0/20\"",
+            "remove that local route or address, then: sudo overlay up; or give the network another \
+             range, which it takes while it has no node: on the server, overlay server remove NODE \
+             (this machine is one now, it is in overlay server nodes), then network = \
+             \"10.x.y.0/20\" in its configuration, a restart, and a new join line",
         ),
         InterfaceError::Netlink(error) => Failure::caused_by(
             "the network interface cannot be configured",

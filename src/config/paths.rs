@@ -1,7 +1,11 @@
 //! Where files are, unless somebody says otherwise.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use super::node::NodeConfig;
+use super::server::ServerConfig;
+use super::{Wanted, load_file};
 
 /// Which program the files belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,12 +90,40 @@ impl Paths {
     }
 
     /// The socket that a command should talk to: the user's own daemon if there is one, else the
-    /// system's.
+    /// system's, each where its configuration file says. With a `file` of its own a daemon reads no
+    /// other.
     #[must_use]
-    pub fn socket_to_ask(role: Role) -> PathBuf {
-        let own = Self::of(role).socket;
-        let system = Self::of_system(role).socket;
-        if !own.exists() && system.exists() { system } else { own }
+    pub fn socket_to_ask(role: Role, file: Option<&Path>) -> PathBuf {
+        let (own, system) = (Self::of(role), Self::of_system(role));
+        match file {
+            None => own.or_systems(role, &system),
+            Some(file) => socket_in(role, file).unwrap_or_else(|| own.running_or(system.socket)),
+        }
+    }
+
+    /// The socket of these places if there is one, else the system's.
+    fn running_or(self, system: PathBuf) -> PathBuf {
+        if !self.socket.exists() && system.exists() { system } else { self.socket }
+    }
+
+    /// The socket of these places, or the system's, where only that one can be meant.
+    fn or_systems(self, role: Role, system: &Self) -> PathBuf {
+        if let Some(named) = socket_in(role, &self.config) {
+            return named;
+        }
+        if self.socket.exists() {
+            return self.socket;
+        }
+        socket_in(role, &system.config).unwrap_or_else(|| self.running_or(system.socket.clone()))
+    }
+}
+
+/// The socket that a configuration file names. One that cannot be read or is wrong names none: who asks
+/// may have no right to read it, and the daemon goes on with what it has read before.
+fn socket_in(role: Role, file: &Path) -> Option<PathBuf> {
+    match role {
+        Role::Node => load_file::<NodeConfig>(file, Wanted::IfThere).ok()?.socket,
+        Role::Server => load_file::<ServerConfig>(file, Wanted::IfThere).ok()?.socket,
     }
 }
 
@@ -111,6 +143,35 @@ mod tests {
         assert_eq!(user.state_dir, PathBuf::from("/home/ann/.local/state/overlay/server"));
         assert_eq!(user.socket, PathBuf::from("/run/user/1000/overlay/server.sock"));
         assert_eq!(user.config, PathBuf::from("/home/ann/.config/overlay/server.toml"));
+    }
+
+    #[test]
+    fn a_command_asks_where_the_users_file_says_and_else_where_the_systems_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = |word: &str| Paths {
+            state_dir: dir.path().join(format!("{word}.state")),
+            socket: dir.path().join(format!("{word}.sock")),
+            config: dir.path().join(format!("{word}.toml")),
+        };
+        let (own, system) = (paths("own"), paths("system"));
+        let asked = |role| own.clone().or_systems(role, &system);
+        let write = |file: &Path, text: &str| std::fs::write(file, text).unwrap();
+        for role in [Role::Node, Role::Server] {
+            assert_eq!(asked(role), own.socket, "nobody runs, and nothing is written");
+            write(&system.socket, "");
+            assert_eq!(asked(role), system.socket, "only the system's daemon runs");
+            write(&system.config, "socket = \"/run/elsewhere.sock\"\n");
+            assert_eq!(asked(role), Path::new("/run/elsewhere.sock"), "the system's file");
+            write(&own.socket, "");
+            assert_eq!(asked(role), own.socket, "the user's own daemon runs");
+            write(&own.config, "socket = \"/tmp/mine.sock\"\n");
+            assert_eq!(asked(role), Path::new("/tmp/mine.sock"), "the user's own file");
+            write(&own.config, "sockt = 1\n");
+            assert_eq!(asked(role), own.socket, "a wrong file does not keep a command from asking");
+            for file in [&own.config, &own.socket, &system.config, &system.socket] {
+                std::fs::remove_file(file).unwrap();
+            }
+        }
     }
 
     #[test]

@@ -16,7 +16,6 @@ use ipnet::Ipv4Net;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use super::LabOptions;
 use super::forwarder::Forwarder;
 use super::internet::{Internet, Link, Router, Site, UdpPolicy};
 use super::machine::{Machine, MachinePlan};
@@ -25,6 +24,7 @@ use super::ping::ping;
 use super::report::{MachineReport, Report, drawing, milliseconds};
 use super::state::{LabState, MachineState};
 use super::story::{Overlay, socket};
+use super::{LabOptions, program};
 use crate::io::clock;
 
 /// Runs the lab until its standard input ends. For the process that `overlay lab` starts.
@@ -110,7 +110,8 @@ impl Run<'_> {
     fn stay(&mut self) -> Result<()> {
         let example = if self.options.bare { "COMMAND" } else { "overlay status" };
         self.report.say("");
-        self.report.say(&format!("  run anything inside:  overlay lab exec alice -- {example}"));
+        let exec = format!("{} lab exec alice -- {example}", program());
+        self.report.say(&format!("  run anything inside:  {exec}"));
         self.report.say("  stop:                 Ctrl-C");
         // To stop the server or a node, and see what the others make of it, is what a lab is for.
         while self.shutdown.sleep(WATCH).is_ok() {

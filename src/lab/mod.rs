@@ -68,6 +68,13 @@ impl Default for LabOptions {
     }
 }
 
+/// This program as it was called, for a person to type again: it may not be in the search path.
+#[must_use]
+pub fn program() -> String {
+    let called = std::env::args_os().next().filter(|name| !name.is_empty());
+    called.map_or_else(|| "overlay".into(), |name| name.to_string_lossy().into_owned())
+}
+
 impl LabOptions {
     /// The same options as words of the command line.
     fn to_args(&self) -> Vec<String> {

@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 
 use super::inside::Shutdown;
 use super::machine::Machine;
+use super::program;
 use crate::io::clock;
 
 /// A process of the lab; it is killed when this is dropped.
@@ -80,7 +81,8 @@ impl Node {
         let (what, machine) = (&self.what, self.machine);
         Some(format!(
             "{what} on {machine} has ended ({status})\n  \
-             start it again:       overlay lab exec {machine} -- {what}"
+             start it again:       {} lab exec {machine} -- {what}",
+            program()
         ))
     }
 

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{LabOptions, state};
+use super::{LabOptions, program, state};
 
 /// Why there can be no lab here.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +51,7 @@ pub fn start(options: &LabOptions) -> Result<ExitCode> {
 fn supervise(options: &LabOptions, directory: &Path) -> Result<ExitCode> {
     let mut command = Command::new("/proc/self/exe");
     command
-        .arg0("overlay")
+        .arg0(program())
         .args(["lab", "--inside"])
         .arg(directory)
         .args(options.to_args())

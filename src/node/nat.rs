@@ -14,7 +14,7 @@ use rand::Rng;
 use super::Node;
 use crate::path::side::Facts;
 use crate::path::{Filtering, Mapping};
-use crate::types::{CandidateKind, TxId};
+use crate::types::{CandidateKind, TxId, is_of_one_site};
 use crate::wire::relay::Control;
 
 /// An answer that has not come by then was kept out.
@@ -67,10 +67,7 @@ impl Node {
             let kept_out = near && self.filter_test.asked.is_some_and(waited);
             kept_out.then_some(Filtering::AddressAndPortDependent)
         };
-        let global = |ip: IpAddr| match ip {
-            IpAddr::V6(ip) => !ip.is_unique_local() && !ip.is_unicast_link_local(),
-            IpAddr::V4(_) => false,
-        };
+        let global = |ip: IpAddr| ip.is_ipv6() && !is_of_one_site(ip);
         // A static candidate is a guess, and no fact.
         let mapped = |kind| kind == CandidateKind::PortMapped;
         Facts {

@@ -1,7 +1,9 @@
 //! Which of two proved paths is better, and whether it is better by enough.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
+
+use crate::types::is_private;
 
 /// A path is left for one of the same tier only when that saves this much: below, the difference
 /// is noise and switching would only reorder packets.
@@ -26,11 +28,7 @@ enum Tier {
 
 impl Score {
     pub(crate) fn of(remote: SocketAddr, rtt: Duration) -> Self {
-        let private = match remote.ip() {
-            IpAddr::V4(ip) => ip.is_private(),
-            IpAddr::V6(ip) => ip.is_unique_local(),
-        };
-        Self { tier: if private { Tier::Local } else { Tier::Remote }, rtt }
+        Self { tier: if is_private(remote.ip()) { Tier::Local } else { Tier::Remote }, rtt }
     }
 
     /// The same path, when it goes by an uplink that one side prefers another one to.

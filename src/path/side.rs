@@ -1,10 +1,10 @@
 //! One side's view of the ways to the other, and what two networks allow together.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::{Filtering, Mapping, NatFacts, ProbeOutcome, Via};
-use crate::types::{CandidateKind, is_shared};
+use crate::types::CandidateKind;
 
 /// What was heard this long ago, in a pair that is in use, is no news of before.
 const JUST_HEARD: Duration = Duration::from_secs(3);
@@ -235,15 +235,6 @@ impl Side {
 
     pub(super) fn hears(&self) -> bool {
         self.tried.iter().any(|tried| tried.heard.is_some())
-    }
-}
-
-/// Whether an address is of a private network, a provider's own (RFC 6598) among them. For what is said of a
-/// path; an opener goes there like into the internet (`agent::opener`).
-pub(super) fn is_private(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local() || is_shared(ip),
-        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
     }
 }
 

@@ -7,9 +7,9 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::side::{Edge, Outlook, Side, is_private};
+use super::side::{Edge, Outlook, Side};
 use super::{Filtering, Mapping, ProbeOutcome, Via};
-use crate::types::CandidateKind;
+use crate::types::{CandidateKind, is_internal};
 
 /// What the server says of the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -203,7 +203,7 @@ fn direct(pair: &Pair<'_>, remote: SocketAddr) -> Judged {
 fn direct_kind(pair: &Pair<'_>, remote: SocketAddr) -> (Word, &'static str) {
     let kinds = [pair.own.path_kind(), pair.peer.and_then(Side::path_kind)];
     let either = |kind| kinds.contains(&Some(kind));
-    if is_private(remote.ip()) {
+    if is_internal(remote.ip()) {
         return (Word::DirectLan, "inside one private network");
     }
     if remote.is_ipv6() {

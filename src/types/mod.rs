@@ -9,6 +9,7 @@ mod id;
 mod key;
 mod name;
 mod net;
+mod reach;
 mod tag;
 mod uplink;
 
@@ -18,6 +19,7 @@ pub use drops::{DropCounters, DropReason};
 pub use id::{InviteId, NetworkId, NodeId, ParseIdError, SocketId, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
-pub use net::{OverlayAddrs, OverlayRange, RangeError, is_global_v4, is_shared, source_of};
+pub use net::{OverlayAddrs, OverlayRange, RangeError, source_of};
+pub use reach::{is_global_v4, is_inside, is_internal, is_link_local, is_of_one_site, is_private};
 pub use tag::{Tag, TagError};
 pub use uplink::Uplink;

@@ -5,6 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
+use super::reach::is_inside;
+
 /// What counts as one source where senders are limited: a home has one IPv4 address or one IPv6 /64.
 #[must_use]
 pub fn source_of(remote: IpAddr) -> IpAddr {
@@ -60,23 +62,6 @@ impl TryFrom<Prefixes> for OverlayRange {
     }
 }
 
-/// Whether this is of the addresses that a provider and its customers share, 100.64.0.0/10 (RFC 6598).
-#[must_use]
-pub fn is_shared(ip: Ipv4Addr) -> bool {
-    let [a, b, ..] = ip.octets();
-    a == 100 && b & 0xc0 == 64
-}
-
-/// Whether the internet may know this address: no private, shared, link-local or loopback one.
-#[must_use]
-pub fn is_global_v4(ip: Ipv4Addr) -> bool {
-    !(ip.is_private()
-        || is_shared(ip)
-        || ip.is_link_local()
-        || ip.is_loopback()
-        || ip.is_unspecified())
-}
-
 impl OverlayRange {
     /// Checks and keeps the two prefixes.
     ///
@@ -87,8 +72,7 @@ impl OverlayRange {
         if !(8..=29).contains(&v4.prefix_len()) {
             return Err(RangeError::V4Size { range: v4 });
         }
-        let private = |ip: Ipv4Addr| ip.is_private() || is_shared(ip);
-        if !(private(v4.network()) && private(v4.broadcast())) {
+        if !(is_inside(v4.network().into()) && is_inside(v4.broadcast().into())) {
             return Err(RangeError::V4NotPrivate { range: v4 });
         }
         if v6.network().octets()[0] != 0xfd || !(48..=64).contains(&v6.prefix_len()) {

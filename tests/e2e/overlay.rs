@@ -270,6 +270,14 @@ impl Node {
         self.up("");
     }
 
+    /// `overlay down`, and at once what [`Self::up_again`] does.
+    pub(crate) fn down_and_up(&mut self) {
+        let mut old = self.daemon.take().expect("the node runs");
+        self.cli(&["down"]).success("down");
+        self.up_again();
+        assert_eq!(old.wait_exit(EXIT_LIMIT), Some(0));
+    }
+
     /// Runs `overlay up` in the foreground; for starts that are to fail.
     pub(crate) fn up_to_end(&self, join: &str) -> Output {
         let args = self.up_args(join);

@@ -55,6 +55,27 @@ pub(super) struct Interface {
     is_kept: bool,
 }
 
+/// Makes the device that [`Interface::create`] will take, unless one of `kept` has its name: a missing
+/// right or a taken name is found before the network is joined, which cannot be undone from here.
+///
+/// # Errors
+/// Those of the making, later.
+pub(super) async fn reserve(
+    options: &NodeOptions,
+    kept: &mut Vec<Tun>,
+) -> Result<(), InterfaceError> {
+    if kept.iter().any(|tun| tun.name() == options.interface) {
+        return Ok(());
+    }
+    let wanted = TunOptions::named(&options.interface).with_offloads(options.offloads.tun);
+    let tun = Tun::open(&wanted)?;
+    // One that was made for its user opens without the right to configure it.
+    let (netlink, mtu) = (Netlink::connect()?, options.interface_mtu());
+    netlink.set_link(tun.index(), Some(u32::from(mtu)), LinkState::Down).await?;
+    kept.push(tun);
+    Ok(())
+}
+
 /// What the kernel still had of the interface.
 #[derive(Debug, PartialEq, Eq)]
 enum Condition {
@@ -68,7 +89,8 @@ enum Condition {
 
 impl Interface {
     /// Makes and configures it; when this returns, the overlay address is usable. If one of `kept`,
-    /// the devices of an earlier run, is what is wanted, that one goes on as it is.
+    /// the devices of an earlier run and a [reserved](reserve) one, is what is wanted, that one goes
+    /// on as it is.
     async fn create(
         options: &NodeOptions,
         identity: Identity,
@@ -88,7 +110,9 @@ impl Interface {
         }
         let tun = match kept {
             Some(tun) => {
-                tracing::info!(interface = tun.name(), "going on with the interface of before");
+                if addresses.iter().any(|it| it.index == tun.index()) {
+                    tracing::info!(interface = tun.name(), "going on with the interface of before");
+                }
                 forget_peers(&netlink, &identity, &routes, tun.index()).await;
                 tun
             }

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 
+use super::ping::{PingLine, PingPlan, ping};
 use super::portmap::PortMapping;
 use super::report::{OwnStatus, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis};
 use super::rotate::Rotated;
@@ -16,21 +17,15 @@ use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
 use crate::io::metrics::Page;
-use crate::path::{Answer, Via};
+use crate::path::Answer;
 use crate::types::NodeId;
 
-/// How long one reply to a ping is waited for.
-const REPLY_LIMIT: Duration = Duration::from_secs(2);
 /// How long the server is waited for when the node key is renewed.
 const ROTATE_LIMIT: Duration = Duration::from_secs(6);
 /// How often it is looked whether the server has told of a peer that it was asked for.
 const SEEK_INTERVAL: Duration = Duration::from_millis(10);
 /// How long that is looked for; the node gives up before.
 const SEEK_LIMIT: Duration = Duration::from_secs(1);
-/// Between pings of a person.
-const CALM: Duration = Duration::from_secs(1);
-/// Between pings of somebody who waits for the direct path.
-const EAGER: Duration = Duration::from_millis(100);
 
 /// What the command line asks a node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -72,23 +67,6 @@ pub enum Question {
     Down,
 }
 
-/// One ping, as it is told on the socket.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PingLine {
-    /// Counted from 1.
-    pub seq: u64,
-    /// The peer's name, for people.
-    pub name: String,
-    /// Its overlay address, for people.
-    pub ipv4: std::net::Ipv4Addr,
-    /// Round trip in milliseconds; none when there was no reply.
-    pub rtt_ms: Option<f64>,
-    /// `direct`, `relay-udp` or `relay-tcp`; of no reply, the state of the path.
-    pub kind: String,
-    /// The endpoint.
-    pub remote: Option<String>,
-}
-
 /// What a connection asks the control task.
 pub(super) enum Request {
     Status(oneshot::Sender<Status>),
@@ -106,7 +84,16 @@ pub(super) enum Request {
 }
 
 /// Serves the socket until this is dropped.
-pub(super) struct LocalServer(AbortHandle);
+pub(super) struct LocalServer(JoinHandle<()>);
+
+impl LocalServer {
+    /// Removes the socket; when this returns, it is gone.
+    pub(super) async fn end(mut self) {
+        self.0.abort();
+        // It was called off, which is what was wanted.
+        let _ = (&mut self.0).await;
+    }
+}
 
 impl Drop for LocalServer {
     fn drop(&mut self) {
@@ -137,14 +124,22 @@ pub(super) fn serve_local(listener: LocalListener, requests: mpsc::Sender<Reques
             }
         }
     };
-    LocalServer(tokio::spawn(accepting).abort_handle())
+    LocalServer(tokio::spawn(accepting))
 }
 
 async fn serve(
     mut connection: LocalConnection,
     requests: &mpsc::Sender<Request>,
 ) -> Result<(), LocalError> {
-    while let Some(question) = connection.question().await? {
+    loop {
+        let question = match connection.question().await {
+            Ok(Some(question)) => question,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                connection.answer(&Reply::<()>::Error(not_understood(&error))).await?;
+                return Err(error);
+            }
+        };
         let always = matches!(question, Question::Netcheck | Question::Down);
         if !always && let Some(Some(refusal)) = ask(requests, Request::Unready).await {
             connection.answer(&Reply::<()>::Error(refusal)).await?;
@@ -210,7 +205,17 @@ async fn serve(
             }
         }
     }
-    Ok(())
+}
+
+fn not_understood(error: &LocalError) -> Refusal {
+    Refusal {
+        code: exit::USAGE,
+        error: "the node does not understand the question".into(),
+        cause: error.to_string(),
+        help: "use the same version for command and node (overlay version), and restart the node \
+               if it was replaced"
+            .into(),
+    }
 }
 
 fn not_allowed(what: &str, help: &str) -> Refusal {
@@ -239,7 +244,7 @@ async fn rotate(requests: &mpsc::Sender<Request>) -> Reply<Rotated> {
     }
 }
 
-fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
+pub(super) fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     answer.map_or_else(
         || {
             Reply::Error(Refusal {
@@ -293,66 +298,6 @@ async fn seek(requests: &mpsc::Sender<Request>, text: &str) {
     }
 }
 
-struct PingPlan {
-    count: Option<u64>,
-    until_direct: bool,
-    limit: Option<Duration>,
-}
-
-async fn ping(
-    connection: &mut LocalConnection,
-    requests: &mpsc::Sender<Request>,
-    text: String,
-    plan: PingPlan,
-) -> Result<(), LocalError> {
-    let find = |sender| Request::Find(text.clone(), sender);
-    let Some(Some((id, _))) = ask(requests, find).await else {
-        let refusal = unknown_peer(requests, &text).await;
-        return connection.answer(&Reply::<PingLine>::Error(refusal)).await;
-    };
-    let started = clock::now();
-    let end = plan.limit.map(|limit| started + limit);
-    let mut seq = 0;
-    while plan.count.is_none_or(|count| seq < count) {
-        seq += 1;
-        let sent_at = clock::now();
-        let left = end.map(|end| end.saturating_duration_since(sent_at));
-        if left == Some(Duration::ZERO) {
-            break;
-        }
-        let wait = left.map_or(REPLY_LIMIT, |left| left.min(REPLY_LIMIT));
-        let answer = match ask(requests, |sender| Request::Ping(id, sender)).await {
-            Some(Some(pong)) => tokio::time::timeout(wait, pong).await.ok().and_then(Result::ok),
-            // No path at this moment: as good as a lost ping, and nothing to wait for.
-            Some(None) | None => None,
-        };
-        let Some(Some((_, mut line))) =
-            ask(requests, |sender| Request::Find(id.to_string(), sender)).await
-        else {
-            break;
-        };
-        line.seq = seq;
-        if let Some(answer) = answer {
-            line.rtt_ms = Some(millis(answer.rtt));
-            line.kind = answer.via.kind().into();
-            if let Via::Direct { remote, .. } = answer.via {
-                line.remote = Some(remote.to_string());
-            }
-        }
-        let direct = answer.is_some_and(|answer| !answer.via.is_relay());
-        connection.answer(&Reply::Ok(line)).await?;
-        if plan.until_direct && direct || plan.count == Some(seq) {
-            break;
-        }
-        let spacing = if plan.until_direct { EAGER } else { CALM };
-        let next = sent_at + spacing;
-        let next = end.map_or(next, |end| next.min(end));
-        tokio::time::sleep_until(next.into()).await;
-    }
-    // An empty line of pings ends the row.
-    connection.answer(&Reply::Ok(Option::<PingLine>::None)).await
-}
-
 impl Daemon {
     fn punching(&self) -> PunchReport {
         let counters = self.node.punch_counters();
@@ -365,6 +310,12 @@ impl Daemon {
             sockets_open: self.node.extra_sockets(),
             probes: counters.probes,
         }
+    }
+
+    /// From here on every command is told that the node is about to end.
+    pub(super) fn refuse_requests(&mut self) {
+        self.requests.close();
+        while self.requests.try_recv().is_ok() {}
     }
 
     pub(super) fn handle_request(&mut self, request: Request) {
@@ -474,6 +425,7 @@ impl Daemon {
                 port_mapping: self.port_mapping.as_ref().map(PortMapping::report),
                 punching: self.punching(),
                 node_key: self.key_report(),
+                expired: self.node.is_expired(now),
                 warnings: self.warnings(now),
                 uplinks: self.uplink_reports(),
             },
@@ -486,5 +438,30 @@ impl Daemon {
             peers: self.node.peer_statuses(now).into_iter().map(PeerReport::from).collect(),
             nodes: self.node.network_size(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::local::LocalClient;
+
+    #[tokio::test]
+    async fn a_question_of_another_version_is_answered_with_that_as_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("node.sock");
+        let listener = LocalListener::bind(&path).await.unwrap();
+        let (requests, _nobody_asks) = mpsc::channel(1);
+        let local = serve_local(listener, requests);
+        let mut client = LocalClient::connect(&path).await.unwrap();
+        client.ask(&serde_json::json!({"of-tomorrow": {"peer": "bob"}})).await.unwrap();
+        let answer = client.next::<Reply<()>>().await.unwrap();
+        let Some(Reply::Error(refusal)) = answer else { panic!("{answer:?}") };
+        assert_eq!(refusal.code, exit::USAGE);
+        assert!(refusal.cause.contains("of-tomorrow"), "{refusal:?}");
+        assert!(refusal.help.contains("overlay version"), "{refusal:?}");
+        assert_eq!(client.next::<Reply<()>>().await.unwrap(), None, "and it hangs up");
+        local.end().await;
+        assert!(!path.exists());
     }
 }

@@ -1,13 +1,15 @@
 //! The node daemon: joins the node core to sockets, TUN, netlink and the local socket.
 //!
-//! One task owns the core and serves every source once per turn; two plain threads (`threads`)
-//! move packets, and `extra` are sockets that come and go. `startup` makes all of it, `state` is
-//! what is on disk, `saving` when it gets there, `control_link` keeps the control connection, `interface`
-//! the TUN interface, `roam` follows the network around us, `portmap` asks the router for a port,
-//! `local` answers the command line, `lines` knows the uplinks beside the preferred one, `metrics`
-//! Prometheus, `rotate` renews the node key, `reload` applies a new configuration, `explain` has its
-//! answers about paths, `netcheck` measures the network in front of us.
+//! One task owns the core and serves every source once per turn; two plain threads (`threads`) move
+//! packets, and `extra` are sockets that come and go. `startup` makes all of it, `bind` the main
+//! UDP sockets, `state` is what is on disk, `saving` when it gets there, `control_link` keeps the
+//! control connection, `interface` the TUN interface, `roam` follows the network around us,
+//! `portmap` asks the router for a port, `local` answers the command line, `ping` the longest of
+//! its questions, `lines` knows the uplinks beside the preferred one, `metrics` Prometheus,
+//! `rotate` renews the node key, `reload` applies a new configuration, `explain` has its answers
+//! about paths, `netcheck` measures the network in front of us.
 
+mod bind;
 mod control_link;
 pub mod explain;
 mod extra;
@@ -17,6 +19,7 @@ mod local;
 mod metrics;
 mod netcheck;
 mod path_mtu;
+mod ping;
 mod portmap;
 mod reload;
 pub mod report;
@@ -30,7 +33,8 @@ mod state;
 mod threads;
 
 pub use interface::InterfaceError;
-pub use local::{PingLine, Question};
+pub use local::Question;
+pub use ping::PingLine;
 pub use startup::{NodeOptions, Offloads, StartError, run};
 pub use state::{ENROLMENT_FILE, StateError, rewritten};
 
@@ -85,7 +89,7 @@ struct Daemon {
     node: Node,
     ports: Arc<Ports>,
     interface: Option<Interface>,
-    /// TUN devices that an earlier run has left to the service manager.
+    /// TUN devices that an earlier run has left to the service manager, and one made in advance.
     kept: Vec<Tun>,
     /// What each direct path carries, where that is not what every path does.
     peer_mtus: BTreeMap<Ipv4Addr, (OverlayAddrs, u16)>,

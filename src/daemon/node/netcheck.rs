@@ -17,7 +17,7 @@ use super::{Daemon, path_mtu};
 use crate::io::clock;
 use crate::node::UplinkStatus;
 use crate::path::{NatFacts, NatKind};
-use crate::types::{TxId, Uplink};
+use crate::types::{TxId, Uplink, is_of_one_site};
 use crate::wire::control::DEFAULT_PORT;
 use crate::wire::join::ServerAddr;
 use crate::wire::relay::{CONTROL_LEN, Control};
@@ -142,10 +142,7 @@ pub(super) async fn run(mut inputs: Inputs) -> Netcheck {
         probe_uplinks(&inputs.uplinks, &inputs.reflectors),
     );
     let udp = servers.iter().any(|server| server.rtt_ms.is_some());
-    let global_v6 = inputs.local.iter().find(|ip| match ip {
-        IpAddr::V6(ip) => !ip.is_unique_local() && !ip.is_unicast_link_local(),
-        IpAddr::V4(_) => false,
-    });
+    let global_v6 = inputs.local.iter().find(|ip| ip.is_ipv6() && !is_of_one_site(**ip));
     let kind = nat.as_ref().map(|nat| nat.facts.kind());
     Netcheck {
         schema: SCHEMA,

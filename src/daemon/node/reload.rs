@@ -50,7 +50,6 @@ impl Daemon {
             self.surroundings.rescan_at = Some(clock::now());
         }
         if new.metrics != self.options.metrics {
-            self.options.metrics = new.metrics;
             self.serve_metrics(new.metrics);
         }
         self.options.rotate_key_after = new.rotate_key_after;
@@ -69,10 +68,14 @@ impl Daemon {
         }
     }
 
-    fn serve_metrics(&mut self, at: Option<LoopbackAddr>) {
+    fn serve_metrics(&mut self, wished: Option<LoopbackAddr>) {
         let start = |at| super::metrics::start(at, &self.request_sender);
-        match at.map(start).transpose() {
-            Ok(server) => self.metrics = server,
+        match wished.map(start).transpose() {
+            Ok(server) => {
+                self.metrics = server;
+                self.options.metrics = wished;
+            }
+            // It is tried again at the next reload.
             Err(error) => {
                 let at = self.metrics.as_ref().map(MetricsServer::address);
                 tracing::error!(%error, still_at = ?at, "metrics cannot be moved");

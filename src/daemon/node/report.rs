@@ -68,6 +68,9 @@ pub struct OwnStatus {
     /// How old the node key is, and whether it is being renewed.
     #[serde(default)]
     pub node_key: NodeKeyReport,
+    /// Whether the membership of this node has ended: no peer talks to it.
+    #[serde(default)]
+    pub expired: bool,
     /// What the user should do something about, in sentences.
     #[serde(default)]
     pub warnings: Vec<String>,

@@ -1,7 +1,6 @@
 //! From options to a running daemon, and its end.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,24 +8,23 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::bind::bind_udp;
 use super::control_link::ControlLink;
-use super::extra::bind_socket;
-use super::interface::{InterfaceError, widest_mtu};
-use super::local::serve_local;
+use super::interface::{InterfaceError, reserve, widest_mtu};
+use super::local::{LocalServer, serve_local};
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
 use super::rotate::Rotation;
 use super::state::{StateDir, StateError, is_known};
 use super::threads::{Ports, Threads};
 use super::{Daemon, Ended};
-use crate::dataplane::{TunBatch, UdpBatch};
+use crate::dataplane::{Note, TunBatch, UdpBatch};
 use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::LoopbackAddr;
 use crate::io::service::reload::{Read, Reload};
 use crate::io::service::{Watchdog, handed_tuns};
-use crate::io::udp::UdpSocket;
 use crate::node::{Event, Node, NodeSettings};
 use crate::path::BASE_MTU;
 use crate::server::admin::rfc3339;
@@ -158,6 +156,14 @@ pub enum StartError {
         /// The port.
         port: u16,
     },
+    /// The UDP port that was asked for cannot be had.
+    #[error("UDP port {port} cannot be used")]
+    Port {
+        /// The port.
+        port: u16,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The local socket.
     #[error(transparent)]
     Local(#[from] LocalError),
@@ -252,9 +258,14 @@ pub async fn run(
     };
     let mut state = StateDir::open(&options.state_dir)?;
     prepare(&options, &mut state)?;
-    let keys = state.keys()?;
     let enrolment = state.enrolment().ok_or(StartError::NotEnrolled)?.clone();
     let netmap = if enrolment.joined { state.netmap() } else { crate::node::Netmap::default() };
+    let mut kept = handed_tuns();
+    if netmap.identity.is_none() && !options.enrol_only {
+        // Before there are keys: another user, who may do it, will join with others.
+        reserve(&options, &mut kept).await?;
+    }
+    let keys = state.keys()?;
 
     let now = clock::now();
     let call_epoch = clock::unix_seconds().saturating_mul(1000);
@@ -268,7 +279,7 @@ pub async fn run(
         node,
         ports: Arc::clone(&ports),
         interface: None,
-        kept: handed_tuns(),
+        kept,
         peer_mtus: std::collections::BTreeMap::new(),
         state,
         control_link,
@@ -297,14 +308,26 @@ pub async fn run(
         configured,
         reload,
         metrics: None,
-        request_sender: request_sender.clone(),
+        request_sender,
         refused: None,
         rival: None,
         connect_error: None,
         ended: None,
     };
     daemon.scan_interfaces().await;
+    live(daemon, listener, note_sender, &mut stop, ready).await
+}
+
+/// The life of a daemon that has all it needs.
+async fn live(
+    mut daemon: Daemon,
+    listener: LocalListener,
+    note_sender: mpsc::Sender<Note>,
+    stop: &mut StopSignals,
+    ready: impl FnOnce(&Node),
+) -> Result<Ended, StartError> {
     // From here on commands are answered, though most of them with "not enrolled yet".
+    let (request_sender, ports) = (daemon.request_sender.clone(), Arc::clone(&daemon.ports));
     let metrics = daemon.options.metrics.filter(|_| !daemon.options.enrol_only);
     daemon.metrics = metrics.map(|at| super::metrics::start(at, &request_sender)).transpose()?;
     let local = serve_local(listener, request_sender);
@@ -312,10 +335,18 @@ pub async fn run(
         Threads::start(&ports, &note_sender)
             .map_err(|source| StartError::Io { action: "starting the packet threads", source })
     };
-    let (threads, ended) = daemon.come_up(&mut stop, &start_threads).await?;
-    if let Some(ended) = ended {
-        return Ok(ended);
-    }
+    let threads = match daemon.come_up(stop, &start_threads).await {
+        Ok((threads, None)) => threads,
+        Ok((threads, Some(ended))) => {
+            drop(threads);
+            leave(daemon, ports, local).await;
+            return Ok(ended);
+        }
+        Err(error) => {
+            leave(daemon, ports, local).await;
+            return Err(error);
+        }
+    };
     daemon.state.set_listen_port(ports.listen_port());
     daemon.save();
     if daemon.options.enrol_only {
@@ -325,14 +356,22 @@ pub async fn run(
     let threads = threads.map_or_else(start_threads, Ok)?;
     daemon.ready = true;
     ready(&daemon.node);
-    let ended = daemon.serve(&mut stop).await;
+    let ended = daemon.serve(stop).await;
     daemon.metrics = None;
-    drop(local);
+    daemon.refuse_requests();
     daemon.end_interface(matches!(ended, Ok(Ended::Down | Ended::Removed))).await;
     drop(threads);
     daemon.end_portmap().await;
     daemon.save();
+    leave(daemon, ports, local).await;
     ended
+}
+
+/// The socket goes last: who waits for its end finds the interface, the port and the lock free.
+async fn leave(mut daemon: Daemon, ports: Arc<Ports>, local: LocalServer) {
+    daemon.refuse_requests();
+    drop((daemon, ports));
+    local.end().await;
 }
 
 /// Binds the main sockets, for the two threads and the control task.
@@ -416,34 +455,4 @@ impl Daemon {
             let _ = tokio::time::timeout(limit, self.turn(stop)).await;
         }
     }
-}
-
-fn bind_udp(
-    options: &NodeOptions,
-    saved_port: u16,
-) -> Result<(Option<UdpSocket>, Option<UdpSocket>), StartError> {
-    let bind = |ip: IpAddr, port| bind_socket(SocketAddr::new(ip, port), None, options.offloads);
-    let v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port);
-    let v6 = |port| bind(Ipv6Addr::UNSPECIFIED.into(), port);
-    let wanted = options.listen_port.unwrap_or(saved_port);
-    let udp_v4 = match v4(wanted) {
-        Ok(socket) => Some(socket),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            if options.listen_port.is_some() {
-                return Err(StartError::PortTaken { port: wanted });
-            }
-            tracing::warn!(port = wanted, "the UDP port of the last run is taken, using another");
-            v4(0).ok()
-        }
-        Err(_) => None,
-    };
-    let port =
-        udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()).map_or(wanted, |a| a.port());
-    // Another port for IPv6 is as good, it has candidates of its own.
-    let udp_v6 = v6(port).or_else(|_| v6(0)).ok();
-    if udp_v4.is_none() && udp_v6.is_none() {
-        let source = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        return Err(StartError::Io { action: "binding a UDP socket", source });
-    }
-    Ok((udp_v4, udp_v6))
 }

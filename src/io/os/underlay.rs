@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::net::IpAddr;
 
 use super::{InterfaceAddress, Link, LinkKind, Route};
-use crate::types::{Uplink, is_shared};
+use crate::types::{Uplink, is_inside, is_link_local};
 
 /// The most addresses of one family.
 const MAX_PER_FAMILY: usize = 16;
@@ -104,7 +104,7 @@ impl Facts<'_> {
         let other_default = !in_use && self.has_default(link.index, v4);
         // What the main socket answers leaves by the route in use, where this source is foreign. A
         // further uplink has a socket and a candidate of its own.
-        if other_default && !is_private(ip) {
+        if other_default && !is_inside(ip) {
             return None;
         }
         if address.temporary {
@@ -128,7 +128,7 @@ impl Facts<'_> {
             LinkKind::PointToPoint | LinkKind::Tap => default,
             LinkKind::Bridge => default || self.has_real_port(link.index),
             LinkKind::Device | LinkKind::Veth => {
-                default || !alone || v4 && !is_private(address.addr.addr())
+                default || !alone || v4 && !is_inside(address.addr.addr())
             }
         }
     }
@@ -232,22 +232,6 @@ fn cap(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
     }
     v4.append(&mut v6);
     v4
-}
-
-/// Means something on one cable only.
-fn is_link_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => address.is_link_local(),
-        IpAddr::V6(address) => address.is_unicast_link_local(),
-    }
-}
-
-/// Not routed in the internet: RFC 1918, and RFC 6598 between a provider and its customers.
-fn is_private(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(ip) => ip.is_private() || is_shared(ip),
-        IpAddr::V6(ip) => ip.is_unique_local(),
-    }
 }
 
 #[cfg(test)]

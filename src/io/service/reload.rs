@@ -17,7 +17,8 @@ pub struct Reload<O> {
 impl<O> Reload<O> {
     /// From here on SIGHUP does not end a program that runs without a terminal.
     pub fn new(read: Read<O>) -> Self {
-        let background = !std::io::stdin().is_terminal();
+        // Standard input may be the pipe that the join line came by.
+        let background = !std::io::stdin().is_terminal() && !std::io::stderr().is_terminal();
         let hangup = background.then(|| signal(SignalKind::hangup()));
         let hangup = hangup.transpose().unwrap_or_else(|error| {
             tracing::warn!(%error, "SIGHUP cannot be waited for");

@@ -19,11 +19,11 @@
 //! server never knows it: only our call tells the peer the ports that come next, and it may have to
 //! wait until we have looked where the NAT stands.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::{Endpoint, PathAgent};
-use crate::types::CandidateKind;
+use crate::types::{CandidateKind, is_of_one_site};
 
 /// Hops that an opener lives: through the home's router, and not into another home.
 pub const OPENER_TTL: u8 = 2;
@@ -104,14 +104,6 @@ impl Endpoint {
             | CandidateKind::Uplink => true,
             CandidateKind::Host | CandidateKind::PortMapped | CandidateKind::Static => false,
         };
-        behind_nat && !is_private(remote.ip())
-    }
-}
-
-/// Whether an address means something in one site only.
-pub(super) fn is_private(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
-        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
+        behind_nat && !is_of_one_site(remote.ip())
     }
 }

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::opener::{Cause, is_private};
+use super::opener::Cause;
 use super::{Endpoint, KEEPALIVE, PathAgent, PathTransmit};
 use crate::path::probe::{Due, ProbeOutcome};
 use crate::path::trickle::with_headers;
 use crate::path::{Place, Via, predict};
-use crate::types::{CandidateKind, TxId, usable_underlay};
+use crate::types::{CandidateKind, TxId, is_of_one_site, usable_underlay};
 use crate::wire::disco::PING_LEN;
 
 /// How many endpoints a peer may teach us by sending from them, beside those it announces.
@@ -260,7 +260,7 @@ impl PathAgent {
 
     /// Whether so many bytes, headers and all, may go to an address that has proved nothing.
     pub(super) fn may_spend(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
-        let all = self.together.as_ref().filter(|_| !is_private(to.to_canonical()));
+        let all = self.together.as_ref().filter(|_| !is_of_one_site(to.to_canonical()));
         // What the one refuses is not on the other one's account.
         self.trickle.has_bytes(bytes, to, now)
             && all.is_none_or(|all| all.take_bytes(bytes, to, now))

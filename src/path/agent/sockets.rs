@@ -3,10 +3,10 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use super::opener::{Cause, is_private};
+use super::opener::Cause;
 use super::{Endpoint, PROOF_LIFETIME, PathAgent};
 use crate::path::{Place, ProbeOutcome};
-use crate::types::{CandidateKind, SocketId};
+use crate::types::{CandidateKind, SocketId, is_of_one_site};
 
 /// A path that was heard this long ago, and is not proved yet, is waited for.
 const PROVING: Duration = Duration::from_secs(6);
@@ -56,7 +56,7 @@ impl PathAgent {
             .endpoints
             .iter()
             .filter(|(place, _)| place.socket == SocketId::MAIN && place.remote.is_ipv4())
-            .filter(|(place, _)| !is_private(place.remote.ip()))
+            .filter(|(place, _)| !is_of_one_site(place.remote.ip()))
             .filter(|(_, endpoint)| endpoint.kind != CandidateKind::Predicted)
             .map(|(place, endpoint)| (Place { socket, ..*place }, endpoint.kind))
             .collect();

@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 
 use super::choose::KEEPALIVE;
-use super::opener::{Cause, is_private};
+use super::opener::Cause;
 use super::rounds::{CALL_SPACING, IN_USE};
 use super::{Endpoint, PathAgent, PathTransmit};
 use crate::path::{Place, Via};
-use crate::types::{CandidateKind, SocketId};
+use crate::types::{CandidateKind, SocketId, is_of_one_site};
 
 /// Places by one further uplink: a peer has few public endpoints.
 const MAX_PLACES: usize = 4;
@@ -145,7 +145,7 @@ impl PathAgent {
                 .filter(|(place, endpoint)| {
                     place.socket == SocketId::MAIN
                         && place.remote.is_ipv6() == line.ipv6
-                        && !is_private(place.remote.ip())
+                        && !is_of_one_site(place.remote.ip())
                         && matches!(
                             endpoint.kind,
                             CandidateKind::Host

@@ -68,12 +68,18 @@ fn network_state(host: &Host) -> String {
     state.join("\n")
 }
 
-/// Runs `up` with a fresh join line, which has to fail and to leave the kernel as it was.
-fn up_fails(place: &Place, node: &Node, codes: &[i32], words: &[&str]) {
+/// Runs `up`, which has to fail and to leave the kernel as it was.
+fn up_fails(place: &Place, node: &Node, join: &str, word: &str) -> Output {
     let before = network_state(&place.host);
-    let output = node.up_to_end(&place.server.join());
-    assert_error(&output, codes, words);
+    let output = node.up_to_end(join);
+    assert_error(&output, &[1], &[word]);
     assert_eq!(network_state(&place.host), before, "nothing is left behind");
+    output
+}
+
+/// Who cannot be a node has not joined: the line is as good as before.
+fn assert_nobody_joined(server: &Server) {
+    assert_eq!(server.nodes()["nodes"].as_array().map(Vec::len), Some(0));
 }
 
 fn no_tun_device() {
@@ -90,7 +96,8 @@ fn no_tun_device() {
 fn no_permission() {
     let place = place();
     let node = Node::new(&place.net, &place.host);
-    let args = node.up_args(&place.server.join());
+    let join = place.server.join();
+    let args = node.up_args(&join);
     // Whoever may not read the folder of the build can still run a copy.
     let copy = place.net.dir().join("overlay");
     fs::copy(binary(), &copy).unwrap();
@@ -101,10 +108,15 @@ fn no_permission() {
     } else {
         command.args(["--bounding-set", "-all", "--inh-caps", "-all"]);
     }
-    command.arg(&copy).args(args);
+    // Nor is the home of whoever runs the tests that user's.
+    command.arg(&copy).args(args).env("HOME", &node.dir);
     let output = process::run(command, Duration::from_secs(20));
     fs::remove_file(&copy).unwrap();
-    assert_error(&output, &[4], &["permission", "permitted", "root", "cap_net_admin"]);
+    assert_error(&output, &[4], &["cap_net_admin"]);
+    assert_nobody_joined(&place.server);
+    let mut node = Node::with_config(&place.net, &place.host, "again", "");
+    node.up(&join);
+    node.wait_connected();
 }
 
 fn interface_taken() {
@@ -117,11 +129,13 @@ fn interface_taken() {
     // A link without IPv6 address yet would change while we look.
     place.host.ns.ip("-6 addr flush dev overlay0");
     place.host.ns.ip("-6 addr flush dev other");
-    up_fails(&place, &node, &[1], &["overlay0"]);
+    let join = place.server.join();
+    up_fails(&place, &node, &join, "overlay0");
+    assert_nobody_joined(&place.server);
 
     let mut node = Node::with_config(&place.net, &place.host, "second", "");
     node.add_args(&["--interface", "overlay7"]);
-    node.up(&place.server.join());
+    node.up(&join);
     node.wait_connected();
 }
 
@@ -133,7 +147,8 @@ fn udp_port_taken() {
         .ns
         .enter(|| (UdpSocket::bind("0.0.0.0:45678").unwrap(), UdpSocket::bind("[::]:45678").ok()));
     node.add_args(&["--listen-port", "45678"]);
-    up_fails(&place, &node, &[1], &["45678"]);
+    up_fails(&place, &node, &place.server.join(), "45678");
+    assert_nobody_joined(&place.server);
 }
 
 fn server_ports_taken() {
@@ -165,7 +180,9 @@ fn route_taken() {
     place.host.ns.ip("-6 addr flush dev far");
     place.host.ns.ip("addr add 10.77.3.1/24 dev office");
     let mut node = Node::new(&place.net, &place.host);
-    up_fails(&place, &node, &[1], &["10.77.3.0/24", "office"]);
+    let failed = up_fails(&place, &node, &place.server.join(), "10.77.3.");
+    assert!(failed.stderr.contains("office"), "{failed:?}");
+    assert!(failed.stderr.contains("overlay server remove NODE"), "it is a member now: {failed:?}");
 
     place.host.ns.ip("addr del 10.77.3.1/24 dev office");
     node.up(&place.server.join());
@@ -175,7 +192,10 @@ fn route_taken() {
 
 fn second_up() {
     let Place { net, server, host } = place();
-    let mut node = Node::start(&net, &host, &server);
+    let mut node = Node::new(&net, &host);
+    node.add_args(&["--listen-port", "45678"]);
+    node.up(&server.join());
+    node.wait_connected();
     let again = node.up_to_end("");
     assert_eq!(again.code, Some(0), "{again:?}");
     let said = format!("{}{}", again.stdout, again.stderr).to_lowercase();
@@ -186,6 +206,11 @@ fn second_up() {
     let other = node.up_to_end(include_str!("../../golden/join-line.txt").trim());
     assert_error(&other, &[1], &["overlay down"]);
     node.wait_connected();
+    // When `down` has ended, the directory, the interface and the port are free.
+    for _ in 0..2 {
+        node.down_and_up();
+        node.wait_connected();
+    }
 }
 
 fn down(node: &mut Node) -> Option<i32> {

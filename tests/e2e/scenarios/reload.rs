@@ -1,7 +1,7 @@
 //! SIGHUP: what a daemon takes from a changed file, what it does not, and a file that is wrong.
 
 use std::fs;
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 
 use nix::sys::signal::Signal;
 
@@ -42,8 +42,14 @@ fn node() {
     let config = "birthday-probing = false\nport-mapping = false\nmetrics = \"127.0.0.1:9586\"\n\
                   listen-port = 5555\n";
     fs::write(&file, config).unwrap();
+    let taken = home.ns.enter(|| TcpListener::bind("127.0.0.1:9586").unwrap());
     alice.daemon().signal(Signal::SIGHUP);
     wait_log(|| alice.log(), "the configuration was read again", 1);
+    assert!(alice.log().contains("metrics cannot be moved"), "{}", alice.log());
+    drop(taken);
+    assert!(!listens(&home, 9586));
+    alice.daemon().signal(Signal::SIGHUP);
+    wait_log(|| alice.log(), "the configuration was read again", 2);
     let status = alice.status().unwrap();
     assert_eq!(status["self"]["punching"]["birthday_probing"], false);
     assert!(status["self"]["port_mapping"].is_null(), "{status}");
@@ -61,7 +67,7 @@ fn node() {
 
     fs::write(&file, "").unwrap();
     alice.daemon().signal(Signal::SIGHUP);
-    wait_log(|| alice.log(), "the configuration was read again", 2);
+    wait_log(|| alice.log(), "the configuration was read again", 3);
     wait_for("nobody listens for Prometheus", START_LIMIT, || {
         (!listens(&home, 9586)).then_some(())
     });
