@@ -22,6 +22,7 @@ use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
 use crate::io::service::Progress;
+use crate::io::threads::Fallen;
 use crate::io::tun::Tun;
 use crate::io::udp::UdpSocket;
 use crate::node::{Opener, WholeProbe};
@@ -49,6 +50,9 @@ pub(super) struct Ports {
     link: ArcSwapOption<LinkSender>,
     shared: Arc<Shared>,
     stop: EventFd,
+    stopping: AtomicBool,
+    /// A thread that has ended without having been told to: no packets move any more.
+    pub(super) fallen: Fallen,
     /// Whether the sending thread watches the interface, and not the receiving one.
     sender_watches: AtomicBool,
     /// Bytes of datagrams that the receiving thread has read, modulo 2^64.
@@ -80,6 +84,8 @@ impl Ports {
             link: ArcSwapOption::empty(),
             shared,
             stop: EventFd::from_value_and_flags(0, flags)?,
+            stopping: AtomicBool::new(false),
+            fallen: Fallen::default(),
             sender_watches: AtomicBool::new(false),
             received: AtomicU64::new(0),
             wake_sender: EventFd::from_value_and_flags(0, flags)?,
@@ -319,8 +325,9 @@ impl Threads {
         ] {
             let (ports, outlet) = (Arc::clone(ports), Arc::clone(&outlet));
             let notes = NoteSender::new(notes.clone(), Arc::clone(&ports.shared));
-            let thread = std::thread::Builder::new().name(name.into());
-            handles.push(thread.spawn(move || run(&ports, &outlet, &notes))?);
+            let (fallen, told) = (ports.fallen.clone(), Arc::clone(&ports));
+            let is_told = move || told.stopping.load(Ordering::Acquire);
+            handles.push(fallen.spawn(name, is_told, move || run(&ports, &outlet, &notes))?);
         }
         Ok(Self { ports: Arc::clone(ports), handles })
     }
@@ -328,6 +335,7 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
+        self.ports.stopping.store(true, Ordering::Release);
         // Never read, so it stays readable and every poll sees it.
         let _ = self.ports.stop.write(1);
         for handle in self.handles.drain(..) {
