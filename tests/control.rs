@@ -203,6 +203,7 @@ async fn relay_datagrams_go_from_udp_to_link_and_back_and_nowhere_else() {
     let Answer::Invited(invited) = ask(dir.path(), invite).await else {
         panic!("an invite is answered with an invite");
     };
+    assert!(invited.warning.is_some_and(|it| it.contains("loopback")), "it listens there alone");
     line = invited.join.expose().parse().unwrap_or(line);
     let mut by_udp = Node::connect(&line, address, 1).await;
     by_udp.hello(Some(&line));

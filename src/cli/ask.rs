@@ -149,8 +149,8 @@ fn unanswered(role: Role, error: &LocalError) -> Failure {
         LocalError::Permission { path, source } => Failure::new(
             format!("this user may not talk to {}", running(role)),
             format!("no permission to use {}: {source}", path.display()),
-            "type the same command with sudo, or become a member of the socket's group: \
-             sudo usermod -aG overlay USER",
+            "type the same command with sudo; beside a service the members of the group overlay \
+             need none: sudo usermod -aG overlay USER, then log in again",
         )
         .code(PERMISSION),
         LocalError::NotUnderstood { .. } => Failure::caused_by(

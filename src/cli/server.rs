@@ -36,7 +36,8 @@ use crate::wire::join::ServerAddr;
 /// keys, address range and store, and prints a join line for the first node.
 #[derive(Debug, Args)]
 pub struct ServerArgs {
-    /// Configuration file [default: /etc/overlay/server.toml]
+    /// Configuration file [default: /etc/overlay/server.toml; without root
+    /// ~/.config/overlay/server.toml]
     #[arg(long, value_name = "FILE", env = "OVERLAY_CONFIG", global = true)]
     config: Option<PathBuf>,
     /// Listen here, TCP and UDP; may be given more than once [default: port 41820 on all
@@ -47,10 +48,12 @@ pub struct ServerArgs {
     /// addresses of this machine]
     #[arg(long, value_name = "HOST[:PORT]", env = "OVERLAY_PUBLIC_ADDR", value_delimiter = ',')]
     public_addr: Vec<ServerAddr>,
-    /// Keep keys and members here [default: /var/lib/overlay/server]
+    /// Keep keys and members here [default: /var/lib/overlay/server; without root
+    /// ~/.local/state/overlay/server]
     #[arg(long, value_name = "DIR", env = "OVERLAY_STATE_DIR")]
     state_dir: Option<PathBuf>,
-    /// The server's local socket [default: /run/overlay/server.sock]
+    /// The server's local socket [default: /run/overlay/server.sock; without root
+    /// $XDG_RUNTIME_DIR/overlay/server.sock]
     #[arg(long, value_name = "PATH", env = "OVERLAY_SOCKET", global = true)]
     socket: Option<PathBuf>,
     #[command(subcommand)]
@@ -102,7 +105,8 @@ enum Command {
         /// Replace the network that is there; it is kept aside
         #[arg(long)]
         force: bool,
-        /// The server's state directory [default: /var/lib/overlay/server]
+        /// The server's state directory [default: /var/lib/overlay/server; without root
+        /// ~/.local/state/overlay/server]
         #[arg(long = "state-dir", value_name = "DIR")]
         place: Option<PathBuf>,
     },

@@ -245,8 +245,9 @@ fn failure(error: &StartError) -> Failure {
         StartError::OtherNetwork { .. } => Failure::new(
             "this machine is in another network already",
             error,
-            "sudo overlay up (stays in that one); to be in both, give this one a --state-dir, \
-             --socket and --interface of its own",
+            "sudo overlay up (stays in that one); to leave it for good, remove its state directory \
+             (sudo overlay service uninstall node --purge removes /var/lib/overlay/node) and try \
+             again; to be in both, give this one a --state-dir, --socket and --interface of its own",
         ),
         StartError::Connect(error) => connect_failure(error),
         StartError::Refused { code, message } => refused(*code, message),

@@ -213,15 +213,15 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let bound = sockets::bind(&options.listen, handed_listeners())?;
     let local = LocalListener::bind(&options.socket).await?;
     let state = state::open(&options).await?;
-    let advertised =
+    let (now, wall) = (crate::io::clock::now(), crate::io::clock::unix_seconds());
+    let mut advertised =
         Advertised::new(&options.public_addr, &bound, state.records.network.record.range);
-    let addresses = advertised.look();
+    let addresses = advertised.news(now).unwrap_or_default();
     let settings = Settings {
         server_key: state.key.public(),
         addresses: addresses.clone(),
         whole_netmap_up_to: options.whole_netmap_up_to,
     };
-    let (now, wall) = (crate::io::clock::now(), crate::io::clock::unix_seconds());
     let server = Server::new(settings, state.records, state.seed, now, wall);
     let range = server.network().range;
     let listening: Vec<SocketAddr> = bound.tcp.iter().map(|listener| listener.address).collect();
@@ -344,8 +344,7 @@ impl RunningServer {
         mut reload: Reload<Options>,
     ) -> Result<(), StartError> {
         let Signals { mut terminate, mut interrupt } = signals;
-        let addresses: Vec<String> = self.advertised.iter().map(ToString::to_string).collect();
-        let status = format!("nodes find it at {}", addresses.join(", "));
+        let status = where_found(&self.advertised);
         notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(&status)]);
         let died = loop {
             tokio::select! {
@@ -434,6 +433,12 @@ impl Drop for RunningServer {
 }
 
 /// Without a service manager there is nobody to tell.
+/// What `overlay service status` shows.
+fn where_found(addresses: &[ServerAddr]) -> String {
+    let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    format!("nodes find it at {}", addresses.join(", "))
+}
+
 fn notify(state: &[sd_notify::NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         warn!(%error, "cannot tell the service manager");

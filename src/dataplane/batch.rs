@@ -52,6 +52,10 @@ pub struct UdpBatch {
     buf: Vec<u8>,
     runs: Vec<Run>,
     used: usize,
+    /// Where the last datagram begins.
+    last: usize,
+    /// Copies of some of them on other ways: apart, as between them they would end every run.
+    copies: Option<Box<Self>>,
 }
 
 /// The memory that is passed over by [`UdpBatch::keep_open_run`] before it is used again: moving
@@ -63,6 +67,9 @@ impl UdpBatch {
     pub fn clear(&mut self) {
         self.runs.clear();
         self.used = 0;
+        if let Some(copies) = &mut self.copies {
+            copies.clear();
+        }
     }
 
     /// Whether there is nothing to send.
@@ -77,10 +84,10 @@ impl UdpBatch {
         self.used - self.runs.first().map_or(self.used, |run| run.range.start)
     }
 
-    /// The runs that nothing joins any more: all but the last. Forget them with
+    /// The runs that nothing joins any more: all but the last, and no copies. Forget them with
     /// [`Self::keep_open_run`].
     pub fn closed_runs(&self) -> impl Iterator<Item = (&Run, &[u8])> {
-        self.runs().take(self.runs.len().saturating_sub(1))
+        self.own_runs().take(self.runs.len().saturating_sub(1))
     }
 
     /// Forgets all but the last run, which the next packets may join.
@@ -91,6 +98,7 @@ impl UdpBatch {
             self.buf.copy_within(last.range.clone(), 0);
             last.range = 0..last.range.len();
             self.used = last.range.end;
+            self.last = self.used;
         }
         self.runs.push(last);
     }
@@ -112,6 +120,7 @@ impl UdpBatch {
         }
         let len = write(&mut self.buf[start..start + room])?;
         self.used = start + len;
+        self.last = start;
         if let Some(run) = self.runs.last_mut()
             && run.target == target
             && len <= run.segment
@@ -140,8 +149,30 @@ impl UdpBatch {
         }
     }
 
-    /// The runs, in order, each with its bytes.
+    /// Adds the last datagram once more, on another way, with `header` in place of its first `skip`
+    /// bytes. Copies leave behind all the others.
+    pub fn copy_last(&mut self, skip: usize, target: Target, header: &[u8]) {
+        let body = &self.buf[(self.last + skip).min(self.used)..self.used];
+        let copied: Result<(), std::convert::Infallible> =
+            self.copies.get_or_insert_default().push(target, header.len() + body.len(), |room| {
+                let (head, rest) = room.split_at_mut(header.len());
+                head.copy_from_slice(header);
+                rest.copy_from_slice(body);
+                Ok(head.len() + rest.len())
+            });
+        match copied {
+            Ok(()) => {}
+            Err(never) => match never {},
+        }
+    }
+
+    /// The runs, in order, each with its bytes; those of copies behind the others.
     pub fn runs(&self) -> impl Iterator<Item = (&Run, &[u8])> {
+        let copies = self.copies.iter().flat_map(|copies| copies.own_runs());
+        self.own_runs().chain(copies)
+    }
+
+    fn own_runs(&self) -> impl Iterator<Item = (&Run, &[u8])> {
         self.runs.iter().map(|run| (run, &self.buf[run.range.clone()]))
     }
 
@@ -202,6 +233,26 @@ mod tests {
         sent.extend(batch.runs().map(|(_, bytes)| bytes.to_vec()));
         let expected: Vec<u8> = (0..1000u32).flat_map(|i| i.to_be_bytes().repeat(350)).collect();
         assert!(sent.concat() == expected, "every byte in its order");
+    }
+
+    #[test]
+    fn copies_leave_behind_the_others_and_end_no_run() {
+        let mut batch = UdpBatch::default();
+        for number in 0..80u8 {
+            batch.push_bytes(target(1), &[&[1, 2, 3], &[number; 97][..]].concat());
+            batch.copy_last(3, target(2), &[9; 8]);
+            if number == 70 {
+                assert_eq!(batch.closed_runs().count(), 1, "no copies");
+                batch.keep_open_run();
+            }
+        }
+        let runs: Vec<_> = batch.runs().map(|(run, bytes)| (run.target, bytes.len())).collect();
+        let one = |count: usize| (target(1), count * 100);
+        assert_eq!(runs, [one(17), (target(2), 63 * 105), (target(2), 17 * 105)]);
+        let (_, last) = batch.datagrams().last().expect("a copy");
+        assert_eq!(last, [&[9; 8], &[79; 97][..]].concat());
+        batch.clear();
+        assert!(batch.is_empty() && batch.runs().count() == 0);
     }
 
     #[test]

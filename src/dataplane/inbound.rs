@@ -240,17 +240,21 @@ impl<'a> Run<'a> {
         let Some(lane) = self.lane.take() else { return };
         let Lane { peer, state, via, authentic, rx_packets, rx_bytes, arrived, .. } = lane;
         drop(state);
-        peer.records().arrived.add(via, arrived);
+        let mut records = peer.records();
+        records.arrived.add(via, arrived);
         if !authentic {
             return;
         }
+        let is_primary = peer.choice().primary.is_some_and(|primary| primary.is_same(via));
+        let is_news = !is_primary && !via.is_relay() && records.may_note_heard(via, self.now);
+        drop(records);
         let stamp = self.shared.stamp(self.now);
         self.shared.received.add(via, rx_packets, rx_bytes as u64);
         peer.counters.rx_bytes.fetch_add(rx_bytes as u64, Ordering::Relaxed);
         peer.counters.last_heard.store(stamp, Ordering::Relaxed);
-        if peer.choice().primary.is_some_and(|primary| primary == via) {
+        if is_primary {
             peer.counters.last_heard_primary.store(stamp, Ordering::Relaxed);
-        } else if !via.is_relay() {
+        } else if is_news {
             self.notes.push(Note::HeardOn { peer: peer.id, via });
         }
     }

@@ -125,6 +125,14 @@ pub enum Note {
     },
 }
 
+impl Note {
+    /// Whether nothing says it again, if it is lost.
+    #[must_use]
+    pub fn is_said_once(&self) -> bool {
+        matches!(self, Self::SessionWanted(_) | Self::Active(_) | Self::SessionConfirmed(_))
+    }
+}
+
 /// What the threads and the control plane of one node share.
 #[derive(Debug)]
 pub struct Shared {

@@ -211,6 +211,10 @@ impl<'t> Train<'t> {
                 Ok(())
             }
             Err(SealError::NoSession | SealError::NoPath) => {
+                if std::mem::take(&mut self.is_second) {
+                    // Packets wait on the first lane only.
+                    self.state = self.peer.lock();
+                }
                 self.state.keep(packet, self.shared.drops(), self.now);
                 if self.peer.ask_for_session() {
                     self.notes.push(Note::SessionWanted(self.peer.id));
@@ -291,6 +295,8 @@ struct Way {
     choice: Choice,
     primary: Option<(Target, Header)>,
     duplicate: Option<(Target, Header)>,
+    /// Where the copy of a packet goes that not every way to the relay carries whole.
+    long_duplicate: Option<(Target, Header)>,
     /// Where a packet goes that is longer than this, instead of by the UDP relay.
     long: Option<(usize, (Target, Header))>,
 }
@@ -303,9 +309,11 @@ impl Way {
             Some((target_of(via, table)?, header_of(via, peer.id)))
         };
         let long_from = peer.long_from().filter(|_| choice.primary == Some(Via::RelayUdp));
-        let by_link = Header::Relay(relay::data_header_by_link(peer.id));
-        let long = long_from.map(|len| (len, (Target::Link, by_link)));
-        Self { choice, primary: way(choice.primary), duplicate: way(choice.duplicate), long }
+        let by_link = || (Target::Link, Header::Relay(relay::data_header_by_link(peer.id)));
+        let long = long_from.map(|len| (len, by_link()));
+        let long_duplicate = (choice.duplicate == Some(Via::RelayUdp)).then(by_link);
+        let (primary, duplicate) = (way(choice.primary), way(choice.duplicate));
+        Self { choice, primary, duplicate, long_duplicate, long }
     }
 
     /// Where a packet of this length goes.
@@ -314,6 +322,12 @@ impl Way {
             Some((longest, by_link)) if len > *longest => Some(by_link),
             _ => self.primary.as_ref(),
         }
+    }
+
+    /// Where the copy of a packet of this length goes.
+    fn copy_of(&self, len: usize) -> Option<&(Target, Header)> {
+        let long = self.long_duplicate.as_ref().filter(|_| len > usize::from(BASE_MTU));
+        long.or(self.duplicate.as_ref())
     }
 
     fn count(&self, sent: &mut PathCounts, counts: SizeCounts, copies: SizeCounts) {
@@ -338,7 +352,7 @@ fn send(
     let (target, header) = way.of(packet.len()).ok_or(SealError::NoPath)?;
     let room = header.len() + (packet.len() + SEAL_OVERHEAD).max(MIN_SEAL_BUFFER);
     // A doubled packet is sealed once: the same counter lets the receiver drop the second copy.
-    let mut copy = None;
+    let mut copied = false;
     out.push(*target, room, |room| {
         let (head, body) = room.split_at_mut(header.len());
         head.copy_from_slice(header.as_slice());
@@ -347,16 +361,11 @@ fn send(
             true => peer.spend_early(len),
             false => peer.records().may_copy(packet.len(), now),
         };
-        if way.duplicate.is_some() && may_copy() {
-            copy = Some(body[..len].to_vec());
-        }
+        copied = way.duplicate.is_some() && may_copy();
         Ok(header.len() + len)
     })?;
-    let copied = copy.is_some();
-    if let (Some(copy), Some((target, header))) = (copy, &way.duplicate) {
-        let mut datagram = header.as_slice().to_vec();
-        datagram.extend_from_slice(&copy);
-        out.push_bytes(*target, &datagram);
+    if copied && let Some((target, copy_header)) = way.copy_of(packet.len()) {
+        out.copy_last(header.len(), *target, copy_header.as_slice());
     }
     peer.counters.tx_bytes.fetch_add(packet.len() as u64, Ordering::Relaxed);
     Ok(copied)

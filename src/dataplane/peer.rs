@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use super::limit::{Limit, Rate};
 use super::path_counts::PathCounts;
 use super::session::Session;
-use crate::path::{BASE_MTU, Choice, EARLY_BYTES, UNDERLAY_BYTES};
+use crate::path::{BASE_MTU, Choice, EARLY_BYTES, UNDERLAY_BYTES, Via};
 use crate::policy::Flows;
 use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
 
@@ -28,6 +28,11 @@ const COPIES: Rate = Rate { interval: Duration::from_micros(100), burst: 1_000 }
 /// So many of them are left for packets up to this length: what somebody waits for.
 const SHORT_COPIES: u32 = 500;
 const SHORT: usize = 256;
+
+/// A packet by another way than the primary is news once in this time,
+const HEARD_SPACING: Duration = Duration::from_millis(20);
+/// and by yet another way after this.
+const HEARD_ELSEWHERE_SPACING: Duration = Duration::from_millis(1);
 
 /// What the data plane counts per peer.
 #[derive(Debug, Default)]
@@ -68,12 +73,26 @@ pub struct Records {
     pub(super) flows: Flows,
     answers: Limit,
     copies: Limit,
+    /// The last packet by another way than the primary that the control plane heard of.
+    heard: Option<(Via, Instant)>,
 }
 
 impl Records {
     /// Whether one more answer may be given.
     pub(super) fn may_answer(&mut self, now: Instant) -> bool {
         self.answers.take(ANSWERS, 0, now)
+    }
+
+    /// Whether the control plane is to hear of a packet that came by another way than the primary.
+    pub(super) fn may_note_heard(&mut self, via: Via, now: Instant) -> bool {
+        let is_news = self.heard.is_none_or(|(before, at)| {
+            let spacing = if before == via { HEARD_SPACING } else { HEARD_ELSEWHERE_SPACING };
+            now.saturating_duration_since(at) >= spacing
+        });
+        if is_news {
+            self.heard = Some((via, now));
+        }
+        is_news
     }
 
     /// Whether a packet of this length may be doubled.

@@ -17,6 +17,7 @@ use crate::types::{DropReason, NodeId, OverlayAddrs, OverlayRange, SecretKey, So
 use crate::wire::filter::{KIND_UDP, WireFilter, WireRule};
 use crate::wire::relay;
 
+mod copies;
 mod hostile;
 mod lanes;
 
@@ -290,69 +291,6 @@ fn relayed_packets_come_only_from_the_relay_and_only_from_their_sender() {
     wrong[..relay::DATA_HEADER_LEN].copy_from_slice(&relay::data_header(NodeId::new(7).unwrap()));
     assert_eq!(from_relay(&b, &wrong), 0, "in the name of somebody else");
     assert_eq!(b.shared.drops().of(DropReason::BadRelayFrame), 2);
-}
-
-#[test]
-fn a_doubled_packet_arrives_once() {
-    let now = epoch();
-    let (a, b) = pair(now);
-    let direct = a.peer.choice().primary;
-    a.peer.set_choice(Choice {
-        primary: direct,
-        duplicate: Some(Via::RelayTcp),
-        ..Choice::default()
-    });
-    let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, b"twice"), now);
-    let datagrams: Vec<Vec<u8>> = out.datagrams().map(|(_, bytes)| bytes.to_vec()).collect();
-    assert_eq!(datagrams.len(), 2);
-    assert_eq!(deliver(&b, &a, &datagrams[0], now).0.len(), 1);
-    assert_eq!(deliver(&b, &a, &datagrams[1][relay::DATA_HEADER_LEN..], now).0.len(), 0);
-}
-
-#[test]
-fn of_a_fast_flow_some_is_doubled_and_what_somebody_waits_for() {
-    let (a, b) = pair(epoch());
-    let Choice { primary, .. } = a.peer.choice();
-    a.peer.set_choice(Choice { primary, duplicate: Some(Via::RelayTcp), ..Choice::default() });
-    let copies = |len: usize, now| {
-        let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &vec![7; len]), now);
-        out.datagrams().count() - 1
-    };
-    // A second with 50,000 long packets, and a short one every 10 ms.
-    let (mut long, mut short) = (0, 0);
-    for number in 0..50_000u32 {
-        let now = epoch() + Duration::from_micros(20) * number;
-        long += copies(1000, now);
-        if number % 500 == 0 {
-            short += copies(64, now);
-        }
-    }
-    assert_eq!(short, 100, "all of these");
-    assert!((10_000..10_600).contains(&long), "{long} of these");
-    let sent = a.peer.records().sent.of(Via::RelayTcp).total();
-    assert_eq!(sent as usize, long + short, "only what was doubled counts");
-}
-
-#[test]
-fn who_has_not_answered_gets_few_copies_and_only_those_count_as_sent() {
-    let now = epoch();
-    let (a, b) = pair(now);
-    let direct = a.peer.choice().primary;
-    let early = Choice { primary: Some(Via::RelayTcp), duplicate: direct, early: true };
-    let before = a.peer.records().sent.of(direct.unwrap()).total();
-    let mut copies = 0;
-    for round in 0..3 {
-        a.peer.set_choice(early);
-        for _ in 0..50 {
-            let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &[7; 1000]), now);
-            copies += out.datagrams().count() - 1;
-        }
-        // 1000 bytes, an IP header of 20, 32 of the seal, 48 of IPv6 and UDP.
-        let allowed = crate::path::EARLY_BYTES as usize / 1100;
-        assert_eq!(copies, allowed, "round {round}: the same choice again gives no more");
-    }
-    let sent = a.peer.records().sent.of(direct.unwrap()).total() - before;
-    assert_eq!(sent as usize, copies);
 }
 
 #[test]

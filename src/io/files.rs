@@ -83,7 +83,7 @@ enum Owner {
 /// undo it. What root writes belongs to the owner of the directory.
 ///
 /// # Errors
-/// When a step fails; the old content is then still in place.
+/// When a step fails; the old content is then still in place, and the new one nowhere.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     write_as(Owner::OfDirectory, path, bytes, mode)
 }
@@ -92,7 +92,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), File
 /// directory it is.
 ///
 /// # Errors
-/// When a step fails; the old content is then still in place.
+/// When a step fails; the old content is then still in place, and the new one nowhere.
 pub fn write_own(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     write_as(Owner::Writer, path, bytes, mode)
 }
@@ -103,12 +103,14 @@ fn write_as(owner: Owner, path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fi
         _ => Path::new("."),
     };
     let beside = beside(path, NEW);
+    let mut is_made = false;
     let written = (|| {
         match fs::remove_file(&beside) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
+        is_made = true;
         file.write_all(bytes)?;
         // The umask may have taken bits away that the caller wants.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
@@ -117,8 +119,13 @@ fn write_as(owner: Owner, path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fi
         }
         file.sync_all()?;
         fs::rename(&beside, path)?;
+        is_made = false;
         File::open(directory)?.sync_all()
     })();
+    if written.is_err() && is_made {
+        // Nobody would look for a secret there. When it cannot be removed, the first error says why.
+        let _ = fs::remove_file(&beside);
+    }
     written.map_err(FileError::io("write", path))
 }
 
@@ -291,6 +298,22 @@ mod tests {
         }
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn what_cannot_be_put_in_place_leaves_no_secret_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("backup");
+        fs::create_dir(&path).unwrap();
+        for write in [write_atomically, write_own] {
+            let error = write(&path, b"secret", SECRET_MODE).unwrap_err();
+            assert!(matches!(error, FileError::Io { action: "write", .. }), "{error}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "only what was there");
+        }
+        // What somebody else has there stays.
+        fs::create_dir(beside(&path, NEW)).unwrap();
+        write_own(&path, b"secret", SECRET_MODE).unwrap_err();
+        assert!(beside(&path, NEW).is_dir());
     }
 
     #[test]

@@ -173,10 +173,7 @@ impl Node {
         }
         let usable = state.session.is_usable(now);
         drop(state);
-        if !usable && waiting {
-            peer.session_wanted = true;
-        }
-        if renewed {
+        if renewed || !usable && waiting {
             self.renew_session(id, now);
         }
     }

@@ -309,7 +309,7 @@ impl PathAgent {
         let (Some(place), Via::Direct { local, .. }) = (via.place(), via) else { return };
         // One side's keepalive serves both, as long as nothing is in doubt.
         let settled =
-            self.primary.is_some_and(|primary| same_path(primary, via)) && self.doubt.is_calm();
+            self.primary.is_some_and(|primary| primary.is_same(via)) && self.doubt.is_calm();
         let Some(endpoint) = self.learn(place, local, now) else { return };
         let recently = |at: Option<Instant>, within: Duration| {
             at.is_some_and(|at| now.saturating_duration_since(at) < within)
@@ -366,7 +366,7 @@ impl PathAgent {
                 self.relay_prober.handle_pong(tx, now)?
             }
         };
-        if self.primary.is_some_and(|primary| same_path(primary, via)) {
+        if self.primary.is_some_and(|primary| primary.is_same(via)) {
             self.doubt.handle_heard();
             self.postpone_keepalive(now);
         }
@@ -487,13 +487,5 @@ impl PathAgent {
     #[must_use]
     pub fn primary_since(&self) -> Instant {
         self.primary_since
-    }
-}
-
-/// Whether two values name one path; our own address on it may not be known yet in one of them.
-fn same_path(a: Via, b: Via) -> bool {
-    match (a, b) {
-        (Via::Direct { .. }, Via::Direct { .. }) => a.place() == b.place(),
-        (a, b) => a == b,
     }
 }

@@ -93,6 +93,14 @@ impl Via {
         }
     }
 
+    /// Whether it is the same path as another, whichever address of ours was asked on it.
+    pub(crate) fn is_same(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Direct { .. }, Self::Direct { .. }) => self.place() == other.place(),
+            (one, other) => one == other,
+        }
+    }
+
     /// The word in `path.kind` of the JSON contract.
     #[must_use]
     pub fn kind(self) -> &'static str {

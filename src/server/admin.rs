@@ -195,6 +195,9 @@ pub struct Invited {
     pub uses: u32,
     /// When it ends (RFC 3339, UTC).
     pub expires: String,
+    /// Why most nodes cannot come in with it, and what to do about that; none when they can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// The text of a join line: shown to who asked for it, never to a log.
@@ -384,6 +387,8 @@ impl Server {
             id: record.id,
             uses,
             expires: rfc3339(record.expires),
+            // Whoever knows the machine's addresses adds it.
+            warning: None,
         });
         let mut changes = self.invites.forget_old(wall);
         changes.push(self.invites.write(record));

@@ -29,7 +29,8 @@ fn restore(place: &Place, file: &Path, more: &[&str]) -> (Option<i32>, String) {
     let words =
         ["server", "restore", file.to_str().unwrap(), "--state-dir", state.to_str().unwrap()];
     let output = overlay(&[&words[..], more].concat());
-    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    let told = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&told).into_owned())
 }
 
 pub(crate) fn moved() -> Completion {
@@ -54,6 +55,7 @@ pub(crate) fn moved() -> Completion {
         let new = Place::new();
         let (code, told) = restore(&new, &file, &[]);
         assert_eq!(code, Some(0), "{told}");
+        assert!(told.contains(&format!("overlay server --state-dir {}", new.state().display())));
         let process = new.start().await;
         assert_eq!(new.nodes().await.len(), 3);
         assert_eq!(new.events().await, events, "the log moves, too");

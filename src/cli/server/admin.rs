@@ -184,6 +184,7 @@ fn print_invited(invited: &Invited) -> Done {
         "invite {} lets {nodes} in until {}; type there: sudo overlay up JOINLINE",
         invited.id, invited.expires
     ));
+    invited.warning.iter().for_each(hint);
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 use crate::cli::fail::{Failure, USAGE};
 use crate::cli::print::hint;
 use crate::cli::{Done, ask, print, runtime};
-use crate::config::paths::Role;
+use crate::config::paths::{Paths, Role};
 use crate::daemon::server::{self, BackupError, Question, StoreAnswer};
 use crate::io::clock;
 use crate::io::files::{self, FileError, SECRET_MODE};
@@ -78,17 +78,37 @@ pub(super) fn restore(file: &Path, state_dir: &Path, force: bool) -> Done {
         .block_on(restoring)
         .map_err(|error| explain(&error, file, state_dir))?;
     print::line(format!(
-        "restored network {} with {} nodes, as it was at {}",
-        restored.network, restored.nodes, restored.made
+        "restored network {} with {} nodes, as it was at {}, in {}",
+        restored.network,
+        restored.nodes,
+        restored.made,
+        state_dir.display()
     ))?;
     if let Some(replaced) = restored.replaced {
         hint(format_args!("what was there before is in {}", replaced.display()));
     }
-    hint(
-        "start it: sudo systemctl start overlay-server, or overlay server; never let two machines \
-         be this server at the same time",
-    );
+    let own = Paths::of(Role::Server).state_dir;
+    hint(format_args!(
+        "start it: {}; never let two machines be this server at the same time",
+        start(state_dir, &own)
+    ));
     Ok(())
+}
+
+/// What starts the server whose state is in `state_dir`; `own` is where that of this user would be.
+fn start(state_dir: &Path, own: &Path) -> String {
+    let service = Paths::of_system(Role::Server).state_dir;
+    if state_dir == service {
+        "sudo systemctl start overlay-server, or sudo overlay server".into()
+    } else if state_dir == own {
+        format!(
+            "overlay server, without sudo (the service is another server, with its state in {}; to \
+             restore that one: sudo overlay server restore FILE)",
+            service.display()
+        )
+    } else {
+        format!("overlay server --state-dir {}", state_dir.display())
+    }
 }
 
 fn read(file: &Path) -> Result<Zeroizing<String>, Failure> {
@@ -140,5 +160,21 @@ fn explain(error: &BackupError, file: &Path, state_dir: &Path) -> Failure {
             "run it with sudo, and look at the place: df -h {}",
             state_dir.display()
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_server_that_was_restored_is_the_one_to_start() {
+        let own = Path::new("/home/ann/.local/state/overlay/server");
+        let service = Path::new("/var/lib/overlay/server");
+        assert!(start(service, own).contains("systemctl start overlay-server"));
+        assert!(start(service, service).contains("systemctl start overlay-server"));
+        assert!(!start(own, own).contains("systemctl"));
+        assert!(start(own, own).contains("sudo overlay server restore FILE"));
+        assert_eq!(start(Path::new("/srv/net"), own), "overlay server --state-dir /srv/net");
     }
 }

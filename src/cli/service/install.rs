@@ -3,6 +3,7 @@
 //! What can be wrong with the request is looked at before anything is changed. Every step leaves
 //! alone what is as it should be, so that a second run updates the first.
 
+use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use crate::config::{self, Wanted};
 use crate::daemon::node::Question;
 use crate::daemon::node::report::Status;
 use crate::io::files;
+use crate::types::NodeName;
 
 /// A child that connects and waits for the server's word; it has shorter limits of its own.
 const ENROL_LIMIT: Duration = Duration::from_secs(60);
@@ -45,6 +47,12 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
         .code(NOT_ENROLLED));
     }
     let socket = socket_of_config(service)?;
+    if service == Service::Node && join.is_some() {
+        let file = service.paths().config;
+        let config = config::load_file::<NodeConfig>(&file, Wanted::IfThere).unwrap_or_default();
+        let wanted = std::env::var_os(NAME_VARIABLE);
+        name_is_kept(wanted.as_deref(), config.name.as_ref(), &file)?;
+    }
     let running = UnitState::of(service)?.is_busy();
     if !running && UnixStream::connect(&socket).is_ok() {
         return Err(Failure::new(
@@ -135,6 +143,23 @@ fn socket_of_config(service: Service) -> Result<PathBuf, Failure> {
     }
 }
 
+/// A name that only the variable has would last until the service is started: at each start a node
+/// tells the server what it would like to be called.
+fn name_is_kept(wanted: Option<&OsStr>, config: Option<&NodeName>, file: &Path) -> Done {
+    let Some(wanted) = wanted else { return Ok(()) };
+    if config.is_some_and(|name| wanted == name.as_str()) {
+        return Ok(());
+    }
+    let (wanted, file) = (wanted.to_string_lossy(), file.display());
+    Err(Failure::new(
+        format!("the name {wanted} cannot come from {NAME_VARIABLE}"),
+        "a service is started without the variables of who installs it, and would ask for another \
+         name then",
+        format!("write it down as name = \"{wanted}\" in {file}, then type the command again"),
+    )
+    .code(USAGE))
+}
+
 /// Joins as the user of the service, who then owns all that is written.
 fn enrol(program: &Path, service: Service, account: Account, join: &Zeroizing<String>) -> Done {
     let paths = service.paths();
@@ -142,10 +167,9 @@ fn enrol(program: &Path, service: Service, account: Account, join: &Zeroizing<St
     command.args(["up", "-", "--enrol-only"]);
     command.arg("--state-dir").arg(&paths.state_dir);
     command.arg("--socket").arg(paths.state_dir.join("enrol.sock"));
-    // It sees the configuration that the service will see, and nothing of the user who installs;
-    // a name is kept by the server.
+    // It sees the configuration that the service will see, and nothing of the user who installs.
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("OVERLAY_") && name != "OVERLAY_NAME" {
+        if name.to_string_lossy().starts_with("OVERLAY_") {
             command.env_remove(name);
         }
     }
@@ -219,6 +243,8 @@ fn listen_of_config(service: Service) -> Vec<SocketAddr> {
     config::load_file::<ServerConfig>(&file, Wanted::IfThere).unwrap_or_default().listen
 }
 
+/// What `overlay up --name` can be given by, too.
+const NAME_VARIABLE: &str = "OVERLAY_NAME";
 const NO_RIGHTS: &str = "CapabilityBoundingSet=\nAmbientCapabilities=\nPrivateUsers=yes\n";
 const LOW_PORTS: &str = "CapabilityBoundingSet=CAP_NET_BIND_SERVICE\n\
                          AmbientCapabilities=CAP_NET_BIND_SERVICE\n";
@@ -293,6 +319,22 @@ mod tests {
         assert_eq!(told(printed), Some(Told { error: "no", cause: "because", help: "do this" }));
         assert_eq!(told("error: alone").unwrap().error, "alone");
         assert_eq!(told("Segmentation fault"), None);
+    }
+
+    #[test]
+    fn a_name_that_the_service_would_not_know_is_refused_with_the_key_that_it_does() {
+        let file = Path::new("/etc/overlay/node.toml");
+        let name = |text: &str| text.parse::<NodeName>().unwrap();
+        let check = |wanted: Option<&str>, config: Option<&NodeName>| {
+            name_is_kept(wanted.map(OsStr::new), config, file)
+        };
+        assert!(check(None, None).is_ok());
+        assert!(check(None, Some(&name("bob"))).is_ok());
+        assert!(check(Some("bob"), Some(&name("bob"))).is_ok());
+        for config in [None, Some(name("alice"))] {
+            let failure = check(Some("bob"), config.as_ref()).unwrap_err().to_string();
+            assert!(failure.contains("name = \"bob\" in /etc/overlay/node.toml"), "{failure}");
+        }
     }
 
     #[test]

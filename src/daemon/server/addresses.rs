@@ -1,6 +1,7 @@
 //! Where this machine is, and what of that stands in a join line.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::ifaddrs::getifaddrs;
@@ -11,6 +12,19 @@ use tracing::warn;
 use super::sockets::Bound;
 use crate::types::{OverlayRange, is_global_v4};
 use crate::wire::join::{MAX_ADDRESSES, ServerAddr};
+
+/// A machine gets and loses addresses rarely; asking for them costs some system calls.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+const NO_ADDRESS: &str = "this machine has no address that a join line could name; say how nodes \
+                          reach it: --public-addr HOST, or for the service public-addr = \
+                          [\"HOST\"] in server.toml and a reload; or when its network is up: \
+                          overlay server invite";
+const ONLY_LOOPBACK: &str =
+    "only this machine itself can reach the server: it listens on loopback alone";
+const ONLY_PRIVATE: &str = "join lines name only private addresses, which nodes in other networks \
+                            cannot reach; name a better one: --public-addr HOST, or for the \
+                            service public-addr = [\"HOST\"] in server.toml and a reload; then a \
+                            new line: overlay server invite";
 
 /// How the server is found: what it was told, or where it listens.
 #[derive(Debug)]
@@ -27,6 +41,9 @@ pub(super) struct Advertised {
     extra_port: Option<u16>,
     /// The server's own overlay: no way to it leads through itself.
     overlay: OverlayRange,
+    /// What was seen last, and when it was looked for.
+    seen: Vec<ServerAddr>,
+    looked: Option<Instant>,
 }
 
 impl Advertised {
@@ -45,34 +62,58 @@ impl Advertised {
             extra_port: wildcard_ports.get(1).copied(),
             wildcard_ports,
             overlay,
+            seen: Vec::new(),
+            looked: None,
         }
     }
 
     /// Is told other addresses.
     pub(super) fn tell(&mut self, told: Vec<ServerAddr>) {
         self.told = told;
+        self.look_again();
+    }
+
+    /// Has the next [`Self::news`] look, however soon that is.
+    pub(super) fn look_again(&mut self) {
+        self.looked = None;
+    }
+
+    /// The addresses if they are others than the last time; looked for now and then only, so that it
+    /// may be asked at any occasion.
+    pub(super) fn news(&mut self, now: Instant) -> Option<Vec<ServerAddr>> {
+        if self.looked.is_some_and(|at| now < at + LOOK_INTERVAL) {
+            return None;
+        }
+        self.looked = Some(now);
+        let seen = self.look();
+        if seen == self.seen {
+            return None;
+        }
+        self.seen.clone_from(&seen);
+        Some(seen)
+    }
+
+    /// What is wrong with the addresses that a join line names just now, and what to do about it.
+    pub(super) fn trouble(&self) -> Option<&'static str> {
+        let addresses = self.look();
+        let all = |is: fn(IpAddr) -> bool| {
+            addresses.iter().all(|address| address.literal().is_some_and(|at| is(at.ip())))
+        };
+        if addresses.is_empty() {
+            Some(NO_ADDRESS)
+        } else if all(|ip| ip.is_loopback()) {
+            Some(ONLY_LOOPBACK)
+        } else if all(|ip| !is_global(ip)) {
+            Some(ONLY_PRIVATE)
+        } else {
+            None
+        }
     }
 
     /// Tells the administrator what will not work.
     pub(super) fn warn(&self) {
-        let addresses = self.look();
-        let literal = |address: &ServerAddr| address.literal().map(|literal| literal.ip());
-        if addresses.is_empty() {
-            warn!(
-                "this machine has no address that a join line could name: --public-addr HOST says \
-                 how nodes reach it; or when its network is up: overlay server invite"
-            );
-        } else if addresses
-            .iter()
-            .all(|address| literal(address).is_some_and(|ip| ip.is_loopback()))
-        {
-            warn!("only this machine itself can reach the server: it listens on loopback alone");
-        } else if addresses.iter().all(|address| literal(address).is_some_and(|ip| !is_global(ip)))
-        {
-            warn!(
-                "join lines name only private addresses, which nodes in other networks cannot \
-                 reach; --public-addr HOST names a better one"
-            );
+        if let Some(trouble) = self.trouble() {
+            warn!("{trouble}");
         }
         let ports = &self.ports;
         for address in self.told.iter().filter(|address| !ports.contains(&address.port)) {
@@ -85,7 +126,7 @@ impl Advertised {
     }
 
     /// The addresses for a join line as they are just now, best first.
-    pub(super) fn look(&self) -> Vec<ServerAddr> {
+    fn look(&self) -> Vec<ServerAddr> {
         let mut addresses = self.told.clone();
         if addresses.is_empty() {
             let mut all: Vec<SocketAddr> = self.fixed.clone();
@@ -164,6 +205,7 @@ fn net_of(address: &SockaddrStorage, mask: &SockaddrStorage) -> Option<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::epoch;
 
     fn advertised(told: &[&str], fixed: &[&str]) -> Advertised {
         Advertised {
@@ -178,6 +220,8 @@ mod tests {
                 "fd12:3456:789a::/48".parse().unwrap(),
             )
             .unwrap(),
+            seen: Vec::new(),
+            looked: None,
         }
     }
 
@@ -200,5 +244,38 @@ mod tests {
         assert_eq!(texts(&both.look()), ["203.0.113.1:41820", "[2001:db8::1]:41820"]);
         let private = advertised(&[], &fixed[..1]);
         assert_eq!(texts(&private.look()), ["10.0.0.1:41820"]);
+    }
+
+    #[test]
+    fn other_addresses_are_noticed_within_the_interval() {
+        let mut own = advertised(&[], &["203.0.113.1:41820"]);
+        let start = epoch();
+        let at = |s| start + Duration::from_secs(s);
+        assert_eq!(texts(&own.news(start).unwrap()), ["203.0.113.1:41820"]);
+        own.fixed = vec!["203.0.113.2:41820".parse().unwrap()];
+        assert_eq!(own.news(at(9)), None, "not yet looked for");
+        assert_eq!(texts(&own.news(at(10)).unwrap()), ["203.0.113.2:41820"]);
+        assert_eq!(own.news(at(60)), None, "nothing new");
+        own.tell(vec!["vpn.example.org".parse().unwrap()]);
+        assert_eq!(texts(&own.news(at(61)).unwrap()), ["vpn.example.org:41820"], "at once");
+    }
+
+    #[test]
+    fn who_can_be_reached_from_nowhere_else_is_told_the_flag_and_the_key() {
+        for (told, fixed, trouble) in [
+            (&[][..], &["203.0.113.1:41820"][..], None),
+            (&["vpn.example.org"], &["10.0.0.1:41820"], None),
+            (&["192.168.1.2", "203.0.113.1"], &[], None),
+            (&[], &["10.0.0.1:41820", "[fd00::1]:41820"], Some(ONLY_PRIVATE)),
+            (&["192.168.1.2"], &["10.0.0.1:41820"], Some(ONLY_PRIVATE)),
+            (&[], &["127.0.0.1:41820"], Some(ONLY_LOOPBACK)),
+            (&[], &[], Some(NO_ADDRESS)),
+        ] {
+            assert_eq!(advertised(told, fixed).trouble(), trouble, "{told:?} {fixed:?}");
+        }
+        for trouble in [ONLY_PRIVATE, NO_ADDRESS] {
+            assert!(trouble.contains("--public-addr HOST"), "{trouble}");
+            assert!(trouble.contains("public-addr = [\"HOST\"] in server.toml"), "{trouble}");
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::addresses::Advertised;
 use super::local::{EventInfo, Question, StoreAnswer};
 use super::metrics::Counts;
 use super::relay::Hub;
-use super::{StartError, backup, state};
+use super::{StartError, backup, notify, state, where_found};
 use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::files::DirLock;
@@ -178,7 +178,11 @@ impl Core {
     async fn handle(&mut self, event: Event, waiting: usize) {
         let wall = clock::unix_seconds();
         match event {
-            Event::Connected { id, about } => self.server.handle_connected(id, about),
+            Event::Connected { id, about } => {
+                // What the welcome tells is what is true now.
+                self.note_addresses();
+                self.server.handle_connected(id, about);
+            }
             Event::Disconnected { id } => self.server.handle_disconnected(id, wall),
             Event::Sighted { node, endpoint } => self.server.note_reflexive(node, endpoint),
             Event::Message { id, message } => {
@@ -198,7 +202,7 @@ impl Core {
             }
             Event::PublicAddr(told) => {
                 self.parts.advertised.tell(told);
-                self.server.set_addresses(self.parts.advertised.look());
+                self.note_addresses();
                 self.warn();
             }
             Event::Metrics { answer } => {
@@ -211,6 +215,14 @@ impl Core {
         self.drain();
     }
 
+    /// Has nodes and the service manager told how the server is found, if that has changed.
+    fn note_addresses(&mut self) {
+        if let Some(addresses) = self.parts.advertised.news(clock::now()) {
+            notify(&[sd_notify::NotifyState::Status(&where_found(&addresses))]);
+            self.server.set_addresses(addresses);
+        }
+    }
+
     /// Does what the administrator asks for.
     pub(super) async fn answer(
         &mut self,
@@ -218,12 +230,16 @@ impl Core {
         actor: &str,
     ) -> Result<Answer, Refusal> {
         if matches!(request, Request::Invite { .. }) {
-            // The machine may have got another address since it was started.
-            self.server.set_addresses(self.parts.advertised.look());
+            // The machine may have got another address just now.
+            self.parts.advertised.look_again();
+            self.note_addresses();
         }
         let decision =
             self.server.decide(request, clock::unix_seconds()).map_err(|error| refusal(&error))?;
-        let answer = self.commit(decision, actor).await?;
+        let mut answer = self.commit(decision, actor).await?;
+        if let Some(Answer::Invited(invited)) = &mut answer {
+            invited.warning = self.parts.advertised.trouble().map(Into::into);
+        }
         answer.ok_or_else(|| unavailable("the server has no answer", "the question has none"))
     }
 
@@ -381,8 +397,9 @@ fn refusal(error: &RequestError) -> Refusal {
         ),
         RequestError::NoAddress => (
             exit::FAILED,
-            "the network of this machine is not up, or --public-addr has to say how it is reached",
-            "look at its addresses: ip addr; or name one: overlay server --public-addr HOST",
+            "the network of this machine is not up, or it has to be said how it is reached",
+            "look at its addresses: ip addr; or name one: overlay server --public-addr HOST, or \
+             for the service public-addr = [\"HOST\"] in server.toml and a reload",
         ),
         RequestError::TooManyTags => (
             exit::USAGE,

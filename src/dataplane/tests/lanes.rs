@@ -88,6 +88,20 @@ fn sealing_and_opening_for_one_peer_do_not_wait_for_one_another() {
 }
 
 #[test]
+fn without_a_path_packets_wait_where_they_are_looked_for() {
+    let now = epoch();
+    let (a, b) = pair_with_lanes(now);
+    let choice = b.peer.choice();
+    b.peer.set_choice(Choice::default());
+    assert!(send(&b, &greeting(&b, &a), now).0.is_empty());
+    assert_eq!((b.peer.lock().waiting(), b.peer.lock_second().unwrap().waiting()), (1, 0));
+    b.peer.set_choice(choice);
+    let mut out = UdpBatch::default();
+    flush_pending(&b.shared, &b.shared.table(), &b.peer, now, &mut out);
+    assert_eq!(deliver(&a, &b, &only_datagram(&out), now).0, [greeting(&b, &a)]);
+}
+
+#[test]
 fn both_threads_of_both_sides_at_once_lose_and_swap_nothing() {
     let now = epoch();
     let (a, b) = pair_with_lanes(now);

@@ -9,6 +9,15 @@ pub(super) const ALL: usize = 64;
 const LOOKING: usize = 48;
 /// Of these, those of one user.
 const OF_ONE: usize = 16;
+/// What the kernel calls a user whom this process cannot know by number (user_namespaces(7)). Within the
+/// server's unit (`PrivateUsers=`) that is everybody but root and the service's own user.
+const NAMELESS: u32 = 65_534;
+
+/// How many places a user who may only look can have.
+fn limit_of(uid: u32) -> usize {
+    // All those whom nobody can tell apart have the part of all.
+    if uid == NAMELESS { LOOKING } else { OF_ONE }
+}
 
 /// The places that are taken. Clones share them.
 #[derive(Debug, Clone, Default)]
@@ -33,7 +42,7 @@ impl Places {
         self.with(|taken| {
             let of_one = looks.map_or(0, |uid| taken.looking.get(&uid).copied().unwrap_or(0));
             let looking: usize = taken.looking.values().sum();
-            let is_full = looks.is_some() && (of_one >= OF_ONE || looking >= LOOKING);
+            let is_full = looks.is_some() && (of_one >= limit_of(uid) || looking >= LOOKING);
             if is_full || taken.all >= ALL {
                 return None;
             }
@@ -96,5 +105,12 @@ mod tests {
         drop((of_one, others, root));
         assert_eq!(fill(0, true).len(), ALL, "root may have them all when nobody looks");
         assert!(places.0.lock().unwrap().looking.is_empty());
+    }
+
+    #[test]
+    fn users_whom_the_kernel_does_not_tell_apart_are_not_one_user() {
+        let places = Places::default();
+        let all = std::iter::from_fn(|| places.take(NAMELESS, false)).take(ALL + 1);
+        assert_eq!(all.collect::<Vec<Place>>().len(), LOOKING, "root has the rest");
     }
 }

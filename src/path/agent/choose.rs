@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 
 use super::proof::Trust;
-use super::{Endpoint, PathAgent, PathEvent, same_path};
+use super::{Endpoint, PathAgent, PathEvent};
 use crate::path::liveness::{Doubt, Suspicion};
 use crate::path::score::Score;
 use crate::path::{Place, Via};
@@ -59,7 +59,7 @@ impl PathAgent {
         }
         let from = std::mem::replace(&mut self.primary, next);
         let moved = match (from, next) {
-            (Some(a), Some(b)) => !same_path(a, b),
+            (Some(a), Some(b)) => !a.is_same(b),
             _ => true,
         };
         if !moved {

@@ -70,9 +70,15 @@ fn taken_443() {
 fn only_private() {
     let net = Net::new();
     let host = net.machine("server", Nat::PortRestricted);
-    let _server = Server::start_at(&net, &host, &[], &[], "");
+    let server = Server::start_at(&net, &host, &[], &[], "");
     let log = fs::read_to_string(net.log_file("server")).unwrap();
     assert!(log.contains("--public-addr"), "the flag is named:\n{log}");
+    // Whoever makes a line for a service does not see its log.
+    let hint = server.cli(&["invite"]).stderr;
+    for word in ["only private addresses", "--public-addr HOST", "public-addr = ["] {
+        assert!(hint.contains(word), "{word} is not in:\n{hint}");
+    }
+    assert!(text(&server.invite(&[]), "/warning").contains("only private addresses"));
 }
 
 /// A server may be started before the network is.

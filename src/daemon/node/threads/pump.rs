@@ -4,6 +4,7 @@
 //! acknowledgements leave without a second thread that wakes for each. When more comes than that,
 //! the sending thread is woken and watches the interface until it has become quiet again.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
@@ -11,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 use super::turn::Turn;
 use super::watch::Watch;
@@ -43,6 +45,10 @@ const SEND_BYTES: usize = 65_000;
 const WRITE_BYTES: usize = 128 << 10;
 /// A thread without work shows this often that it lives.
 const IDLE_MS: u16 = 3000;
+/// When it looks again whether the control plane has room for what is not said again,
+const KEPT_MS: u16 = 10;
+/// and how much of that it keeps.
+const KEPT_NOTES: usize = 1024;
 /// A drain of more than this is part of much: the sending thread lets the next packets gather,
 const MUCH_BYTES: usize = 32 << 10;
 /// for so long. Each wait that ends with a packet costs several microseconds, at both ends.
@@ -58,19 +64,33 @@ const SOCKETS: u64 = 3;
 pub(super) struct NoteSender {
     notes: mpsc::Sender<Note>,
     shared: Arc<Shared>,
+    /// What found no room, and nothing says again.
+    kept: RefCell<Vec<Note>>,
 }
 
 impl NoteSender {
     pub(super) fn new(notes: mpsc::Sender<Note>, shared: Arc<Shared>) -> Self {
-        Self { notes, shared }
+        Self { notes, shared, kept: RefCell::default() }
     }
 
+    /// Sends these; first what found no room before and is not said again.
     fn send(&self, notes: &mut Vec<Note>) {
-        for note in notes.drain(..) {
-            if self.notes.try_send(note).is_err() {
-                self.shared.drops().count(DropReason::QueueFull);
+        let kept = self.kept.take();
+        for note in kept.into_iter().chain(notes.drain(..)) {
+            let Err(refused) = self.notes.try_send(note) else { continue };
+            let mut kept = self.kept.borrow_mut();
+            match refused {
+                TrySendError::Full(note) if note.is_said_once() && kept.len() < KEPT_NOTES => {
+                    kept.push(note);
+                }
+                _ => self.shared.drops().count(DropReason::QueueFull),
             }
         }
+    }
+
+    /// How long to wait for packets, in milliseconds.
+    fn patience(&self) -> u16 {
+        if self.kept.borrow().is_empty() { IDLE_MS } else { KEPT_MS }
     }
 }
 
@@ -165,7 +185,7 @@ fn pump_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> i
     let mut watch = Watch::new([ports.stop.as_fd(), ports.wake_sender.as_fd()])?;
     loop {
         watch.set_tun(ports.watched_tun(true))?;
-        wait(&mut watch, &ports.progress[0], &mut turn)?;
+        wait(&mut watch, &ports.progress[0], &mut turn, notes)?;
         if watch.is_ready(STOP) {
             return Ok(());
         }
@@ -204,7 +224,7 @@ fn pump_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> io
     let mut watch = Watch::new(fds.into_iter().chain(ports.sockets().map(AsFd::as_fd)))?;
     loop {
         watch.set_tun(ports.watched_tun(false))?;
-        wait(&mut watch, &ports.progress[1], &mut turn)?;
+        wait(&mut watch, &ports.progress[1], &mut turn, notes)?;
         if watch.is_ready(STOP) {
             return Ok(());
         }
@@ -311,10 +331,16 @@ fn send_cookies(ports: &Ports, notes: &mut Vec<Note>) {
     });
 }
 
-fn wait(watch: &mut Watch, progress: &Progress, turn: &mut Turn) -> io::Result<()> {
+fn wait(
+    watch: &mut Watch,
+    progress: &Progress,
+    turn: &mut Turn,
+    notes: &NoteSender,
+) -> io::Result<()> {
+    notes.send(&mut Vec::new());
     progress.step();
     let from = clock::now();
-    let waited = watch.wait(IDLE_MS);
+    let waited = watch.wait(notes.patience());
     turn.waited(from, clock::now());
     waited
 }
@@ -322,6 +348,28 @@ fn wait(watch: &mut Watch, progress: &Progress, turn: &mut Turn) -> io::Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataplane::EngineKeys;
+    use crate::path::Via;
+    use crate::types::{NodeId, SecretKey};
+
+    #[test]
+    fn what_is_not_said_again_waits_for_room() {
+        let (sender, mut receiver) = mpsc::channel(1);
+        let keys = EngineKeys::new(&SecretKey::from_bytes([1; 32]));
+        let notes = NoteSender::new(sender, Shared::new(clock::now(), &keys));
+        let wanted = |id: u32| Note::SessionWanted(NodeId::new(id).unwrap());
+        let unknown = Note::UnknownSession { via: Via::RelayTcp, relayed: None };
+        notes.send(&mut vec![wanted(1), unknown, wanted(2), wanted(3)]);
+        assert_eq!(notes.shared.drops().of(DropReason::QueueFull), 1, "the one in between");
+        let mut heard = Vec::new();
+        while let Ok(note) = receiver.try_recv() {
+            let Note::SessionWanted(id) = note else { panic!("{note:?}") };
+            heard.push(id.number());
+            assert_eq!(notes.patience(), if heard.len() < 3 { KEPT_MS } else { IDLE_MS });
+            notes.send(&mut Vec::new());
+        }
+        assert_eq!(heard, [1, 2, 3], "in order");
+    }
 
     #[test]
     fn packets_gather_only_behind_a_transfer_that_has_none_waiting() {
