@@ -24,8 +24,8 @@ mod train;
 pub use gso::Gso;
 pub use train::{Sent, Train, send_train};
 
-/// Datagrams of at most this size are received, alone or many in one buffer.
-const SLOT_BYTES: usize = 65_536;
+/// Room for the longest train that the kernel hands over, and so for any datagram.
+pub const SLOT_BYTES: usize = 65_536;
 /// Buffers per receive call. Full ones are still in the processor's cache when they are opened,
 /// which sixteen were not.
 const SLOTS: usize = 4;

@@ -9,6 +9,7 @@ mod id;
 mod key;
 mod name;
 mod net;
+mod sizes;
 mod tag;
 mod uplink;
 
@@ -19,5 +20,6 @@ pub use id::{InviteId, NetworkId, NodeId, ParseIdError, SocketId, TxId};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
 pub use net::{OverlayAddrs, OverlayRange, RangeError, is_global_v4, is_shared, source_of};
+pub use sizes::{BASE_MTU, MAX_TRAIN_BYTES, MAX_TRAIN_DATAGRAMS, SEAL_OVERHEAD};
 pub use tag::{Tag, TagError};
 pub use uplink::Uplink;

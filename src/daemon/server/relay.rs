@@ -40,8 +40,6 @@ use trains::Trains;
 
 /// How long a thread may take to notice that it should stop.
 const POLL_MS: u16 = 200;
-/// The largest train that the kernel hands over.
-const TRAIN_BYTES: usize = 65_535;
 /// Trains received in one call: full ones are still in the processor's cache when they leave.
 const TRAINS: usize = 8;
 
@@ -430,7 +428,7 @@ fn run(hub: &Hub, id: SocketId, stopping: &watch::Receiver<bool>) {
     let (Some(port), Some(progress)) = (hub.ports.get(number), hub.progress.get(number)) else {
         return;
     };
-    let mut buffers = vec![vec![0; TRAIN_BYTES]; TRAINS];
+    let mut buffers = vec![vec![0; udp::SLOT_BYTES]; TRAINS];
     let mut metas = [RecvMeta::default(); TRAINS];
     let mut waiting = FairQueues::default();
     while !should_stop(stopping) {
