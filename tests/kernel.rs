@@ -19,6 +19,7 @@ use std::process::{Command, ExitCode};
 
 use libtest_mimic::{Arguments, Completion, Trial};
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Uid;
 use overlay::dataplane::TunBatch;
 use overlay::dataplane::offload::{
@@ -81,6 +82,7 @@ fn run(arguments: &Arguments, missing: Option<String>) -> ExitCode {
         test("the_kernel_cuts_a_super_packet_as_we_do", cut_alike),
         test("the_kernel_makes_of_our_trains_what_came_in", merged_and_cut),
         test("what_the_link_does_not_take_leaves_in_fragments_or_not_at_all", fragments),
+        test("a_socket_that_stays_full_is_waited_for_once_and_not_for_each", full_socket),
     ];
     // Each has the two devices for itself.
     let arguments = Arguments { test_threads: Some(1), ..arguments.clone() };
@@ -459,6 +461,30 @@ fn fragments() {
         assert_eq!(socket.send_to(&[6; 1_312], to).unwrap(), 1_312);
         assert_eq!(arrived(end, 1), [(6, 1_312)]);
     }
+}
+
+/// Datagrams to a neighbour that does not answer wait in the kernel, and fill their socket.
+fn full_socket() {
+    for words in ["link add full0 type veth peer name full1", "addr add 10.3.0.1/24 dev full0"] {
+        ip(words);
+    }
+    ip("link set full1 up");
+    ip("link set full0 up");
+    let socket = UdpSocket::bind("10.3.0.1:0".parse().unwrap()).unwrap();
+    setsockopt(&socket, sockopt::SndBuf, &8_192).unwrap();
+    let silent: SocketAddr = "10.3.0.2:9".parse().unwrap();
+    let mut left = 0;
+    while socket.send(silent, None, &[1; 1_312], 1_312).done > 0 {
+        left += 1;
+        assert!(left < 100, "it never fills");
+    }
+    let begun = overlay::io::clock::now();
+    let lost: usize =
+        (0..400).map(|_| socket.send_or_wait(silent, None, &[2; 5_000], 1_312).lost).sum();
+    let took = begun.elapsed();
+    // A wait for each would be two seconds; room for one may come when the kernel gives up a datagram.
+    assert!(took.as_millis() < 1_000, "{took:?}");
+    assert!(left > 0 && lost > 1_500, "{left} {lost}");
 }
 
 /// The first byte and the length of each datagram, once there are `count`.

@@ -270,6 +270,11 @@ fn failure(error: &StartError) -> Failure {
              (NODE is in overlay server nodes)",
         ),
         StartError::NoAnswer => Failure::new(NOT_LET_IN, error, SERVER_LOG),
+        StartError::ThreadEnded { .. } => Failure::new(
+            error,
+            "an error of the system or of the program; the lines before this one in its log say which",
+            "start it again, as its service does by itself",
+        ),
         StartError::PortTaken { port } => Failure::new(
             error,
             format!("port {port} was asked for with --listen-port or in the configuration"),

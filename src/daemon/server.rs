@@ -40,6 +40,7 @@ use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::{LoopbackAddr, MetricsServer};
 use crate::io::service::handed_listeners;
 use crate::io::service::reload::{Reload, notify_reloaded, notify_reloading, warn_of_unapplied};
+use crate::io::threads::Fallen;
 use crate::server::admin::{Answer, JoinText, Request};
 use crate::server::fresh::Tokens;
 use crate::server::relay::RelayTable;
@@ -199,6 +200,8 @@ pub struct RunningServer {
     core: JoinHandle<()>,
     tasks: Vec<JoinHandle<()>>,
     threads: Vec<std::thread::JoinHandle<()>>,
+    /// Of the threads, one that has ended without having been told to.
+    fallen: Fallen,
 }
 
 /// Starts a server. When this returns its sockets are bound and its store is open.
@@ -237,7 +240,8 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
     let table = RelayTable::new(options.relay_limits, *state::random()?);
     let table = table.with_tokens(tokens.clone());
     let hub = Arc::new(Hub::new(bound.udp, table, events.clone()));
-    let threads = relay::spawn(&hub, &stopping)?;
+    let fallen = Fallen::default();
+    let threads = relay::spawn(&hub, &stopping, &fallen)?;
     let parts = core::Parts {
         store: state.store,
         key: state.key.clone(),
@@ -273,6 +277,7 @@ pub async fn start(options: Options) -> Result<RunningServer, StartError> {
         core,
         tasks,
         threads,
+        fallen,
     })
 }
 
@@ -346,6 +351,7 @@ impl RunningServer {
                 _ = terminate.recv() => break false,
                 _ = interrupt.recv() => break false,
                 _ = &mut self.core => break true,
+                () = self.fallen.wait() => break false,
                 () = reload.asked() => {}
             }
             notify_reloading();
@@ -360,8 +366,11 @@ impl RunningServer {
             let source = io::Error::other("the core of the server has ended");
             return Err(StartError::System { action: "go on", source });
         }
+        let fallen = self.fallen.name();
         self.stop().await;
-        Ok(())
+        let Some(thread) = fallen else { return Ok(()) };
+        let source = io::Error::other(format!("the thread {thread} has ended"));
+        Err(StartError::System { action: "relay", source })
     }
 
     async fn apply_options(&mut self, new: Options) {

@@ -3,12 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
-use crate::types::SocketId;
-
-/// The most bytes that one run may hold: with all headers a train of 64 KiB is more than devices take.
-const MAX_RUN_BYTES: usize = 65_450;
-/// The most datagrams of one run: `UDP_MAX_SEGMENTS` of Linux before 6.9.
-const MAX_RUN_SEGMENTS: usize = 63;
+use crate::types::{MAX_TRAIN_BYTES, MAX_TRAIN_DATAGRAMS, SocketId};
 
 /// Where a run of datagrams goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,8 +120,8 @@ impl UdpBatch {
             && run.target == target
             && len <= run.segment
             && run.range.len() % run.segment == 0
-            && run.range.len() + len <= MAX_RUN_BYTES
-            && run.segments < MAX_RUN_SEGMENTS
+            && run.range.len() + len <= MAX_TRAIN_BYTES
+            && run.segments < MAX_TRAIN_DATAGRAMS
         {
             run.range.end += len;
             run.segments += 1;
@@ -212,7 +207,9 @@ mod tests {
             batch.push_bytes(target(1), &[0; 1400]);
         }
         for (run, bytes) in batch.runs() {
-            assert!(bytes.len() <= MAX_RUN_BYTES && bytes.len() / run.segment <= MAX_RUN_SEGMENTS);
+            assert!(
+                bytes.len() <= MAX_TRAIN_BYTES && bytes.len() / run.segment <= MAX_TRAIN_DATAGRAMS
+            );
         }
         assert_eq!(batch.datagrams().count(), 200);
     }
@@ -223,13 +220,13 @@ mod tests {
         let mut sent = Vec::new();
         for round in 0..1000u32 {
             batch.push_bytes(target(1), &round.to_be_bytes().repeat(350));
-            if batch.len() > MAX_RUN_BYTES {
+            if batch.len() > MAX_TRAIN_BYTES {
                 sent.extend(batch.closed_runs().map(|(_, bytes)| bytes.to_vec()));
                 batch.keep_open_run();
             }
-            assert!(batch.len() <= 2 * MAX_RUN_BYTES && batch.used < MAX_PASSED * 2);
+            assert!(batch.len() <= 2 * MAX_TRAIN_BYTES && batch.used < MAX_PASSED * 2);
         }
-        assert!(sent.iter().all(|run| run.len() == MAX_RUN_BYTES / 1400 * 1400), "full ones");
+        assert!(sent.iter().all(|run| run.len() == MAX_TRAIN_BYTES / 1400 * 1400), "full ones");
         sent.extend(batch.runs().map(|(_, bytes)| bytes.to_vec()));
         let expected: Vec<u8> = (0..1000u32).flat_map(|i| i.to_be_bytes().repeat(350)).collect();
         assert!(sent.concat() == expected, "every byte in its order");

@@ -20,10 +20,10 @@ use boringtun::x25519;
 
 use super::attempt::Attempt;
 use super::gate::COOKIE_LEN;
-use crate::types::{DropReason, PublicKey, SecretKey};
+use crate::types::{self, DropReason, PublicKey, SecretKey};
 
-/// Bytes that sealing adds: 16 of header and 16 of authentication tag.
-pub(super) const SEAL_OVERHEAD: usize = 32;
+/// Bytes that sealing adds.
+pub(super) const SEAL_OVERHEAD: usize = types::SEAL_OVERHEAD as usize;
 /// The engine wants at least this much room: it may write a handshake instead.
 pub const MIN_SEAL_BUFFER: usize = 148;
 
@@ -35,8 +35,9 @@ const KEY_LIFETIME: Duration = Duration::from_secs(175);
 const RESPONDER_PATIENCE: Duration = Duration::from_secs(10);
 /// Keys are renewed only while data flows: this long after the last packet it does not.
 const IN_USE: Duration = Duration::from_secs(15);
-/// The engine's own timers are looked at this often.
-const ENGINE_TICK: Duration = Duration::from_millis(250);
+/// The engine's own timers are looked at no more often than this, the resolution it was made for, however
+/// often a session is looked at for another reason. `node::timers` does so once a second at least.
+const ENGINE_TICK_AT_MOST: Duration = Duration::from_millis(250);
 
 /// Our static keys in the engine's form, shared by all sessions of a node.
 #[derive(Clone)]
@@ -399,7 +400,7 @@ impl Session {
             return self.initiate(out, now);
         }
         if self.engine_tick_at.is_none_or(|at| at <= now) {
-            self.engine_tick_at = Some(now + ENGINE_TICK);
+            self.engine_tick_at = Some(now + ENGINE_TICK_AT_MOST);
             if let TunnResult::WriteToNetwork(datagram) = self.engine.update_timers(out) {
                 if datagram[0] == 1 {
                     self.attempt = Some(Attempt::after_initiation(None, now));

@@ -14,6 +14,7 @@ pub mod said;
 pub mod sched;
 pub mod service;
 mod sys;
+pub mod threads;
 pub mod tun;
 pub mod udp;
 pub mod wake;

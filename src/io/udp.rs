@@ -7,11 +7,15 @@
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::clock;
 use super::sys::{Fragments, set_fragments};
 
 mod gso;
@@ -20,13 +24,33 @@ mod train;
 pub use gso::Gso;
 pub use train::{Sent, Train, send_train};
 
-/// Datagrams of at most this size are received, alone or many in one buffer.
-const SLOT_BYTES: usize = 65_536;
+/// Room for the longest train that the kernel hands over, and so for any datagram.
+pub const SLOT_BYTES: usize = 65_536;
 /// Buffers per receive call. Full ones are still in the processor's cache when they are opened,
 /// which sixteen were not.
 const SLOTS: usize = 4;
 /// Kernel buffers, each way: two hundred full trains, so that a busy core loses nothing.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+
+/// How long a full socket is waited for before its datagrams are lost.
+const FULL_SOCKET_WAIT_MS: u8 = 5;
+/// After a wait in vain there is none for so long: at most a tenth of the time of whoever sends.
+const NO_WAIT: Duration = Duration::from_millis(45);
+
+/// Whether a full socket is worth a wait.
+#[derive(Debug, Default)]
+struct Patience(Mutex<Option<Instant>>);
+
+impl Patience {
+    fn is_left(&self, now: Instant) -> bool {
+        let ended = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ended.is_none_or(|ended| now.saturating_duration_since(ended) >= NO_WAIT)
+    }
+
+    fn end(&self, now: Instant) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+    }
+}
 
 /// A UDP socket of one address family.
 #[derive(Debug)]
@@ -35,6 +59,7 @@ pub struct UdpSocket {
     state: UdpSocketState,
     gso: Gso,
     gro: bool,
+    patience: Patience,
 }
 
 impl UdpSocket {
@@ -69,7 +94,7 @@ impl UdpSocket {
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let (gso, gro) = (Gso::new(state.max_gso_segments()), state.gro_segments() > 1);
-        Ok(Self { socket, state, gso, gro })
+        Ok(Self { socket, state, gso, gro, patience: Patience::default() })
     }
 
     /// Sends every datagram singly from here on.
@@ -122,6 +147,37 @@ impl UdpSocket {
                 Transmit { destination: remote, ecn: None, contents, segment_size, src_ip };
             self.state.try_send((&self.socket).into(), &transmit)
         })
+    }
+
+    /// Sends as [`send`](Self::send) does, and waits a little for room when the socket is full. What is
+    /// left even so is lost; then the next that find it full are not waited for, so that a slow link
+    /// does not hold up what leaves by others.
+    #[must_use]
+    pub fn send_or_wait(
+        &self,
+        remote: SocketAddr,
+        local: Option<IpAddr>,
+        bytes: &[u8],
+        segment: usize,
+    ) -> Sent {
+        let mut sent = self.send(remote, local, bytes, segment);
+        if sent.done < bytes.len() && self.patience.is_left(clock::now()) {
+            let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLOUT)];
+            // It may have room now, whatever this says.
+            let _ = poll(&mut fds, FULL_SOCKET_WAIT_MS);
+            let rest = bytes.get(sent.done..).unwrap_or_default();
+            let more = self.send(remote, local, rest, segment);
+            if more.done == 0 {
+                self.patience.end(clock::now());
+            }
+            sent.done += more.done;
+            sent.lost += more.lost;
+            sent.error = more.error.or(sent.error);
+        }
+        let left = bytes.len().saturating_sub(sent.done);
+        sent.lost += left.div_ceil(segment.max(1));
+        sent.done = bytes.len();
+        sent
     }
 
     /// Sends one datagram that nobody may cut: it arrives whole or not at all.
@@ -255,8 +311,8 @@ mod tests {
         let mut buffers = RecvBuffers::default();
         let mut got: Vec<Vec<u8>> = Vec::new();
         while got.iter().map(Vec::len).sum::<usize>() < train.len() {
-            let mut fds = [nix::poll::PollFd::new(receiver.as_fd(), nix::poll::PollFlags::POLLIN)];
-            assert_eq!(nix::poll::poll(&mut fds, 2_000u16), Ok(1), "all of it arrives");
+            let mut fds = [PollFd::new(receiver.as_fd(), PollFlags::POLLIN)];
+            assert_eq!(poll(&mut fds, 2_000u16), Ok(1), "all of it arrives");
             receiver.receive(&mut buffers).unwrap();
             for train in buffers.trains() {
                 assert_eq!(train.remote, sender.local_addr().unwrap());

@@ -11,12 +11,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::types::TxId;
+pub use crate::types::{BASE_MTU, SEAL_OVERHEAD};
 
-/// The inner MTU that every path is expected to have, in fragments at the worst: IPv6 has no links
-/// below it (RFC 8200 section 5).
-pub const BASE_MTU: u16 = 1_280;
-/// What WireGuard adds to an inner packet.
-pub const SEAL_OVERHEAD: u16 = 32;
 /// Of all headers around an inner packet on an IPv4 path: IP, UDP, WireGuard.
 pub const OVERHEAD_V4: u16 = 20 + 8 + SEAL_OVERHEAD;
 /// The same on an IPv6 path.

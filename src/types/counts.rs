@@ -1,5 +1,7 @@
 //! How many datagrams of data went one way on one path, by size.
 
+use super::sizes::{BASE_MTU, SEAL_OVERHEAD};
+
 /// Datagrams of data since the path was first used, in classes of their length; they wrap around.
 ///
 /// A path may carry one class and not another: what has room for a question need not have room for
@@ -52,8 +54,8 @@ impl SizeCounts {
 
 /// Shorter ones pass wherever a question passes.
 const SHORTEST_FULL: usize = 1_000;
-/// An inner packet of 1280 bytes and what WireGuard adds.
-const LONGEST_FULL: usize = 1_312;
+/// The packet that every path takes, sealed.
+const LONGEST_FULL: usize = (BASE_MTU + SEAL_OVERHEAD) as usize;
 
 #[cfg(test)]
 mod tests {

@@ -10,6 +10,7 @@ mod key;
 mod name;
 mod net;
 mod reach;
+mod sizes;
 mod tag;
 mod uplink;
 
@@ -21,5 +22,6 @@ pub use key::{KeyError, PublicKey, SecretKey};
 pub use name::{NameError, NodeName};
 pub use net::{OverlayAddrs, OverlayRange, RangeError, source_of};
 pub use reach::{is_global_v4, is_inside, is_internal, is_link_local, is_of_one_site, is_private};
+pub use sizes::{BASE_MTU, MAX_TRAIN_BYTES, MAX_TRAIN_DATAGRAMS, SEAL_OVERHEAD};
 pub use tag::{Tag, TagError};
 pub use uplink::Uplink;

@@ -7,6 +7,8 @@
  *   uso-probe   TUNSETOFFLOAD does not know UDP (Linux before 6.2)
  *   gso-eio     trains of datagrams fail with EIO, after REFUSE_AFTER that were sent
  *   gso-einval  the same with EINVAL
+ *   packets     the thread that reads a node's sockets, and those of a relay, get EBADF for what they
+ *               wait for or read, after REFUSE_AFTER times
  *   tso         TCP trains are refused by the TUN device, after REFUSE_AFTER
  *   uso         UDP trains are refused by the TUN device, after REFUSE_AFTER
  * Everything that is refused had no effect, as in the kernel. */
@@ -16,7 +18,9 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -56,6 +60,27 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
         }
     }
     return syscall(SYS_sendmsg, fd, message, flags);
+}
+
+/* Whether the calling thread is to fail now; its name tells what it does. */
+static int is_broken(const char *thread, atomic_long *seen) {
+    char name[16] = "";
+    prctl(PR_GET_NAME, name);
+    if (!refuses("packets") || strncmp(name, thread, strlen(thread)) || !is_over(seen)) return 0;
+    errno = EBADF;
+    return 1;
+}
+
+int epoll_wait(int fd, struct epoll_event *events, int count, int limit) {
+    static atomic_long seen;
+    if (is_broken("udp-to-tun", &seen)) return -1;
+    return (int)syscall(SYS_epoll_pwait, fd, events, count, limit, 0, 8);
+}
+
+int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, struct timespec *limit) {
+    static atomic_long seen;
+    if (is_broken("relay-", &seen)) return -1;
+    return (int)syscall(SYS_recvmmsg, fd, messages, count, flags, limit);
 }
 
 int setsockopt(int fd, int level, int name, const void *value, socklen_t length) {

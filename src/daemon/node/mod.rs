@@ -165,6 +165,7 @@ impl Daemon {
             }
             news = portmap::next(self.port_mapping.as_mut()) => self.handle_portmap_news(news),
             () = self.reload.asked() => self.handle_reload().await,
+            () = self.ports.fallen.wait() => {}
             () = sleep => {}
         }
         let now = clock::now();
@@ -324,6 +325,9 @@ impl Daemon {
 
     /// Carries out all that the core wants.
     async fn drain(&mut self) -> Result<(), StartError> {
+        if let Some(thread) = self.ports.fallen.name() {
+            return Err(StartError::ThreadEnded { thread });
+        }
         let now = clock::now();
         self.drive_portmap(now);
         while let Some(event) = self.node.poll_event() {

@@ -150,6 +150,12 @@ pub enum StartError {
     /// The server neither let us in nor said no.
     #[error("the server did not answer the request to join within {} s", ENROL_LIMIT.as_secs())]
     NoAnswer,
+    /// A packet thread has ended by itself; what it met is in the log.
+    #[error("no packets move any more: the thread {thread} has ended")]
+    ThreadEnded {
+        /// Its name.
+        thread: String,
+    },
     /// The UDP port is taken.
     #[error("UDP port {port} is taken by another program")]
     PortTaken {

@@ -6,13 +6,11 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwapOption;
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc;
 
@@ -24,6 +22,7 @@ use crate::io::clock;
 use crate::io::link::LinkSender;
 use crate::io::opener::send_with_ttl;
 use crate::io::service::Progress;
+use crate::io::threads::Fallen;
 use crate::io::tun::Tun;
 use crate::io::udp::UdpSocket;
 use crate::node::{Opener, WholeProbe};
@@ -36,8 +35,6 @@ mod watch;
 use pump::{NoteSender, Outlet, run_inbound, run_outbound};
 use turn::Turn;
 
-/// How long a full socket is waited for before its datagrams are dropped.
-const FULL_SOCKET_WAIT_MS: u8 = 5;
 /// Packets that may wait for an interface which is being made: the first of a few peers.
 const WAITING_PACKETS: usize = 64;
 
@@ -53,6 +50,9 @@ pub(super) struct Ports {
     link: ArcSwapOption<LinkSender>,
     shared: Arc<Shared>,
     stop: EventFd,
+    stopping: AtomicBool,
+    /// A thread that has ended without having been told to: no packets move any more.
+    pub(super) fallen: Fallen,
     /// Whether the sending thread watches the interface, and not the receiving one.
     sender_watches: AtomicBool,
     /// Bytes of datagrams that the receiving thread has read, modulo 2^64.
@@ -84,6 +84,8 @@ impl Ports {
             link: ArcSwapOption::empty(),
             shared,
             stop: EventFd::from_value_and_flags(0, flags)?,
+            stopping: AtomicBool::new(false),
+            fallen: Fallen::default(),
             sender_watches: AtomicBool::new(false),
             received: AtomicU64::new(0),
             wake_sender: EventFd::from_value_and_flags(0, flags)?,
@@ -222,12 +224,13 @@ fn send_runs<'b>(ports: &Ports, runs: impl Iterator<Item = (&'b Run, &'b [u8])>)
         match run.target {
             Target::Udp { remote, local, socket } => {
                 let sent = ports.with_socket(socket, remote, |socket| {
-                    send_or_wait(socket, remote, local, bytes, run.segment)
+                    socket.send_or_wait(remote, local, bytes, run.segment)
                 });
                 let datagrams = || bytes.len().div_ceil(run.segment.max(1));
-                let lost = sent.unwrap_or_else(datagrams);
+                let lost = sent.as_ref().map_or_else(datagrams, |sent| sent.lost);
                 if lost > 0 {
                     drops.count_many(DropReason::SendFailed, lost as u64);
+                    tracing::trace!(%remote, ?sent, "datagrams not sent");
                 }
             }
             Target::Link => {
@@ -288,33 +291,6 @@ pub(super) fn write_packet(ports: &Ports, packet: &[u8]) {
     }
 }
 
-/// Sends a run, and waits once for a socket that is full; returns how many datagrams were lost.
-fn send_or_wait(
-    socket: &UdpSocket,
-    remote: SocketAddr,
-    local: Option<std::net::IpAddr>,
-    bytes: &[u8],
-    segment: usize,
-) -> usize {
-    let first = socket.send(remote, local, bytes, segment);
-    let (mut lost, mut error) = (first.lost, first.error);
-    let mut rest = bytes.get(first.done..).unwrap_or_default();
-    if !rest.is_empty() {
-        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
-        // It may have room now, whatever this says.
-        let _ = poll(&mut fds, FULL_SOCKET_WAIT_MS);
-        let second = socket.send(remote, local, rest, segment);
-        lost += second.lost;
-        error = second.error.or(error);
-        rest = rest.get(second.done..).unwrap_or_default();
-    }
-    lost += rest.len().div_ceil(segment.max(1));
-    if lost > 0 {
-        tracing::trace!(%remote, lost, error = ?error, "datagrams not sent");
-    }
-    lost
-}
-
 /// Writes a whole batch to the TUN interface.
 pub(super) fn write_tun(ports: &Ports, batch: &mut TunBatch) {
     batch.finish();
@@ -349,8 +325,9 @@ impl Threads {
         ] {
             let (ports, outlet) = (Arc::clone(ports), Arc::clone(&outlet));
             let notes = NoteSender::new(notes.clone(), Arc::clone(&ports.shared));
-            let thread = std::thread::Builder::new().name(name.into());
-            handles.push(thread.spawn(move || run(&ports, &outlet, &notes))?);
+            let (fallen, told) = (ports.fallen.clone(), Arc::clone(&ports));
+            let is_told = move || told.stopping.load(Ordering::Acquire);
+            handles.push(fallen.spawn(name, is_told, move || run(&ports, &outlet, &notes))?);
         }
         Ok(Self { ports: Arc::clone(ports), handles })
     }
@@ -358,6 +335,7 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
+        self.ports.stopping.store(true, Ordering::Release);
         // Never read, so it stays readable and every poll sees it.
         let _ = self.ports.stop.write(1);
         for handle in self.handles.drain(..) {

@@ -28,6 +28,7 @@ use crate::io::clock;
 use crate::io::link::{LinkSender, RelayBatch};
 use crate::io::listen::Fare;
 use crate::io::service::Progress;
+use crate::io::threads::Fallen;
 use crate::io::udp::{self, send_train};
 use crate::server::ConnectionId;
 use crate::server::relay::limit::Limits;
@@ -39,8 +40,6 @@ use trains::Trains;
 
 /// How long a thread may take to notice that it should stop.
 const POLL_MS: u16 = 200;
-/// The largest train that the kernel hands over.
-const TRAIN_BYTES: usize = 65_535;
 /// Trains received in one call: full ones are still in the processor's cache when they leave.
 const TRAINS: usize = 8;
 
@@ -401,19 +400,27 @@ fn knockers() -> Vec<std::net::UdpSocket> {
     any.into_iter().filter_map(open).collect()
 }
 
-/// Starts the thread of every UDP socket; they end when `stopping` turns true.
+/// Starts the thread of every UDP socket; they end when `stopping` turns true. `fallen` has the one that
+/// ends before.
 pub(super) fn spawn(
     hub: &Arc<Hub>,
     stopping: &watch::Receiver<bool>,
+    fallen: &Fallen,
 ) -> Result<Vec<std::thread::JoinHandle<()>>, StartError> {
     let start = |number: u16| {
-        let (hub, stopping) = (Arc::clone(hub), stopping.clone());
-        std::thread::Builder::new()
-            .name(format!("relay-{number}"))
-            .spawn(move || run(&hub, SocketId(number), &stopping))
+        let (hub, stopping, told) = (Arc::clone(hub), stopping.clone(), stopping.clone());
+        let is_told = move || should_stop(&told);
+        fallen
+            .spawn(&format!("relay-{number}"), is_told, move || {
+                run(&hub, SocketId(number), &stopping);
+            })
             .map_err(|source| StartError::System { action: "start a thread", source })
     };
     (0u16..).zip(&hub.ports).map(|(number, _)| start(number)).collect()
+}
+
+fn should_stop(stopping: &watch::Receiver<bool>) -> bool {
+    *stopping.borrow() || stopping.has_changed().is_err()
 }
 
 fn run(hub: &Hub, id: SocketId, stopping: &watch::Receiver<bool>) {
@@ -421,10 +428,10 @@ fn run(hub: &Hub, id: SocketId, stopping: &watch::Receiver<bool>) {
     let (Some(port), Some(progress)) = (hub.ports.get(number), hub.progress.get(number)) else {
         return;
     };
-    let mut buffers = vec![vec![0; TRAIN_BYTES]; TRAINS];
+    let mut buffers = vec![vec![0; udp::SLOT_BYTES]; TRAINS];
     let mut metas = [RecvMeta::default(); TRAINS];
     let mut waiting = FairQueues::default();
-    while !*stopping.borrow() && stopping.has_changed().is_ok() {
+    while !should_stop(stopping) {
         progress.step();
         if let Some(bytes) = hub.waiting.get(number) {
             bytes.store(waiting.bytes(), Ordering::Relaxed);

@@ -12,8 +12,9 @@ use super::header::{FrameHeader, Segmentation, SegmentationKind};
 
 /// Flows that are followed at once: more rarely come mixed in one receive call.
 const FLOWS: usize = 8;
-/// `UDP_MAX_SEGMENTS` of Linux before 6.9, and enough to pay for a write.
+/// As many as Linux itself merges (`UDP_GRO_CNT_MAX`), and enough to pay for a write.
 const MAX_SEGMENTS: usize = 64;
+/// The longest packet that the length field of IPv4 can tell.
 const MAX_PACKET: usize = 65_535;
 const TCP_ACK: u8 = 0x10;
 const TCP_PSH: u8 = 0x08;

@@ -19,7 +19,11 @@ use crate::wire::frame::{Frame, MAX_BODY, MAX_MESSAGE, split_control};
 
 /// Relay datagrams that may wait; more would only be delay.
 const RELAY_QUEUE_DATAGRAMS: usize = 256;
-/// Relay datagrams that are taken out of the queue at once: a control message waits for no more.
+/// Bytes of them that may wait: what a relay keeps for a node whose way by UDP is full
+/// (`server::relay::queue`). All of the datagrams above, at the length of an Ethernet frame, are less.
+const RELAY_QUEUE_BYTES: usize = 512 << 10;
+/// Relay datagrams that are taken out of the queue at once, if they are no more bytes than one write: a
+/// control message waits for no more.
 const TAKEN_TOGETHER: usize = 32;
 /// Control messages that may wait: a burst of changes in a network of thousands.
 const CONTROL_QUEUE_MESSAGES: usize = 4096;
@@ -92,8 +96,13 @@ impl LinkSender {
             return Err((DropReason::NoPath, count));
         }
         queues.relay.extend(datagrams.chunks(segment).map(<[u8]>::to_vec));
-        let lost = queues.relay.len().saturating_sub(RELAY_QUEUE_DATAGRAMS);
-        queues.relay.drain(..lost);
+        queues.relay_bytes += datagrams.len();
+        let mut lost = 0;
+        while (queues.relay.len() > RELAY_QUEUE_DATAGRAMS || queues.relay_bytes > RELAY_QUEUE_BYTES)
+            && queues.pop_relay().is_some()
+        {
+            lost += 1;
+        }
         drop(queues);
         self.0.changed.notify_one();
         if lost > 0 { Err((DropReason::QueueFull, lost)) } else { Ok(()) }
@@ -131,7 +140,16 @@ struct Queues {
     control: VecDeque<Vec<u8>>,
     control_bytes: usize,
     relay: VecDeque<Vec<u8>>,
+    relay_bytes: usize,
     closed: bool,
+}
+
+impl Queues {
+    fn pop_relay(&mut self) -> Option<Vec<u8>> {
+        let datagram = self.relay.pop_front()?;
+        self.relay_bytes -= datagram.len();
+        Some(datagram)
+    }
 }
 
 enum Queued {
@@ -157,9 +175,14 @@ impl Outbox {
             queues.control_bytes -= message.len();
             return Next::Send(Queued::Control(message));
         }
-        if !queues.relay.is_empty() {
-            let count = queues.relay.len().min(TAKEN_TOGETHER);
-            return Next::Send(Queued::Relay(queues.relay.drain(..count).collect()));
+        let (mut taken, mut bytes) = (Vec::new(), 0);
+        while taken.len() < TAKEN_TOGETHER && bytes < WRITE_BYTES {
+            let Some(datagram) = queues.pop_relay() else { break };
+            bytes += datagram.len();
+            taken.push(datagram);
+        }
+        if !taken.is_empty() {
+            return Next::Send(Queued::Relay(taken));
         }
         if queues.closed { Next::End } else { Next::Wait }
     }
@@ -234,4 +257,39 @@ async fn flush(
         bytes.clear();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relayed_data_that_waits_is_bounded_in_datagrams_and_in_bytes() {
+        let outbox = Arc::new(Outbox::default());
+        let sender = LinkSender::new(Arc::clone(&outbox));
+        let send = |mark: u8, len| match sender.try_send_relay(&vec![mark; len]) {
+            Ok(()) => 0,
+            Err(DropReason::QueueFull) => 1,
+            Err(reason) => panic!("{reason:?}"),
+        };
+        let lost: usize = (0..100).map(|mark| send(mark, MAX_BODY)).sum();
+        assert_eq!(sender.waiting() + lost, 100);
+        assert_eq!(sender.waiting(), RELAY_QUEUE_BYTES / MAX_BODY);
+        let Next::Send(Queued::Relay(taken)) = outbox.pop() else { panic!("data waits") };
+        assert!(taken.len() <= WRITE_BYTES.div_ceil(MAX_BODY), "{} long ones", taken.len());
+        assert_eq!(usize::from(taken[0][0]), lost, "the oldest are lost, and all were counted");
+        while let Next::Send(Queued::Relay(taken)) = outbox.pop() {
+            assert!(taken.last().unwrap()[0] < 100);
+        }
+        assert_eq!(sender.waiting(), 0);
+        assert_eq!(outbox.lock().relay_bytes, 0);
+        // Short ones go in as many as before.
+        let lost: usize = (0..300).map(|_| send(7, 1_400)).sum();
+        assert_eq!((lost, sender.waiting()), (300 - RELAY_QUEUE_DATAGRAMS, RELAY_QUEUE_DATAGRAMS));
+        let Err((DropReason::QueueFull, lost)) = sender.try_send_train(&[8; 400_000], 40_000)
+        else {
+            panic!("there was no room for it");
+        };
+        assert!(lost > 80 && lost < RELAY_QUEUE_DATAGRAMS, "{lost}");
+    }
 }

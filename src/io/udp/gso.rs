@@ -6,9 +6,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::io::clock;
+use crate::types::{BASE_MTU, MAX_TRAIN_DATAGRAMS};
 
-/// Every IPv6 link takes a datagram of this length (RFC 8200 section 5): 1280 bytes, 48 of headers.
-const SHORT_DATAGRAM: usize = 1_280 - 48;
+/// Every IPv6 link takes a datagram of this length, with its 48 bytes of headers.
+const SHORT_DATAGRAM: usize = BASE_MTU as usize - 48;
 /// A socket whose trains were refused is tried again after this: its routes may lead by a device that
 /// takes trains and by one that does not.
 const PAUSE: Duration = Duration::from_secs(60);
@@ -24,10 +25,12 @@ pub struct Gso {
 }
 
 impl Gso {
-    /// Of a socket that takes trains of so many datagrams; 1 when it takes none.
+    /// Of a socket that takes trains of so many datagrams, of which no more are used than every kernel
+    /// takes; 1 when it takes none.
     #[must_use]
     pub fn new(longest: usize) -> Self {
-        Self { longest: longest.max(1), refused: AtomicBool::new(false), again: Mutex::new(None) }
+        let longest = longest.clamp(1, MAX_TRAIN_DATAGRAMS);
+        Self { longest, refused: AtomicBool::new(false), again: Mutex::new(None) }
     }
 
     /// Whether trains leave in one call, as far as is known.
@@ -85,18 +88,18 @@ mod tests {
 
     #[test]
     fn a_refused_train_pauses_them_and_one_that_leaves_ends_that() {
-        let gso = Gso::new(64);
+        let gso = Gso::new(128);
         let start = clock::now();
-        assert!(gso.works() && gso.longest() == 64);
+        assert!(gso.works() && gso.longest() == MAX_TRAIN_DATAGRAMS);
         gso.refuse_at(start);
         assert!(!gso.works());
         assert_eq!(gso.longest_at(start + PAUSE / 2), 1);
-        assert_eq!(gso.longest_at(start + PAUSE), 64, "it is tried again");
+        assert_eq!(gso.longest_at(start + PAUSE), MAX_TRAIN_DATAGRAMS, "it is tried again");
         assert!(!gso.works(), "until one has left they do not");
         gso.refuse_at(start + PAUSE);
         assert_eq!(gso.longest_at(start + PAUSE + PAUSE / 2), 1);
         gso.worked();
-        assert!(gso.works() && gso.longest() == 64);
+        assert!(gso.works() && gso.longest() == MAX_TRAIN_DATAGRAMS);
         let none = Gso::new(1);
         none.worked();
         assert!(!none.works() && none.longest() == 1);

@@ -13,7 +13,7 @@ use super::{Arrival, SocketId};
 pub const NODE_BYTES: usize = 512 << 10;
 /// Bytes that may wait in all.
 pub const TOTAL_BYTES: usize = 16 << 20;
-/// Bytes that a node may send in its turn: one full train.
+/// Bytes that a node may send in its turn: the longest train that can be received, and so any other.
 const QUANTUM: usize = 65_536;
 
 /// Datagrams of `segment_bytes` each (the last may be shorter) for one node.

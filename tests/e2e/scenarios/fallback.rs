@@ -31,6 +31,8 @@ pub(crate) fn cases() -> Vec<Case> {
         node("no_receive_offload_from_the_start", "gro-probe", &["udp_gro"], When::Ever),
         node("a_kernel_without_any", "gso-probe,gro-probe,tun-probe", &ALL, When::Ever),
         Case::new("fallback::a_relay_whose_trains_fail_sends_singly", || relay("gso-eio", true)),
+        Case::new("fallback::a_node_whose_packets_stop_ends", packets_stop_at_a_node),
+        Case::new("fallback::a_relay_whose_packets_stop_ends", packets_stop_at_the_relay),
         Case::new("fallback::a_relay_on_an_old_kernel", || relay("gso-probe,gro-probe", false)),
         Case::new(
             "fallback::a_question_that_cannot_be_answered_costs_the_relay_nothing",
@@ -150,6 +152,57 @@ fn relay(refused: &str, at_first: bool) {
     assert!(!trains(&server), "trains are off");
     let status = parse(&server.cli(&["status", "--json"]).success("server status"));
     assert!(status["drops"]["send-failed"].is_null(), "{status}");
+}
+
+/// Whoever supervises it starts it anew.
+fn packets_stop_at_a_node() {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let bob = Node::start(&net, &net.machine("bob", Nat::None), &server);
+    let mut alice = Node::new(&net, &net.machine("alice", Nat::None));
+    alice.env = refusing(&net, "packets");
+    alice.up(&server.join());
+    // What wakes the thread until it has failed; the last of them has no answer.
+    let mut pings = bob.host.ns.command("ping");
+    pings.args(["-n", "-i", "0.1", "-c", "40", "-w", "6", &bob_sees(&bob, "alice")]);
+    process::run(pings, LIMIT);
+    assert_eq!(alice.daemon().wait_exit(LIMIT), Some(1));
+    let log = alice.log();
+    assert!(log.contains("no packets move any more: the thread udp-to-tun has ended"), "{log}");
+    assert!(alice.host.ns.interfaces().iter().all(|it| !it.contains("overlay")), "nothing stays");
+}
+
+/// The overlay address of `name`, once `node` has it.
+fn bob_sees(node: &Node, name: &str) -> String {
+    let find = || {
+        let status = node.status()?;
+        let peers = status["peers"].as_array()?;
+        let peer = peers.iter().find(|peer| peer["name"] == name)?;
+        peer["ipv4"].as_str().map(str::to_owned)
+    };
+    crate::clock::wait_for("the peer is known", LIMIT, find).0
+}
+
+fn packets_stop_at_the_relay() {
+    let net = Net::new();
+    let hub = net.machine("server", Nat::None);
+    let address = format!("{}:{}", hub.address, crate::overlay::PORT);
+    let mut server = Server::prepare(&net, &hub, "server", &[&address], &[&address], "");
+    server.env = refusing(&net, "packets");
+    server.run();
+    server.wait_ready();
+    let mallory = net.machine("mallory", Nat::None);
+    let socket = mallory.ns.enter(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    for _ in 0..100 {
+        socket.send_to(b"what wakes the thread", &address).unwrap();
+        if server.daemon().exit().is_some() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(server.daemon().wait_exit(LIMIT), Some(1));
+    let log = server.daemon().log();
+    assert!(log.contains("cannot relay: the thread relay-0 has ended"), "{log}");
 }
 
 fn trains(server: &Server) -> bool {

@@ -19,6 +19,10 @@ pub(crate) fn cases() -> Vec<Case> {
         let name = format!("mtu::a_relayed_pair_with_a_link_of_{link}_carries_bulk");
         cases.push(Case::new(name, move || relayed(link)));
     }
+    for link in [1_280, 1_340] {
+        let name = format!("mtu::ipv6_links_of_{link}_carry_bulk");
+        cases.push(Case::new(name, move || by_ipv6(link)));
+    }
     cases.push(Case::new("mtu::a_sender_of_too_much_is_told", sender_is_told));
     cases.push(Case::new("mtu::a_fixed_mtu_is_an_upper_bound", fixed));
     cases
@@ -121,6 +125,45 @@ fn relayed(link: u16) {
     let (_, said) = ping_whole(host, &bob.ipv4(), 1_280);
     assert!(said.to_lowercase().contains(&format!("mtu = {inner}")), "{said}");
     assert_eq!(alice.path_kind("bob"), "relay-udp");
+}
+
+/// What goes around an inner packet on an IPv6 path.
+const IPV6_OVERHEAD: u16 = 80;
+
+/// Two machines that have only IPv6 for each other, by links that a full packet is too long for.
+fn by_ipv6(link: u16) {
+    let net = Net::new();
+    let server = Server::start(&net, &net.machine("server", Nat::None));
+    let hosts = ["alice", "bob"].map(|name| net.machine(name, Nat::None));
+    let [mut alice, mut bob] = [(0, 1), (1, 0)].map(|(own, far)| {
+        let host = &hosts[own];
+        net.add_ipv6(host);
+        host.ns.ip(&format!("link set dev eth0 mtu {link}"));
+        host.ns.nft(&format!(
+            "table ip lone {{
+               chain in {{
+                 type filter hook input priority 0; policy accept;
+                 ip saddr {} drop
+               }}
+             }}
+             ",
+            hosts[far].address
+        ));
+        Node::start(&net, host, &server)
+    });
+    for (node, peer) in [(&mut alice, "bob"), (&mut bob, "alice")] {
+        node.wait_path(peer, "direct", LIMIT);
+        wait_mtu(node, peer, link - IPV6_OVERHEAD);
+    }
+    for (from, to) in [(&alice, &bob), (&bob, &alice)] {
+        streams_are_equal(&from.host, &to.host, to.ipv6().parse().unwrap());
+        streams_are_equal(&from.host, &to.host, to.ipv4().parse().unwrap());
+        // IPv6 has no narrower links: the outer datagram is cut.
+        assert_eq!(ping_whole(&from.host, &to.ipv6(), 1_280).0, Some(0));
+    }
+    let status = alice.status().unwrap();
+    let path = &find_peer(&status, "bob")["path"];
+    assert!(path["kind"] == "direct" && path["remote"].to_string().contains('['), "{path}");
 }
 
 fn wait_mtu(node: &mut Node, peer: &str, mtu: u16) {

@@ -24,7 +24,7 @@ use crate::io::clock;
 use crate::io::service::Progress;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
-use crate::types::{DropReason, SocketId};
+use crate::types::{DropReason, MAX_TRAIN_BYTES, SocketId};
 
 /// What the sending thread reads before it looks at the other descriptors.
 const TUN_BUDGET: Budget = Budget { packets: 256, bytes: 64 * MAX_PACKET };
@@ -40,7 +40,7 @@ const BUSY_ROUNDS: usize = 16;
 /// The largest packet that a TUN interface can hand over, with its header.
 const MAX_PACKET: usize = 65_536 + 64;
 /// Sealed bytes that are sent before more packets are read: one full run.
-const SEND_BYTES: usize = 65_000;
+const SEND_BYTES: usize = MAX_TRAIN_BYTES;
 /// Opened bytes that are written before more datagrams are looked at.
 const WRITE_BYTES: usize = 128 << 10;
 /// A thread without work shows this often that it lives.

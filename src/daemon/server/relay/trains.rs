@@ -3,9 +3,7 @@
 use std::ops::Range;
 
 use crate::server::relay::Way;
-
-/// The most bytes of a train: what one UDP datagram may hold, less some slack.
-const MAX_BYTES: usize = 65_000;
+use crate::types::MAX_TRAIN_BYTES;
 
 /// Each with its way, where it is, and the length of its datagrams: all but the last are as long.
 #[derive(Debug, Default)]
@@ -20,7 +18,7 @@ impl Trains {
             && whole.end == range.start
             && len <= *segment
             && whole.len().is_multiple_of((*segment).max(1))
-            && whole.len() + len <= MAX_BYTES
+            && whole.len() + len <= MAX_TRAIN_BYTES
         {
             whole.end = range.end;
         } else {
