@@ -80,7 +80,7 @@ fn start(net: &Net, server: &Server, name: &str, off: &[&str]) -> Node {
 }
 
 /// Whether this machine lets a program of ours have it: the kernel is asked in another way.
-fn realtime_is_allowed() -> bool {
+pub(super) fn realtime_is_allowed() -> bool {
     let probe = Command::new("chrt").args(["--rr", "1", "true"]).status().unwrap();
     probe.success() && thread::available_parallelism().unwrap().get() > 1
 }

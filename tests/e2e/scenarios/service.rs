@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::offload::realtime_is_allowed;
 use crate::case::{Case, Needs};
 use crate::clock::{now, wait_for};
 use crate::container::Container;
@@ -81,6 +82,7 @@ fn install() {
     bob.wait_connected();
 
     dies_and_comes_back(&node);
+    assert_realtime(&node);
     ping::first_answer(&bob.host, &alice_ipv4, now(), Duration::from_secs(10));
 
     assert_exposure(&server, SERVER_UNIT, 1.2);
@@ -95,6 +97,35 @@ fn install() {
     assert!(!node.ok(&["ip", "-o", "link"]).contains("overlay0"), "the interface is gone");
     server.ok(&["overlay", "service", "uninstall", "server"]);
     assert_not_installed(&server, SERVER_UNIT);
+}
+
+/// The sandbox lets the packet threads run ahead of ordinary programs, and starts with the device that
+/// it has kept.
+fn assert_realtime(node: &Container) {
+    let limit = node.ok(&["systemctl", "show", "-P", "LimitRTPRIO", NODE_UNIT]);
+    assert_eq!(limit.trim(), "1", "the lowest priority alone");
+    // Some machines let no limit be raised; there the right comes by another way.
+    let by_limit = node.run(&["prlimit", "--rtprio=1", "true"]).code == Some(0);
+    eprintln!("the right to run ahead comes by {}", if by_limit { "limit" } else { "capability" });
+    let folder = "/run/systemd/system/overlay.service.d";
+    if !by_limit {
+        let rights = "CAP_NET_ADMIN CAP_SYS_NICE";
+        node.ok(&[
+            "sh",
+            "-c",
+            &format!(
+                "mkdir -p {folder}; printf '[Service]\nCapabilityBoundingSet={rights}\n\
+                 AmbientCapabilities={rights}\n' > {folder}/test.conf; systemctl daemon-reload; \
+                 systemctl restart {NODE_UNIT}"
+            ),
+        ]);
+    }
+    let status = parse(&node.ok(&["overlay", "status", "--json"]));
+    assert_eq!(status["self"]["realtime"], realtime_is_allowed(), "{status}");
+    if !by_limit {
+        let end = format!("rm -r {folder}; systemctl daemon-reload; systemctl restart {NODE_UNIT}");
+        node.ok(&["sh", "-c", &end]);
+    }
 }
 
 /// Kills the node and waits until systemd has another one ready.
