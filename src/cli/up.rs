@@ -26,7 +26,7 @@ use crate::types::NodeName;
 use crate::wire::control::RefusedCode;
 use crate::wire::join::{JoinError, JoinLine};
 
-const DEFAULT_INTERFACE: &str = "overlay0";
+pub(super) const DEFAULT_INTERFACE: &str = "overlay0";
 /// A node key is renewed after so many days, unless the file says otherwise.
 const ROTATE_DAYS: u32 = 30;
 /// What RFC 6886 section 3.3 recommends.
@@ -373,7 +373,7 @@ const SERVER_LOG: &str = "look at what the server says (on it: journalctl -u ove
 const LOCAL_SOCKET: &str = "the socket for the other commands cannot be made";
 const STATE: &str = "the state directory cannot be used";
 
-fn interface_failure(error: &InterfaceError) -> Failure {
+pub(super) fn interface_failure(error: &InterfaceError) -> Failure {
     match error {
         InterfaceError::Tun(error) => {
             Failure::caused_by("the network interface cannot be made", error, error.help())

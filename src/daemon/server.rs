@@ -432,13 +432,13 @@ impl Drop for RunningServer {
     }
 }
 
-/// Without a service manager there is nobody to tell.
 /// What `overlay service status` shows.
 fn where_found(addresses: &[ServerAddr]) -> String {
     let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     format!("nodes find it at {}", addresses.join(", "))
 }
 
+/// Without a service manager there is nobody to tell.
 fn notify(state: &[sd_notify::NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         warn!(%error, "cannot tell the service manager");

@@ -230,8 +230,8 @@ impl<'t> Train<'t> {
     }
 }
 
-/// A packet of a flow is on its way: what comes back is wanted. Apart from the sealing, since of the
-/// two locks only one is held at a time.
+/// A packet of a flow is on its way: what comes back is wanted. Before the lane is locked, so that the
+/// lock of the records is held for a moment only.
 fn note_flow(table: &ForwardingTable, peer: &Peer, packet: &[u8], now: Instant) {
     let mut records = peer.records();
     match &table.filter {
@@ -295,8 +295,6 @@ struct Way {
     choice: Choice,
     primary: Option<(Target, Header)>,
     duplicate: Option<(Target, Header)>,
-    /// Where the copy of a packet goes that not every way to the relay carries whole.
-    long_duplicate: Option<(Target, Header)>,
     /// Where a packet goes that is longer than this, instead of by the UDP relay.
     long: Option<(usize, (Target, Header))>,
 }
@@ -309,11 +307,9 @@ impl Way {
             Some((target_of(via, table)?, header_of(via, peer.id)))
         };
         let long_from = peer.long_from().filter(|_| choice.primary == Some(Via::RelayUdp));
-        let by_link = || (Target::Link, Header::Relay(relay::data_header_by_link(peer.id)));
-        let long = long_from.map(|len| (len, by_link()));
-        let long_duplicate = (choice.duplicate == Some(Via::RelayUdp)).then(by_link);
-        let (primary, duplicate) = (way(choice.primary), way(choice.duplicate));
-        Self { choice, primary, duplicate, long_duplicate, long }
+        let by_link = Header::Relay(relay::data_header_by_link(peer.id));
+        let long = long_from.map(|len| (len, (Target::Link, by_link)));
+        Self { choice, primary: way(choice.primary), duplicate: way(choice.duplicate), long }
     }
 
     /// Where a packet of this length goes.
@@ -322,12 +318,6 @@ impl Way {
             Some((longest, by_link)) if len > *longest => Some(by_link),
             _ => self.primary.as_ref(),
         }
-    }
-
-    /// Where the copy of a packet of this length goes.
-    fn copy_of(&self, len: usize) -> Option<&(Target, Header)> {
-        let long = self.long_duplicate.as_ref().filter(|_| len > usize::from(BASE_MTU));
-        long.or(self.duplicate.as_ref())
     }
 
     fn count(&self, sent: &mut PathCounts, counts: SizeCounts, copies: SizeCounts) {
@@ -364,7 +354,7 @@ fn send(
         copied = way.duplicate.is_some() && may_copy();
         Ok(header.len() + len)
     })?;
-    if copied && let Some((target, copy_header)) = way.copy_of(packet.len()) {
+    if copied && let Some((target, copy_header)) = &way.duplicate {
         out.copy_last(header.len(), *target, copy_header.as_slice());
     }
     peer.counters.tx_bytes.fetch_add(packet.len() as u64, Ordering::Relaxed);

@@ -32,8 +32,8 @@ const ASK_FLOOD_SPACING: Duration = Duration::from_millis(25);
 const FLOOD_PER_SECOND: u32 = 20_000;
 /// at least this long.
 const FLOOD_SPAN: Duration = Duration::from_millis(120);
-/// Doubt that nothing ended for this long (or eight round trips): the path is dead. Nothing is lost
-/// meanwhile, as all is doubled.
+/// Doubt that nothing ended for this long (or eight round trips): the path is dead. Little is lost
+/// meanwhile, as all but the most of a fast flow is doubled.
 const DEAD_AFTER: Duration = Duration::from_millis(1_000);
 /// A path that carries nothing at all of a class has lost so many of it.
 const DEAD_MISSING: u32 = 3;

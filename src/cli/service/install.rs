@@ -21,8 +21,8 @@ use crate::cli::{Done, config as config_command, print, server, up};
 use crate::config::node::NodeConfig;
 use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
-use crate::daemon::node::Question;
 use crate::daemon::node::report::Status;
+use crate::daemon::node::{Question, try_interface};
 use crate::io::files;
 use crate::types::NodeName;
 
@@ -52,6 +52,11 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
         let config = config::load_file::<NodeConfig>(&file, Wanted::IfThere).unwrap_or_default();
         let wanted = std::env::var_os(NAME_VARIABLE);
         name_is_kept(wanted.as_deref(), config.name.as_ref(), &file)?;
+        if !is_enrolled(service) {
+            // An invite that is used up brings no interface.
+            let interface = config.interface.as_deref().unwrap_or(up::DEFAULT_INTERFACE);
+            try_interface(interface).map_err(|error| up::interface_failure(&error))?;
+        }
     }
     let running = UnitState::of(service)?.is_busy();
     if !running && UnixStream::connect(&socket).is_ok() {

@@ -32,10 +32,7 @@ fn bind_pair(
         Ok(socket) => Some(socket),
         Err(error) if is_absent(&error) => None,
         Err(error) => match asked {
-            Some(port) if error.kind() == io::ErrorKind::AddrInUse => {
-                return Err(StartError::PortTaken { port });
-            }
-            Some(port) => return Err(StartError::Port { port, source: error }),
+            Some(port) => return Err(refused(port, error)),
             None => {
                 tracing::warn!(port = wanted, %error, "the UDP port of the last run cannot be had, \
                     using another");
@@ -45,20 +42,35 @@ fn bind_pair(
     };
     let port =
         udp_v4.as_ref().and_then(|socket| socket.local_addr().ok()).map_or(wanted, |a| a.port());
-    let udp_v6 = v6(port).or_else(|error| {
-        // Another port for IPv6 is as good, it has candidates of its own; but a firewall may be open
-        // for the one that was asked for.
-        if asked.is_some() && !is_absent(&error) {
-            tracing::warn!(port, %error, "the UDP port cannot be had for IPv6, using another there");
+    let udp_v6 = match v6(port) {
+        Ok(socket) => Some(socket),
+        Err(error) if is_absent(&error) => None,
+        Err(error) => {
+            // Another port for IPv6 is as good, it has candidates of its own; but a firewall may be
+            // open for the one that was asked for, and without IPv4 there is no other.
+            if let Some(port) = asked {
+                if udp_v4.is_none() {
+                    return Err(refused(port, error));
+                }
+                tracing::warn!(port, %error, "the UDP port cannot be had for IPv6, using another \
+                    there");
+            }
+            v6(0).ok()
         }
-        v6(0)
-    });
-    let udp_v6 = udp_v6.ok();
+    };
     if udp_v4.is_none() && udp_v6.is_none() {
         let source = io::Error::from(io::ErrorKind::AddrNotAvailable);
         return Err(StartError::Io { action: "binding a UDP socket", source });
     }
     Ok((udp_v4, udp_v6))
+}
+
+/// The port that was asked for cannot be had.
+fn refused(port: u16, source: io::Error) -> StartError {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => StartError::PortTaken { port },
+        _ => StartError::Port { port, source },
+    }
 }
 
 /// Whether the kernel has no such addresses at all.
@@ -113,5 +125,13 @@ mod tests {
             bind_but(|addr| (addr.is_ipv6() && addr.port() != 0).then_some(libc::EADDRINUSE));
         let (v4, v6) = bind_pair(Some(4711), 0, bind).unwrap();
         assert!(v4.is_some() && v6.is_some());
+        let alone = bind_but(|addr| match (addr.is_ipv4(), addr.port()) {
+            (true, _) => Some(libc::EAFNOSUPPORT),
+            (false, 4711) => Some(libc::EADDRINUSE),
+            (false, _) => None,
+        });
+        let taken = bind_pair(Some(4711), 0, &alone).unwrap_err();
+        assert!(matches!(taken, StartError::PortTaken { port: 4711 }), "{taken}");
+        assert!(bind_pair(None, 4711, &alone).unwrap().1.is_some());
     }
 }

@@ -76,6 +76,14 @@ pub(super) async fn reserve(
     Ok(())
 }
 
+/// Whether an interface of this name can be made here: makes it, and lets it go.
+///
+/// # Errors
+/// Those of the making.
+pub fn try_interface(name: &str) -> Result<(), InterfaceError> {
+    Ok(Tun::open(&TunOptions::named(name)).map(drop)?)
+}
+
 /// What the kernel still had of the interface.
 #[derive(Debug, PartialEq, Eq)]
 enum Condition {

@@ -2,6 +2,7 @@
 //! control task for.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -15,7 +16,7 @@ use super::rotate::Rotated;
 use super::{Daemon, Ended, explain, netcheck};
 use crate::daemon::exit;
 use crate::io::clock;
-use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
+use crate::io::local::{LocalClient, LocalConnection, LocalError, LocalListener, Refusal, Reply};
 use crate::io::metrics::Page;
 use crate::path::Answer;
 use crate::types::NodeId;
@@ -26,6 +27,9 @@ const ROTATE_LIMIT: Duration = Duration::from_secs(6);
 const SEEK_INTERVAL: Duration = Duration::from_millis(10);
 /// How long that is looked for; the node gives up before.
 const SEEK_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long a node may take to say that it is about to end.
+const STOPPING_LIMIT: Duration = Duration::from_secs(1);
 
 /// What the command line asks a node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -135,10 +139,11 @@ async fn serve(
         let question = match connection.question().await {
             Ok(Some(question)) => question,
             Ok(None) => return Ok(()),
-            Err(error) => {
+            Err(error @ LocalError::NotUnderstood { .. }) => {
                 connection.answer(&Reply::<()>::Error(not_understood(&error))).await?;
                 return Err(error);
             }
+            Err(error) => return Err(error),
         };
         let always = matches!(question, Question::Netcheck | Question::Down);
         if !always && let Some(Some(refusal)) = ask(requests, Request::Unready).await {
@@ -244,12 +249,30 @@ async fn rotate(requests: &mpsc::Sender<Request>) -> Reply<Rotated> {
     }
 }
 
+/// The error of whoever asks a node that is about to end.
+const STOPPING: &str = "the node does not answer any more";
+
+/// Whether the node behind this socket is about to end.
+pub(super) async fn is_stopping(socket: &Path) -> bool {
+    let asked = async {
+        let mut client = LocalClient::connect(socket).await?;
+        client.ask(&Question::Status).await?;
+        client.next::<Reply<serde_json::Value>>().await
+    };
+    match tokio::time::timeout(STOPPING_LIMIT, asked).await {
+        Ok(Ok(Some(Reply::Error(refusal)))) => refusal.error == STOPPING,
+        // It has just ended.
+        Ok(Ok(None) | Err(LocalError::NotRunning { .. })) => true,
+        Ok(Ok(Some(Reply::Ok(_))) | Err(_)) | Err(_) => false,
+    }
+}
+
 pub(super) fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     answer.map_or_else(
         || {
             Reply::Error(Refusal {
                 code: exit::FAILED,
-                error: "the node does not answer any more".into(),
+                error: STOPPING.into(),
                 cause: "it is about to end: it was stopped, or removed from its network".into(),
                 help: "sudo overlay up (as a service: sudo systemctl start overlay)".into(),
             })

@@ -32,7 +32,7 @@ mod startup;
 mod state;
 mod threads;
 
-pub use interface::InterfaceError;
+pub use interface::{InterfaceError, try_interface};
 pub use local::Question;
 pub use ping::PingLine;
 pub use startup::{NodeOptions, Offloads, StartError, run};

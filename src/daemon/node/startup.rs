@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::bind::bind_udp;
 use super::control_link::ControlLink;
 use super::interface::{InterfaceError, reserve, widest_mtu};
-use super::local::{LocalServer, serve_local};
+use super::local::{LocalServer, is_stopping, serve_local};
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
 use super::rotate::Rotation;
@@ -36,6 +36,9 @@ use crate::wire::join::JoinLine;
 const ENROL_LIMIT: Duration = Duration::from_secs(20);
 /// Notes and requests that wait for the control task.
 const QUEUE: usize = 1024;
+/// How long a node that is about to end is waited for, and how often it is looked whether it has.
+const ENDING: Duration = Duration::from_secs(5);
+const ENDING_LOOK: Duration = Duration::from_millis(50);
 /// One scratch socket lives at a time; a second answer may be late.
 const SCRATCH_QUEUE: usize = 8;
 
@@ -245,11 +248,28 @@ fn already_running(options: &NodeOptions, socket: PathBuf) -> StartError {
     }
 }
 
+/// Takes the local socket. A node that is about to end still has it, and is waited for.
+async fn listen(options: &NodeOptions) -> Result<LocalListener, StartError> {
+    let until = clock::now() + ENDING;
+    loop {
+        match LocalListener::bind(&options.socket).await {
+            Err(LocalError::AlreadyRunning { path }) => {
+                if clock::now() > until || !is_stopping(&path).await {
+                    return Err(already_running(options, path));
+                }
+                tokio::time::sleep(ENDING_LOOK).await;
+            }
+            result => return Ok(result?),
+        }
+    }
+}
+
 /// Runs a node until it is stopped or removed. `ready` is called when the overlay address is
 /// usable; `read` reads the options anew when SIGHUP comes.
 ///
 /// # Errors
-/// When it cannot start; after that only when the interface cannot be remade.
+/// When it cannot start; after that only when the interface cannot be remade, or a packet thread has
+/// ended.
 pub async fn run(
     mut options: NodeOptions,
     read: Read<NodeOptions>,
@@ -258,10 +278,7 @@ pub async fn run(
     let (reload, configured) = (Reload::new(read), NodeOptions { join: None, ..options.clone() });
     options.settle_mtu().await;
     let mut stop = StopSignals::new()?;
-    let listener = match LocalListener::bind(&options.socket).await {
-        Err(LocalError::AlreadyRunning { path }) => return Err(already_running(&options, path)),
-        result => result?,
-    };
+    let listener = listen(&options).await?;
     let mut state = StateDir::open(&options.state_dir)?;
     prepare(&options, &mut state)?;
     let enrolment = state.enrolment().ok_or(StartError::NotEnrolled)?.clone();

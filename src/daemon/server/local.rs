@@ -13,7 +13,7 @@ use super::backup::SecretText;
 use super::core::Event;
 use super::status::ServerStatus;
 use crate::daemon::exit;
-use crate::io::local::{LocalConnection, LocalListener, Peer, Refusal, Reply};
+use crate::io::local::{LocalConnection, LocalError, LocalListener, Peer, Refusal, Reply};
 use crate::server::admin::{Answer, Removal, Request, SCHEMA, rfc3339};
 use crate::store::StoredEvent;
 
@@ -133,7 +133,7 @@ async fn answer_all(
         let question = match connection.question::<Question>().await {
             Ok(Some(question)) => question,
             Ok(None) => return,
-            Err(error) => {
+            Err(error @ LocalError::NotUnderstood { .. }) => {
                 debug!(%error, "local socket");
                 let refusal = Refusal {
                     code: exit::USAGE,
@@ -146,6 +146,7 @@ async fn answer_all(
                 let _ = connection.answer(&Reply::<Answer>::Error(refusal)).await;
                 return;
             }
+            Err(error) => return debug!(%error, "local socket"),
         };
         let answered = match question {
             Question::Admin(request) => {

@@ -66,21 +66,6 @@ fn who_has_not_answered_gets_few_copies_and_only_those_count_as_sent() {
 }
 
 #[test]
-fn a_copy_that_not_every_way_to_the_relay_carries_goes_by_the_control_connection() {
-    let now = epoch();
-    let (a, b) = pair(now);
-    let primary = a.peer.choice().primary;
-    a.peer.set_choice(Choice { primary, duplicate: Some(Via::RelayUdp), ..Choice::default() });
-    let copied_to = |len: usize| {
-        let (out, _) = send(&a, &packet(a.addrs.v4, b.addrs.v4, &vec![7; len - 20]), now);
-        let (target, bytes) = out.datagrams().nth(1).expect("a copy");
-        (target, relay::asks_for_link(bytes))
-    };
-    assert_eq!(copied_to(1_280), (Target::udp(RELAY.parse().unwrap()), false));
-    assert_eq!(copied_to(1_281), (Target::Link, true));
-}
-
-#[test]
 fn what_comes_by_another_way_is_news_now_and_then_and_our_address_makes_no_other_way() {
     let now = epoch();
     let (a, b) = pair(now);

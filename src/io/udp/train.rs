@@ -69,8 +69,12 @@ pub fn send_train(
         } else if code == Some(libc::EMSGSIZE) && !tried_again {
             // Fragments are forbidden for the instant in which a probe is sent.
             tried_again = true;
-        } else if train.may_leave_elsewhere && local.is_some() && code != Some(libc::EPERM) {
-            // An address that we no longer have must not hold the datagrams back.
+        } else if train.may_leave_elsewhere
+            && local.is_some()
+            && !matches!(code, Some(libc::EPERM | libc::EACCES | libc::EMSGSIZE))
+        {
+            // An address that we no longer have must not hold the datagrams back; but a rule is a
+            // rule, and too long is too long.
             local = None;
             is_refused = false;
             longest = gso.longest();
@@ -167,8 +171,13 @@ mod tests {
         assert_eq!((sent.done, sent.lost), (5_000, 0));
         assert_eq!(calls, [(0, 5_000, HERE), (0, 1_000, HERE), (0, 5_000, None)]);
         assert!(gso.works());
-        let (sent, calls) = send(&gso, HERE, |_| libc::EPERM);
-        assert_eq!((sent.done, sent.lost, calls.len()), (5_000, 5, 1), "a rule is a rule");
+        for rule in [libc::EPERM, libc::EACCES] {
+            let (sent, calls) = send(&gso, HERE, |_| rule);
+            assert_eq!((sent.done, sent.lost, calls.len()), (5_000, 5, 1), "a rule is a rule");
+        }
+        let (sent, calls) = send(&Gso::new(1), HERE, |_| libc::EMSGSIZE);
+        assert_eq!((sent.done, sent.lost), (5_000, 5), "too long is too long");
+        assert!(calls.iter().all(|(.., local)| *local == HERE));
         assert!(gso.works());
     }
 }
