@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -28,10 +28,12 @@ use crate::io::udp::UdpSocket;
 use crate::node::{Opener, WholeProbe};
 use crate::types::{DropReason, SocketId};
 
+mod place;
 mod pump;
 mod turn;
 mod watch;
 
+use place::Places;
 use pump::{NoteSender, Outlet, run_inbound, run_outbound};
 use turn::Turn;
 
@@ -55,8 +57,8 @@ pub(super) struct Ports {
     pub(super) fallen: Fallen,
     /// Whether the sending thread watches the interface, and not the receiving one.
     sender_watches: AtomicBool,
-    /// Bytes of datagrams that the receiving thread has read, modulo 2^64.
-    received: AtomicU64,
+    /// What goes both ways, and where the threads stay while that is much.
+    places: Places,
     /// Tell the threads that there is another interface, or that it is theirs to watch.
     wake_sender: EventFd,
     wake_receiver: EventFd,
@@ -87,7 +89,7 @@ impl Ports {
             stopping: AtomicBool::new(false),
             fallen: Fallen::default(),
             sender_watches: AtomicBool::new(false),
-            received: AtomicU64::new(0),
+            places: Places::default(),
             wake_sender: EventFd::from_value_and_flags(0, flags)?,
             wake_receiver: EventFd::from_value_and_flags(0, flags)?,
             realtime,
@@ -96,9 +98,9 @@ impl Ports {
         })
     }
 
-    /// The calling thread begins to move packets.
-    fn begin_turn(&self) -> Turn {
-        let turn = Turn::new(self.realtime, clock::now());
+    /// The calling thread, number 0 or 1, begins to move packets.
+    fn begin_turn(&self, thread: usize) -> Turn {
+        let turn = Turn::new(self.realtime, thread, clock::now());
         self.ahead.fetch_add(turn.is_granted().into(), Ordering::Relaxed);
         turn
     }

@@ -21,7 +21,6 @@ use crate::dataplane::{
     Note, Shared, Source, Target, TunBatch, UdpBatch, inbound_train, outbound, outbound_frame,
 };
 use crate::io::clock;
-use crate::io::service::Progress;
 use crate::io::tun::Tun;
 use crate::io::udp::{RecvBuffers, UdpSocket};
 use crate::types::{DropReason, MAX_TRAIN_BYTES, SocketId};
@@ -141,6 +140,7 @@ impl Outlet {
         send_all(ports, batch);
         batch.clear();
         notes.send(asked);
+        ports.places.count_sent(drained.bytes);
         drained
     }
 }
@@ -181,11 +181,11 @@ fn stopped(end: io::Result<()>) {
 
 fn pump_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> io::Result<()> {
     let (mut quiet, mut received) = (0, 0);
-    let mut turn = ports.begin_turn();
+    let mut turn = ports.begin_turn(0);
     let mut watch = Watch::new([ports.stop.as_fd(), ports.wake_sender.as_fd()])?;
     loop {
         watch.set_tun(ports.watched_tun(true))?;
-        wait(&mut watch, &ports.progress[0], &mut turn, notes)?;
+        wait(ports, 0, &mut watch, &mut turn, notes)?;
         if watch.is_ready(STOP) {
             return Ok(());
         }
@@ -207,24 +207,24 @@ fn pump_outbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> i
         if quiet >= QUIET_DRAINS {
             ports.let_watch(false);
         }
-        let before = std::mem::replace(&mut received, ports.received.load(Ordering::Relaxed));
+        let before = std::mem::replace(&mut received, ports.places.received());
         if drained.is_much(received.wrapping_sub(before)) {
             let from = clock::now();
             std::thread::sleep(GATHER);
-            turn.waited(from, clock::now());
+            turn.waited(&ports.places, from, clock::now());
         }
     }
 }
 
 fn pump_inbound(ports: &Ports, outlet: &Mutex<Outlet>, notes: &NoteSender) -> io::Result<()> {
-    let mut turn = ports.begin_turn();
+    let mut turn = ports.begin_turn(1);
     let mut inlet =
         Inlet { buffers: RecvBuffers::default(), batch: TunBatch::default(), asked: Vec::new() };
     let fds = [ports.stop.as_fd(), ports.wake_receiver.as_fd(), ports.extra.as_fd()];
     let mut watch = Watch::new(fds.into_iter().chain(ports.sockets().map(AsFd::as_fd)))?;
     loop {
         watch.set_tun(ports.watched_tun(false))?;
-        wait(&mut watch, &ports.progress[1], &mut turn, notes)?;
+        wait(ports, 1, &mut watch, &mut turn, notes)?;
         if watch.is_ready(STOP) {
             return Ok(());
         }
@@ -309,7 +309,7 @@ impl Inlet {
                 answer(tun.as_deref());
             }
         }
-        ports.received.fetch_add(received as u64, Ordering::Relaxed);
+        ports.places.count_received(received);
         if !batch.is_empty() {
             write_tun(ports, batch);
             answer(tun.as_deref());
@@ -331,17 +331,19 @@ fn send_cookies(ports: &Ports, notes: &mut Vec<Note>) {
     });
 }
 
+/// The thread with this number waits until there is something for it to do.
 fn wait(
+    ports: &Ports,
+    thread: usize,
     watch: &mut Watch,
-    progress: &Progress,
     turn: &mut Turn,
     notes: &NoteSender,
 ) -> io::Result<()> {
     notes.send(&mut Vec::new());
-    progress.step();
+    ports.progress[thread].step();
     let from = clock::now();
     let waited = watch.wait(notes.patience());
-    turn.waited(from, clock::now());
+    turn.waited(&ports.places, from, clock::now());
     waited
 }
 

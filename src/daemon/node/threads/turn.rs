@@ -12,6 +12,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::place::{Place, Places};
 use crate::io::sched;
 
 /// A wait this long was a pause: others could run.
@@ -36,6 +37,8 @@ const AMONG: Duration = Duration::from_millis(2);
 pub(super) struct Turn {
     /// None when it is not allowed, or not wanted.
     state: Option<State>,
+    /// Only who runs ahead can stay somewhere: there is nobody who might be in the way.
+    place: Option<Place>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -90,13 +93,14 @@ impl State {
 }
 
 impl Turn {
-    /// Asks for the calling thread, if that is wanted.
-    pub(super) fn new(wanted: bool, now: Instant) -> Self {
+    /// Asks for the calling thread, number 0 or 1, if that is wanted.
+    pub(super) fn new(wanted: bool, thread: usize, now: Instant) -> Self {
         // With a single processor there is none left for whoever is not ahead.
         let others = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
         let granted = wanted && others && sched::run_ahead(true).is_ok();
-        let mut turn = Self { state: granted.then(|| State::new(now)) };
-        turn.waited(now, now + REST);
+        let place = granted.then(|| Place::new(thread, now));
+        let mut turn = Self { state: granted.then(|| State::new(now)), place };
+        turn.take_turn(now, now + REST);
         turn
     }
 
@@ -106,7 +110,17 @@ impl Turn {
     }
 
     /// The thread has waited for work.
-    pub(super) fn waited(&mut self, from: Instant, until: Instant) {
+    pub(super) fn waited(&mut self, places: &Places, from: Instant, until: Instant) {
+        self.take_turn(from, until);
+        if let Some(place) = &mut self.place
+            && let Err(error) = place.look(places, until)
+        {
+            tracing::debug!(%error, "the packet thread cannot stay on a processor");
+            self.place = None;
+        }
+    }
+
+    fn take_turn(&mut self, from: Instant, until: Instant) {
         let Some(state) = &mut self.state else { return };
         if let Some(ahead) = state.waited(from, until)
             && let Err(error) = sched::run_ahead(ahead)
