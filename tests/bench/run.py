@@ -8,7 +8,7 @@ Every BINARY is brought up once as a server and two nodes, side by side; then ea
 test once with each of them in random order, so that the drift of the machine hits all alike. NAME
 `veth` without a binary is the bare link. Medians and ranges over the rounds are printed as a table.
 All tests take seven minutes for a round of six contenders with --secs 1; --only takes a part of them:
-tcp1,tcp8,reverse,bidir / udp64,udp512,udp1200 / flood64,packet64,train64,flood1200 / ping,half,smooth.
+tcp1,tcp8,reverse,bidir / udp64,udp512,udp1200 / flood64,packet64,train64,flood1200 / ping,one,half,smooth.
 
   --rival K=B another program beside ours: K is gotatun, boringtun, wireguard-go or nebula
   --relayed N=B  like NAME=BINARY, and the nodes can reach only the server, which forwards between them
@@ -25,7 +25,7 @@ import argparse, ctypes, hashlib, json, os, random, shutil, signal, socket, stat
 import subprocess, sys, tempfile, time
 
 import rivals
-from network import LIBC, Network, Space, busy, connect, load_tool, wait_for
+from network import LIBC, Network, Space, busy, connect, load_tool, sh, wait_for
 
 
 class Pair:
@@ -127,6 +127,23 @@ def test_ping(pair, what="ping"):
     return {f"{what} p50 us": times[len(times) // 2], f"{what} p99 us": times[len(times) * 99 // 100]}
 
 
+def test_one(pair):
+    """All that takes part on one processor, which is awake from the first packet to the last: what is
+    left of the round trip is work, and none of it the time that a sleeping processor takes to wake."""
+    everywhere = os.sched_getaffinity(0)
+
+    def run_on(processors):
+        os.sched_setaffinity(0, processors)
+        for child in [child for space in pair.spaces for child in space.children]:
+            sh("taskset", "-a", "-c", "-p", ",".join(map(str, processors)), str(child.pid))
+
+    try:
+        run_on({min(everywhere)})
+        return test_ping(pair, "ping on one processor")
+    finally:
+        run_on(everywhere)
+
+
 def test_half(pair, what="ping at half load", *extra):
     """Beside one TCP flow of half of what `tcp1` has just reached."""
     rate = str(int(pair.full_load / 2))
@@ -207,6 +224,7 @@ TESTS = {
     "train64": lambda pair, secs: {"64 B, sender with trains, kpps": test_flood(pair, secs, 64, 32)},
     "flood1200": lambda pair, secs: {"1200 B, unbounded sender, kpps": test_flood(pair, secs, 1200, 1)},
     "ping": lambda pair, secs: test_ping(pair),
+    "one": lambda pair, secs: test_one(pair),
     "half": lambda pair, secs: test_half(pair),
     # iperf3 sends what is due once a millisecond; here ten times as often.
     "smooth": lambda pair, secs: test_half(pair, "ping at half load, smooth", "--pacing-timer", "100"),
