@@ -10,7 +10,9 @@ use tokio::runtime::Runtime;
 
 use super::fail::{Failure, NO_REPLY, NOT_RUNNING, PERMISSION};
 use super::runtime;
+use crate::config::node::NodeConfig;
 use crate::config::paths::{Paths, Role};
+use crate::config::{self, Wanted};
 use crate::daemon::node::Question;
 use crate::io::local::{LocalClient, LocalError, Reply};
 
@@ -38,7 +40,10 @@ impl SocketArg {
     pub fn path(&self) -> PathBuf {
         self.socket.clone().unwrap_or_else(|| {
             let file = std::env::var_os("OVERLAY_CONFIG").filter(|file| !file.is_empty());
-            Paths::socket_to_ask(Role::Node, file.as_ref().map(Path::new))
+            let Some(file) = file else { return Paths::socket_to_ask(Role::Node) };
+            // A wrong file names none: the daemon goes on with what it has read before.
+            let read = config::load_file::<NodeConfig>(Path::new(&file), Wanted::IfThere);
+            Paths::socket_of_file(Role::Node, read.ok().and_then(|config| config.socket))
         })
     }
 
