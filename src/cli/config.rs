@@ -46,7 +46,10 @@ fn check(file: &Path) -> Result<&'static str, ConfigError> {
     match name {
         Some(name) if name.contains("server") => server(),
         Some(name) if name.contains("node") => node(),
-        _ => node().or_else(|error| server().map_err(|_| error)),
+        _ => match node() {
+            Err(ConfigError::OtherRole { .. }) => server(),
+            checked => checked.or_else(|error| server().map_err(|_| error)),
+        },
     }
 }
 
@@ -70,6 +73,15 @@ impl From<ConfigError> for Failure {
                 let (line, path) = (place.line, place.path.display());
                 (fail::USAGE, format!("edit line {line}, then: overlay config check {path}"))
             }
+            ConfigError::OtherRole { place, reader, .. } => (
+                fail::USAGE,
+                format!(
+                    "name the file of the {} (--config or OVERLAY_CONFIG); or take line {} out of \
+                     this one",
+                    reader.word(),
+                    place.line
+                ),
+            ),
         };
         Self::caused_by("the configuration file cannot be used", &error, help).code(code)
     }
