@@ -17,7 +17,7 @@ use super::system::{self, Account, USUAL_PROGRAM, UnitState, systemctl};
 use crate::cli::ask::SocketArg;
 use crate::cli::fail::{FAILED, Failure, NOT_ENROLLED, USAGE};
 use crate::cli::print::hint;
-use crate::cli::{Done, print, server, up};
+use crate::cli::{Done, print, runtime, server, up};
 use crate::config::node::NodeConfig;
 use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
@@ -54,7 +54,8 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
         if !is_enrolled(service) {
             // An invite that is used up brings no interface.
             let interface = config.node.interface.as_deref().unwrap_or(up::DEFAULT_INTERFACE);
-            try_interface(interface).map_err(|error| up::interface_failure(&error))?;
+            let trial = runtime::on_this_thread()?.block_on(try_interface(interface));
+            trial.map_err(|error| up::interface_failure(&error))?;
         }
     }
     let running = UnitState::of(service)?.is_busy();
