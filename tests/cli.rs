@@ -234,6 +234,26 @@ fn a_command_asks_on_the_socket_that_the_configuration_file_names() {
     }
 }
 
+#[test]
+fn the_file_of_the_other_daemon_is_an_error_that_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("some.toml");
+    let cases = [
+        ("listen = [\"127.0.0.1:0\"]\n", "setting of a server", ["status", "up"]),
+        ("interface = \"x0\"\n", "setting of a node", ["server nodes", "server"]),
+    ];
+    for (text, said, lines) in cases {
+        fs::write(&file, text).unwrap();
+        let good = overlay(&format!("config check {}", file.display())).output().unwrap();
+        assert_eq!(good.status.code(), Some(0), "of its own kind it is good: {good:?}");
+        for line in lines {
+            let output = overlay(line).env("OVERLAY_CONFIG", &file).output().unwrap();
+            let told = assert_failure(line, &output, fail::USAGE);
+            assert!(told.contains(said) && told.contains("some.toml:1:1"), "{line}: {told}");
+        }
+    }
+}
+
 /// A node that is killed while it answers: what came before is told, and not taken for all.
 #[test]
 fn a_ping_whose_node_vanishes_has_failed() {

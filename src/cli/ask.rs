@@ -10,7 +10,9 @@ use tokio::runtime::Runtime;
 
 use super::fail::{Failure, NO_REPLY, NOT_RUNNING, PERMISSION};
 use super::runtime;
+use crate::config::node::NodeConfig;
 use crate::config::paths::{Paths, Role};
+use crate::config::{self, ConfigError, Wanted};
 use crate::daemon::node::Question;
 use crate::io::local::{LocalClient, LocalError, Reply};
 
@@ -34,12 +36,23 @@ pub struct SocketArg {
 impl SocketArg {
     /// The socket to ask: the given one, or where the configuration files say, the user's own or the
     /// system's.
-    #[must_use]
-    pub fn path(&self) -> PathBuf {
-        self.socket.clone().unwrap_or_else(|| {
-            let file = std::env::var_os("OVERLAY_CONFIG").filter(|file| !file.is_empty());
-            Paths::socket_to_ask(Role::Node, file.as_ref().map(Path::new))
-        })
+    ///
+    /// # Errors
+    /// When `OVERLAY_CONFIG` names the file of a server.
+    pub fn path(&self) -> Result<PathBuf, Failure> {
+        if let Some(socket) = &self.socket {
+            return Ok(socket.clone());
+        }
+        let file = std::env::var_os("OVERLAY_CONFIG").filter(|file| !file.is_empty());
+        let Some(file) = file else { return Ok(Paths::socket_to_ask(Role::Node)) };
+        let named = match config::load_file::<NodeConfig>(Path::new(&file), Wanted::IfThere) {
+            Ok(config) => config.socket,
+            Err(error @ ConfigError::OtherRole { .. }) => return Err(error.into()),
+            // Who asks may have no right to read it, and the daemon goes on with what it has read
+            // before.
+            Err(_) => None,
+        };
+        Ok(Paths::socket_of_file(Role::Node, named))
     }
 
     /// Asks the node a question that has one answer.
@@ -47,7 +60,7 @@ impl SocketArg {
     /// # Errors
     /// When the daemon does not run, may not be asked, or says no.
     pub fn ask<A: DeserializeOwned>(&self, question: &Question) -> Result<A, Failure> {
-        ask(Role::Node, &self.path(), question)
+        ask(Role::Node, &self.path()?, question)
     }
 
     /// Asks the node a question that has several answers.
@@ -55,7 +68,7 @@ impl SocketArg {
     /// # Errors
     /// When the daemon does not run or may not be asked.
     pub fn start(&self, question: &Question) -> Result<Answers, Failure> {
-        Answers::to(Role::Node, &self.path(), question)
+        Answers::to(Role::Node, &self.path()?, question)
     }
 }
 

@@ -34,7 +34,7 @@ enum ConfigCommand {
 /// When the file is wrong.
 pub fn run(args: &ConfigArgs) -> Done {
     let ConfigCommand::Check { file } = &args.command;
-    let kind = check(file).map_err(|error| failure(&error))?;
+    let kind = check(file)?;
     print::line(format!("{} is a good {kind} configuration", file.display()))
 }
 
@@ -46,33 +46,45 @@ fn check(file: &Path) -> Result<&'static str, ConfigError> {
     match name {
         Some(name) if name.contains("server") => server(),
         Some(name) if name.contains("node") => node(),
-        _ => node().or_else(|error| server().map_err(|_| error)),
+        _ => match node() {
+            Err(ConfigError::OtherRole { .. }) => server(),
+            checked => checked.or_else(|error| server().map_err(|_| error)),
+        },
     }
 }
 
-/// How a wrong configuration file is told.
-///
-/// For every command that reads one.
-pub(super) fn failure(error: &ConfigError) -> Failure {
-    let (code, help) = match error {
-        ConfigError::Missing { .. } => (
-            fail::USAGE,
-            "correct the path, or leave the file out: every setting has a default".into(),
-        ),
-        ConfigError::File(error) if error.is_permission() => (
-            fail::PERMISSION,
-            "type the same command with sudo, or let the user that runs this read the file".into(),
-        ),
-        ConfigError::File(_) => (
-            fail::FAILED,
-            "name a file that can be read, or none: every setting has a default".into(),
-        ),
-        ConfigError::Content { place, .. } => {
-            let path = place.path.display();
-            (fail::USAGE, format!("edit line {}, then: overlay config check {path}", place.line))
-        }
-    };
-    Failure::caused_by("the configuration file cannot be used", error, help).code(code)
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        let (code, help) = match &error {
+            ConfigError::Missing { .. } => (
+                fail::USAGE,
+                "correct the path, or leave the file out: every setting has a default".into(),
+            ),
+            ConfigError::File(error) if error.is_permission() => (
+                fail::PERMISSION,
+                "type the same command with sudo, or let the user that runs this read the file"
+                    .into(),
+            ),
+            ConfigError::File(_) => (
+                fail::FAILED,
+                "name a file that can be read, or none: every setting has a default".into(),
+            ),
+            ConfigError::Content { place, .. } => {
+                let (line, path) = (place.line, place.path.display());
+                (fail::USAGE, format!("edit line {line}, then: overlay config check {path}"))
+            }
+            ConfigError::OtherRole { place, reader, .. } => (
+                fail::USAGE,
+                format!(
+                    "name the file of the {} (--config or OVERLAY_CONFIG); or take line {} out of \
+                     this one",
+                    reader.word(),
+                    place.line
+                ),
+            ),
+        };
+        Self::caused_by("the configuration file cannot be used", &error, help).code(code)
+    }
 }
 
 #[cfg(test)]
@@ -86,7 +98,8 @@ mod tests {
     fn a_file_that_may_not_be_read_is_a_matter_of_rights() {
         let failure_of = |kind: io::ErrorKind| {
             let path = "/root/node.toml".into();
-            failure(&FileError::Io { action: "read", path, source: kind.into() }.into())
+            let source = kind.into();
+            Failure::from(ConfigError::from(FileError::Io { action: "read", path, source }))
         };
         let denied = failure_of(io::ErrorKind::PermissionDenied);
         assert_eq!(denied.exit_code(), fail::PERMISSION);
@@ -98,7 +111,7 @@ mod tests {
     #[test]
     fn a_mistake_is_told_with_its_line_and_the_command_that_checks_it() {
         let error = config::load::<NodeConfig>(Path::new("node.toml"), "\nmtuu = 1\n").unwrap_err();
-        let failure = failure(&error);
+        let failure = Failure::from(error);
         assert_eq!(failure.exit_code(), fail::USAGE);
         let text = failure.to_string();
         assert!(text.contains("cause: node.toml:2:1: unknown key \"mtuu\""), "{text}");

@@ -27,7 +27,7 @@ pub struct DownArgs {
 /// When the daemon cannot be asked, or does not end.
 pub fn run(args: &DownArgs) -> Done {
     let () = args.socket.ask(&Question::Down)?;
-    let path = args.socket.path();
+    let path = args.socket.path()?;
     for _ in 0..LIMIT.as_millis() / STEP.as_millis() {
         if std::os::unix::net::UnixStream::connect(&path).is_err() {
             return Ok(());

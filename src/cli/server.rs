@@ -16,7 +16,7 @@ use clap::{Args, Subcommand};
 use tracing::info;
 
 use super::fail::{self, Failure};
-use super::{config as config_command, print, runtime};
+use super::{print, runtime};
 use crate::config::paths::{Paths, Role};
 use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
@@ -180,10 +180,8 @@ pub(super) fn first_invite(socket: &std::path::Path) -> Result<bool, Failure> {
 
 /// Where the running server's socket is, if nobody says so on the command line.
 fn socket_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
-    if let Some(file) = &file {
-        load(file, Wanted::Explicitly)?;
-    }
-    Ok(Paths::socket_to_ask(Role::Server, file.as_deref()))
+    let Some(file) = file else { return Ok(Paths::socket_to_ask(Role::Server)) };
+    Ok(Paths::socket_of_file(Role::Server, load(&file, Wanted::Explicitly)?.socket))
 }
 
 /// Where the server keeps its state, if nobody says so on the command line.
@@ -197,7 +195,7 @@ fn state_dir_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
 }
 
 fn load(file: &std::path::Path, wanted: Wanted) -> Result<ServerConfig, Failure> {
-    config::load_file(file, wanted).map_err(|error| config_command::failure(&error))
+    Ok(config::load_file(file, wanted)?)
 }
 
 fn run_server(args: ServerArgs, paths: Paths) -> Result<(), Failure> {

@@ -8,7 +8,7 @@ use clap::Args;
 use zeroize::Zeroizing;
 
 use super::fail::{Failure, NOT_ENROLLED, PERMISSION, USAGE, is_denied};
-use super::{Done, config as config_command, print, runtime};
+use super::{Done, print, runtime};
 use crate::config::node::{MtuSetting, NodeConfig};
 use crate::config::paths::{Paths, Role};
 use crate::config::{self, Wanted};
@@ -138,8 +138,7 @@ fn options(args: UpArgs) -> Result<NodeOptions, Failure> {
         Some(path) => (path, Wanted::Explicitly),
         None => (paths.config, Wanted::IfThere),
     };
-    let file: NodeConfig =
-        config::load_file(&path, wanted).map_err(|error| config_command::failure(&error))?;
+    let file: NodeConfig = config::load_file(&path, wanted)?;
     let defaults = NodeSettings::default();
     let seconds = |number: u32| Duration::from_secs(u64::from(number));
     let rekey_after = file.rekey_after_s.map_or(defaults.rekey_after, seconds);

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
+use self::paths::Role;
 use crate::io::files::{self, FileError};
 pub use crate::wire::strict::Mistake;
 use crate::wire::strict::{self, TextError};
@@ -36,6 +37,27 @@ pub enum ConfigError {
         /// What.
         mistake: Mistake,
     },
+    /// It is the file of the other daemon, or has a setting of it.
+    #[error("{place}: \"{key}\" is a setting of a {}, and this is read as the file of a {}",
+        whose.word(), reader.word())]
+    OtherRole {
+        /// Where.
+        place: Place,
+        /// The setting.
+        key: String,
+        /// Who has it.
+        whose: Role,
+        /// Who does not.
+        reader: Role,
+    },
+}
+
+/// What one of the two daemons reads from its file.
+pub trait Config: DeserializeOwned + Default {
+    /// Whose it is.
+    const ROLE: Role;
+    /// The other daemon's.
+    type Other: Config;
 }
 
 /// A place in a text file, lines and columns counted from 1.
@@ -58,11 +80,16 @@ impl fmt::Display for Place {
 /// Reads the text of a configuration file; `path` is only for the error.
 ///
 /// # Errors
-/// When it is not TOML, holds an unknown key or a value that does not fit.
-pub fn load<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
+/// When it is not TOML, holds an unknown key or one of the other daemon, or a value that does not fit.
+pub fn load<T: Config>(path: &Path, text: &str) -> Result<T, ConfigError> {
     strict::from_toml(text).map_err(|TextError { line, column, mistake }| {
         let place = Place { path: path.to_path_buf(), line, column };
-        ConfigError::Content { place, mistake }
+        match mistake {
+            Mistake::UnknownKey { key, .. } if strict::known_keys::<T::Other>().contains(&key) => {
+                ConfigError::OtherRole { place, key, whose: T::Other::ROLE, reader: T::ROLE }
+            }
+            mistake => ConfigError::Content { place, mistake },
+        }
     })
 }
 
@@ -70,10 +97,7 @@ pub fn load<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigErr
 ///
 /// # Errors
 /// As [`load`], and when the file cannot be read.
-pub fn load_file<T: DeserializeOwned + Default>(
-    path: &Path,
-    wanted: Wanted,
-) -> Result<T, ConfigError> {
+pub fn load_file<T: Config>(path: &Path, wanted: Wanted) -> Result<T, ConfigError> {
     match files::read_text(path)? {
         Some(bytes) => load(path, &String::from_utf8_lossy(&bytes)),
         None if wanted == Wanted::IfThere => Ok(T::default()),
@@ -92,6 +116,7 @@ pub enum Wanted {
 
 #[cfg(test)]
 mod tests {
+    use super::node::NodeConfig;
     use super::server::ServerConfig;
     use super::*;
 
@@ -111,6 +136,21 @@ mod tests {
         );
         let far = error("colour = 1");
         assert!(far.contains("known keys are listen, public-addr"), "{far}");
+    }
+
+    #[test]
+    fn the_file_of_the_other_daemon_is_known_by_its_keys() {
+        assert_eq!(
+            error("socket = \"/run/x.sock\"\nmtu = 1400\n"),
+            "server.toml:2:1: \"mtu\" is a setting of a node, and this is read as the file of a server"
+        );
+        let nodes = load::<NodeConfig>(Path::new("x.toml"), "listen = []").unwrap_err();
+        assert_eq!(
+            nodes.to_string(),
+            "x.toml:1:1: \"listen\" is a setting of a server, and this is read as the file of a node"
+        );
+        // What both have tells nothing.
+        assert!(load::<NodeConfig>(Path::new("x.toml"), "socket = \"/run/x.sock\"").is_ok());
     }
 
     #[test]

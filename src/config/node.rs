@@ -6,6 +6,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer};
 
+use super::Config;
+use super::paths::Role;
+use super::server::ServerConfig;
 use crate::io::metrics::LoopbackAddr;
 use crate::io::tun::check_name;
 use crate::types::NodeName;
@@ -57,6 +60,11 @@ pub struct NodeConfig {
     pub udp_gro: Option<bool>,
     /// Move packets ahead of ordinary programs, where that is allowed. Default: true.
     pub realtime: Option<bool>,
+}
+
+impl Config for NodeConfig {
+    const ROLE: Role = Role::Node;
+    type Other = ServerConfig;
 }
 
 /// The largest packet that the overlay carries.

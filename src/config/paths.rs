@@ -17,7 +17,7 @@ pub enum Role {
 }
 
 impl Role {
-    fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Server => "server",
             Self::Node => "node",
@@ -90,15 +90,17 @@ impl Paths {
     }
 
     /// The socket that a command should talk to: the user's own daemon if there is one, else the
-    /// system's, each where its configuration file says. With a `file` of its own a daemon reads no
-    /// other.
+    /// system's, each where its configuration file says.
     #[must_use]
-    pub fn socket_to_ask(role: Role, file: Option<&Path>) -> PathBuf {
-        let (own, system) = (Self::of(role), Self::of_system(role));
-        match file {
-            None => own.or_systems(role, &system),
-            Some(file) => socket_in(role, file).unwrap_or_else(|| own.running_or(system.socket)),
-        }
+    pub fn socket_to_ask(role: Role) -> PathBuf {
+        Self::of(role).or_systems(role, &Self::of_system(role))
+    }
+
+    /// Like [`Self::socket_to_ask`], for a daemon with a configuration file of its own, which reads no
+    /// other; `named` is the socket in that file.
+    #[must_use]
+    pub fn socket_of_file(role: Role, named: Option<PathBuf>) -> PathBuf {
+        named.unwrap_or_else(|| Self::of(role).running_or(Self::of_system(role).socket))
     }
 
     /// The socket of these places if there is one, else the system's.

@@ -7,6 +7,9 @@ use std::path::PathBuf;
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 
+use super::Config;
+use super::node::NodeConfig;
+use super::paths::Role;
 use crate::io::metrics::LoopbackAddr;
 use crate::wire::join::ServerAddr;
 
@@ -39,6 +42,11 @@ pub struct ServerConfig {
     pub relay_network_mbit: Option<NonZeroU32>,
     /// Datagrams in a second that the relay carries in all. Default: 8,000,000.
     pub relay_network_packets: Option<NonZeroU32>,
+}
+
+impl Config for ServerConfig {
+    const ROLE: Role = Role::Server;
+    type Other = NodeConfig;
 }
 
 #[cfg(test)]

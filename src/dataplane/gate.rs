@@ -12,10 +12,10 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 
+use super::limit::{Limit, Rate};
 use super::session::{EngineKeys, HandshakeMacs, SecondMac};
 use crate::types::{DropReason, NodeId, source_of};
 
@@ -59,11 +59,11 @@ pub(super) struct Gate {
     macs: ArcSwap<Vec<HandshakeMacs>>,
     /// Chooses the places.
     seed: u64,
-    unproved: Bucket,
-    proved: Bucket,
-    relay_control: Bucket,
-    senders: Box<[Bucket]>,
-    disco: Box<[Bucket]>,
+    unproved: Limit,
+    proved: Limit,
+    relay_control: Limit,
+    senders: Box<[Limit]>,
+    disco: Box<[Limit]>,
 }
 
 impl std::fmt::Debug for Gate {
@@ -74,13 +74,13 @@ impl std::fmt::Debug for Gate {
 
 impl Gate {
     pub(super) fn new(keys: &EngineKeys) -> Self {
-        let places = || (0..PLACES).map(|_| Bucket::default()).collect();
+        let places = || (0..PLACES).map(|_| Limit::default()).collect();
         Self {
             macs: ArcSwap::from_pointee(vec![HandshakeMacs::new(keys)]),
             seed: keys.place_seed(),
-            unproved: Bucket::default(),
-            proved: Bucket::default(),
-            relay_control: Bucket::default(),
+            unproved: Limit::default(),
+            proved: Limit::default(),
+            relay_control: Limit::default(),
             senders: places(),
             disco: places(),
         }
@@ -99,20 +99,20 @@ impl Gate {
         };
         let ip = match sender {
             Sender::Member(id) => {
-                let within = self.senders[self.place(id)].take(ONE_SENDER, now_us);
+                let within = self.senders[self.place(id)].take(ONE_SENDER, 0, now_us);
                 return if within { Entry::In } else { Entry::Out(DropReason::RateLimited) };
             }
             Sender::Address(ip) => ip,
         };
-        if self.unproved.take(UNPROVED, now_us) {
+        if self.unproved.take(UNPROVED, 0, now_us) {
             return Entry::In;
         }
         match macs.second(ip, datagram) {
             SecondMac::Missing(reply) => Entry::Ask(reply),
             SecondMac::Good => {
                 let place = self.place(source_of(ip));
-                let within = self.senders[place].take(ONE_SENDER, now_us)
-                    && self.proved.take(PROVED, now_us);
+                let within = self.senders[place].take(ONE_SENDER, 0, now_us)
+                    && self.proved.take(PROVED, 0, now_us);
                 if within { Entry::In } else { Entry::Out(DropReason::RateLimited) }
             }
             SecondMac::Bad => Entry::Out(DropReason::BadHandshake),
@@ -123,46 +123,23 @@ impl Gate {
     pub(super) fn may_answer(&self, receiver: u32, datagram: &[u8], now_us: u64) -> bool {
         let is_cookie = datagram.len() == COOKIE_LEN;
         let for_us = || self.macs.load().iter().any(|macs| macs.first_is_ours(datagram));
-        (is_cookie || for_us()) && self.senders[self.place(receiver)].take(ONE_SENDER, now_us)
+        (is_cookie || for_us()) && self.senders[self.place(receiver)].take(ONE_SENDER, 0, now_us)
     }
 
     /// Whether one more disco message with the tag of this peer may pass.
     pub(super) fn may_disco(&self, peer: NodeId, now_us: u64) -> bool {
-        self.disco[self.place(peer)].take(DISCO, now_us)
+        self.disco[self.place(peer)].take(DISCO, 0, now_us)
     }
 
     /// Whether one more answer of a relay or reflector may pass.
     pub(super) fn may_relay_control(&self, now_us: u64) -> bool {
-        self.relay_control.take(RELAY_CONTROL, now_us)
+        self.relay_control.take(RELAY_CONTROL, 0, now_us)
     }
 
     fn place(&self, of: impl Hash) -> usize {
         let mut hasher = DefaultHasher::new();
         (self.seed, of).hash(&mut hasher);
         hasher.finish() as usize % PLACES
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Rate {
-    per_second: u64,
-    burst: u64,
-}
-
-/// When all that has passed would have done so at the steady rate, in microseconds (the generic cell
-/// rate algorithm). Two threads at the same moment may let one more through, which does no harm.
-#[derive(Debug, Default)]
-struct Bucket(AtomicU64);
-
-impl Bucket {
-    fn take(&self, rate: Rate, now_us: u64) -> bool {
-        let interval = 1_000_000 / rate.per_second;
-        let paid_until = self.0.load(Ordering::Relaxed).max(now_us);
-        if paid_until > now_us + interval * (rate.burst - 1) {
-            return false;
-        }
-        self.0.store(paid_until + interval, Ordering::Relaxed);
-        true
     }
 }
 
@@ -260,13 +237,5 @@ mod tests {
         };
         assert_eq!(count(loud), ONE_SENDER.burst);
         assert_eq!(count(quiet), ONE_SENDER.burst);
-    }
-
-    #[test]
-    fn a_bucket_refills() {
-        let bucket = Bucket::default();
-        let rate = Rate { per_second: 10, burst: 5 };
-        let take = |now_us| (0..100).filter(|_| bucket.take(rate, now_us)).count();
-        assert_eq!((take(0), take(100_000), take(10_000_000)), (5, 1, 5));
     }
 }

@@ -213,10 +213,13 @@ impl<'a> Run<'a> {
             }
             if let Some(filter) = &self.table.filter {
                 let records = &mut lane.peer.records();
-                admit(filter, lane.peer.id, &room[..view.len], records, now).map_err(|answer| {
-                    refused = answer;
-                    DropReason::Filtered
-                })?;
+                let packet = &room[..view.len];
+                admit(filter, lane.peer.id, packet, records, self.shared, now).map_err(
+                    |answer| {
+                        refused = answer;
+                        DropReason::Filtered
+                    },
+                )?;
             }
             lane.rx_packets += 1;
             lane.rx_bytes += view.len;

@@ -5,11 +5,13 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, OFlag};
+use nix::unistd::linkat;
 use zeroize::Zeroizing;
 
 /// Mode of a file with a secret in it.
@@ -109,8 +111,17 @@ fn write_as(owner: Owner, path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fi
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
-        is_made = true;
+        // In a directory of ours the next start looks for what was not put in place.
+        let nameless = (owner == Owner::Writer).then(|| nameless(directory, mode)).flatten();
+        let (mut file, name) = match nameless {
+            Some((file, name)) => (file, Some(name)),
+            None => {
+                let mut new = OpenOptions::new();
+                let file = new.write(true).create_new(true).mode(mode).open(&beside)?;
+                is_made = true;
+                (file, None)
+            }
+        };
         file.write_all(bytes)?;
         // The umask may have taken bits away that the caller wants.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
@@ -118,6 +129,10 @@ fn write_as(owner: Owner, path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fi
             leave_to_owner_of(directory, &file);
         }
         file.sync_all()?;
+        if let Some(name) = name {
+            linkat(AT_FDCWD, &name, AT_FDCWD, &beside, AtFlags::AT_SYMLINK_FOLLOW)?;
+            is_made = true;
+        }
         fs::rename(&beside, path)?;
         is_made = false;
         File::open(directory)?.sync_all()
@@ -127,6 +142,16 @@ fn write_as(owner: Owner, path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fi
         let _ = fs::remove_file(&beside);
     }
     written.map_err(FileError::io("write", path))
+}
+
+/// A file that has no name yet and goes with this process, and where it can be had from to give it one;
+/// `None` where the file system has no such files.
+fn nameless(directory: &Path, mode: u32) -> Option<(File, PathBuf)> {
+    let mut new = OpenOptions::new();
+    let new = new.write(true).mode(mode).custom_flags(OFlag::O_TMPFILE.bits());
+    let file = new.open(directory).ok()?;
+    let name = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    name.exists().then_some((file, name))
 }
 
 /// Like [`write_atomically`], and with a second copy (`.bak`), for what nobody could make again.
@@ -314,6 +339,29 @@ mod tests {
         fs::create_dir(beside(&path, NEW)).unwrap();
         write_own(&path, b"secret", SECRET_MODE).unwrap_err();
         assert!(beside(&path, NEW).is_dir());
+    }
+
+    #[test]
+    fn a_file_for_a_user_has_no_name_before_it_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let count = || fs::read_dir(dir.path()).unwrap().count();
+        match nameless(dir.path(), SECRET_MODE) {
+            Some((mut file, name)) => {
+                file.write_all(b"secret").unwrap();
+                assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, SECRET_MODE);
+                assert_eq!((count(), fs::read(name).unwrap()), (0, b"secret".to_vec()));
+            }
+            None => println!("this file system has no files without a name"),
+        }
+        assert_eq!(count(), 0, "it is gone with its descriptor");
+        // What an older version left when it was killed, for others to read.
+        let path = dir.path().join("backup");
+        fs::write(beside(&path, NEW), "half").unwrap();
+        for content in [&b"first"[..], b"second"] {
+            write_own(&path, content, SECRET_MODE).unwrap();
+            assert_eq!(read_secret(&path).unwrap().unwrap().as_slice(), content);
+            assert_eq!(count(), 1, "nothing is left beside it");
+        }
     }
 
     #[test]

@@ -57,6 +57,10 @@ pub struct Tun {
     name: String,
     index: u32,
     has_headers: bool,
+    /// Offloads were asked for, whether or not the kernel has them.
+    wants_offloads: bool,
+    /// Made by somebody else, and there without a descriptor.
+    is_persistent: bool,
     tso: AtomicBool,
     uso: AtomicBool,
 }
@@ -78,8 +82,10 @@ impl Tun {
         } else {
             (open_device(name, false)?, None)
         };
-        Self::of(device, name.to_owned(), kinds)
-            .map_err(|errno| TunError::Open { name: name.to_owned(), source: errno.into() })
+        let failed = |errno: Errno| TunError::Open { name: name.to_owned(), source: errno.into() };
+        let (_, flags) = sys::tun_interface(&device).map_err(failed)?;
+        let opened = Self::of(device, name.to_owned(), kinds, flags).map_err(failed)?;
+        Ok(Self { wants_offloads: options.offloads, ..opened })
     }
 
     /// Takes over a device that an earlier process has opened.
@@ -92,10 +98,15 @@ impl Tun {
             return Err(Errno::EMEDIUMTYPE.into());
         }
         let kinds = (flags & libc::IFF_VNET_HDR != 0).then(|| set_offloads(&device, &name));
-        Ok(Self::of(device, name, kinds)?)
+        Ok(Self::of(device, name, kinds, flags)?)
     }
 
-    fn of(device: OwnedFd, name: String, kinds: Option<MergeKinds>) -> nix::Result<Self> {
+    fn of(
+        device: OwnedFd,
+        name: String,
+        kinds: Option<MergeKinds>,
+        interface_flags: libc::c_int,
+    ) -> nix::Result<Self> {
         let flags = OFlag::from_bits_retain(fcntl(&device, FcntlArg::F_GETFL)?);
         fcntl(&device, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         let index = nix::net::if_::if_nametoindex(name.as_str())?;
@@ -105,6 +116,8 @@ impl Tun {
             name,
             index,
             has_headers: kinds.is_some(),
+            wants_offloads: kinds.is_some(),
+            is_persistent: interface_flags & libc::IFF_PERSIST != 0,
             tso: AtomicBool::new(tcp),
             uso: AtomicBool::new(udp),
         })
@@ -112,7 +125,12 @@ impl Tun {
 
     /// Whether [`Self::open`] would make the same.
     pub fn is(&self, options: &TunOptions) -> bool {
-        self.name == options.name && self.has_headers == options.offloads
+        self.name == options.name && self.wants_offloads == options.offloads
+    }
+
+    /// Whether somebody has made the interface before and for longer (`ip tuntap add`).
+    pub fn is_persistent(&self) -> bool {
+        self.is_persistent
     }
 
     /// The interface name.
@@ -349,6 +367,16 @@ mod tests {
             let error = Tun::from_descriptor(tun.into()).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EBADFD));
         }
+    }
+
+    #[test]
+    fn one_that_a_kernel_without_offloads_has_made_is_what_was_wanted() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let made = Tun::of(null.into(), "lo".into(), None, 0).unwrap();
+        let made = Tun { wants_offloads: true, ..made };
+        let wanted = TunOptions::named("lo");
+        assert!(!made.has_headers() && made.is(&wanted.clone().with_offloads(true)));
+        assert!(!made.is(&wanted), "with and without are two kinds where the kernel has both");
     }
 
     #[test]

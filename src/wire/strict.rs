@@ -72,6 +72,15 @@ pub fn from_toml<T: DeserializeOwned>(text: &str) -> Result<T, TextError> {
     })
 }
 
+/// The keys that a table of this type may have.
+#[must_use]
+pub fn known_keys<T: DeserializeOwned>() -> Vec<String> {
+    match from_toml::<T>("\"\" = 0") {
+        Err(TextError { mistake: Mistake::UnknownKey { known, .. }, .. }) => known,
+        _ => Vec::new(),
+    }
+}
+
 /// Makes serde's sentence about an unknown key into a better one.
 fn mistake(message: &str) -> Mistake {
     let mut quoted = message.split('`').skip(1).step_by(2).map(ToString::to_string);

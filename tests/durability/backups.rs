@@ -124,6 +124,30 @@ fn damaged(place: &Place, file: &Path) {
     }
 }
 
+/// The file of before is there, what lies beside it is for nobody else, and the next backup takes it away.
+fn killed_while_it_is_written(place: &Place, file: &Path) {
+    let new = file.with_extension("new");
+    for call in ["fsync", "linkat", "rename"] {
+        let before = fs::read(file).unwrap();
+        let output = Command::new("strace")
+            .args(["-f", "-qq", "-o", "/dev/null", &format!("--trace={call}")])
+            .arg(format!("--inject={call}:signal=KILL:when=1"))
+            .args([PROGRAM, "server", "backup", file.to_str().unwrap(), "--socket"])
+            .arg(place.socket())
+            .output()
+            .unwrap();
+        // Where the file system has no files without a name, none is linked.
+        assert!(!output.status.success() || call == "linkat", "{call}: {output:?}");
+        if !output.status.success() {
+            assert_eq!(fs::read(file).unwrap(), before, "{call}");
+        }
+        let left = fs::metadata(&new).map_or(0, |left| left.permissions().mode());
+        assert_eq!(left & 0o077, 0, "{call}: what is left is private");
+    }
+    backup(place, file);
+    assert!(!new.exists(), "nothing is left");
+}
+
 pub(crate) fn killed() -> Completion {
     if !has_strace() {
         return Completion::ignored_with("no strace");
@@ -135,6 +159,7 @@ pub(crate) fn killed() -> Completion {
         let id = join(old.address, &line, [1; 32]).await.unwrap().1.unwrap().id;
         let file = old.dir.path().join("backup");
         backup(&old, &file);
+        killed_while_it_is_written(&old, &file);
         process.stop().await;
         let mut kills = 0;
         for call in ["rename", "fsync", "fdatasync", "pwrite64", "unlink"] {

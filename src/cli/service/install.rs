@@ -17,7 +17,7 @@ use super::system::{self, Account, USUAL_PROGRAM, UnitState, systemctl};
 use crate::cli::ask::SocketArg;
 use crate::cli::fail::{FAILED, Failure, NOT_ENROLLED, USAGE};
 use crate::cli::print::hint;
-use crate::cli::{Done, config as config_command, print, server, up};
+use crate::cli::{Done, print, runtime, server, up};
 use crate::config::node::NodeConfig;
 use crate::config::server::ServerConfig;
 use crate::config::{self, Wanted};
@@ -46,16 +46,16 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
         )
         .code(NOT_ENROLLED));
     }
-    let socket = socket_of_config(service)?;
+    let config = Config::read(service)?;
+    let socket = config.socket(service)?;
     if service == Service::Node && join.is_some() {
-        let file = service.paths().config;
-        let config = config::load_file::<NodeConfig>(&file, Wanted::IfThere).unwrap_or_default();
         let wanted = std::env::var_os(NAME_VARIABLE);
-        name_is_kept(wanted.as_deref(), config.name.as_ref(), &file)?;
+        name_is_kept(wanted.as_deref(), config.node.name.as_ref(), &service.paths().config)?;
         if !is_enrolled(service) {
             // An invite that is used up brings no interface.
-            let interface = config.interface.as_deref().unwrap_or(up::DEFAULT_INTERFACE);
-            try_interface(interface).map_err(|error| up::interface_failure(&error))?;
+            let interface = config.node.interface.as_deref().unwrap_or(up::DEFAULT_INTERFACE);
+            let trial = runtime::on_this_thread()?.block_on(try_interface(interface));
+            trial.map_err(|error| up::interface_failure(&error))?;
         }
     }
     let running = UnitState::of(service)?.is_busy();
@@ -73,7 +73,8 @@ pub(super) fn run(service: Service, join: Option<&str>) -> Done {
         // It holds the state directory, or tries to.
         systemctl(&["stop", service.unit()], START_LIMIT)?;
     }
-    if let Err(failure) = prepare(service, account, &program, join.as_ref()) {
+    if let Err(failure) = prepare(service, account, &program, join.as_ref(), &config.server.listen)
+    {
         if running {
             // What is wrong with the new one is what has to be told.
             let _ = systemctl(&["start", service.unit()], START_LIMIT);
@@ -95,6 +96,7 @@ fn prepare(
     account: Account,
     program: &Path,
     join: Option<&Zeroizing<String>>,
+    listen: &[SocketAddr],
 ) -> Done {
     let paths = service.paths();
     if let Some(directory) = paths.config.parent() {
@@ -104,9 +106,9 @@ fn prepare(
     if let Some(join) = join {
         enrol(program, service, account, join)?;
     }
-    write_unit(service, program)?;
+    write_unit(service, program, listen)?;
     system::remove_stale(service);
-    write_sockets(service)?;
+    write_sockets(service, listen)?;
     systemctl(&["daemon-reload"], QUICK)?;
     systemctl(&["enable", "--quiet", service.unit()], QUICK)
 }
@@ -115,36 +117,44 @@ fn is_enrolled(service: Service) -> bool {
     service.paths().state_dir.join(crate::daemon::node::ENROLMENT_FILE).exists()
 }
 
-/// Where the service will listen for commands, if its configuration is one that it can use.
-fn socket_of_config(service: Service) -> Result<PathBuf, Failure> {
-    let paths = service.paths();
-    let file = &paths.config;
-    let failure = |error| config_command::failure(&error);
-    let (state_dir, socket) = match service {
-        Service::Node => {
-            let config: NodeConfig = config::load_file(file, Wanted::IfThere).map_err(failure)?;
-            (config.state_dir, config.socket)
+/// What the service will read; the other one's is as it is without a file.
+#[derive(Default)]
+struct Config {
+    node: NodeConfig,
+    server: ServerConfig,
+}
+
+impl Config {
+    fn read(service: Service) -> Result<Self, Failure> {
+        let (file, mut config) = (service.paths().config, Self::default());
+        match service {
+            Service::Node => config.node = config::load_file(&file, Wanted::IfThere)?,
+            Service::Server => config.server = config::load_file(&file, Wanted::IfThere)?,
         }
-        Service::Server => {
-            let config: ServerConfig = config::load_file(file, Wanted::IfThere).map_err(failure)?;
-            (config.state_dir, config.socket)
-        }
-    };
-    let refused = |key: &str, wanted: &Path, place: &Path| {
-        Failure::new(
-            format!("{key} = \"{}\" cannot be used by a service", wanted.display()),
-            format!("the service may write to {} only", place.display()),
-            format!("remove {key} from {}", file.display()),
-        )
-        .code(USAGE)
-    };
-    if let Some(wanted) = state_dir.filter(|wanted| *wanted != paths.state_dir) {
-        return Err(refused("state-dir", &wanted, &paths.state_dir));
+        Ok(config)
     }
-    let Some(socket) = socket else { return Ok(paths.socket) };
-    match paths.socket.parent() {
-        Some(place) if socket.parent() != Some(place) => Err(refused("socket", &socket, place)),
-        _ => Ok(socket),
+
+    /// Where the service will listen for commands, if its configuration is one that it can use.
+    fn socket(&self, service: Service) -> Result<PathBuf, Failure> {
+        let paths = service.paths();
+        let refused = |key: &str, wanted: &Path, place: &Path| {
+            Failure::new(
+                format!("{key} = \"{}\" cannot be used by a service", wanted.display()),
+                format!("the service may write to {} only", place.display()),
+                format!("remove {key} from {}", paths.config.display()),
+            )
+            .code(USAGE)
+        };
+        let state_dir = self.node.state_dir.as_ref().or(self.server.state_dir.as_ref());
+        if let Some(wanted) = state_dir.filter(|wanted| **wanted != paths.state_dir) {
+            return Err(refused("state-dir", wanted, &paths.state_dir));
+        }
+        let socket = self.node.socket.as_ref().or(self.server.socket.as_ref());
+        let socket = socket.unwrap_or(&paths.socket);
+        match paths.socket.parent() {
+            Some(place) if socket.parent() != Some(place) => Err(refused("socket", socket, place)),
+            _ => Ok(socket.clone()),
+        }
     }
 }
 
@@ -219,8 +229,7 @@ fn told(stderr: &str) -> Option<Told<'_>> {
 
 /// The units that hold the ports open. Where the configuration names other ports than the usual
 /// ones, the server opens them itself.
-fn write_sockets(service: Service) -> Done {
-    let listen = listen_of_config(service);
+fn write_sockets(service: Service, listen: &[SocketAddr]) -> Done {
     for (name, text) in service.sockets() {
         let path = Path::new("/etc/systemd/system").join(name);
         if listen.is_empty() {
@@ -234,18 +243,13 @@ fn write_sockets(service: Service) -> Done {
     Ok(())
 }
 
-fn write_unit(service: Service, program: &Path) -> Done {
+fn write_unit(service: Service, program: &Path, listen: &[SocketAddr]) -> Done {
     let mut text = service.unit_text().replace(USUAL_PROGRAM, &program.to_string_lossy());
-    if service == Service::Server && listen_of_config(service).iter().any(|it| it.port() < 1024) {
+    if listen.iter().any(|it| it.port() < 1024) {
         // The server opens such a port itself, on UDP too, and needs the right to.
         text = text.replace(NO_RIGHTS, LOW_PORTS);
     }
     write_file(&service.unit_file(), &text)
-}
-
-fn listen_of_config(service: Service) -> Vec<SocketAddr> {
-    let file = service.paths().config;
-    config::load_file::<ServerConfig>(&file, Wanted::IfThere).unwrap_or_default().listen
 }
 
 /// What `overlay up --name` can be given by, too.

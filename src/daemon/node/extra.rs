@@ -85,6 +85,11 @@ impl ExtraSockets {
         self.open.load().get(&socket).cloned()
     }
 
+    /// Whether this holds for every socket.
+    pub(super) fn all(&self, has: impl Fn(&UdpSocket) -> bool) -> bool {
+        self.open.load().values().all(|socket| has(socket))
+    }
+
     /// The sockets that have something to read.
     pub(super) fn ready(&self) -> Vec<(SocketId, Arc<UdpSocket>)> {
         let mut events = [EpollEvent::empty(); READY];

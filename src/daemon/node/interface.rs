@@ -21,6 +21,7 @@ use crate::path::{BASE_MTU, OVERHEAD_V4};
 use crate::types::OverlayAddrs;
 
 use super::Daemon;
+use super::device::{choose, delete, open, withdraw};
 use super::startup::NodeOptions;
 
 /// When an interface that could not be made anew is tried again.
@@ -55,35 +56,6 @@ pub(super) struct Interface {
     is_kept: bool,
 }
 
-/// Makes the device that [`Interface::create`] will take, unless one of `kept` has its name: a missing
-/// right or a taken name is found before the network is joined, which cannot be undone from here.
-///
-/// # Errors
-/// Those of the making, later.
-pub(super) async fn reserve(
-    options: &NodeOptions,
-    kept: &mut Vec<Tun>,
-) -> Result<(), InterfaceError> {
-    if kept.iter().any(|tun| tun.name() == options.interface) {
-        return Ok(());
-    }
-    let wanted = TunOptions::named(&options.interface).with_offloads(options.offloads.tun);
-    let tun = Tun::open(&wanted)?;
-    // One that was made for its user opens without the right to configure it.
-    let (netlink, mtu) = (Netlink::connect()?, options.interface_mtu());
-    netlink.set_link(tun.index(), Some(u32::from(mtu)), LinkState::Down).await?;
-    kept.push(tun);
-    Ok(())
-}
-
-/// Whether an interface of this name can be made here: makes it, and lets it go.
-///
-/// # Errors
-/// Those of the making.
-pub fn try_interface(name: &str) -> Result<(), InterfaceError> {
-    Ok(Tun::open(&TunOptions::named(name)).map(drop)?)
-}
-
 /// What the kernel still had of the interface.
 #[derive(Debug, PartialEq, Eq)]
 enum Condition {
@@ -97,7 +69,7 @@ enum Condition {
 
 impl Interface {
     /// Makes and configures it; when this returns, the overlay address is usable. If one of `kept`,
-    /// the devices of an earlier run and a [reserved](reserve) one, is what is wanted, that one goes
+    /// the devices of an earlier run and a [reserved](super::device::reserve) one, is what is wanted, that one goes
     /// on as it is.
     async fn create(
         options: &NodeOptions,
@@ -105,9 +77,9 @@ impl Interface {
         kept: Vec<Tun>,
     ) -> Result<Self, InterfaceError> {
         let netlink = Netlink::connect()?;
-        let ranges = identity.range.prefixes();
+        let (ranges, own) = (identity.range.prefixes(), identity.addrs.prefixes());
         let wanted = TunOptions::named(&options.interface).with_offloads(options.offloads.tun);
-        let kept = choose(&netlink, &wanted, &identity, kept).await?;
+        let kept = choose(&netlink, &wanted, &own, kept).await?;
         let (routes, addresses) = (netlink.routes().await?, netlink.addresses().await?);
         let ours = netlink.link_index(&options.interface).await?;
         for conflict in conflicts(&routes, &addresses, &ranges, ours) {
@@ -124,7 +96,7 @@ impl Interface {
                 forget_peers(&netlink, &identity, &routes, tun.index()).await;
                 tun
             }
-            None => Tun::open(&wanted)?,
+            None => open(&netlink, &wanted, &own).await?,
         };
         let index = tun.index();
         let mtu = options.interface_mtu();
@@ -258,53 +230,6 @@ impl Interface {
 
     pub(super) fn identity(&self) -> &Identity {
         &self.identity
-    }
-}
-
-/// The one of `kept` that can go on. What cannot is removed: two could not have one name, and
-/// nobody shall find an interface with addresses of a network that we have left.
-async fn choose(
-    netlink: &Netlink,
-    wanted: &TunOptions,
-    identity: &Identity,
-    kept: Vec<Tun>,
-) -> Result<Option<Tun>, NetlinkError> {
-    let addresses = netlink.addresses().await?;
-    let mut chosen = None;
-    for tun in kept {
-        let mut own = addresses.iter().filter(|it| it.index == tun.index());
-        // The kernel's own are link-local.
-        let fits = own.all(|it| {
-            let link_local = matches!(it.addr.addr(), IpAddr::V6(ip) if ip.is_unicast_link_local());
-            link_local || identity.addrs.prefixes().contains(&it.addr)
-        });
-        if fits && tun.is(wanted) && chosen.is_none() {
-            chosen = Some(tun);
-        } else {
-            tracing::info!(interface = tun.name(), "the interface of before is not what is wanted");
-            delete(netlink, &tun).await;
-        }
-    }
-    Ok(chosen)
-}
-
-/// Takes the addresses away. What fails here goes with the interface.
-async fn withdraw(netlink: &Netlink, tun: &Tun) {
-    if let Err(error) = netlink.del_addresses(tun.index()).await {
-        tracing::debug!(%error, "the addresses go with the interface");
-    }
-}
-
-/// Addresses first, as in [`Interface::withdraw`].
-async fn delete(netlink: &Netlink, tun: &Tun) {
-    withdraw(netlink, tun).await;
-    match netlink.delete_link(tun.index()).await {
-        // Somebody was faster.
-        Err(error) if error.kernel_error() == Some(Errno::ENODEV) => {}
-        Err(error) => {
-            tracing::warn!(%error, interface = tun.name(), "the interface could not be removed");
-        }
-        Ok(()) => {}
     }
 }
 

@@ -3,7 +3,7 @@
 //! One task owns the core and serves every source once per turn; two plain threads (`threads`) move
 //! packets, and `extra` are sockets that come and go. `startup` makes all of it, `bind` the main
 //! UDP sockets, `state` is what is on disk, `saving` when it gets there, `control_link` keeps the
-//! control connection, `interface` the TUN interface, `roam` follows the network around us,
+//! control connection, `interface` the TUN interface on its `device`, `roam` follows the network around us,
 //! `portmap` asks the router for a port, `local` answers the command line, `ping` the longest of
 //! its questions, `lines` knows the uplinks beside the preferred one, `metrics` Prometheus,
 //! `rotate` renews the node key, `reload` applies a new configuration, `explain` has its answers
@@ -11,6 +11,7 @@
 
 mod bind;
 mod control_link;
+mod device;
 pub mod explain;
 mod extra;
 mod interface;
@@ -32,7 +33,8 @@ mod startup;
 mod state;
 mod threads;
 
-pub use interface::{InterfaceError, try_interface};
+pub use device::try_interface;
+pub use interface::InterfaceError;
 pub use local::Question;
 pub use ping::PingLine;
 pub use startup::{NodeOptions, Offloads, StartError, run};

@@ -10,7 +10,8 @@ use tokio::sync::mpsc;
 
 use super::bind::bind_udp;
 use super::control_link::ControlLink;
-use super::interface::{InterfaceError, reserve, widest_mtu};
+use super::device::reserve;
+use super::interface::{InterfaceError, widest_mtu};
 use super::local::{LocalServer, is_stopping, serve_local};
 use super::portmap::PortMapping;
 use super::roam::Surroundings;

@@ -187,7 +187,7 @@ impl Ports {
     /// The offloads in use at this moment.
     pub(super) fn offloads(&self) -> OffloadReport {
         let trains = self.trains();
-        let all = |has: fn(&UdpSocket) -> bool| self.sockets().all(has);
+        let all = |has: fn(&UdpSocket) -> bool| self.sockets().all(has) && self.extra.all(has);
         OffloadReport {
             tun_tso: trains.tcp,
             tun_uso: trains.udp,
@@ -345,5 +345,36 @@ impl Drop for Threads {
                 tracing::error!("a packet thread panicked");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::startup::Offloads;
+    use super::*;
+    use crate::dataplane::EngineKeys;
+    use crate::node::SocketOrder;
+    use crate::testing::epoch;
+    use crate::types::SecretKey;
+
+    #[test]
+    fn an_extra_socket_without_an_offload_is_told() {
+        let bind: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let main = UdpSocket::bind_to(bind, None).unwrap();
+        let (gso, gro) = (main.sends_trains(), main.receives_trains());
+        let keys = EngineKeys::new(&SecretKey::from_bytes([1; 32]));
+        let shared = Shared::new(epoch(), &keys);
+        let ports = Ports::new(Some(main), None, shared, false).unwrap();
+        let told = || (ports.offloads().udp_gso, ports.offloads().udp_gro);
+        assert_eq!(told(), (gso, gro));
+        let order =
+            |number| SocketOrder::Open { socket: SocketId::new(number), bind, device: None };
+        let offloads = |udp_gso, udp_gro| Offloads { tun: true, udp_gso, udp_gro };
+        assert!(ports.extra.carry_out(&[order(1)], offloads(true, true)).is_empty());
+        assert_eq!(told(), (gso, gro));
+        assert!(ports.extra.carry_out(&[order(2)], offloads(false, true)).is_empty());
+        assert_eq!(told(), (false, gro));
+        assert!(ports.extra.carry_out(&[order(3)], offloads(true, false)).is_empty());
+        assert_eq!(told(), (false, false));
     }
 }

@@ -4,19 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::io::tun::{Tun, TunOptions};
-
-/// Runs `test` in a fresh network namespace; says so and passes where none can be made.
-fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-    let thread = std::thread::spawn(move || {
-        if let Err(errno) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
-            println!("skipped: no network namespace: {errno}");
-            return;
-        }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(test());
-    });
-    thread.join().unwrap();
-}
+use crate::testing::in_namespace;
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()

@@ -9,7 +9,7 @@ use blake2::{Blake2s256, Digest};
 use data_encoding::HEXLOWER;
 use overlay::config::node::NodeConfig;
 use overlay::config::server::ServerConfig;
-use overlay::config::{ConfigError, load};
+use overlay::config::{Config, ConfigError, load};
 use overlay::daemon::node::{Question as NodeQuestion, explain, report, rewritten};
 use overlay::daemon::server::{
     EventInfo, Question as ServerQuestion, ServerStatus, StoreAnswer, records_in,
@@ -36,11 +36,13 @@ pub(crate) fn config_server(bytes: &[u8]) {
     config::<ServerConfig>(bytes);
 }
 
-fn config<T: DeserializeOwned>(bytes: &[u8]) {
+fn config<T: Config>(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
-    if let Err(ConfigError::Content { place, mistake }) = load::<T>(Path::new("file"), &text) {
+    let Err(error) = load::<T>(Path::new("file"), &text) else { return };
+    if let ConfigError::Content { place, .. } | ConfigError::OtherRole { place, .. } = &error {
         assert!(place.line <= text.matches('\n').count() + 1, "the place is in the text");
-        assert!(!mistake.to_string().is_empty(), "and it is said what is wrong");
+        let said = error.to_string().len() > place.to_string().len() + ": ".len();
+        assert!(said, "and it is said what is wrong");
     }
 }
 
