@@ -95,6 +95,15 @@ pub enum Note {
     SessionWanted(NodeId),
     /// An answer to the sender of a packet that cannot go on as it is, for the TUN interface.
     Answer(Vec<u8>),
+    /// The same to the sender of a packet that is too long for the path to this peer.
+    TooBig {
+        /// Whom the packet was for.
+        peer: NodeId,
+        /// What the answer says that the path carries.
+        mtu: u16,
+        /// The answer.
+        answer: Vec<u8>,
+    },
     /// An answer to the peer whose packet the access rules refused.
     Refused(Vec<u8>),
     /// The first packet to this peer after a pause was sent: watch its path.

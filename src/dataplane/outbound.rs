@@ -191,7 +191,7 @@ impl<'t> Train<'t> {
         if self.peer.records().may_answer(self.shared.micros(self.now))
             && let Some(answer) = icmp::answer(packet, view.dst, Trouble::TooBig { mtu })
         {
-            self.notes.push(Note::Answer(answer));
+            self.notes.push(Note::TooBig { peer: self.peer.id, mtu, answer });
         }
     }
 

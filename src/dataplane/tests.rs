@@ -414,7 +414,7 @@ fn a_packet_too_big_for_the_path_goes_on_and_its_sender_is_told_but_not_too_ofte
         let (out, notes) = send(&a, &whole, now);
         assert_eq!(deliver(&b, &a, &only_datagram(&out), now).0, [whole.clone()]);
         for note in notes {
-            let Note::Answer(answer) = note else { continue };
+            let Note::TooBig { answer, mtu: 1_360, .. } = note else { continue };
             assert_eq!(&answer[12..16], b.addrs.v4.octets());
             assert_eq!(
                 (answer[20], answer[21], &answer[26..28]),
@@ -427,7 +427,7 @@ fn a_packet_too_big_for_the_path_goes_on_and_its_sender_is_told_but_not_too_ofte
     assert_eq!(a.peer.counters.too_big.load(std::sync::atomic::Ordering::Relaxed), 100);
     let fits = packet(a.addrs.v4, b.addrs.v4, &[7; 1_340]);
     let (_, notes) = send(&a, &fits, now + Duration::from_secs(5));
-    assert!(!notes.iter().any(|note| matches!(note, Note::Answer(_))), "{notes:?}");
+    assert!(!notes.iter().any(|note| matches!(note, Note::TooBig { .. })), "{notes:?}");
 }
 
 #[test]

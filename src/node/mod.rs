@@ -264,7 +264,7 @@ pub struct Node {
     openers: VecDeque<Opener>,
     whole_probes: VecDeque<WholeProbe>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
-    packets: VecDeque<Vec<u8>>,
+    packets: VecDeque<reach::Answer>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
     /// Handshakes that made a session.
@@ -361,7 +361,8 @@ impl Node {
             Note::SessionWanted(peer) => self.handle_session_wanted(peer, now),
             Note::Active(peer) => self.handle_active(peer, now),
             Note::SessionConfirmed(peer) => self.handle_session_up(peer, now),
-            Note::Answer(packet) => self.answer(packet),
+            Note::Answer(packet) => self.answer(packet, None),
+            Note::TooBig { peer, mtu, answer } => self.answer(answer, Some((peer, mtu))),
             Note::Refused(answer) => self.handle_refused(&answer, now),
             Note::HeardOn { peer, via } => self.handle_heard(peer, via, now),
             Note::UnknownSession { via, relayed } => self.handle_stale(via, relayed, now),
@@ -388,11 +389,6 @@ impl Node {
     /// A datagram that must not be cut on its way; call until none.
     pub fn poll_whole_probe(&mut self) -> Option<WholeProbe> {
         self.whole_probes.pop_front()
-    }
-
-    /// An IP packet for this machine, to be written to the TUN interface; call until none.
-    pub fn poll_packet(&mut self) -> Option<Vec<u8>> {
-        self.packets.pop_front()
     }
 
     /// A message for the server; call until none. Dropped by the caller when there is no link.

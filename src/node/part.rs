@@ -260,7 +260,7 @@ impl Node {
         let dst = IpView::parse(packet).ok().map(|view| view.dst);
         let answer = dst.and_then(|dst| icmp::answer(packet, dst, Trouble::HostUnreachable));
         if let Some(answer) = answer {
-            self.answer(answer);
+            self.answer(answer, None);
         }
     }
 }

@@ -16,13 +16,35 @@ const PATH_PATIENCE: Duration = Duration::from_millis(900);
 /// Answers that wait to be written; more at once are of no use to anybody.
 const MAX_ANSWERS: usize = 64;
 
+/// An answer to a packet of this machine.
+#[derive(Debug)]
+pub(super) struct Answer {
+    packet: Vec<u8>,
+    /// It says that the path to this peer carries no more than this.
+    says: Option<(NodeId, u16)>,
+}
+
 impl Node {
-    /// Takes an answer to a packet of this machine.
-    pub(super) fn answer(&mut self, packet: Vec<u8>) {
+    /// Takes an answer to a packet of this machine, and what it says of the path to a peer.
+    pub(super) fn answer(&mut self, packet: Vec<u8>, says: Option<(NodeId, u16)>) {
         if self.packets.len() < MAX_ANSWERS {
-            self.packets.push_back(packet);
+            self.packets.push_back(Answer { packet, says });
         } else {
             self.shared.drops().count(DropReason::QueueFull);
+        }
+    }
+
+    /// An IP packet for this machine, to be written to the TUN interface; call until none, after all
+    /// [events](Self::poll_event) are carried out. The kernel keeps for ten minutes what an answer
+    /// says of a path, whatever its route says afterwards: an answer that is not true any more is
+    /// left out, and one that is finds the route made.
+    pub fn poll_packet(&mut self) -> Option<Vec<u8>> {
+        loop {
+            let Answer { packet, says } = self.packets.pop_front()?;
+            let holds = |(id, mtu)| self.peers.get(&id).is_some_and(|it| it.fast.mtu() == mtu);
+            if says.is_none_or(holds) {
+                return Some(packet);
+            }
         }
     }
 
@@ -55,7 +77,7 @@ impl Node {
             let dst = IpView::parse(&packet).ok().map(|view| view.dst);
             let answer = dst.and_then(|dst| icmp::answer(&packet, dst, Trouble::HostUnreachable));
             if let Some(answer) = answer {
-                self.answer(answer);
+                self.answer(answer, None);
             }
         }
         self.set_waiting(id, next);
@@ -79,5 +101,47 @@ impl Node {
         for id in waiting {
             self.look_at_waiting(id, now);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::Note;
+    use crate::node::{Netmap, NodeSettings, PeerInfo};
+    use crate::testing::epoch;
+    use crate::types::{OverlayAddrs, SecretKey};
+
+    #[test]
+    fn nobody_is_told_what_the_path_carried_before() {
+        let (now, id) = (epoch(), NodeId::new(2).unwrap());
+        let bob = PeerInfo {
+            name: "bob".parse().unwrap(),
+            node_key: SecretKey::from_bytes([2; 32]).public(),
+            addrs: OverlayAddrs {
+                v4: "10.77.0.2".parse().unwrap(),
+                v6: "fd00:1:2::2".parse().unwrap(),
+            },
+            online: false,
+            candidates: Vec::new(),
+            expires: None,
+            last_direct: None,
+        };
+        let netmap = Netmap { peers: [(id, bob)].into(), ..Netmap::default() };
+        let key = SecretKey::from_bytes([1; 32]);
+        let mut node = Node::new(key, netmap, NodeSettings::default(), [7; 32], 1, now);
+        let too_big = |mtu: u16| Note::TooBig { peer: id, mtu, answer: mtu.to_be_bytes().into() };
+        let answers =
+            |node: &mut Node| std::iter::from_fn(|| node.poll_packet()).collect::<Vec<_>>();
+        node.peers[&id].fast.set_mtu(1_180);
+        node.handle_note(too_big(1_180), now);
+        assert_eq!(answers(&mut node), [1_180u16.to_be_bytes()]);
+        // One that waits while the path gets wider, and one that was on its way to us.
+        node.handle_note(too_big(1_180), now);
+        node.peers[&id].fast.set_mtu(1_220);
+        node.handle_note(too_big(1_180), now);
+        node.handle_note(too_big(1_220), now);
+        node.handle_note(Note::Answer(vec![7]), now);
+        assert_eq!(answers(&mut node), [&1_220u16.to_be_bytes()[..], &[7]]);
     }
 }

@@ -158,8 +158,11 @@ impl MtuSearch {
             }
             Phase::All(tries) => {
                 *tries += 1;
-                let sizes = sizes(remote, self.limit).filter(|size| self.best < Some(*size));
-                questions.extend(sizes.map(|inner| Question { inner, whole: true }));
+                let mut sizes: Vec<u16> = sizes(remote, self.limit).collect();
+                sizes.retain(|size| self.best < Some(*size));
+                // The largest first, as the first answer counts at once.
+                sizes.reverse();
+                questions.extend(sizes.into_iter().map(|inner| Question { inner, whole: true }));
             }
             Phase::Idle => {}
         }
@@ -252,7 +255,10 @@ mod tests {
                 search.asked(tx, question);
                 let fits = question.inner <= if question.whole { whole } else { cut };
                 if fits && (drop_nth == 0 || !asked.is_multiple_of(drop_nth)) {
+                    let known = search.found(now);
                     assert!(search.handle_pong(tx, now));
+                    // No smaller size counts on the way to it.
+                    assert!(drop_nth != 0 || known.is_none() || known == search.found(now));
                 }
             }
         }

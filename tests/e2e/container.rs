@@ -4,7 +4,7 @@
 //! memory.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -20,6 +20,8 @@ pub(crate) struct Container {
     daemon: Daemon,
     leader: u32,
     programs: PathBuf,
+    /// Removed when all else is gone.
+    _group: ControlGroup,
 }
 
 impl Container {
@@ -30,7 +32,8 @@ impl Container {
         fs::create_dir(&programs).unwrap();
         fs::copy(binary(), programs.join("overlay")).unwrap();
 
-        let mut command = Command::new("systemd-nspawn");
+        let group = ControlGroup::new();
+        let mut command = group.command("systemd-nspawn");
         command.args(["--register=no", "--keep-unit", "--volatile=yes", "-M", name, "-D", "/"]);
         command.arg(format!("--network-namespace-path={}", host.ns.path().display()));
         command.arg(format!("--bind-ro={}:/usr/local/bin", path(&programs)));
@@ -42,7 +45,7 @@ impl Container {
         let daemon = Daemon::start(command, &net.log_file(&format!("{name}-console")));
         let (leader, _) =
             wait_for("the container's first process", BOOT_LIMIT, || first_process_of(daemon.id()));
-        let container = Self { daemon, leader, programs };
+        let container = Self { daemon, leader, programs, _group: group };
         wait_for("the container has booted", BOOT_LIMIT, || {
             let state = container.run(&["systemctl", "is-system-running"]).stdout;
             ["running", "degraded"].contains(&state.trim()).then_some(())
@@ -80,6 +83,62 @@ impl Drop for Container {
         }
         let _ = fs::remove_dir_all(&self.programs);
     }
+}
+
+/// A control group of its own: two containers that share one would have one group for the services
+/// of the same name in both.
+struct ControlGroup {
+    folders: Vec<PathBuf>,
+}
+
+impl ControlGroup {
+    /// Below our own, in each hierarchy that systemd keeps its services in.
+    fn new() -> Self {
+        let id = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap();
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let folders = own.lines().filter_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let roots = match fields.next()? {
+                "" => ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"],
+                "name=systemd" => ["/sys/fs/cgroup/systemd", "/sys/fs/cgroup/systemd"],
+                _ => return None,
+            };
+            let below = fields.next()?.trim_start_matches('/');
+            let own = roots.map(|root| Path::new(root).join(below));
+            own.into_iter().find(|folder| folder.join("cgroup.procs").exists())
+        });
+        let folders: Vec<PathBuf> =
+            folders.map(|own| own.join(format!("overlay-test-{}", id.trim()))).collect();
+        for folder in &folders {
+            fs::create_dir(folder).unwrap();
+        }
+        Self { folders }
+    }
+
+    /// A command that runs `program` in it.
+    fn command(&self, program: &str) -> Command {
+        let enter = |folder: &PathBuf| format!("echo 0 > {}/cgroup.procs\n", path(folder));
+        let script: String = self.folders.iter().map(enter).collect();
+        let mut command = Command::new("sh");
+        command.args(["-ec", &format!("{script}exec \"$@\""), "sh", program]);
+        command
+    }
+}
+
+impl Drop for ControlGroup {
+    fn drop(&mut self) {
+        self.folders.iter().for_each(|folder| remove_group(folder));
+    }
+}
+
+/// Removes a control group with all below it. One that still holds somebody stays.
+fn remove_group(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_group(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(folder);
 }
 
 /// The child of `nspawn` that is number one in its own process id namespace.

@@ -10,7 +10,9 @@ use super::report::PortMappingReport;
 use super::threads::Ports;
 use super::{Daemon, NodeOptions};
 use crate::io::clock;
-use crate::io::portmap::{self, Gateway, Keeper, KnockAnswer, Nonce, Order, Outcome, Standing};
+use crate::io::portmap::{
+    self, Asker, Gateway, Keeper, KnockAnswer, Nonce, Order, Outcome, Standing,
+};
 use crate::node::Knocked;
 use crate::types::SecretKey;
 
@@ -30,7 +32,7 @@ pub(super) enum News {
 /// The port mapping of this node.
 pub(super) struct PortMapping {
     keeper: Keeper,
-    nonce: Nonce,
+    asker: Asker,
     port: u16,
     sender: mpsc::Sender<News>,
     news: mpsc::Receiver<News>,
@@ -52,7 +54,8 @@ impl PortMapping {
     /// Keeps the IPv4 UDP `port` mapped with leases of this length.
     fn new(port: u16, lease: Duration, machine: &SecretKey) -> Self {
         let (sender, news) = mpsc::channel(QUEUE);
-        Self { keeper: Keeper::new(port, lease), nonce: nonce(machine), port, sender, news }
+        let asker = Asker::new(nonce(machine));
+        Self { keeper: Keeper::new(port, lease), asker, port, sender, news }
     }
 
     /// What there is, for the command line.
@@ -155,9 +158,9 @@ impl Daemon {
         while let Some(order) = mapping.keeper.poll(now) {
             match order {
                 Order::Start(job) => {
-                    let (sender, nonce) = (mapping.sender.clone(), mapping.nonce);
+                    let (sender, asker) = (mapping.sender.clone(), mapping.asker.clone());
                     tokio::spawn(async move {
-                        let outcome = portmap::run(job, nonce).await;
+                        let outcome = portmap::run(job, asker).await;
                         let _ = sender.send(News::Done(outcome)).await;
                     });
                 }
@@ -167,7 +170,8 @@ impl Daemon {
                     }
                 }
                 Order::Remove(gateway, old) => {
-                    tokio::spawn(portmap::remove(gateway, mapping.port, old, mapping.nonce));
+                    let asker = mapping.asker.clone();
+                    tokio::spawn(portmap::remove(gateway, mapping.port, old, asker));
                 }
             }
         }
@@ -194,7 +198,7 @@ impl Daemon {
     pub(super) async fn end_portmap(&mut self) {
         let Some(mapping) = self.port_mapping.take() else { return };
         if let Some((gateway, held)) = mapping.keeper.mapping() {
-            let removing = portmap::remove(gateway, mapping.port, held, mapping.nonce);
+            let removing = portmap::remove(gateway, mapping.port, held, mapping.asker);
             if tokio::time::timeout(FAREWELL_LIMIT, removing).await.is_err() {
                 tracing::debug!("the router did not answer; the mapping ends with its lease");
             }

@@ -40,6 +40,21 @@ pub struct Gateway {
 /// renewed and removed only with the nonce that it was made with.
 pub type Nonce = [u32; 3];
 
+/// Who asks: what a router knows us by, and what is known of it.
+#[derive(Debug, Clone)]
+pub struct Asker {
+    nonce: Nonce,
+    upnp: upnp::Known,
+}
+
+impl Asker {
+    /// One that knows nothing of any router yet.
+    #[must_use]
+    pub fn new(nonce: Nonce) -> Self {
+        Self { nonce, upnp: upnp::Known::default() }
+    }
+}
+
 /// Finds the router of the IPv4 default route; none when there is none, or when our own address is
 /// public and there is nothing to map. `own_index` is the overlay's interface, which leads nowhere.
 pub async fn find_gateway(own_index: Option<u32>) -> Option<Gateway> {
@@ -64,20 +79,20 @@ pub async fn find_gateway(own_index: Option<u32>) -> Option<Gateway> {
 
 /// Carries out a job. Takes the job's budget for finding out what the router speaks, and then two
 /// seconds at the most.
-pub async fn run(job: Job, nonce: Nonce) -> Outcome {
+pub async fn run(job: Job, asker: Asker) -> Outcome {
     let id = job.id;
     // A task of its own: a panic in a parser ends there.
     let task = tokio::spawn(async move {
         match job.goal {
-            Goal::Find => find(job, nonce).await,
+            Goal::Find => find(job, &asker).await,
             Goal::Renew(mapping) => {
-                let result = renew(job, mapping, nonce).await;
+                let result = renew(job, mapping, &asker).await;
                 Outcome { id: job.id, answered: None, result }
             }
             Goal::Repair(mapping) => {
                 // A mapping that is listed and does nothing is not mended by asking for it again.
-                remove(job.gateway, job.port, mapping, nonce).await;
-                let result = renew(job, mapping, nonce).await;
+                remove(job.gateway, job.port, mapping, asker.clone()).await;
+                let result = renew(job, mapping, &asker).await;
                 Outcome { id: job.id, answered: None, result }
             }
         }
@@ -90,11 +105,11 @@ pub async fn run(job: Job, nonce: Nonce) -> Outcome {
 }
 
 /// Asks by all protocols at the same time, and maps by the best one that works.
-async fn find(job: Job, nonce: Nonce) -> Outcome {
+async fn find(job: Job, asker: &Asker) -> Outcome {
     let (pcp, nat_pmp, upnp) = tokio::join!(
-        pcp::map_pcp(job, nonce, job.budget),
+        pcp::map_pcp(job, asker.nonce, job.budget),
         pcp::external_address(job, job.budget),
-        upnp::find(job.gateway, job.budget),
+        upnp::find(asker.upnp.clone(), job.gateway, job.budget),
     );
     let mut answered = Vec::new();
     let mut errors = Vec::new();
@@ -134,14 +149,14 @@ async fn find(job: Job, nonce: Nonce) -> Outcome {
     Outcome { id: job.id, answered: Some(answered), result }
 }
 
-async fn renew(job: Job, old: Mapping, nonce: Nonce) -> Result<Mapping, String> {
+async fn renew(job: Job, old: Mapping, asker: &Asker) -> Result<Mapping, String> {
     let renewed = match old.protocol {
-        Protocol::Pcp => pcp::map_pcp(job, nonce, MAPPING_LIMIT).await,
+        Protocol::Pcp => pcp::map_pcp(job, asker.nonce, MAPPING_LIMIT).await,
         Protocol::NatPmp => match pcp::external_address(job, MAPPING_LIMIT).await {
             Ok(external) => pcp::map_nat_pmp(job, external, MAPPING_LIMIT).await,
             Err(failure) => Err(failure),
         },
-        Protocol::Upnp => match upnp::find(job.gateway, MAPPING_LIMIT).await {
+        Protocol::Upnp => match upnp::find(asker.upnp.clone(), job.gateway, MAPPING_LIMIT).await {
             Ok(router) => upnp::map(router, job, Some(old.external.port()), MAPPING_LIMIT).await,
             Err(failure) => Err(failure),
         },
@@ -150,11 +165,13 @@ async fn renew(job: Job, old: Mapping, nonce: Nonce) -> Result<Mapping, String> 
 }
 
 /// Removes a mapping of ours; silently gives up after 0.4 s, the lease ends by itself.
-pub async fn remove(gateway: Gateway, port: u16, mapping: Mapping, nonce: Nonce) {
+pub async fn remove(gateway: Gateway, port: u16, mapping: Mapping, asker: Asker) {
     let removed = match mapping.protocol {
-        Protocol::Pcp => pcp::remove_pcp(gateway, port, nonce, REMOVAL_LIMIT).await,
+        Protocol::Pcp => pcp::remove_pcp(gateway, port, asker.nonce, REMOVAL_LIMIT).await,
         Protocol::NatPmp => pcp::remove_nat_pmp(gateway, port, REMOVAL_LIMIT).await,
-        Protocol::Upnp => upnp::remove(gateway, mapping.external.port(), REMOVAL_LIMIT).await,
+        Protocol::Upnp => {
+            upnp::remove(asker.upnp, gateway, mapping.external.port(), REMOVAL_LIMIT).await
+        }
     };
     if let Err(error) = removed {
         tracing::debug!(%error, external = %mapping.external, "port mapping not removed");

@@ -276,7 +276,7 @@ const LIMIT: Duration = Duration::from_millis(400);
 /// Asks, and asserts that it did not take longer than it may.
 async fn find_in_time(gateway: Gateway) -> Result<upnp::Router, Failure> {
     let start = crate::io::clock::now();
-    let found = upnp::find(gateway, LIMIT).await;
+    let found = upnp::find(upnp::Known::default(), gateway, LIMIT).await;
     let took = crate::io::clock::now() - start;
     assert!(took < LIMIT + Duration::from_millis(400), "{took:?}");
     found
@@ -360,7 +360,7 @@ async fn bad_answers_by_pcp_and_nat_pmp_are_errors() {
         }
     });
     for _ in 0..6 {
-        let outcome = run(job, [1, 2, 3]).await;
+        let outcome = run(job, Asker::new([1, 2, 3])).await;
         assert!(outcome.result.is_err(), "{outcome:?}");
     }
 }
@@ -378,7 +378,7 @@ async fn a_router_that_says_nothing_takes_its_budget_and_no_more() {
     // Held open and never answered.
     let _silent = UdpSocket::bind((job.gateway.router, crab_nat::GATEWAY_PORT)).await.unwrap();
     let start = crate::io::clock::now();
-    let outcome = run(job, [1, 2, 3]).await;
+    let outcome = run(job, Asker::new([1, 2, 3])).await;
     assert_eq!(outcome.answered, Some(vec![]));
     assert!(outcome.result.is_err());
     assert!(crate::io::clock::now() - start < Duration::from_millis(600));

@@ -7,6 +7,7 @@
 
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use igd_next::aio::Gateway as Igd;
@@ -39,10 +40,34 @@ pub(super) struct Router {
     external: Ipv4Addr,
 }
 
+/// A UPnP service, and the gateway that has it.
+type Found = (Gateway, Igd<Tokio>);
+
+/// The one that was found last. A search takes several exchanges; who
+/// ends has time for one.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Known(Arc<Mutex<Option<Found>>>);
+
+impl Known {
+    fn at(&self, gateway: Gateway) -> Option<Igd<Tokio>> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.as_ref().filter(|(at, _)| *at == gateway).map(|(_, igd)| igd.clone())
+    }
+
+    fn note(&self, gateway: Gateway, igd: &Igd<Tokio>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((gateway, igd.clone()));
+    }
+}
+
 /// Finds the gateway's UPnP service and asks for the external address.
-pub(super) async fn find(gateway: Gateway, limit: Duration) -> Result<Router, Failure> {
+pub(super) async fn find(
+    known: Known,
+    gateway: Gateway,
+    limit: Duration,
+) -> Result<Router, Failure> {
     on_thread(limit, move || async move {
         let igd = search(gateway, limit).await?;
+        known.note(gateway, &igd);
         let external = igd.get_external_ip().await.map_err(|error| refusal(&error))?;
         match external {
             IpAddr::V4(external) => Ok(Router { igd, external }),
@@ -87,20 +112,30 @@ pub(super) async fn map(
     .await
 }
 
-/// Removes the mapping of this external port.
+/// Removes the mapping of this external port, at the service that is known or else at the one that is
+/// found.
 pub(super) async fn remove(
+    known: Known,
     gateway: Gateway,
     external_port: u16,
     limit: Duration,
 ) -> Result<(), Failure> {
     on_thread(limit, move || async move {
-        let igd = search(gateway, limit).await?;
-        match igd.remove_port(PortMappingProtocol::UDP, external_port).await {
-            Ok(()) | Err(RemovePortError::NoSuchPortMapping) => Ok(()),
-            Err(error) => Err(refusal(&error)),
+        if let Some(igd) = known.at(gateway)
+            && unmap(&igd, external_port).await.is_ok()
+        {
+            return Ok(());
         }
+        unmap(&search(gateway, limit).await?, external_port).await
     })
     .await
+}
+
+async fn unmap(igd: &Igd<Tokio>, external_port: u16) -> Result<(), Failure> {
+    match igd.remove_port(PortMappingProtocol::UDP, external_port).await {
+        Ok(()) | Err(RemovePortError::NoSuchPortMapping) => Ok(()),
+        Err(error) => Err(refusal(&error)),
+    }
 }
 
 /// The same port as inside, and then others, always the same ones: what an earlier run of this

@@ -9,7 +9,7 @@ use crate::clock::wait_for;
 use crate::lab::Net;
 use crate::nat::Nat;
 use crate::overlay::{
-    EXIT_LIMIT, Node, START_LIMIT, Server, assert_error, call, overlay, parse, path, text,
+    EXIT_LIMIT, Node, START_LIMIT, Server, assert_error, binary, call, overlay, parse, path, text,
 };
 use crate::ping;
 use crate::process::Daemon;
@@ -180,12 +180,24 @@ fn watched() {
     let net = Net::new();
     let server = Server::start(&net, &net.machine("server", Nat::None));
     let alice = Node::start(&net, &net.machine("alice", Nat::None), &server);
-    let command = overlay(&alice.host, &["status", "--watch", "--socket", &alice.socket()]);
-    let mut watch = Daemon::start(command, &net.log_file("watch"));
+    // What this run was started with would be handed on.
+    let start = |signals: &str| {
+        let mut command = alice.host.ns.command("env");
+        command.arg(signals).arg(binary());
+        command.args(["status", "--watch", "--socket", &alice.socket()]);
+        Daemon::start(command, &net.log_file(signals))
+    };
+    let mut watch = start("--default-signal=INT");
+    // As in a script that is not to be interrupted.
+    let mut deaf = start("--ignore-signal=INT");
     wait_for("the first picture", START_LIMIT, || watch.log().contains("alice").then_some(()));
     let _bob = Node::start(&net, &net.machine("bob", Nat::None), &server);
     wait_for("a picture with bob", START_LIMIT, || watch.log().contains("bob").then_some(()));
     assert!(watch.exit().is_none(), "it goes on until it is told to stop");
+    deaf.signal(Signal::SIGINT);
     watch.signal(Signal::SIGINT);
     watch.wait_exit(EXIT_LIMIT);
+    assert!(deaf.exit().is_none(), "what ignores interrupts goes on");
+    deaf.signal(Signal::SIGTERM);
+    deaf.wait_exit(EXIT_LIMIT);
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+
 use crate::case::Case;
 use crate::clock::wait_for;
 use crate::lab::{Host, Net};
@@ -33,7 +35,7 @@ const OVERHEAD: u16 = 60;
 const LIMIT: Duration = Duration::from_secs(10);
 
 struct Pair {
-    _net: Net,
+    net: Net,
     _server: Server,
     alice: Node,
     bob: Node,
@@ -74,7 +76,7 @@ fn pair(link: u16, args: &[&str]) -> Pair {
     });
     alice.wait_path("bob", "direct", LIMIT);
     bob.wait_path("alice", "direct", LIMIT);
-    Pair { _net: net, _server: server, alice, bob }
+    Pair { net, _server: server, alice, bob }
 }
 
 /// The same by relay.
@@ -174,8 +176,15 @@ fn wait_mtu(node: &mut Node, peer: &str, mtu: u16) {
 
 /// Bulk both ways in both families starts at once, when little is known, and again when all is.
 fn bulk(link: u16) {
-    let Pair { _net, _server, mut alice, mut bob } = pair(link, &[]);
+    let Pair { net, _server, mut alice, mut bob } = pair(link, &[]);
+    let inner = link - OVERHEAD;
     let [there, back] = [bob.ipv4(), alice.ipv6()].map(|address| address.parse().unwrap());
+    // Packets of full length all the while: nothing that the kernel is told of the path on the way to
+    // what it carries may stay.
+    let mut pings = alice.host.ns.command("ping");
+    let payload = (inner - 28).to_string();
+    pings.args(["-n", "-q", "-M", "do", "-s", &payload, "-i", "0.001", &bob.ipv4()]);
+    let mut pings = process::Daemon::start(pings, &net.log_file("pings"));
     streams_are_equal(&alice.host, &bob.host, there);
     streams_are_equal(&bob.host, &alice.host, back);
     wait_mtu(&mut alice, "bob", link - OVERHEAD);
@@ -183,11 +192,11 @@ fn bulk(link: u16) {
     streams_are_equal(&alice.host, &bob.host, bob.ipv6().parse().unwrap());
     streams_are_equal(&bob.host, &alice.host, alice.ipv4().parse().unwrap());
     // The kernel knows it, too, and a packet of that size passes whole.
-    let inner = link - OVERHEAD;
-    wait_for("the route's MTU", LIMIT, || {
-        let routes = alice.host.ns.ip(&format!("route get {there}"));
-        routes.contains(&format!("mtu {inner}")).then_some(())
-    });
+    let route = || alice.host.ns.ip(&format!("route get {there}"));
+    wait_for("the route's MTU", LIMIT, || route().contains(&format!("mtu {inner}")).then_some(()));
+    pings.signal(Signal::SIGINT);
+    pings.wait_exit(LIMIT);
+    assert!(route().contains(&format!("mtu {inner}")), "{}", route());
     assert_eq!(ping_whole(&alice.host, &bob.ipv4(), inner).0, Some(0));
     if link < 1_340 {
         // IPv6 has no narrower links: the outer datagram is cut.
@@ -206,7 +215,7 @@ fn ping_whole(host: &Host, address: &str, len: u16) -> (Option<i32>, String) {
 }
 
 fn sender_is_told() {
-    let Pair { _net, _server, mut alice, bob } = pair(1_420, &[]);
+    let Pair { net: _net, _server, mut alice, bob } = pair(1_420, &[]);
     wait_mtu(&mut alice, "bob", 1_360);
     for (address, length, mark) in
         [(bob.ipv4(), "32", "mtu = 1360"), (bob.ipv6(), "128", "mtu=1360")]
@@ -223,7 +232,7 @@ fn sender_is_told() {
 }
 
 fn fixed() {
-    let Pair { _net, _server, mut alice, bob } = pair(1_500, &["--mtu", "1380"]);
+    let Pair { net: _net, _server, mut alice, bob } = pair(1_500, &["--mtu", "1380"]);
     wait_mtu(&mut alice, "bob", 1_380);
     assert_eq!(alice.status().unwrap()["self"]["mtu"], 1_380);
     assert_eq!(ping_whole(&alice.host, &bob.ipv4(), 1_380).0, Some(0));
