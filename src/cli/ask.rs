@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::fail::{Failure, NO_REPLY, NOT_RUNNING, PERMISSION};
 use super::runtime;
@@ -82,12 +83,23 @@ pub(super) fn ask<Q: Serialize, A: DeserializeOwned>(
     answers.next_answer()?.ok_or_else(|| answers.hung_up())
 }
 
+/// What came next of a row of answers.
+pub(super) enum Next<A> {
+    Answer(A),
+    /// The daemon has ended it.
+    HungUp,
+    /// The user has, by Ctrl-C.
+    Interrupted,
+}
+
 /// The answers to one question.
 #[derive(Debug)]
 pub struct Answers {
     role: Role,
     runtime: Runtime,
     client: LocalClient,
+    /// Ctrl-C, where it ends the row and not the program.
+    interrupt: Option<Signal>,
 }
 
 impl Answers {
@@ -103,7 +115,14 @@ impl Answers {
             Ok(client)
         });
         let client = client.map_err(|error| unanswered(role, &error))?;
-        Ok(Self { role, runtime, client })
+        Ok(Self { role, runtime, client, interrupt: None })
+    }
+
+    /// From here on Ctrl-C ends the row of answers, and the command tells what it has.
+    pub(super) fn end_on_interrupt(&mut self) {
+        let _inside = self.runtime.enter();
+        // Where the kernel gives no handler it ends the program, as ever.
+        self.interrupt = signal(SignalKind::interrupt()).ok();
     }
 
     /// The next answer, or none when the daemon hung up.
@@ -111,14 +130,38 @@ impl Answers {
     /// # Errors
     /// When the daemon says no.
     pub fn next_answer<A: DeserializeOwned>(&mut self) -> Result<Option<A>, Failure> {
+        match self.next()? {
+            Next::Answer(answer) => Ok(Some(answer)),
+            Next::HungUp | Next::Interrupted => Ok(None),
+        }
+    }
+
+    /// What comes next of the row.
+    ///
+    /// # Errors
+    /// When the daemon says no.
+    pub(super) fn next<A: DeserializeOwned>(&mut self) -> Result<Next<A>, Failure> {
         let limit = answer_limit(self.role);
-        let reply: Result<Option<Reply<A>>, _> = self.runtime.block_on(async {
-            let next = tokio::time::timeout(limit, self.client.next()).await;
-            next.unwrap_or(Err(LocalError::TimedOut))
+        let Self { runtime, client, interrupt, .. } = self;
+        let reply: Option<Result<Option<Reply<A>>, _>> = runtime.block_on(async {
+            let interrupted = async {
+                match interrupt {
+                    Some(signal) => signal.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                _ = interrupted => None,
+                next = tokio::time::timeout(limit, client.next()) => {
+                    Some(next.unwrap_or(Err(LocalError::TimedOut)))
+                }
+            }
         });
+        let Some(reply) = reply else { return Ok(Next::Interrupted) };
         match reply.map_err(|error| unanswered(self.role, &error))? {
-            None => Ok(None),
-            Some(Reply::Ok(answer)) => Ok(Some(answer)),
+            None => Ok(Next::HungUp),
+            Some(Reply::Ok(answer)) => Ok(Next::Answer(answer)),
             Some(Reply::Error(refusal)) => Err(refusal.into()),
         }
     }

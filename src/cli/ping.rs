@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 
-use super::ask::SocketArg;
+use super::ask::{Next, SocketArg};
 use super::fail::{Failure, NO_REPLY, ONLY_RELAYED};
 use super::{Done, print};
 use crate::daemon::node::{PingLine, Question};
@@ -82,12 +82,13 @@ pub fn run(args: &PingArgs) -> Done {
     })?;
     let (mut sent, mut rtts, mut direct) = (0, Vec::new(), false);
     let (mut last_kind, mut last_path) = (String::new(), String::new());
+    answers.end_on_interrupt();
     let end = loop {
-        let line = match answers.next_answer::<Option<PingLine>>() {
-            Ok(Some(Some(line))) => line,
+        let line = match answers.next::<Option<PingLine>>() {
+            Ok(Next::Answer(Some(line))) => line,
             // An empty line ends the row.
-            Ok(Some(None)) => break Ok(()),
-            Ok(None) => break Err(answers.hung_up()),
+            Ok(Next::Answer(None) | Next::Interrupted) => break Ok(()),
+            Ok(Next::HungUp) => break Err(answers.hung_up()),
             Err(failure) if sent == 0 => return Err(failure),
             Err(failure) => break Err(failure),
         };

@@ -6,7 +6,8 @@ use super::Daemon;
 use crate::server::admin::rfc3339;
 use crate::wire::control::EXPIRY_WARNING_S;
 
-const DAY_S: u64 = 86_400;
+const HOUR_S: u64 = 3_600;
+const DAY_S: u64 = 24 * HOUR_S;
 
 impl Daemon {
     /// Says in the log what is new about memberships that end.
@@ -33,10 +34,11 @@ impl Daemon {
                     remedy(name)
                 ));
             }
-            let days = (ends - time).div_ceil(DAY_S);
-            let soon = ends - time <= EXPIRY_WARNING_S;
+            let left = ends - time;
+            let soon = left <= EXPIRY_WARNING_S;
             soon.then(|| {
-                format!("the membership of this node ends at {at}, {days} d from now; {}", remedy(name))
+                let when = from_now(left);
+                format!("the membership of this node ends at {at}, {when}; {}", remedy(name))
             })
         });
         let peers = netmap.peers.values().filter_map(|peer| {
@@ -45,5 +47,27 @@ impl Daemon {
             Some(format!("the membership of {name} ended at {at}; {}", remedy(name)))
         });
         own.into_iter().chain(peers).collect()
+    }
+}
+
+/// When something is that is so many seconds away. Not to the minute: each change is said in the log.
+fn from_now(seconds: u64) -> String {
+    match seconds {
+        ..=HOUR_S => "within the hour".to_owned(),
+        ..=DAY_S => format!("{} h from now", seconds.div_ceil(HOUR_S)),
+        _ => format!("{} d from now", seconds.div_ceil(DAY_S)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closer_the_finer() {
+        let times = [3, HOUR_S, HOUR_S + 1, DAY_S, DAY_S + 1, 10 * DAY_S].map(from_now);
+        let said = ["within the hour", "within the hour", "2 h from now", "24 h from now"];
+        assert_eq!((&times[..4], times[4].as_str()), (&said.map(String::from)[..], "2 d from now"));
+        assert_eq!(times[5], "10 d from now");
     }
 }

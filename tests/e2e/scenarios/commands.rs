@@ -200,4 +200,13 @@ fn watched() {
     assert!(deaf.exit().is_none(), "what ignores interrupts goes on");
     deaf.signal(Signal::SIGTERM);
     deaf.wait_exit(EXIT_LIMIT);
+
+    let mut command = alice.host.ns.command("env");
+    command.arg("--default-signal=INT").arg(binary());
+    command.args(["ping", "bob", "--count", "1000", "--socket", &alice.socket()]);
+    let mut pings = Daemon::start(command, &net.log_file("pings"));
+    wait_for("a reply", START_LIMIT, || pings.log().contains("reply from bob").then_some(()));
+    pings.signal(Signal::SIGINT);
+    assert_eq!(pings.wait_exit(EXIT_LIMIT), Some(0));
+    assert!(pings.log().contains("ms min/avg/max"), "what came is told: {}", pings.log());
 }
