@@ -190,6 +190,8 @@ struct Connection {
     rekeyed: Option<u64>,
     /// The member that waits on it, since its time is over.
     expired: Option<NodeId>,
+    /// The server has had its last word on it: nothing counts that still comes.
+    refused: bool,
     /// Whether it can do with a part of a large network.
     can_part: bool,
 }
@@ -274,6 +276,7 @@ impl Server {
             instance: None,
             rekeyed: None,
             expired: None,
+            refused: false,
             can_part: false,
         };
         self.connections.insert(connection, known);
@@ -301,7 +304,8 @@ impl Server {
         message: ClientMessage,
         wall: u64,
     ) -> Option<Decision> {
-        let Connection { node, expired: None, .. } = *self.connections.get(&connection)? else {
+        let known = self.connections.get(&connection)?;
+        let Connection { node, expired: None, refused: false, .. } = *known else {
             return None;
         };
         if let Some(hello) = message.hello {
@@ -455,6 +459,10 @@ impl Server {
 
     /// The last word of the server on a connection.
     fn refuse(&mut self, connection: ConnectionId, code: RefusedCode) {
+        let Some(known) = self.connections.get_mut(&connection) else { return };
+        if std::mem::replace(&mut known.refused, true) {
+            return;
+        }
         let refused = Refused::from(code);
         self.send(connection, &ServerMessage { refused: Some(refused), ..Default::default() });
         self.outputs.push_back(Output::Close { connection });
