@@ -21,6 +21,7 @@ mod guesses;
 mod invites;
 mod keys;
 mod members;
+mod pace;
 mod parts;
 mod policy;
 pub mod records;
@@ -50,6 +51,7 @@ use expiry::Expiries;
 use guesses::Guesses;
 use invites::Invites;
 use members::Members;
+use pace::Pace;
 use policy::Access;
 use records::{Change, Key, NetworkRecord, Record, Records, Versioned};
 use relay::RelayChange;
@@ -169,6 +171,7 @@ pub struct Server {
     /// When nodes were last seen that have been online in this run; written down now and then.
     seen: BTreeMap<NodeId, u64>,
     clones: Clones,
+    pace: Pace,
     expiries: Expiries,
     guesses: Guesses,
     distribution: Distribution,
@@ -229,6 +232,7 @@ impl Server {
             online: BTreeMap::new(),
             seen: BTreeMap::new(),
             clones: Clones::default(),
+            pace: Pace::default(),
             expiries,
             guesses: Guesses::default(),
             distribution,
@@ -419,6 +423,7 @@ impl Server {
         self.access.forget(node);
         self.seen.remove(&node);
         self.clones.forget(node);
+        self.pace.forget(node);
         self.distribution.remove(node);
         self.outputs.push_back(Output::Relay(RelayChange::Removed(node)));
         if let Some(connection) = self.online.remove(&node) {
