@@ -258,7 +258,7 @@ async fn serve(options: Options, read: Read<Options>) -> Result<(), Failure> {
     server.run_until_signal(signals, reload).await.map_err(|error| explain(&error, &options))
 }
 
-/// Why a server does not start, and what to type next.
+/// Why a server does not start or go on, and what to type next.
 fn explain(error: &StartError, options: &Options) -> Failure {
     let failure = |help: &dyn Display| Failure::caused_by("the server cannot start", error, help);
     match error {
@@ -310,6 +310,13 @@ fn explain(error: &StartError, options: &Options) -> Failure {
         }
         StartError::Record { .. } => failure(&RESTORE),
         StartError::Metrics { address, .. } => super::up::metrics_failure(address, error),
+        StartError::FirstInvite { refusal } => failure(&refusal.help),
+        StartError::Died { .. } => Failure::caused_by(
+            "the server has stopped",
+            error,
+            "see what its log says: journalctl -e -u overlay-server (or above, where it runs in the \
+             foreground); then start it again: sudo systemctl start overlay-server, or overlay server",
+        ),
         StartError::System { .. } => {
             failure(&"see how many threads and open files are allowed: ulimit -u -n")
         }
@@ -354,5 +361,42 @@ fn file_help(error: &FileError) -> String {
             "the file system is read-only: choose another place with --state-dir".into()
         }
         FileError::Io { .. } => "run it with sudo, or choose another place with --state-dir".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::local::Refusal;
+
+    #[test]
+    fn what_ends_a_server_that_ran_or_has_no_disk_is_not_told_as_a_limit_of_the_system() {
+        let options = Options {
+            listen: Vec::new(),
+            public_addr: Vec::new(),
+            state_dir: "state".into(),
+            socket: "socket".into(),
+            network: None,
+            network_ipv6: None,
+            metrics: None,
+            whole_netmap_up_to: WHOLE_NETMAP_UP_TO,
+            relay_limits: Limits::default(),
+        };
+        let died = StartError::Died { action: "relay", what: "the thread relay-0".into() };
+        let told = explain(&died, &options).to_string();
+        assert!(told.starts_with("error: the server has stopped\n"), "{told}");
+        assert!(told.contains("cause: cannot relay: the thread relay-0 has ended\n"), "{told}");
+        assert!(told.contains("journalctl") && !told.contains("ulimit"), "{told}");
+        let refusal = Refusal {
+            code: fail::FAILED,
+            error: "the change was not made".into(),
+            cause: "disk full".into(),
+            help: "df -h".into(),
+        };
+        let told = explain(&StartError::FirstInvite { refusal: Box::new(refusal) }, &options);
+        assert_eq!(
+            told.to_string(),
+            "error: the server cannot start\ncause: the change was not made: disk full\nhelp: df -h"
+        );
     }
 }
