@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::task::{JoinSet, yield_now};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
@@ -30,6 +30,8 @@ const BURST_MESSAGES: u32 = 200;
 const MESSAGE_INTERVAL: Duration = Duration::from_millis(100);
 /// After an error like "too many open files", until the next try.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Until those that make room are looked at again; they may wait for the core.
+const LEAVING_PAUSE: Duration = Duration::from_millis(1);
 
 /// What every new connection needs.
 #[derive(Debug)]
@@ -84,11 +86,11 @@ pub(super) async fn accept(port: Listener, entrance: Arc<Entrance>) {
                 continue;
             }
         };
-        // In a flood accepting never waits: those that ended are let go of, and those that have to
-        // make room get their turn.
+        // In a flood accepting waits for nothing else: those that ended are let go of, and those that
+        // have to make room get their turn.
         while connections.try_join_next().is_some() {}
         while entrance.gate.is_crowded() {
-            yield_now().await;
+            sleep(LEAVING_PAUSE).await;
         }
         let Some(admission) = entrance.gate.admit(remote.ip(), clock::now()) else {
             debug!(%remote, "too many connections at once");
