@@ -427,7 +427,7 @@ impl RunningServer {
             let _ = task.await;
         }
         for thread in std::mem::take(&mut self.threads) {
-            if tokio::task::spawn_blocking(|| thread.join()).await.is_err() {
+            if !matches!(tokio::task::spawn_blocking(|| thread.join()).await, Ok(Ok(()))) {
                 error!("a relay thread had panicked");
             }
         }
