@@ -150,21 +150,9 @@ enum Command {
 pub fn run(args: ServerArgs) -> Result<(), Failure> {
     let paths = Paths::of(Role::Server);
     match args.command {
-        Some(Command::Restore { file, force, place }) => {
-            let place = match place.or(args.state_dir) {
-                Some(place) => place,
-                None => state_dir_of_config(args.config)?,
-            };
-            backup::restore(&file, &place, force)
-        }
-        // These two look at a file and ask nobody.
-        Some(Command::Policy(policy)) if policy.is_local() => policy.run_local(),
         Some(command) => {
-            let socket = match args.socket {
-                Some(socket) => socket,
-                None => socket_of_config(args.config)?,
-            };
-            admin::run(command, &socket)
+            let ServerArgs { config, state_dir, socket, .. } = args;
+            admin::run(command, &Places { config, state_dir, socket })
         }
         None => run_server(args, paths),
     }
@@ -178,22 +166,38 @@ pub(super) fn first_invite(socket: &std::path::Path) -> Result<bool, Failure> {
     admin::first_invite(socket)
 }
 
-/// Where the running server's socket is, if nobody says so on the command line.
-fn socket_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
-    if let Some(file) = &file {
-        load(file, Wanted::Explicitly)?;
-    }
-    Ok(Paths::socket_to_ask(Role::Server, file.as_deref()))
+/// What the command line says of where things are.
+#[derive(Debug)]
+struct Places {
+    config: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    socket: Option<PathBuf>,
 }
 
-/// Where the server keeps its state, if nobody says so on the command line.
-fn state_dir_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
-    let paths = Paths::of(Role::Server);
-    let config = match file {
-        Some(file) => load(&file, Wanted::Explicitly)?,
-        None => load(&paths.config, Wanted::IfThere)?,
-    };
-    Ok(config.state_dir.unwrap_or(paths.state_dir))
+impl Places {
+    /// Where the running server's socket is.
+    fn socket(&self) -> Result<PathBuf, Failure> {
+        if let Some(socket) = &self.socket {
+            return Ok(socket.clone());
+        }
+        if let Some(file) = &self.config {
+            load(file, Wanted::Explicitly)?;
+        }
+        Ok(Paths::socket_to_ask(Role::Server, self.config.as_deref()))
+    }
+
+    /// Where the server keeps its state.
+    fn state_dir(&self) -> Result<PathBuf, Failure> {
+        if let Some(state_dir) = &self.state_dir {
+            return Ok(state_dir.clone());
+        }
+        let paths = Paths::of(Role::Server);
+        let config = match &self.config {
+            Some(file) => load(file, Wanted::Explicitly)?,
+            None => load(&paths.config, Wanted::IfThere)?,
+        };
+        Ok(config.state_dir.unwrap_or(paths.state_dir))
+    }
 }
 
 fn load(file: &std::path::Path, wanted: Wanted) -> Result<ServerConfig, Failure> {

@@ -111,7 +111,7 @@ async fn serve(
     relay_port: u16,
     second_port: u16,
 ) {
-    let (link, first, proved) = tokio::select! {
+    let (link, first, framed) = tokio::select! {
         greeted = greet(stream, entrance) => match greeted {
             Ok(greeted) => greeted,
             Err(error) => return debug!(error, "no control connection"),
@@ -130,7 +130,7 @@ async fn serve(
     let Link { sender, mut receiver, peer_key, .. } = link;
     entrance.hub.add_link(id, sender, (fare, peer_key));
     if entrance.events.send(Event::Connected { id, about }).await.is_ok() {
-        let admission = (!proved).then_some(admission);
+        let admission = (!framed).then_some(admission);
         read(id, &mut receiver, first, admission, entrance).await;
     }
     entrance.hub.remove_link(id);
@@ -140,7 +140,8 @@ async fn serve(
 }
 
 /// The handshake and the first message: a handshake may be a replay, unless there is proof that it is
-/// not, and a first frame cannot be. Tells whether it was that.
+/// not, and a first frame cannot be. Tells whether it was that, which shows that somebody holds the key,
+/// and nothing of who that is.
 async fn greet(stream: TcpStream, entrance: &Entrance) -> Result<(Link, Vec<u8>, bool), String> {
     let source = stream.peer_addr().map_err(|error| error.to_string())?.ip();
     let is_new = |key: PublicKey, payload: &[u8]| entrance.is_new(key, payload, source);
@@ -208,7 +209,7 @@ async fn read(
             },
         };
         if inbound.is_ok() && admission.take().is_some() {
-            debug!(connection = id.0, "proved");
+            debug!(connection = id.0, "a frame has followed on the hello");
         }
     }
 }
