@@ -150,21 +150,9 @@ enum Command {
 pub fn run(args: ServerArgs) -> Result<(), Failure> {
     let paths = Paths::of(Role::Server);
     match args.command {
-        Some(Command::Restore { file, force, place }) => {
-            let place = match place.or(args.state_dir) {
-                Some(place) => place,
-                None => state_dir_of_config(args.config)?,
-            };
-            backup::restore(&file, &place, force)
-        }
-        // These two look at a file and ask nobody.
-        Some(Command::Policy(policy)) if policy.is_local() => policy.run_local(),
         Some(command) => {
-            let socket = match args.socket {
-                Some(socket) => socket,
-                None => socket_of_config(args.config)?,
-            };
-            admin::run(command, &socket)
+            let ServerArgs { config, state_dir, socket, .. } = args;
+            admin::run(command, &Places { config, state_dir, socket })
         }
         None => run_server(args, paths),
     }
@@ -178,20 +166,36 @@ pub(super) fn first_invite(socket: &std::path::Path) -> Result<bool, Failure> {
     admin::first_invite(socket)
 }
 
-/// Where the running server's socket is, if nobody says so on the command line.
-fn socket_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
-    let Some(file) = file else { return Ok(Paths::socket_to_ask(Role::Server)) };
-    Ok(Paths::socket_of_file(Role::Server, load(&file, Wanted::Explicitly)?.socket))
+/// What the command line says of where things are.
+#[derive(Debug)]
+struct Places {
+    config: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    socket: Option<PathBuf>,
 }
 
-/// Where the server keeps its state, if nobody says so on the command line.
-fn state_dir_of_config(file: Option<PathBuf>) -> Result<PathBuf, Failure> {
-    let paths = Paths::of(Role::Server);
-    let config = match file {
-        Some(file) => load(&file, Wanted::Explicitly)?,
-        None => load(&paths.config, Wanted::IfThere)?,
-    };
-    Ok(config.state_dir.unwrap_or(paths.state_dir))
+impl Places {
+    /// Where the running server's socket is.
+    fn socket(&self) -> Result<PathBuf, Failure> {
+        if let Some(socket) = &self.socket {
+            return Ok(socket.clone());
+        }
+        let Some(file) = &self.config else { return Ok(Paths::socket_to_ask(Role::Server)) };
+        Ok(Paths::socket_of_file(Role::Server, load(file, Wanted::Explicitly)?.socket))
+    }
+
+    /// Where the server keeps its state.
+    fn state_dir(&self) -> Result<PathBuf, Failure> {
+        if let Some(state_dir) = &self.state_dir {
+            return Ok(state_dir.clone());
+        }
+        let paths = Paths::of(Role::Server);
+        let config = match &self.config {
+            Some(file) => load(file, Wanted::Explicitly)?,
+            None => load(&paths.config, Wanted::IfThere)?,
+        };
+        Ok(config.state_dir.unwrap_or(paths.state_dir))
+    }
 }
 
 fn load(file: &std::path::Path, wanted: Wanted) -> Result<ServerConfig, Failure> {
@@ -256,7 +260,7 @@ async fn serve(options: Options, read: Read<Options>) -> Result<(), Failure> {
     server.run_until_signal(signals, reload).await.map_err(|error| explain(&error, &options))
 }
 
-/// Why a server does not start, and what to type next.
+/// Why a server does not start or go on, and what to type next.
 fn explain(error: &StartError, options: &Options) -> Failure {
     let failure = |help: &dyn Display| Failure::caused_by("the server cannot start", error, help);
     match error {
@@ -308,6 +312,13 @@ fn explain(error: &StartError, options: &Options) -> Failure {
         }
         StartError::Record { .. } => failure(&RESTORE),
         StartError::Metrics { address, .. } => super::up::metrics_failure(address, error),
+        StartError::FirstInvite { refusal } => failure(&refusal.help),
+        StartError::Died { .. } => Failure::caused_by(
+            "the server has stopped",
+            error,
+            "see what its log says: journalctl -e -u overlay-server (or above, where it runs in the \
+             foreground); then start it again: sudo systemctl start overlay-server, or overlay server",
+        ),
         StartError::System { .. } => {
             failure(&"see how many threads and open files are allowed: ulimit -u -n")
         }
@@ -352,5 +363,42 @@ fn file_help(error: &FileError) -> String {
             "the file system is read-only: choose another place with --state-dir".into()
         }
         FileError::Io { .. } => "run it with sudo, or choose another place with --state-dir".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::local::Refusal;
+
+    #[test]
+    fn what_ends_a_server_that_ran_or_has_no_disk_is_not_told_as_a_limit_of_the_system() {
+        let options = Options {
+            listen: Vec::new(),
+            public_addr: Vec::new(),
+            state_dir: "state".into(),
+            socket: "socket".into(),
+            network: None,
+            network_ipv6: None,
+            metrics: None,
+            whole_netmap_up_to: WHOLE_NETMAP_UP_TO,
+            relay_limits: Limits::default(),
+        };
+        let died = StartError::Died { action: "relay", what: "the thread relay-0".into() };
+        let told = explain(&died, &options).to_string();
+        assert!(told.starts_with("error: the server has stopped\n"), "{told}");
+        assert!(told.contains("cause: cannot relay: the thread relay-0 has ended\n"), "{told}");
+        assert!(told.contains("journalctl") && !told.contains("ulimit"), "{told}");
+        let refusal = Refusal {
+            code: fail::FAILED,
+            error: "the change was not made".into(),
+            cause: "disk full".into(),
+            help: "df -h".into(),
+        };
+        let told = explain(&StartError::FirstInvite { refusal: Box::new(refusal) }, &options);
+        assert_eq!(
+            told.to_string(),
+            "error: the server cannot start\ncause: the change was not made: disk full\nhelp: df -h"
+        );
     }
 }

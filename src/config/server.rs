@@ -5,7 +5,8 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
 
 use super::Config;
 use super::node::NodeConfig;
@@ -32,7 +33,8 @@ pub struct ServerConfig {
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
     /// In a network of up to so many nodes each is told of every other, in a larger one of the
-    /// peers that it uses. Default: [`crate::server::WHOLE_NETMAP_UP_TO`].
+    /// peers that it uses. Default: [`crate::server::WHOLE_NETMAP_UP_TO`]; 4,096 at most.
+    #[serde(deserialize_with = "whole_netmap")]
     pub whole_netmap_up_to: Option<usize>,
     /// Megabits in a second that the relay carries for one node. Default: 10,000.
     pub relay_node_mbit: Option<NonZeroU32>,
@@ -47,6 +49,21 @@ pub struct ServerConfig {
 impl Config for ServerConfig {
     const ROLE: Role = Role::Server;
     type Other = NodeConfig;
+}
+
+/// All of so many nodes, each with as many candidates as it may have, go into one message
+/// ([`crate::wire::frame::MAX_MESSAGE`]).
+const MAX_WHOLE_NETMAP: usize = 4096;
+
+fn whole_netmap<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    let nodes = usize::deserialize(deserializer)?;
+    if nodes > MAX_WHOLE_NETMAP {
+        return Err(D::Error::custom(format!(
+            "{nodes} is more than {MAX_WHOLE_NETMAP}: a node is told of no more others in one message, \
+             and in a larger network of those that it talks to"
+        )));
+    }
+    Ok(Some(nodes))
 }
 
 #[cfg(test)]
@@ -80,5 +97,13 @@ mod tests {
         assert_eq!(config.whole_netmap_up_to, Some(crate::server::WHOLE_NETMAP_UP_TO));
         assert!(config.relay_node_mbit.is_some() && config.relay_node_packets.is_some());
         assert!(config.relay_network_mbit.is_some() && config.relay_network_packets.is_some());
+    }
+
+    #[test]
+    fn nobody_is_told_of_more_nodes_than_a_message_holds() {
+        let read = |text: &str| load::<ServerConfig>(Path::new("server.toml"), text);
+        assert_eq!(read("whole-netmap-up-to = 4096").unwrap().whole_netmap_up_to, Some(4096));
+        let error = read("whole-netmap-up-to = 4097").unwrap_err().to_string();
+        assert!(error.starts_with("server.toml:1:22: 4097 is more than 4096"), "{error}");
     }
 }

@@ -36,7 +36,7 @@ use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use crate::io::files::FileError;
-use crate::io::local::{LocalError, LocalListener};
+use crate::io::local::{LocalError, LocalListener, Refusal};
 use crate::io::metrics::{LoopbackAddr, MetricsServer};
 use crate::io::service::handed_listeners;
 use crate::io::service::reload::{Reload, notify_reloaded, notify_reloading, warn_of_unapplied};
@@ -83,7 +83,7 @@ pub struct Options {
     pub relay_limits: Limits,
 }
 
-/// Why a server does not start.
+/// Why a server does not start, or does not go on.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A file in the state directory.
@@ -154,6 +154,20 @@ pub enum StartError {
     /// The local socket.
     #[error(transparent)]
     Local(#[from] LocalError),
+    /// The server of a new network has no invite for its first node.
+    #[error("{}: {}", refusal.error, refusal.cause)]
+    FirstInvite {
+        /// Why, and what helps.
+        refusal: Box<Refusal>,
+    },
+    /// It ran, and a part of it has ended.
+    #[error("cannot {action}: {what} has ended")]
+    Died {
+        /// What it was for.
+        action: &'static str,
+        /// The part.
+        what: String,
+    },
     /// Threads, random numbers, interfaces: things that are always there.
     #[error("cannot {action}: {source}")]
     System {
@@ -301,10 +315,7 @@ async fn first_join_line(core: &mut core::Core) -> Result<Option<JoinText>, Star
     match core.answer(request, "server").await {
         Ok(Answer::Invited(invited)) => Ok(Some(invited.join)),
         Ok(_) => Ok(None),
-        Err(refusal) => {
-            let source = io::Error::other(refusal.error);
-            Err(StartError::System { action: "make the first invite", source })
-        }
+        Err(refusal) => Err(StartError::FirstInvite { refusal: Box::new(refusal) }),
     }
 }
 
@@ -363,14 +374,15 @@ impl RunningServer {
         info!("stopping");
         notify(&[sd_notify::NotifyState::Stopping]);
         if died {
-            let source = io::Error::other("the core of the server has ended");
-            return Err(StartError::System { action: "go on", source });
+            return Err(StartError::Died {
+                action: "go on",
+                what: "the core of the server".into(),
+            });
         }
         let fallen = self.fallen.name();
         self.stop().await;
         let Some(thread) = fallen else { return Ok(()) };
-        let source = io::Error::other(format!("the thread {thread} has ended"));
-        Err(StartError::System { action: "relay", source })
+        Err(StartError::Died { action: "relay", what: format!("the thread {thread}") })
     }
 
     async fn apply_options(&mut self, new: Options) {
@@ -415,7 +427,7 @@ impl RunningServer {
             let _ = task.await;
         }
         for thread in std::mem::take(&mut self.threads) {
-            if tokio::task::spawn_blocking(|| thread.join()).await.is_err() {
+            if !matches!(tokio::task::spawn_blocking(|| thread.join()).await, Ok(Ok(()))) {
                 error!("a relay thread had panicked");
             }
         }

@@ -119,8 +119,9 @@ impl Link {
             opener,
             assembler: Assembler::default(),
             outbox: Arc::clone(&outbox),
-            writer,
+            writer: Some(writer),
             ended: false,
+            failed: None,
             stashed: None,
             filled: false,
         };
@@ -140,8 +141,11 @@ pub struct LinkReceiver {
     opener: Opener,
     assembler: Assembler,
     outbox: Arc<Outbox>,
-    writer: JoinHandle<Result<(), LinkError>>,
+    /// Until it has ended.
+    writer: Option<JoinHandle<Result<(), LinkError>>>,
     ended: bool,
+    /// Why nothing comes behind what is in the buffer.
+    failed: Option<LinkError>,
     /// What came behind relay datagrams that were taken together.
     stashed: Option<Result<Inbound, LinkError>>,
     /// The last read has brought as much as there was room for.
@@ -175,27 +179,42 @@ impl LinkReceiver {
 
     async fn next_unless_ended(&mut self) -> Result<Inbound, LinkError> {
         loop {
+            // Also what has come already is nothing to who has hung up.
+            if self.outbox.is_hung_up() {
+                return Err(LinkError::Closed);
+            }
             if let Some(stashed) = self.stashed.take() {
                 return stashed;
             }
             if let Some(inbound) = self.take_frame()? {
                 return Ok(inbound);
             }
+            if let Some(failed) = self.failed.take() {
+                return Err(failed);
+            }
+            let Some(writer) = &mut self.writer else { return Err(LinkError::Closed) };
             self.buffer.reserve(if self.filled { BUSY_READ_BYTES } else { READ_BYTES });
             let room = self.buffer.capacity() - self.buffer.len();
             tokio::select! {
+                biased;
+                outcome = writer => {
+                    self.writer = None;
+                    let error = match outcome {
+                        Ok(Err(error)) => error,
+                        Ok(Ok(())) | Err(_) => LinkError::Closed,
+                    };
+                    if matches!(error, LinkError::Io(_)) {
+                        // The other side may have said why, before it closed.
+                        let _ = self.stream.try_read_buf(&mut self.buffer);
+                    }
+                    self.failed = Some(error);
+                }
                 read = self.stream.read_buf(&mut self.buffer) => {
                     let read = read?;
                     if read == 0 {
                         return Err(LinkError::Closed);
                     }
                     self.filled = read == room;
-                }
-                outcome = &mut self.writer => {
-                    return Err(match outcome {
-                        Ok(Err(error)) => error,
-                        Ok(Ok(())) | Err(_) => LinkError::Closed,
-                    });
                 }
             }
         }
@@ -279,9 +298,9 @@ impl LinkReceiver {
     pub async fn close(mut self) {
         self.outbox.close();
         let end = async {
-            if !self.ended {
+            if let Some(writer) = &mut self.writer {
                 // The outcome does not matter: the connection ends in any case.
-                let _ = (&mut self.writer).await;
+                let _ = writer.await;
             }
             // To close a socket with unread input resets it, and the reset may overtake our last
             // message; so what still comes is read away until the other side has closed too.
@@ -296,7 +315,9 @@ impl LinkReceiver {
 impl Drop for LinkReceiver {
     fn drop(&mut self) {
         self.outbox.close();
-        self.writer.abort();
+        if let Some(writer) = &self.writer {
+            writer.abort();
+        }
     }
 }
 

@@ -56,7 +56,7 @@ impl Clones {
             return Verdict::Known;
         }
         if rival && runs.seen.contains(&run) {
-            runs.returns.retain(|at| wall.saturating_sub(*at) < WINDOW_S);
+            runs.returns.retain(|at| wall.abs_diff(*at) < WINDOW_S);
             runs.returns.push(wall);
             if runs.returns.len() >= RETURNS {
                 runs.marked = Some(wall);
@@ -75,7 +75,7 @@ impl Clones {
     /// Whether two running machines have the node's keys.
     pub(super) fn is_cloned(&self, node: NodeId, wall: u64) -> bool {
         let marked = self.0.get(&node).and_then(|runs| runs.marked);
-        marked.is_some_and(|at| wall.saturating_sub(at) < MARK_S)
+        marked.is_some_and(|at| wall.abs_diff(at) < MARK_S)
     }
 
     pub(super) fn forget(&mut self, node: NodeId) {
@@ -108,5 +108,25 @@ impl Server {
             self.send(present, &ServerMessage { rival, ..Default::default() });
         }
         self.refuse(connection, RefusedCode::Cloned);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_does_not_outlive_a_clock_that_is_set_back() {
+        const WALL: u64 = 1_800_000_000;
+        let node = NodeId::new(1).unwrap();
+        let mut clones = Clones::default();
+        clones.look(node, 1, None, WALL);
+        clones.look(node, 2, Some(1), WALL);
+        assert_eq!(clones.look(node, 1, Some(2), WALL), Verdict::Welcome, "once may be chance");
+        assert_eq!(clones.look(node, 2, Some(1), WALL + 1), Verdict::Found);
+        assert!(clones.is_cloned(node, WALL + 2) && !clones.is_cloned(node, WALL + 1 + MARK_S));
+        let earlier = WALL - 86_400;
+        assert!(!clones.is_cloned(node, earlier));
+        assert_eq!(clones.look(node, 3, Some(2), earlier), Verdict::Welcome);
     }
 }

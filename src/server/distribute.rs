@@ -162,6 +162,11 @@ impl Distribution {
         }
     }
 
+    /// Whether the next delta says of somebody that it is gone.
+    pub(super) fn has_removals(&self) -> bool {
+        !self.removed.is_empty()
+    }
+
     /// Whether a node has a control connection, and where it says it may be reached.
     pub(super) fn is_online(&self, node: NodeId) -> bool {
         self.peers.get(&node).is_some_and(|described| described.peer.online)

@@ -50,11 +50,15 @@ impl Server {
             Err(RefusedCode::NotAccepted) => return self.not_accepted(connection, wall),
             Err(code) => Decision::refuse(connection, code),
         };
-        if let Act::Welcome(arrival) = &decision.act
-            && let Some(instance) = arrival.instance
+        let Act::Welcome(arrival) = &decision.act else { return decision };
+        if let Some(instance) = arrival.instance
             && let Some(act) = self.rival(connection, arrival.node, instance, wall)
         {
             return Decision { changes: Vec::new(), act };
+        }
+        // What somebody writes who joins, its invite bounds.
+        if !decision.changes.is_empty() && self.members.of(arrival.node).is_some() {
+            self.pace.note(arrival.node, wall);
         }
         decision
     }
@@ -98,6 +102,12 @@ impl Server {
                 return Ok(Decision { changes: Vec::new(), act });
             }
             Some(member) => {
+                let paced = self.pace.allows(member.record.id, wall);
+                if !paced && node_key != member.record.node_key {
+                    return Err(RefusedCode::Unavailable);
+                }
+                // A name alone can wait: it asks for it again when it comes back.
+                let wish = wish.filter(|_| paced);
                 let record = self.returning(&member.record, node_key, wish, wall);
                 let changed = record != member.record;
                 (record.id, if changed { vec![self.members.write(record)] } else { Vec::new() })

@@ -12,8 +12,9 @@ use super::{Act, ConnectionId, Decision, Server};
 use crate::types::NodeId;
 
 /// All kinds of lines; docs/operation.md lists them.
-const KINDS: [&str; 20] = [
+const KINDS: [&str; 21] = [
     "network-created",
+    "network-restored",
     "range-changed",
     "network-expiry-set",
     "policy-set",
@@ -71,6 +72,14 @@ impl Event {
             .with("network", network.id)
             .with("ipv4", range.v4())
             .with("ipv6", range.v6())
+    }
+
+    /// A network as a backup of the time `made` has it, in which the log goes up to number `last`.
+    #[must_use]
+    pub fn network_restored(at: u64, made: &str, last: u64) -> Self {
+        Self::new(at, "network-restored", "server")
+            .with("backup-made", made)
+            .with("backup-last", last)
     }
 }
 

@@ -10,8 +10,8 @@ use super::{Act, ConnectionId, Decision, Server};
 use crate::types::{NodeId, PublicKey};
 use crate::wire::control::ServerMessage;
 
-/// One member renews its key no more often than this, in seconds: each time is a write to disk, and
-/// news for everybody.
+/// A member renews its key on one connection no more often than this, in seconds; `pace` has the limit
+/// for all its connections.
 const SPACING_S: u64 = 60;
 
 /// Whether it could be anybody's.
@@ -38,10 +38,12 @@ impl Server {
         let possible = self.may_have_key(Some(node), key);
         let known = self.connections.get_mut(&connection)?;
         let lately = |at: u64| wall.abs_diff(at) < SPACING_S;
-        if !possible || known.rekeyed.is_some_and(lately) {
+        let paced = self.pace.allows(node, wall);
+        if !possible || !paced || known.rekeyed.is_some_and(lately) {
             return None;
         }
         known.rekeyed = Some(wall);
+        self.pace.note(node, wall);
         Some(Decision { changes: vec![self.members.write(record)], act })
     }
 

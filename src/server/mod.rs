@@ -21,6 +21,7 @@ mod guesses;
 mod invites;
 mod keys;
 mod members;
+mod pace;
 mod parts;
 mod policy;
 pub mod records;
@@ -50,6 +51,7 @@ use expiry::Expiries;
 use guesses::Guesses;
 use invites::Invites;
 use members::Members;
+use pace::Pace;
 use policy::Access;
 use records::{Change, Key, NetworkRecord, Record, Records, Versioned};
 use relay::RelayChange;
@@ -169,6 +171,7 @@ pub struct Server {
     /// When nodes were last seen that have been online in this run; written down now and then.
     seen: BTreeMap<NodeId, u64>,
     clones: Clones,
+    pace: Pace,
     expiries: Expiries,
     guesses: Guesses,
     distribution: Distribution,
@@ -190,6 +193,8 @@ struct Connection {
     rekeyed: Option<u64>,
     /// The member that waits on it, since its time is over.
     expired: Option<NodeId>,
+    /// The server has had its last word on it: nothing counts that still comes.
+    refused: bool,
     /// Whether it can do with a part of a large network.
     can_part: bool,
 }
@@ -227,6 +232,7 @@ impl Server {
             online: BTreeMap::new(),
             seen: BTreeMap::new(),
             clones: Clones::default(),
+            pace: Pace::default(),
             expiries,
             guesses: Guesses::default(),
             distribution,
@@ -274,6 +280,7 @@ impl Server {
             instance: None,
             rekeyed: None,
             expired: None,
+            refused: false,
             can_part: false,
         };
         self.connections.insert(connection, known);
@@ -301,7 +308,8 @@ impl Server {
         message: ClientMessage,
         wall: u64,
     ) -> Option<Decision> {
-        let Connection { node, expired: None, .. } = *self.connections.get(&connection)? else {
+        let known = self.connections.get(&connection)?;
+        let Connection { node, expired: None, refused: false, .. } = *known else {
             return None;
         };
         if let Some(hello) = message.hello {
@@ -415,6 +423,7 @@ impl Server {
         self.access.forget(node);
         self.seen.remove(&node);
         self.clones.forget(node);
+        self.pace.forget(node);
         self.distribution.remove(node);
         self.outputs.push_back(Output::Relay(RelayChange::Removed(node)));
         if let Some(connection) = self.online.remove(&node) {
@@ -455,6 +464,10 @@ impl Server {
 
     /// The last word of the server on a connection.
     fn refuse(&mut self, connection: ConnectionId, code: RefusedCode) {
+        let Some(known) = self.connections.get_mut(&connection) else { return };
+        if std::mem::replace(&mut known.refused, true) {
+            return;
+        }
         let refused = Refused::from(code);
         self.send(connection, &ServerMessage { refused: Some(refused), ..Default::default() });
         self.outputs.push_back(Output::Close { connection });

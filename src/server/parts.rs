@@ -230,7 +230,7 @@ impl Parts {
             part.removed.extend(removed);
             part.rules_stale = rules_stale;
         }
-        // Also when nothing has: it is told that there are more nodes than it knows.
+        // When nothing has, nothing is sent: the next tick says how many nodes there are.
         self.hurry(node);
     }
 

@@ -15,7 +15,8 @@ pub struct Removal {
     pub schema: u32,
     /// The node as it was.
     pub removed: NodeInfo,
-    /// The epoch in which the nodes are told.
+    /// The epoch in which the nodes are told; 0 when there is nothing to tell, since the membership had
+    /// ended before.
     pub epoch: u64,
     /// The invite that it came with, if that was still open: it is revoked with the removal, or the
     /// node could join again with the same line.
@@ -75,7 +76,8 @@ impl Server {
 
     /// Says of a removal that has just been made in which epoch it will be told.
     pub(super) fn follow(&self, removal: &mut Removal) {
-        removal.epoch = self.distribution.epoch() + 1;
+        let epoch = self.distribution.epoch() + 1;
+        removal.epoch = if self.distribution.has_removals() { epoch } else { 0 };
         removal.progress = self.acknowledged(removal.epoch);
     }
 

@@ -316,6 +316,28 @@ fn who_is_no_member_is_told_so_and_nothing_else() {
 }
 
 #[test]
+fn what_comes_behind_a_refusal_counts_for_nothing() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(1);
+    let connection = world.connect(9);
+    let mut say = |message: ClientMessage| {
+        let decision = world.server.handle_message(connection, message, WALL);
+        let did = decision.is_some();
+        if let Some(decision) = decision {
+            world.server.apply(decision, 2, WALL);
+        }
+        (did, std::iter::from_fn(|| world.server.poll_output()).count())
+    };
+    let ping = || ClientMessage { ping: Some(1), ..Default::default() };
+    assert_eq!(say(ping()), (true, 2), "a refusal, and the end");
+    for _ in 0..800 {
+        assert_eq!(say(ping()), (false, 0));
+    }
+    let late = ClientMessage { hello: Some(hello(9, Some(&invite))), ..Default::default() };
+    assert_eq!(say(late), (false, 0), "not even with an invite");
+}
+
+#[test]
 fn a_node_cannot_take_the_key_of_another() {
     let mut world = World::new("10.77.0.0/20");
     let invite = world.invite(2);

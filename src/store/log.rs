@@ -25,7 +25,7 @@ pub struct Event {
 /// An event in the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredEvent {
-    /// Its number; they rise without gaps.
+    /// Its number; they rise without gaps, but for one where a backup was restored.
     pub seq: u64,
     /// The event.
     #[serde(flatten)]
@@ -106,10 +106,10 @@ pub(super) async fn append(
         insert(transaction, &event).await?;
         stored.push(event);
     }
-    sqlx::query("DELETE FROM events WHERE seq <= $1")
-        .bind(seq.saturating_sub(KEPT))
-        .execute(&mut **transaction)
-        .await?;
+    // By their count: the numbers may have a gap.
+    const TOO_MANY: &str = "DELETE FROM events WHERE seq <= \
+                            (SELECT seq FROM events ORDER BY seq DESC LIMIT 1 OFFSET $1)";
+    sqlx::query(TOO_MANY).bind(KEPT).execute(&mut **transaction).await?;
     Ok(stored)
 }
 

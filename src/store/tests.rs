@@ -160,6 +160,15 @@ async fn events_have_numbers_without_gaps_and_go_with_their_change() {
     store.commit(&[], &many).await.unwrap();
     let all = store.events(0, 100_000).await.unwrap();
     assert_eq!((all.len(), all[0].seq), (10_000, 4));
+    // Numbers that go on far above leave the lines before them.
+    let (_dir, path) = database();
+    let last = StoredEvent { seq: 1 << 40, event: event("restored") };
+    let mut snapshot = Snapshot { schema: SCHEMA, rev: 1, records: Vec::new(), events: all };
+    snapshot.events.push(last);
+    let store = Store::create_from(&path, &snapshot).await.unwrap();
+    store.commit(&[], &[event("next")]).await.unwrap();
+    let all = store.events(0, 100_000).await.unwrap();
+    assert_eq!((all.len(), all[0].seq, all[9_999].seq), (10_000, 6, (1 << 40) + 1));
 }
 
 #[tokio::test]

@@ -56,9 +56,16 @@ pub(crate) fn moved() -> Completion {
         let (code, told) = restore(&new, &file, &[]);
         assert_eq!(code, Some(0), "{told}");
         assert!(told.contains(&format!("overlay server --state-dir {}", new.state().display())));
+        for undone in ["is a member again", "is open again", "network-restored"] {
+            assert!(told.contains(undone), "{told}");
+        }
         let process = new.start().await;
         assert_eq!(new.nodes().await.len(), 3);
-        assert_eq!(new.events().await, events, "the log moves, too");
+        let mut moved = new.events().await;
+        let last = moved.pop().unwrap();
+        assert_eq!(moved, events, "the log moves, too");
+        assert_eq!(last.kind, "network-restored");
+        assert!(last.seq > moved.last().unwrap().seq + 1_000_000, "far above");
         for key in 1..=3 {
             // The old key of the server is the one that the node trusts.
             let (_, welcome) = join(new.address, &line, [key; 32]).await.unwrap();

@@ -5,11 +5,11 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 
-use super::Command;
+use super::{Command, Places};
 use crate::cli::fail::Failure;
 use crate::cli::print::{hint, json, line, table, table_text};
 use crate::cli::{Done, ask};
-use crate::config::paths::{Paths, Role};
+use crate::config::paths::Role;
 use crate::io::clock;
 use crate::server::admin::{
     Answer, InviteInfo, InviteList, Invited, NodeInfo, NodeList, Removal, Request,
@@ -69,7 +69,7 @@ impl Show {
     }
 }
 
-pub(super) fn run(command: Command, socket: &Path) -> Done {
+pub(super) fn run(command: Command, places: &Places) -> Done {
     let (request, show) = match command {
         Command::Nodes { json } => (Request::Nodes, Show::of(json)),
         Command::Remove { node, json } => (Request::Remove { node }, Show::of(json)),
@@ -80,11 +80,11 @@ pub(super) fn run(command: Command, socket: &Path) -> Done {
         Command::Invite(InviteArgs {
             command: Some(InviteCommand::Revoke { id }), json, ..
         }) => (Request::InviteRevoke { id }, Show::of(json)),
-        Command::Status { json } => return super::status::run(json, socket),
-        Command::Events(args) => return super::events::run(args, socket),
-        Command::Backup { file } => return super::backup::write(&file, socket),
+        Command::Status { json } => return super::status::run(json, &places.socket()?),
+        Command::Events(args) => return super::events::run(args, &places.socket()?),
+        Command::Backup { file } => return super::backup::write(&file, &places.socket()?),
         Command::Restore { file, force, place } => {
-            let place = place.unwrap_or_else(|| Paths::of(Role::Server).state_dir);
+            let place = place.map_or_else(|| places.state_dir(), Ok)?;
             return super::backup::restore(&file, &place, force);
         }
         Command::Invite(InviteArgs { uses, ttl, name, tags, json, command: None }) => {
@@ -99,12 +99,14 @@ pub(super) fn run(command: Command, socket: &Path) -> Done {
             (request, Show::of(json))
         }
         Command::Tag { node, tags } => (Request::Tag { node, tags }, Show::Text),
+        // These two look at a file and ask nobody.
+        Command::Policy(policy) if policy.is_local() => return policy.run_local(),
         Command::Policy(policy) => {
             let json = policy.is_json();
             (policy.request()?, Show::of(json))
         }
     };
-    print(&answer(socket, &request)?, show)
+    print(&answer(&places.socket()?, &request)?, show)
 }
 
 /// Makes and prints an invite when nobody has joined yet; returns whether it did.

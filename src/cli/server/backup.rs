@@ -14,6 +14,14 @@ use crate::io::clock;
 use crate::io::files::{self, FileError, SECRET_MODE};
 
 const WARNING: &str = "it holds the server's secret key: whoever has this file can be the server";
+/// What a restore takes back without anybody having asked for it.
+const UNDONE: [&str; 2] = [
+    "what was done after that moment is undone: a node that was removed is a member again (overlay \
+     server nodes), and an invite that was used or revoked is open again until its time is over \
+     (overlay server invite list)",
+    "the log of changes goes on behind the backup's last line with network-restored (overlay server \
+     events)",
+];
 /// No backup is longer: a quarter of it holds a hundred thousand nodes.
 const MAX_BYTES: u64 = 256 << 20;
 
@@ -87,6 +95,7 @@ pub(super) fn restore(file: &Path, state_dir: &Path, force: bool) -> Done {
     if let Some(replaced) = restored.replaced {
         hint(format_args!("what was there before is in {}", replaced.display()));
     }
+    UNDONE.iter().for_each(hint);
     let own = Paths::of(Role::Server).state_dir;
     hint(format_args!(
         "start it: {}; never let two machines be this server at the same time",

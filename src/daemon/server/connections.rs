@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::task::{JoinSet, yield_now};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
@@ -30,6 +30,8 @@ const BURST_MESSAGES: u32 = 200;
 const MESSAGE_INTERVAL: Duration = Duration::from_millis(100);
 /// After an error like "too many open files", until the next try.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Until those that make room are looked at again; they may wait for the core.
+const LEAVING_PAUSE: Duration = Duration::from_millis(1);
 
 /// What every new connection needs.
 #[derive(Debug)]
@@ -84,11 +86,11 @@ pub(super) async fn accept(port: Listener, entrance: Arc<Entrance>) {
                 continue;
             }
         };
-        // In a flood accepting never waits: those that ended are let go of, and those that have to
-        // make room get their turn.
+        // In a flood accepting waits for nothing else: those that ended are let go of, and those that
+        // have to make room get their turn.
         while connections.try_join_next().is_some() {}
         while entrance.gate.is_crowded() {
-            yield_now().await;
+            sleep(LEAVING_PAUSE).await;
         }
         let Some(admission) = entrance.gate.admit(remote.ip(), clock::now()) else {
             debug!(%remote, "too many connections at once");
@@ -109,7 +111,7 @@ async fn serve(
     relay_port: u16,
     second_port: u16,
 ) {
-    let (link, first, proved) = tokio::select! {
+    let (link, first, framed) = tokio::select! {
         greeted = greet(stream, entrance) => match greeted {
             Ok(greeted) => greeted,
             Err(error) => return debug!(error, "no control connection"),
@@ -128,7 +130,7 @@ async fn serve(
     let Link { sender, mut receiver, peer_key, .. } = link;
     entrance.hub.add_link(id, sender, (fare, peer_key));
     if entrance.events.send(Event::Connected { id, about }).await.is_ok() {
-        let admission = (!proved).then_some(admission);
+        let admission = (!framed).then_some(admission);
         read(id, &mut receiver, first, admission, entrance).await;
     }
     entrance.hub.remove_link(id);
@@ -138,7 +140,8 @@ async fn serve(
 }
 
 /// The handshake and the first message: a handshake may be a replay, unless there is proof that it is
-/// not, and a first frame cannot be. Tells whether it was that.
+/// not, and a first frame cannot be. Tells whether it was that, which shows that somebody holds the key,
+/// and nothing of who that is.
 async fn greet(stream: TcpStream, entrance: &Entrance) -> Result<(Link, Vec<u8>, bool), String> {
     let source = stream.peer_addr().map_err(|error| error.to_string())?.ip();
     let is_new = |key: PublicKey, payload: &[u8]| entrance.is_new(key, payload, source);
@@ -206,7 +209,7 @@ async fn read(
             },
         };
         if inbound.is_ok() && admission.take().is_some() {
-            debug!(connection = id.0, "proved");
+            debug!(connection = id.0, "a frame has followed on the hello");
         }
     }
 }

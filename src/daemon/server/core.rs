@@ -16,6 +16,7 @@ use super::{StartError, backup, notify, state, where_found};
 use crate::daemon::exit;
 use crate::io::clock;
 use crate::io::files::DirLock;
+use crate::io::link::LinkError;
 use crate::io::local::Refusal;
 use crate::io::metrics::Page;
 use crate::io::service::Watchdog;
@@ -347,9 +348,16 @@ impl Core {
                         debug!(connection = connection.0, "a message to nobody");
                         continue;
                     };
-                    if let Err(error) = sender.try_send_control(message) {
-                        warn!(connection = connection.0, %error, "connection given up");
-                        sender.abort();
+                    match sender.try_send_control(message) {
+                        Ok(()) => {}
+                        // What was said before may still be on its way out.
+                        Err(error @ LinkError::Closed) => {
+                            debug!(connection = connection.0, %error, "a message too late");
+                        }
+                        Err(error) => {
+                            warn!(connection = connection.0, %error, "connection given up");
+                            sender.abort();
+                        }
                     }
                 }
             }

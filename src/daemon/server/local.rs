@@ -72,7 +72,7 @@ pub enum StoreAnswer {
 pub struct EventInfo {
     /// See [`SCHEMA`].
     pub schema: u32,
-    /// Its number; they rise without gaps.
+    /// Its number; they rise without gaps, but for one before each `network-restored`.
     pub seq: u64,
     /// When (RFC 3339, UTC).
     pub at: String,

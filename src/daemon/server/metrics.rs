@@ -78,7 +78,7 @@ impl Core {
         page.gauge("overlay_server_connections", "Control connections.").value(&[], now);
         page.counter(
             "overlay_server_handshakes_total",
-            "Control connections that have proved who they are.",
+            "Control connections whose first message was genuine, of members and others.",
         )
         .value(&[], ever);
         let read = |number: &AtomicU64| number.load(Ordering::Relaxed);

@@ -56,8 +56,8 @@ type Handed = Vec<(SocketAddr, std::net::TcpListener)>;
 pub(super) fn bind(listen: &[SocketAddr], mut handed: Handed) -> Result<Bound, StartError> {
     let mut bound = Bound::default();
     if !listen.is_empty() {
-        for address in listen {
-            bind_pair(&mut bound, *address, &mut handed)?;
+        for address in needed(listen) {
+            bind_pair(&mut bound, address, &mut handed)?;
         }
         leave(handed);
         return Ok(bound);
@@ -85,6 +85,18 @@ pub(super) fn bind(listen: &[SocketAddr], mut handed: Handed) -> Result<Bound, S
         Err(error) => info!(port = EXTRA_TCP_PORT, %error, "not listening on the extra port"),
     }
     Ok(bound)
+}
+
+/// Those of `listen` that have to be opened: all addresses of IPv6 are those of IPv4, too, and where
+/// many programs need a line for each, this one would meet its own port.
+fn needed(listen: &[SocketAddr]) -> impl Iterator<Item = SocketAddr> {
+    let everywhere = |port| SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port);
+    let is_in_other = move |address: &SocketAddr| {
+        address.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+            && address.port() != 0
+            && listen.contains(&everywhere(address.port()))
+    };
+    listen.iter().copied().filter(move |address| !is_in_other(address))
 }
 
 /// The socket of this address that was handed over, or a new one.
@@ -184,4 +196,35 @@ fn bind_udp_socket(address: SocketAddr) -> io::Result<UdpPort> {
     allow_fragments(&socket)?;
     let gso = Gso::new(state.max_gso_segments());
     Ok(UdpPort { socket, state, gso })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_addresses_of_ipv4_are_opened_with_those_of_ipv6_of_the_same_port() {
+        for (listen, opened) in [
+            ("0.0.0.0:41820 [::]:41820", "[::]:41820"),
+            ("[::]:41820 0.0.0.0:41820 0.0.0.0:443", "[::]:41820 0.0.0.0:443"),
+            ("0.0.0.0:41820 [::1]:41820", "0.0.0.0:41820 [::1]:41820"),
+            ("192.0.2.1:41820 [::]:443", "192.0.2.1:41820 [::]:443"),
+        ] {
+            let addresses = |text: &str| -> Vec<SocketAddr> {
+                text.split(' ').map(|address| address.parse().unwrap()).collect()
+            };
+            assert!(needed(&addresses(listen)).eq(addresses(opened)), "{listen}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_line_for_each_family_opens_one_socket_for_both() {
+        let any = bind(&["[::]:0".parse().unwrap()], Vec::new()).unwrap();
+        let port = any.tcp[0].address.port();
+        drop(any);
+        let both = [format!("0.0.0.0:{port}"), format!("[::]:{port}")];
+        let bound = bind(&both.map(|address| address.parse().unwrap()), Vec::new()).unwrap();
+        assert_eq!(bound.tcp.len(), 1);
+        std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    }
 }

@@ -235,12 +235,13 @@ pub(super) fn rows_of(changes: &[records::Change]) -> Result<Vec<Change>, StartE
 
 /// The events as the store takes them.
 pub(super) fn lines_of(events: &[Event]) -> Result<Vec<store::Event>, StartError> {
-    let line = |event: &Event| {
-        let body = json("event", &event.kind, &event.fields)?;
-        let (kind, actor) = (event.kind.clone(), event.actor.clone());
-        Ok(store::Event { at: event.at, kind, actor, body })
-    };
-    events.iter().map(line).collect()
+    events.iter().map(line_of).collect()
+}
+
+pub(super) fn line_of(event: &Event) -> Result<store::Event, StartError> {
+    let body = json("event", &event.kind, &event.fields)?;
+    let (kind, actor) = (event.kind.clone(), event.actor.clone());
+    Ok(store::Event { at: event.at, kind, actor, body })
 }
 
 fn json<T: Serialize>(kind: &str, id: &str, record: &T) -> Result<String, StartError> {

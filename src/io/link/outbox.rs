@@ -5,6 +5,7 @@
 //! datagram, as any router does.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -115,13 +116,15 @@ impl LinkSender {
         queues.control.len() + queues.relay.len()
     }
 
-    /// Takes no more messages; when the queued ones are sent, the link ends.
+    /// Takes no more messages, and receives none; when the queued ones are sent, the link ends.
     pub fn close(&self) {
+        self.0.hung_up.store(true, Ordering::Relaxed);
         self.0.close();
     }
 
     /// Ends the link without sending what is queued: the other side does not keep up.
     pub fn abort(&self) {
+        self.0.hung_up.store(true, Ordering::Relaxed);
         let mut queues = self.0.lock();
         *queues = Queues { closed: true, ..Queues::default() };
         drop(queues);
@@ -133,6 +136,7 @@ impl LinkSender {
 pub(super) struct Outbox {
     queues: Mutex<Queues>,
     changed: Notify,
+    hung_up: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -166,6 +170,12 @@ impl Outbox {
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_one();
+    }
+
+    /// Whether the link was ended by who has its sending half. A socket that has failed is something
+    /// else: the other side may have said why.
+    pub(super) fn is_hung_up(&self) -> bool {
+        self.hung_up.load(Ordering::Relaxed)
     }
 
     /// The next message in order of importance, or what to do without one.

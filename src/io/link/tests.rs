@@ -212,6 +212,44 @@ async fn the_last_message_arrives_before_the_end() {
 }
 
 #[tokio::test]
+async fn who_has_closed_a_link_gets_nothing_more_of_it_and_what_was_said_still_goes_out() {
+    let (mut client, mut server) = pair().await;
+    for number in 0..800u16 {
+        client.sender.try_send_control(number.to_be_bytes().to_vec()).unwrap();
+    }
+    assert_eq!(server.receiver.next().await.unwrap(), Inbound::Control(vec![0, 0]));
+    server.sender.try_send_control(b"refused".to_vec()).unwrap();
+    server.sender.close();
+    assert!(!server.receiver.buffer.is_empty(), "there is more in the buffer");
+    assert!(matches!(server.receiver.next().await, Err(LinkError::Closed)));
+    let (_, heard) = tokio::join!(server.receiver.close(), async {
+        let heard = client.receiver.next().await;
+        drop(client.receiver);
+        heard
+    });
+    assert_eq!(heard.unwrap(), Inbound::Control(b"refused".to_vec()));
+}
+
+#[tokio::test]
+async fn the_last_word_of_the_other_side_is_heard_also_when_nothing_can_be_sent_any_more() {
+    let (mut client, server) = pair().await;
+    server.sender.try_send_control(b"refused".to_vec()).unwrap();
+    // Both are here before the receiver looks: the message, and the failure of the sending half.
+    client.receiver.stream.readable().await.unwrap();
+    let writer = client.receiver.writer.as_mut().unwrap();
+    writer.abort();
+    let _ = writer.await;
+    let failed = io::Error::from(io::ErrorKind::BrokenPipe);
+    client.receiver.writer = Some(tokio::spawn(async { Err(LinkError::Io(failed)) }));
+    client.receiver.outbox.close();
+    tokio::task::yield_now().await;
+    let heard = client.receiver.next().await.unwrap();
+    assert_eq!(heard, Inbound::Control(b"refused".to_vec()));
+    assert!(matches!(client.receiver.next().await, Err(LinkError::Io(_))));
+    assert!(matches!(client.receiver.next().await, Err(LinkError::Closed)));
+}
+
+#[tokio::test]
 async fn a_forged_frame_ends_the_link() {
     let (mut client, _server) = pair().await;
     client.receiver.buffer.extend_from_slice(&[0, 17]);

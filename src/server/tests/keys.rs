@@ -131,3 +131,41 @@ fn a_node_that_comes_back_with_another_key_and_name_leaves_a_line_for_each() {
     assert!(events.iter().all(|event| event.fields["name"] == "carol"), "{events:?}");
     world.commit(decision);
 }
+
+#[test]
+fn who_connects_again_and_again_with_another_key_or_name_writes_no_more_than_one_a_minute() {
+    let (mut world, first, second) = pair();
+    let own = world.node(first).id;
+    let mut come = |wall: u64, key: u8, name: &str| {
+        let connection = world.connect(1);
+        let hello = Hello { node_key: [key; 32], name: Some(name.into()), ..hello(1, None) };
+        let message = ClientMessage { hello: Some(hello), ..Default::default() };
+        let decision = world.server.handle_message(connection, message, wall).unwrap();
+        let wrote = !decision.changes().is_empty();
+        world.commit(decision);
+        (connection, wrote, world.node(connection).refused)
+    };
+    let wrote = (0..100u8)
+        .map(|n| come(WALL, 110 + n, &format!("a{n}")))
+        .inspect(|(_, wrote, refused)| {
+            assert_eq!(*refused, (!wrote).then_some(RefusedCode::Unavailable));
+        })
+        .filter(|(_, wrote, _)| *wrote)
+        .count();
+    assert_eq!(wrote, 5);
+    // With the key that the server has it is let in as often as it comes, whatever it is called.
+    for n in 0..100 {
+        let (connection, wrote, refused) = come(WALL, 114, &format!("b{n}"));
+        assert_eq!((wrote, refused), (false, None), "{n}");
+        assert!(connection > first);
+    }
+    let (_, wrote, refused) = come(WALL + 60, 120, "c");
+    assert_eq!((wrote, refused), (true, None), "after a minute");
+    let (last, wrote, refused) = come(WALL + 61, 120, "d");
+    assert_eq!((wrote, refused), (false, None));
+    // On a connection that stands it is the same account; the others have their own.
+    assert_eq!(announce(&mut world, last, [121; 32], WALL + 62), Vec::<String>::new());
+    assert_eq!(announce(&mut world, last, [121; 32], WALL + 120).len(), 1);
+    assert_eq!(announce(&mut world, second, NEW, WALL).len(), 1);
+    assert_eq!(world.node(last).id, own);
+}

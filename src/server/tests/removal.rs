@@ -57,6 +57,28 @@ fn a_removal_waits_for_every_node_that_is_online_and_names_the_others() {
 }
 
 #[test]
+fn a_node_whose_membership_had_ended_is_gone_already_and_nobody_is_waited_for() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(3);
+    let nodes: Vec<_> = (1..=3).map(|m| world.enter(m, hello(m, Some(&invite)))).collect();
+    world.ask(Request::Expire { node: "node-3".into(), in_s: Some(10) }).unwrap();
+    let over = world.server.decide_expiry(WALL + 10);
+    world.commit(over);
+    world.pass(Duration::from_secs(1));
+    for node in &nodes[..2] {
+        applied(&mut world, *node);
+    }
+    let epoch = world.node(nodes[0]).epoch;
+    let removal = remove(&mut world, "node-3");
+    assert_eq!((removal.progress.acknowledged, removal.progress.online), (2, 2));
+    assert!(removal.progress.waiting.is_empty());
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.node(nodes[0]).epoch, epoch, "nothing more is told");
+    assert!(progress(&mut world, removal.epoch).waiting.is_empty());
+    assert_eq!(world.node(nodes[2]).refused, Some(RefusedCode::NotMember));
+}
+
+#[test]
 fn a_removal_revokes_the_invite_that_would_let_the_node_in_again() {
     let mut world = World::new("10.77.0.0/20");
     let (invite, once) = (world.invite(20), world.invite(1));
