@@ -263,6 +263,7 @@ impl Daemon {
                             self.node.handle_message(&message, server, now);
                         }
                         if let Some(welcome) = &message.welcome {
+                            self.control_link.note_welcome();
                             let server = self.server.map(|server| server.to_string());
                             tracing::info!(server, name = %welcome.name, address = %welcome.ipv4,
                                 "connected to the server");

@@ -89,9 +89,8 @@ impl Place {
         let allowed = sched_getaffinity(Pid::from_raw(0))?;
         let here = sched_getcpu()?;
         let mut kept = places.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_free = |cpu: usize| {
-            allowed.is_set(cpu).unwrap_or(false) && kept[1 - self.thread] != Some(cpu)
-        };
+        let is_free =
+            |cpu: usize| allowed.is_set(cpu).unwrap_or(false) && kept[1 - self.thread] != Some(cpu);
         let Some(cpu) = std::iter::once(here).chain(0..CpuSet::count()).find(|&cpu| is_free(cpu))
         else {
             return Ok(());
