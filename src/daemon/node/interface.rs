@@ -110,11 +110,10 @@ impl Interface {
         let kept = choose(&netlink, &wanted, &identity, kept).await?;
         let (routes, addresses) = (netlink.routes().await?, netlink.addresses().await?);
         let ours = netlink.link_index(&options.interface).await?;
-        for conflict in conflicts(&routes, &addresses, &ranges, ours) {
-            if conflict.overlap == Overlap::Inside {
-                return Err(InterfaceError::Conflict(conflict));
-            }
-            tracing::warn!(%conflict, "a part of a local network is hidden by the overlay");
+        // The worst is first; `roam` tells of the others, and of those that come later.
+        let worst = conflicts(&routes, &addresses, &ranges, ours).into_iter().next();
+        if let Some(conflict) = worst.filter(|conflict| conflict.overlap == Overlap::Inside) {
+            return Err(InterfaceError::Conflict(conflict));
         }
         let tun = match kept {
             Some(tun) => {

@@ -460,7 +460,8 @@ impl Daemon {
 
     /// What the user should do something about.
     fn warnings(&self, now: Instant) -> Vec<String> {
-        [self.rival_warnings(now), self.standing_warnings(now), self.uplink_warnings()].concat()
+        let (rival, standing) = (self.rival_warnings(now), self.standing_warnings(now));
+        [rival, standing, self.uplink_warnings(), self.surroundings.warnings()].concat()
     }
 
     fn rival_warnings(&self, now: Instant) -> Vec<String> {
