@@ -291,7 +291,7 @@ pub async fn run(
     let keys = state.keys()?;
 
     let now = clock::now();
-    let call_epoch = clock::unix_seconds().saturating_mul(1000);
+    let call_epoch = netmap.next_call_epoch(clock::unix_seconds());
     let node = Node::new(keys.node, netmap, options.settings, rand::random(), call_epoch, now);
     let ports = open_ports(&options, &node, enrolment.listen_port)?;
     let (note_sender, notes) = mpsc::channel(QUEUE);
