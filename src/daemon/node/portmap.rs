@@ -102,7 +102,7 @@ pub(super) async fn next(mapping: Option<&mut PortMapping>) -> News {
 }
 
 impl Daemon {
-    /// Something about the network has changed: looks for the gateway in the background.
+    /// Packets leave by another way than before: looks for the gateway in the background.
     pub(super) fn look_for_gateway(&self) {
         let Some(mapping) = &self.port_mapping else { return };
         let sender = mapping.sender.clone();
@@ -112,6 +112,13 @@ impl Daemon {
             // Nobody listens any more: the daemon ends.
             let _ = sender.send(News::Gateway(gateway)).await;
         });
+    }
+
+    /// We were asleep, and may be elsewhere.
+    pub(super) fn handle_portmap_sleep(&mut self, now: Instant) {
+        if let Some(mapping) = &mut self.port_mapping {
+            mapping.keeper.handle_sleep(now);
+        }
     }
 
     pub(super) fn handle_portmap_news(&mut self, news: News) {

@@ -153,6 +153,7 @@ impl Daemon {
                 // It may have said something that was not read yet.
                 self.heard_server = now;
                 if suspended {
+                    self.handle_portmap_sleep(now);
                     self.node.handle_sleep(away, now);
                 }
                 self.node.handle_wake(suspended, now);
@@ -184,7 +185,6 @@ impl Daemon {
     /// Tells the core at which addresses our sockets can be reached, and by which way packets
     /// leave.
     pub(super) async fn scan_interfaces(&mut self) {
-        self.look_for_gateway();
         self.surroundings.note_look(clock::now());
         let Seen { underlay, collisions } = match look(self.interface.as_ref()).await {
             Ok(seen) => seen,
@@ -199,10 +199,14 @@ impl Daemon {
         }
         let now = clock::now();
         let before = self.surroundings.underlay.replace(underlay.clone());
+        let same = before.as_ref().is_some_and(|before| before.leads_out_like(&underlay));
+        if !same {
+            self.look_for_gateway();
+        }
         let rerouted = before.as_ref().is_some_and(|before| before.gateways != underlay.gateways);
         self.take_uplinks(&underlay);
         self.check_link(&underlay, rerouted);
-        if before.is_some_and(|before| before != underlay) && self.server.is_none() {
+        if before.is_some() && !same && self.server.is_none() {
             // The attempt under way may be one into a network that is gone.
             self.control_link.try_now();
         }
