@@ -345,6 +345,14 @@ impl Node {
         self.settings = NodeSettings { birthday_probing, eager_peers, ..self.settings };
     }
 
+    /// The largest inner MTU that is looked for on direct paths from now on, in bytes.
+    pub fn set_mtu_limit(&mut self, limit: u16) {
+        self.settings.max_mtu = limit;
+        for peer in self.peers.values_mut() {
+            peer.agent.set_mtu_limit(limit);
+        }
+    }
+
     /// What our last calls to peers were numbered with, to be saved.
     #[must_use]
     pub fn call_epoch(&self) -> u64 {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::Daemon;
-use super::interface::Interface;
+use super::interface::{Interface, widest_mtu};
 use super::threads::Ports;
 use crate::io::clock;
 use crate::io::link::GIVEN_UP_AFTER;
@@ -186,7 +186,8 @@ impl Daemon {
     /// leave.
     pub(super) async fn scan_interfaces(&mut self) {
         self.surroundings.note_look(clock::now());
-        let Seen { underlay, collisions } = match look(self.interface.as_ref()).await {
+        let seen = look(self.interface.as_ref(), &self.options.interface).await;
+        let Seen { underlay, collisions, widest } = match seen {
             Ok(seen) => seen,
             Err(error) => {
                 self.surroundings.note_failed_look(&error, clock::now());
@@ -197,6 +198,7 @@ impl Daemon {
         for collision in self.surroundings.note_collisions(collisions) {
             tracing::warn!("{collision}");
         }
+        self.take_widest(widest).await;
         let now = clock::now();
         let before = self.surroundings.underlay.replace(underlay.clone());
         let same = before.as_ref().is_some_and(|before| before.leads_out_like(&underlay));
@@ -250,9 +252,12 @@ impl Daemon {
 struct Seen {
     underlay: Underlay,
     collisions: Vec<String>,
+    /// MTU of an interface that uses what the widest link has, in bytes.
+    widest: u16,
 }
 
-async fn look(interface: Option<&Interface>) -> Result<Seen, NetlinkError> {
+/// `name` is the overlay's interface, whether or not it is there.
+async fn look(interface: Option<&Interface>, name: &str) -> Result<Seen, NetlinkError> {
     let netlink = Netlink::connect()?;
     let (links, addresses) = (netlink.links().await?, netlink.addresses().await?);
     let (routes, own) = (netlink.routes().await?, interface.map(Interface::index));
@@ -263,6 +268,7 @@ async fn look(interface: Option<&Interface>) -> Result<Seen, NetlinkError> {
     Ok(Seen {
         collisions: interface.map(collide).unwrap_or_default(),
         underlay: Underlay::of(&links, &addresses, &routes, own),
+        widest: widest_mtu(&links, name),
     })
 }
 

@@ -23,6 +23,7 @@ use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::LoopbackAddr;
+use crate::io::os::{Netlink, NetlinkError};
 use crate::io::service::reload::{Read, Reload};
 use crate::io::service::{Watchdog, handed_tuns};
 use crate::node::{Event, Node, NodeSettings};
@@ -78,10 +79,10 @@ pub struct NodeOptions {
 }
 
 impl NodeOptions {
-    /// Looks at the links when no MTU is wished.
+    /// Looks at the links when no MTU is wished; `roam` does again when others come.
     async fn settle_mtu(&mut self) {
         if self.mtu.is_none() {
-            self.mtu = widest_mtu(&self.interface)
+            self.mtu = widest_link(&self.interface)
                 .await
                 .inspect_err(|error| tracing::warn!(%error, "the MTU of the links is not known"))
                 .ok();
@@ -93,6 +94,10 @@ impl NodeOptions {
     pub(super) fn interface_mtu(&self) -> u16 {
         self.mtu.unwrap_or(BASE_MTU)
     }
+}
+
+async fn widest_link(own: &str) -> Result<u16, NetlinkError> {
+    Ok(widest_mtu(&Netlink::connect()?.links().await?, own))
 }
 
 /// Offloads that may be used where the kernel has them.
