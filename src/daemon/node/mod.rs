@@ -163,7 +163,9 @@ impl Daemon {
             Some((from, answer)) = self.scratch.1.recv() => {
                 self.node.handle_scratch(from, &answer, clock::now());
             }
-            news = portmap::next(self.port_mapping.as_mut()) => self.handle_portmap_news(news),
+            outcome = portmap::next(self.port_mapping.as_mut()) => {
+                self.handle_portmap_outcome(outcome);
+            }
             () = self.reload.asked() => self.handle_reload().await,
             () = self.ports.fallen.wait() => {}
             () = sleep => {}

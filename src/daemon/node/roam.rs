@@ -11,7 +11,7 @@ use super::threads::Ports;
 use crate::io::clock;
 use crate::io::link::GIVEN_UP_AFTER;
 use crate::io::os::{
-    Changes, Conflict, InterfaceAddress, Netlink, NetlinkError, Overlap, Underlay, conflicts,
+    Changes, Conflict, InterfaceAddress, Netlink, NetlinkError, Overlap, Route, Underlay, conflicts,
 };
 use crate::io::udp::source_towards;
 use crate::io::wake::{WakeWatch, Woke};
@@ -109,6 +109,11 @@ impl Surroundings {
         self.collisions.iter().filter(|it| !before.contains(it)).cloned().collect()
     }
 
+    /// The default route in use of each family, as the last look has found them.
+    pub(super) fn ways_out(&self) -> Vec<Route> {
+        self.underlay.as_ref().map(|underlay| underlay.gateways.clone()).unwrap_or_default()
+    }
+
     /// What the user should do something about.
     pub(super) fn warnings(&self) -> Vec<String> {
         self.collisions.clone()
@@ -203,7 +208,7 @@ impl Daemon {
         let before = self.surroundings.underlay.replace(underlay.clone());
         let same = before.as_ref().is_some_and(|before| before.leads_out_like(&underlay));
         if !same {
-            self.look_for_gateway();
+            self.handle_ways_out(&underlay.gateways, now);
         }
         let rerouted = before.as_ref().is_some_and(|before| before.gateways != underlay.gateways);
         self.take_uplinks(&underlay);
@@ -302,7 +307,6 @@ fn endpoint(ports: &Ports, ip: IpAddr) -> Option<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::os::Route;
 
     fn unwatched() -> Surroundings {
         Surroundings {

@@ -67,6 +67,20 @@ fn nothing_is_asked_without_a_gateway() {
 }
 
 #[test]
+fn the_router_of_the_way_out_is_asked_if_there_is_one() {
+    let way = |dst: &str, gateway: Option<&str>| Route {
+        gateway: gateway.map(|gateway| gateway.parse().unwrap()),
+        ..Route::direct(dst.parse().unwrap(), 1)
+    };
+    let v6 = way("::/0", Some("fe80::1"));
+    assert_eq!(gateway_of(&[]), None);
+    assert_eq!(gateway_of(&[way("0.0.0.0/0", None), v6.clone()]), None, "a line to a provider");
+    let home = loopback(7);
+    let ways = [v6, way("0.0.0.0/1", Some("127.9.0.7"))];
+    assert_eq!(gateway_of(&ways), Some(home), "also where halves hide the default route");
+}
+
+#[test]
 fn searches_get_longer_and_rarer_until_there_is_another_gateway() {
     let mut now = epoch();
     let mut keeper = Keeper::new(4000, LEASE);
