@@ -353,7 +353,7 @@ mod tests {
         };
         let mut surroundings = unwatched();
         let own = address(7, "overlay0", "10.83.16.1/32", true);
-        assert!(surroundings.note_collisions(look(&[own.clone()], &[])).is_empty());
+        assert!(surroundings.note_collisions(look(std::slice::from_ref(&own), &[])).is_empty());
         let off = address(2, "wlan0", "10.83.17.5/24", false);
         assert!(surroundings.note_collisions(look(&[own.clone(), off], &[])).is_empty());
         let wifi = address(2, "wlan0", "10.83.17.5/24", true);
