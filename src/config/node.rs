@@ -28,7 +28,7 @@ pub struct NodeConfig {
     pub interface: Option<String>,
     /// UDP port. Default: a random one, kept for the next start; 0 is a new one each start.
     pub listen_port: Option<u16>,
-    /// The largest MTU that is used, in bytes, or `"auto"`. Default: auto.
+    /// The largest MTU that is used, in bytes, or `"auto"`: what the widest link takes. Default: auto.
     pub mtu: Option<MtuSetting>,
     /// Renew WireGuard keys after so many seconds, 5 to 120. Default: 120.
     #[serde(deserialize_with = "rekey_after")]

@@ -300,15 +300,6 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// How this machine hangs on its networks; `own` is the overlay's interface.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub async fn underlay(&self, own: Option<u32>) -> Result<Underlay, NetlinkError> {
-        let (links, addresses) = (self.links().await?, self.addresses().await?);
-        Ok(Underlay::of(&links, &addresses, &self.routes().await?, own))
-    }
-
     /// Listens for changes of links, addresses and routes, from now on. Must be called inside a
     /// tokio runtime.
     ///

@@ -275,7 +275,7 @@ impl Node {
     /// A node that knows what `netmap` says and is connected to nobody.
     ///
     /// `seed` is the source of all randomness but session keys. `call_epoch` must be higher than in
-    /// any earlier life of this node: milliseconds of wall-clock time will do.
+    /// any earlier life of this node: [`Netmap::next_call_epoch`].
     #[must_use]
     pub fn new(
         keys: impl Into<NodeKeys>,
@@ -343,6 +343,20 @@ impl Node {
     /// Changes what may change while the node runs; it counts for what is decided from now on.
     pub fn set_wishes(&mut self, birthday_probing: bool, eager_peers: usize) {
         self.settings = NodeSettings { birthday_probing, eager_peers, ..self.settings };
+    }
+
+    /// The largest inner MTU that is looked for on direct paths from now on, in bytes.
+    pub fn set_mtu_limit(&mut self, limit: u16) {
+        self.settings.max_mtu = limit;
+        for peer in self.peers.values_mut() {
+            peer.agent.set_mtu_limit(limit);
+        }
+    }
+
+    /// What our last calls to peers were numbered with, to be saved.
+    #[must_use]
+    pub fn call_epoch(&self) -> u64 {
+        self.call_epoch
     }
 
     /// The network as it is known, to be saved.

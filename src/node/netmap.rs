@@ -70,7 +70,13 @@ pub struct Netmap {
     /// How many nodes the network has, when the server tells only of the peers that are used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub members: Option<u32>,
+    /// What our calls to peers were numbered with when this was saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub call_epoch: Option<u64>,
 }
+
+/// A run that was killed has made calls since it saved their number, and never so many.
+const UNSAVED_CALLS: u64 = 100_000;
 
 /// Two clocks at one moment, in Unix seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,6 +146,17 @@ impl Identity {
 }
 
 impl Netmap {
+    /// What the calls of a node that starts with this are numbered from, when its clock shows this time.
+    /// Peers do not listen to a lower number than the last, and clocks go back: one that ran ahead in
+    /// the run before would silence this one until that time has come.
+    #[must_use]
+    pub fn next_call_epoch(&self, unix_seconds: u64) -> u64 {
+        let by_clock = unix_seconds.saturating_mul(1000);
+        let above = self.call_epoch.map_or(0, |last| last.saturating_add(UNSAVED_CALLS));
+        // Whatever the file says, there is room to count on.
+        by_clock.max(above).min(u64::MAX / 2)
+    }
+
     /// Applies an update. A peer whose description makes no sense is left out, the rest counts.
     ///
     /// # Errors
@@ -285,6 +302,21 @@ mod tests {
 
     fn netmap() -> Netmap {
         Netmap { identity: Some(identity()), ..Netmap::default() }
+    }
+
+    #[test]
+    fn calls_are_numbered_upwards_whatever_the_clock_says() {
+        let (ahead, right) = (1_800_000_000, 1_799_990_000);
+        let first = netmap().next_call_epoch(ahead);
+        assert_eq!(first, ahead * 1000);
+        let last = first + 17;
+        let saved = Netmap { call_epoch: Some(last), ..netmap() };
+        let read: Netmap = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+        let second = read.next_call_epoch(right);
+        assert!(second > last + 1_000, "more than was made and not saved: {second}");
+        assert_eq!(read.next_call_epoch(ahead + 1_000), (ahead + 1_000) * 1000);
+        let absurd = Netmap { call_epoch: Some(u64::MAX), ..netmap() };
+        assert!(absurd.next_call_epoch(right).checked_add(1 << 32).is_some());
     }
 
     #[test]

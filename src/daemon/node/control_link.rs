@@ -170,7 +170,13 @@ impl ControlLink {
         matches!(self.phase, Phase::Connecting(..))
     }
 
-    /// Drops the connection and makes another.
+    /// The server has let us in: when this connection is lost, the next one is made soon. Nothing else
+    /// that it says counts: a refusal comes by a connection that works, too, and may come every time.
+    pub(super) fn note_welcome(&mut self) {
+        self.backoff.reset();
+    }
+
+    /// Drops the connection and makes another, after a wait that grows from welcome to welcome.
     pub(super) fn reconnect(&mut self) {
         self.wait();
     }
@@ -280,12 +286,10 @@ impl ControlLink {
                     };
                     match received {
                         Ok(Inbound::Control(message)) => {
-                            self.backoff.reset();
                             self.replaced = None;
                             return LinkEvent::Control(message);
                         }
                         Ok(Inbound::Relay(first)) => {
-                            self.backoff.reset();
                             let mut relayed = RelayBatch::default();
                             relayed.push(&first);
                             receiver.more_relayed(&mut relayed);
@@ -395,6 +399,46 @@ mod tests {
             waits.extend(improvement.due.map(|due| (due - now).as_secs()));
         }
         assert_eq!(waits, [2, 4, 8, 16, 32, 64, 120, 120]);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_refuses_every_time_is_asked_ever_more_rarely() {
+        let server_key = SecretKey::from_bytes([1; 32]);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut link = ControlLink::new(Destination {
+            servers: vec![listener.local_addr().unwrap().into()],
+            server_keys: vec![server_key.public()],
+            machine_key: SecretKey::from_bytes([2; 32]),
+        });
+        tokio::spawn(async move {
+            let mut links = Vec::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let said = Said::default();
+                let upgraded = listen::upgrade(stream, &server_key, &said, |_, _| false).await;
+                let (link, _) = upgraded.unwrap();
+                link.sender.try_send_control(b"no".to_vec()).unwrap();
+                links.push(link);
+            }
+        });
+        let mut waits = Vec::new();
+        let refused = async {
+            for _ in 0..12 {
+                while !matches!(link.next().await, LinkEvent::Control(_)) {}
+                link.reconnect();
+                let Phase::Waiting(at) = link.phase else { panic!("it waits") };
+                waits.push(at.saturating_duration_since(clock::now()));
+                // Who has that much time?
+                link.phase = Phase::Waiting(clock::now());
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), refused).await.unwrap();
+        assert!(waits.iter().any(|wait| *wait > Duration::from_millis(700)), "{waits:?}");
+        link.note_welcome();
+        link.reconnect();
+        let Phase::Waiting(at) = link.phase else { panic!("it waits") };
+        let wait = at.saturating_duration_since(clock::now());
+        assert!(wait < Duration::from_millis(400), "after a welcome it is soon: {wait:?}");
     }
 
     #[tokio::test]

@@ -3,6 +3,8 @@
 //! Other programs have their hands on the same table: a network manager that is restarted may drop
 //! every route and address that it does not know. What is missing is put back.
 
+mod widest;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -17,17 +19,16 @@ use crate::io::os::{
 use crate::io::service::{forget_tun, store_tun};
 use crate::io::tun::{Tun, TunError, TunOptions};
 use crate::node::Identity;
-use crate::path::{BASE_MTU, OVERHEAD_V4};
+use crate::path::BASE_MTU;
 use crate::types::OverlayAddrs;
 
 use super::Daemon;
 use super::device::{choose, delete, open, withdraw};
 use super::startup::NodeOptions;
+pub(super) use widest::widest_mtu;
 
 /// When an interface that could not be made anew is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-/// Jumbo frames; what is wider is no network, or no use.
-const WIDEST_LINK: u16 = 9_000;
 
 /// Why the interface could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -82,11 +83,10 @@ impl Interface {
         let kept = choose(&netlink, &wanted, &own, kept).await?;
         let (routes, addresses) = (netlink.routes().await?, netlink.addresses().await?);
         let ours = netlink.link_index(&options.interface).await?;
-        for conflict in conflicts(&routes, &addresses, &ranges, ours) {
-            if conflict.overlap == Overlap::Inside {
-                return Err(InterfaceError::Conflict(conflict));
-            }
-            tracing::warn!(%conflict, "a part of a local network is hidden by the overlay");
+        // The worst is first; `roam` tells of the others, and of those that come later.
+        let worst = conflicts(&routes, &addresses, &ranges, ours).into_iter().next();
+        if let Some(conflict) = worst.filter(|conflict| conflict.overlap == Overlap::Inside) {
+            return Err(InterfaceError::Conflict(conflict));
         }
         let tun = match kept {
             Some(tun) => {
@@ -286,16 +286,6 @@ fn sized_route(dst: IpNet, index: u32, mtu: u16, limit: u16) -> Route {
         advmss_bytes: Some(u32::from(limit - headers)),
         ..Route::direct(dst, index)
     }
-}
-
-/// The MTU for an interface that shall use what the paths have: the widest link's, less what goes
-/// around a packet.
-pub(super) async fn widest_mtu(own: &str) -> Result<u16, NetlinkError> {
-    let links = Netlink::connect()?.links().await?;
-    let usable = links.iter().filter(|link| link.up && !link.loopback && link.name != own);
-    let widest = usable.map(|link| link.mtu_bytes).max().unwrap_or_default();
-    let widest = u16::try_from(widest).unwrap_or(u16::MAX).min(WIDEST_LINK);
-    Ok(widest.saturating_sub(OVERHEAD_V4).max(BASE_MTU))
 }
 
 impl Daemon {

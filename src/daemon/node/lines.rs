@@ -79,10 +79,11 @@ impl Daemon {
         strict
             .map(|status| {
                 let device = &status.uplink.device;
+                let setting = filter_setting(device);
                 format!(
                     "the kernel drops what comes by {device} from places that it sends to by \
                      another uplink (strict reverse path filter), so {device} is of no use when that \
-                     fails; allow it: sudo sysctl net.ipv4.conf.{device}.rp_filter=2"
+                     fails; allow it: sudo sysctl {setting}=2"
                 )
             })
             .collect()
@@ -108,6 +109,12 @@ pub(super) fn filters_strictly(uplink: &Uplink) -> bool {
     !uplink.ipv6 && setting("all").max(setting(&uplink.device)) == 1
 }
 
+/// The name by which `sysctl` sets that: a dot in the name of an interface, a VLAN's as a rule, is a
+/// slash there.
+fn filter_setting(device: &str) -> String {
+    format!("net.ipv4.conf.{}.rp_filter", device.replace('.', "/"))
+}
+
 fn report(status: UplinkStatus) -> UplinkReport {
     UplinkReport {
         interface: status.uplink.device,
@@ -127,4 +134,15 @@ fn report(status: UplinkStatus) -> UplinkReport {
 
 pub(super) fn family(ipv6: bool) -> &'static str {
     if ipv6 { "ipv6" } else { "ipv4" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filter_of_a_vlan_has_a_name_that_sysctl_knows() {
+        assert_eq!(filter_setting("eth1"), "net.ipv4.conf.eth1.rp_filter");
+        assert_eq!(filter_setting("eth0.100"), "net.ipv4.conf.eth0/100.rp_filter");
+    }
 }

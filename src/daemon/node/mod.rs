@@ -165,7 +165,9 @@ impl Daemon {
             Some((from, answer)) = self.scratch.1.recv() => {
                 self.node.handle_scratch(from, &answer, clock::now());
             }
-            news = portmap::next(self.port_mapping.as_mut()) => self.handle_portmap_news(news),
+            outcome = portmap::next(self.port_mapping.as_mut()) => {
+                self.handle_portmap_outcome(outcome);
+            }
             () = self.reload.asked() => self.handle_reload().await,
             () = self.ports.fallen.wait() => {}
             () = sleep => {}
@@ -265,6 +267,7 @@ impl Daemon {
                             self.node.handle_message(&message, server, now);
                         }
                         if let Some(welcome) = &message.welcome {
+                            self.control_link.note_welcome();
                             let server = self.server.map(|server| server.to_string());
                             tracing::info!(server, name = %welcome.name, address = %welcome.ipv4,
                                 "connected to the server");
@@ -461,7 +464,8 @@ impl Daemon {
 
     /// What the user should do something about.
     fn warnings(&self, now: Instant) -> Vec<String> {
-        [self.rival_warnings(now), self.standing_warnings(now), self.uplink_warnings()].concat()
+        let (rival, standing) = (self.rival_warnings(now), self.standing_warnings(now));
+        [rival, standing, self.uplink_warnings(), self.surroundings.warnings()].concat()
     }
 
     fn rival_warnings(&self, now: Instant) -> Vec<String> {

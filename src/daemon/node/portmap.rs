@@ -10,32 +10,23 @@ use super::report::PortMappingReport;
 use super::threads::Ports;
 use super::{Daemon, NodeOptions};
 use crate::io::clock;
-use crate::io::portmap::{
-    self, Asker, Gateway, Keeper, KnockAnswer, Nonce, Order, Outcome, Standing,
-};
+use crate::io::os::Route;
+use crate::io::portmap::{self, Asker, Keeper, KnockAnswer, Nonce, Order, Outcome, Standing};
 use crate::node::Knocked;
 use crate::types::SecretKey;
 
-/// One job runs at a time, and one look for the gateway.
+/// One job runs at a time; one that nobody waits for may end beside it.
 const QUEUE: usize = 8;
 /// The end of the node waits for the router this long.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
-
-/// What comes back from the tasks that ask the kernel and the router.
-pub(super) enum News {
-    /// The gateway, after something has changed.
-    Gateway(Option<Gateway>),
-    /// A job has ended.
-    Done(Outcome),
-}
 
 /// The port mapping of this node.
 pub(super) struct PortMapping {
     keeper: Keeper,
     asker: Asker,
     port: u16,
-    sender: mpsc::Sender<News>,
-    news: mpsc::Receiver<News>,
+    sender: mpsc::Sender<Outcome>,
+    outcomes: mpsc::Receiver<Outcome>,
 }
 
 impl PortMapping {
@@ -53,9 +44,9 @@ impl PortMapping {
 
     /// Keeps the IPv4 UDP `port` mapped with leases of this length.
     fn new(port: u16, lease: Duration, machine: &SecretKey) -> Self {
-        let (sender, news) = mpsc::channel(QUEUE);
+        let (sender, outcomes) = mpsc::channel(QUEUE);
         let asker = Asker::new(nonce(machine));
-        Self { keeper: Keeper::new(port, lease), asker, port, sender, news }
+        Self { keeper: Keeper::new(port, lease), asker, port, sender, outcomes }
     }
 
     /// What there is, for the command line.
@@ -94,51 +85,48 @@ fn nonce(machine: &SecretKey) -> Nonce {
     [word(0), word(4), word(8)]
 }
 
-/// Waits for what the tasks bring. Cancel-safe.
-pub(super) async fn next(mapping: Option<&mut PortMapping>) -> News {
+/// Waits for the end of a job. Cancel-safe.
+pub(super) async fn next(mapping: Option<&mut PortMapping>) -> Outcome {
     if let Some(mapping) = mapping
-        && let Some(news) = mapping.news.recv().await
+        && let Some(outcome) = mapping.outcomes.recv().await
     {
-        return news;
+        return outcome;
     }
     std::future::pending().await
 }
 
 impl Daemon {
-    /// Something about the network has changed: looks for the gateway in the background.
-    pub(super) fn look_for_gateway(&self) {
-        let Some(mapping) = &self.port_mapping else { return };
-        let sender = mapping.sender.clone();
-        let own = self.interface.as_ref().map(super::interface::Interface::index);
-        tokio::spawn(async move {
-            let gateway = portmap::find_gateway(own).await;
-            // Nobody listens any more: the daemon ends.
-            let _ = sender.send(News::Gateway(gateway)).await;
-        });
+    /// Packets leave by these ways now.
+    pub(super) fn handle_ways_out(&mut self, ways: &[Route], now: Instant) {
+        if let Some(mapping) = &mut self.port_mapping {
+            mapping.keeper.handle_network(portmap::gateway_of(ways), now);
+        }
     }
 
-    pub(super) fn handle_portmap_news(&mut self, news: News) {
+    /// We were asleep, and may be elsewhere.
+    pub(super) fn handle_portmap_sleep(&mut self, now: Instant) {
+        if let Some(mapping) = &mut self.port_mapping {
+            mapping.keeper.handle_sleep(now);
+        }
+    }
+
+    /// The router was asked.
+    pub(super) fn handle_portmap_outcome(&mut self, outcome: Outcome) {
         let Some(mapping) = &mut self.port_mapping else { return };
-        let now = clock::now();
-        match news {
-            News::Gateway(gateway) => mapping.keeper.handle_network(gateway, now),
-            News::Done(outcome) => {
-                let before = mapping.keeper.external();
-                if let Err(error) = &outcome.result {
-                    tracing::debug!(error, "the router gave no port mapping");
-                }
-                mapping.keeper.handle_outcome(outcome, now);
-                let after = mapping.keeper.mapping();
-                match (before, after) {
-                    (None, Some((_, mapping))) => tracing::info!(external = %mapping.external,
-                        protocol = %mapping.protocol, public = mapping.is_public(),
-                        "the router forwards a port to us"),
-                    (Some(external), None) => {
-                        tracing::info!(%external, "the router does not forward a port any more");
-                    }
-                    _ => {}
-                }
+        let before = mapping.keeper.external();
+        if let Err(error) = &outcome.result {
+            tracing::debug!(error, "the router gave no port mapping");
+        }
+        mapping.keeper.handle_outcome(outcome, clock::now());
+        let after = mapping.keeper.mapping();
+        match (before, after) {
+            (None, Some((_, mapping))) => tracing::info!(external = %mapping.external,
+                protocol = %mapping.protocol, public = mapping.is_public(),
+                "the router forwards a port to us"),
+            (Some(external), None) => {
+                tracing::info!(%external, "the router does not forward a port any more");
             }
+            _ => {}
         }
     }
 
@@ -161,7 +149,7 @@ impl Daemon {
                     let (sender, asker) = (mapping.sender.clone(), mapping.asker.clone());
                     tokio::spawn(async move {
                         let outcome = portmap::run(job, asker).await;
-                        let _ = sender.send(News::Done(outcome)).await;
+                        let _ = sender.send(outcome).await;
                     });
                 }
                 Order::Knock(port) => {
@@ -187,8 +175,8 @@ impl Daemon {
     pub(super) async fn settle_portmap(&mut self) {
         let settled = async {
             while self.port_mapping.as_ref().is_some_and(|mapping| mapping.keeper.is_busy()) {
-                let news = next(self.port_mapping.as_mut()).await;
-                self.handle_portmap_news(news);
+                let outcome = next(self.port_mapping.as_mut()).await;
+                self.handle_portmap_outcome(outcome);
             }
         };
         let _ = tokio::time::timeout(FAREWELL_LIMIT, settled).await;

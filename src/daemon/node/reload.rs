@@ -62,7 +62,7 @@ impl Daemon {
         match self.state.keys() {
             Ok(keys) => {
                 self.port_mapping = PortMapping::wanted(&self.options, &self.ports, &keys.machine);
-                self.look_for_gateway();
+                self.handle_ways_out(&self.surroundings.ways_out(), clock::now());
             }
             Err(error) => tracing::error!(%error, "no port mapping without the node's keys"),
         }

@@ -1,16 +1,18 @@
 //! The network around this machine: read again when the kernel says that something about it has
-//! changed, or when we wake up. The core is told what is new, and a control connection that cannot
-//! lead anywhere any more is made anew.
+//! changed, or when we wake up. The core is told what is new, a control connection that cannot lead
+//! anywhere any more is made anew, and people are told of a local network that collides with the overlay.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::Daemon;
-use super::interface::Interface;
+use super::interface::{Interface, widest_mtu};
 use super::threads::Ports;
 use crate::io::clock;
 use crate::io::link::GIVEN_UP_AFTER;
-use crate::io::os::{Changes, Netlink, NetlinkError, Underlay};
+use crate::io::os::{
+    Changes, Conflict, InterfaceAddress, Netlink, NetlinkError, Overlap, Route, Underlay, conflicts,
+};
 use crate::io::udp::source_towards;
 use crate::io::wake::{WakeWatch, Woke};
 
@@ -33,6 +35,8 @@ pub(super) struct Surroundings {
     changes: Option<Changes>,
     wake: Option<WakeWatch>,
     underlay: Option<Underlay>,
+    /// The local networks that collide with the overlay's range, in sentences.
+    collisions: Vec<String>,
     pub(super) rescan_at: Option<Instant>,
     looked_at: Option<Instant>,
     /// As if this time had been without changes: what is older than the looks that are left.
@@ -62,6 +66,7 @@ impl Surroundings {
             changes: changes.ok(),
             wake: wake.ok(),
             underlay: None,
+            collisions: Vec::new(),
             rescan_at: None,
             looked_at: None,
             quiet_since: None,
@@ -96,6 +101,22 @@ impl Surroundings {
         let spaced = self.looked_at.map_or(now, |at| at + SPACING);
         let earned = self.quiet_since.map_or(now, |since| since + LOOK_EVERY);
         self.rescan_at.get_or_insert(earned.max(spaced).max(now + SETTLE));
+    }
+
+    /// Takes what collides now. Returns what did not before, to be told once.
+    fn note_collisions(&mut self, found: Vec<String>) -> Vec<String> {
+        let before = std::mem::replace(&mut self.collisions, found);
+        self.collisions.iter().filter(|it| !before.contains(it)).cloned().collect()
+    }
+
+    /// The default route in use of each family, as the last look has found them.
+    pub(super) fn ways_out(&self) -> Vec<Route> {
+        self.underlay.as_ref().map(|underlay| underlay.gateways.clone()).unwrap_or_default()
+    }
+
+    /// What the user should do something about.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        self.collisions.clone()
     }
 
     /// A look has failed: what it should have seen is still unknown.
@@ -137,6 +158,7 @@ impl Daemon {
                 // It may have said something that was not read yet.
                 self.heard_server = now;
                 if suspended {
+                    self.handle_portmap_sleep(now);
                     self.node.handle_sleep(away, now);
                 }
                 self.node.handle_wake(suspended, now);
@@ -168,23 +190,30 @@ impl Daemon {
     /// Tells the core at which addresses our sockets can be reached, and by which way packets
     /// leave.
     pub(super) async fn scan_interfaces(&mut self) {
-        self.look_for_gateway();
         self.surroundings.note_look(clock::now());
-        let own = self.interface.as_ref().map(Interface::index);
-        let underlay = match look(own).await {
-            Ok(underlay) => underlay,
+        let seen = look(self.interface.as_ref(), &self.options.interface).await;
+        let Seen { underlay, collisions, widest } = match seen {
+            Ok(seen) => seen,
             Err(error) => {
                 self.surroundings.note_failed_look(&error, clock::now());
                 return;
             }
         };
         self.surroundings.is_blind = false;
+        for collision in self.surroundings.note_collisions(collisions) {
+            tracing::warn!("{collision}");
+        }
+        self.take_widest(widest).await;
         let now = clock::now();
         let before = self.surroundings.underlay.replace(underlay.clone());
+        let same = before.as_ref().is_some_and(|before| before.leads_out_like(&underlay));
+        if !same {
+            self.handle_ways_out(&underlay.gateways, now);
+        }
         let rerouted = before.as_ref().is_some_and(|before| before.gateways != underlay.gateways);
         self.take_uplinks(&underlay);
         self.check_link(&underlay, rerouted);
-        if before.is_some_and(|before| before != underlay) && self.server.is_none() {
+        if before.is_some() && !same && self.server.is_none() {
             // The attempt under way may be one into a network that is gone.
             self.control_link.try_now();
         }
@@ -224,8 +253,48 @@ impl Daemon {
     }
 }
 
-async fn look(own: Option<u32>) -> Result<Underlay, NetlinkError> {
-    Netlink::connect()?.underlay(own).await
+/// What a look has found.
+struct Seen {
+    underlay: Underlay,
+    collisions: Vec<String>,
+    /// MTU of an interface that uses what the widest link has, in bytes.
+    widest: u16,
+}
+
+/// `name` is the overlay's interface, whether or not it is there.
+async fn look(interface: Option<&Interface>, name: &str) -> Result<Seen, NetlinkError> {
+    let netlink = Netlink::connect()?;
+    let (links, addresses) = (netlink.links().await?, netlink.addresses().await?);
+    let (routes, own) = (netlink.routes().await?, interface.map(Interface::index));
+    let collide = |it: &Interface| {
+        let ranges = it.identity().range.prefixes();
+        collisions(&conflicts(&routes, &working(&addresses), &ranges, own))
+    };
+    Ok(Seen {
+        collisions: interface.map(collide).unwrap_or_default(),
+        underlay: Underlay::of(&links, &addresses, &routes, own),
+        widest: widest_mtu(&links, name),
+    })
+}
+
+/// What is switched off has no routes.
+fn working(addresses: &[InterfaceAddress]) -> Vec<InterfaceAddress> {
+    addresses.iter().filter(|address| address.up).cloned().collect()
+}
+
+/// What each collision costs, and what to do about it, the worst first.
+fn collisions(found: &[Conflict]) -> Vec<String> {
+    let tell = |conflict: &Conflict| match conflict.overlap {
+        Overlap::Inside => format!(
+            "{conflict}: what is sent to overlay addresses in there leaves by that network, in the \
+             open, and reaches no peer; leave that network, or remove its route or address"
+        ),
+        Overlap::Around => format!(
+            "{conflict}: machines of that network whose addresses are in the range cannot be reached \
+             from here; nothing else is affected"
+        ),
+    };
+    found.iter().map(tell).collect()
 }
 
 /// The endpoint of our socket at an address of ours.
@@ -244,6 +313,7 @@ mod tests {
             changes: None,
             wake: None,
             underlay: None,
+            collisions: Vec::new(),
             rescan_at: None,
             looked_at: None,
             quiet_since: None,
@@ -263,6 +333,41 @@ mod tests {
         surroundings.plan_look(now);
         surroundings.note_failed_look(&error, now);
         assert_eq!(surroundings.rescan_at, Some(now + SETTLE), "what comes sooner stays");
+    }
+
+    #[test]
+    fn a_network_that_collides_is_told_once_and_forgotten_when_it_is_gone() {
+        let address = |index: u32, name: &str, addr: &str, up| InterfaceAddress {
+            index,
+            name: name.to_owned(),
+            up,
+            loopback: false,
+            addr: addr.parse().unwrap(),
+            deprecated: false,
+            tentative: false,
+            temporary: false,
+        };
+        let range = ["10.83.16.0/20".parse().unwrap()];
+        let look = |addresses: &[InterfaceAddress], routes: &[Route]| {
+            collisions(&conflicts(routes, &working(addresses), &range, Some(7)))
+        };
+        let mut surroundings = unwatched();
+        let own = address(7, "overlay0", "10.83.16.1/32", true);
+        assert!(surroundings.note_collisions(look(std::slice::from_ref(&own), &[])).is_empty());
+        let off = address(2, "wlan0", "10.83.17.5/24", false);
+        assert!(surroundings.note_collisions(look(&[own.clone(), off], &[])).is_empty());
+        let wifi = address(2, "wlan0", "10.83.17.5/24", true);
+        let told = surroundings.note_collisions(look(&[own.clone(), wifi.clone()], &[]));
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(told[0].contains("10.83.17.5/24 on wlan0") && told[0].contains("in the open"));
+        assert_eq!(surroundings.warnings(), told);
+        let wide = [Route::direct("10.0.0.0/8".parse().unwrap(), 3)];
+        let more = surroundings.note_collisions(look(&[own.clone(), wifi], &wide));
+        assert_eq!(more.len(), 1, "only what is new: {more:?}");
+        assert!(more[0].contains("10.0.0.0/8") && more[0].contains("cannot be reached"));
+        assert_eq!(surroundings.warnings(), [told, more].concat(), "the worst first");
+        assert!(surroundings.note_collisions(look(&[own], &[])).is_empty());
+        assert!(surroundings.warnings().is_empty());
     }
 
     #[test]

@@ -70,6 +70,7 @@ impl Daemon {
         let mut netmap = self.node.netmap().clone();
         let (own, now) = (clock::unix_seconds(), clock::now());
         netmap.clocks = self.node.server_time(now).map(|server| Clocks { server, own });
+        netmap.call_epoch = Some(self.node.call_epoch());
         self.saving.note_attempt(self.state.save_netmap(&netmap), now)
     }
 

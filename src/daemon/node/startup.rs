@@ -24,6 +24,7 @@ use crate::io::clock;
 use crate::io::link::ConnectError;
 use crate::io::local::{LocalError, LocalListener};
 use crate::io::metrics::LoopbackAddr;
+use crate::io::os::{Netlink, NetlinkError};
 use crate::io::service::reload::{Read, Reload};
 use crate::io::service::{Watchdog, handed_tuns};
 use crate::node::{Event, Node, NodeSettings};
@@ -79,10 +80,10 @@ pub struct NodeOptions {
 }
 
 impl NodeOptions {
-    /// Looks at the links when no MTU is wished.
+    /// Looks at the links when no MTU is wished; `roam` does again when others come.
     async fn settle_mtu(&mut self) {
         if self.mtu.is_none() {
-            self.mtu = widest_mtu(&self.interface)
+            self.mtu = widest_link(&self.interface)
                 .await
                 .inspect_err(|error| tracing::warn!(%error, "the MTU of the links is not known"))
                 .ok();
@@ -94,6 +95,10 @@ impl NodeOptions {
     pub(super) fn interface_mtu(&self) -> u16 {
         self.mtu.unwrap_or(BASE_MTU)
     }
+}
+
+async fn widest_link(own: &str) -> Result<u16, NetlinkError> {
+    Ok(widest_mtu(&Netlink::connect()?.links().await?, own))
 }
 
 /// Offloads that may be used where the kernel has them.
@@ -292,7 +297,7 @@ pub async fn run(
     let keys = state.keys()?;
 
     let now = clock::now();
-    let call_epoch = clock::unix_seconds().saturating_mul(1000);
+    let call_epoch = netmap.next_call_epoch(clock::unix_seconds());
     let node = Node::new(keys.node, netmap, options.settings, rand::random(), call_epoch, now);
     let ports = open_ports(&options, &node, enrolment.listen_port)?;
     let (note_sender, notes) = mpsc::channel(QUEUE);

@@ -35,6 +35,15 @@ pub struct Underlay {
 }
 
 impl Underlay {
+    /// Whether our packets leave from the same addresses by the same ways. What else is `present`
+    /// comes and goes with every container.
+    #[must_use]
+    pub fn leads_out_like(&self, other: &Self) -> bool {
+        self.addresses == other.addresses
+            && self.gateways == other.gateways
+            && self.sources == other.sources
+    }
+
     /// Judges the interfaces; `own` is the overlay's.
     #[must_use]
     pub fn of(
@@ -306,6 +315,25 @@ mod tests {
         let underlay = Underlay::of(&links, &addresses, &[default_route(1, 100)], None);
         assert_eq!(underlay.addresses, ips(&["192.168.1.5", "192.168.7.5"]));
         assert_eq!(underlay.present.len(), addresses.len(), "a connection may use any of them");
+    }
+
+    #[test]
+    fn a_container_that_comes_does_not_change_the_way_out() {
+        let (links, routes) = ([link(1, LinkKind::Device)], [default_route(1, 100)]);
+        let before = Underlay::of(&links, &[address(1, "192.168.1.5/24")], &routes, None);
+        let links = [links[0].clone(), link(2, LinkKind::Bridge), link(3, LinkKind::Veth)];
+        let container = [
+            address(1, "192.168.1.5/24"),
+            address(2, "172.17.0.1/16"),
+            address(3, "fe80::42:acff:fe11:2/64"),
+        ];
+        let after = Underlay::of(&links, &container, &routes, None);
+        assert_ne!(before, after);
+        assert!(after.leads_out_like(&before));
+        let moved = [address(1, "192.168.1.6/24")];
+        assert!(!Underlay::of(&links, &moved, &routes, None).leads_out_like(&before));
+        let rerouted = Underlay::of(&links, &container, &[default_route(1, 50)], None);
+        assert!(!rerouted.leads_out_like(&before));
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! A mapping is found, renewed at half of its lease, and checked by *knocks*: the server is asked
 //! to send to it, and the arrival proves it. One that stops to let knocks in is removed and asked
-//! for again; when the router does not give it back it is lost, and the search starts over, ever
-//! more rarely. A knock that does not come says nothing while the server itself is not heard.
+//! for again; when the router does not give it back it is lost, and the search starts over. A router
+//! that gives nothing is asked for longer each time and ever more rarely, until there is another one, or
+//! we have slept and may be elsewhere: other changes of the network do not make it answer. A knock that does not come says nothing while the server itself is not heard.
 
 use std::net::{SocketAddr, SocketAddrV4};
 use std::time::{Duration, Instant};
@@ -23,8 +24,6 @@ const SEARCH_AGAIN: [Duration; 5] = [
     Duration::from_secs(300),
     Duration::from_secs(1_200),
 ];
-/// Changes of the network start a search no more often than this.
-const SEARCH_SPACING: Duration = Duration::from_secs(5);
 /// A renewal that failed is tried again no sooner.
 const RENEW_SPACING: Duration = Duration::from_secs(5);
 /// A mapping without end is asked for again after this, in case the router has lost it.
@@ -99,7 +98,6 @@ pub struct Keeper {
     running: Option<Job>,
     next_id: u64,
     search_at: Option<Instant>,
-    searched_at: Option<Instant>,
     failures: usize,
     answered: Option<Vec<Protocol>>,
     error: Option<String>,
@@ -118,7 +116,6 @@ impl Keeper {
             running: None,
             next_id: 0,
             search_at: None,
-            searched_at: None,
             failures: 0,
             answered: None,
             error: None,
@@ -126,27 +123,39 @@ impl Keeper {
         }
     }
 
-    /// Something about the network has changed, and this is the gateway now.
+    /// Packets leave by another way than before, and this is the gateway now. When it is the same,
+    /// only what it gave is looked at: what it did not give, it does not give now either.
     pub fn handle_network(&mut self, gateway: Option<Gateway>, now: Instant) {
-        if gateway != self.gateway {
-            if let (Some(old), Some(held)) = (self.gateway, self.held.take()) {
-                self.trash.push((old, held.mapping));
-            }
-            self.gateway = gateway;
-            self.running = None;
-            self.answered = None;
-            self.error = None;
-            self.failures = 0;
-            self.search_at = gateway.map(|_| now);
-        } else if let Some(held) = &mut self.held {
-            if held.knocks == 0 {
-                held.check_at = now;
-            }
-        } else if gateway.is_some() {
-            self.failures = 0;
-            let soonest = self.searched_at.map_or(now, |at| now.max(at + SEARCH_SPACING));
-            self.search_at = Some(self.search_at.map_or(soonest, |at| at.min(soonest)));
+        if gateway == self.gateway {
+            return self.check_soon(now);
         }
+        if let (Some(old), Some(held)) = (self.gateway, self.held.take()) {
+            self.trash.push((old, held.mapping));
+        }
+        self.gateway = gateway;
+        self.running = None;
+        self.answered = None;
+        self.error = None;
+        self.start_over(now);
+    }
+
+    /// We were asleep: the router may be another one with the same address.
+    pub fn handle_sleep(&mut self, now: Instant) {
+        match self.held {
+            Some(_) => self.check_soon(now),
+            None => self.start_over(now),
+        }
+    }
+
+    fn check_soon(&mut self, now: Instant) {
+        if let Some(held) = self.held.as_mut().filter(|held| held.knocks == 0) {
+            held.check_at = now;
+        }
+    }
+
+    fn start_over(&mut self, now: Instant) {
+        self.failures = 0;
+        self.search_at = self.gateway.map(|_| now);
     }
 
     /// A job has ended.
@@ -247,7 +256,6 @@ impl Keeper {
         }
         let Some(held) = &mut self.held else {
             self.search_at.take_if(|at| *at <= now)?;
-            self.searched_at = Some(now);
             let budget = BUDGETS[self.failures.min(BUDGETS.len() - 1)];
             return Some(self.start(gateway, Goal::Find, budget));
         };

@@ -19,7 +19,8 @@ pub use lease::{Goal, Job, Mapping, Outcome, Protocol};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use crate::io::os::Netlink;
+use crate::io::os::Route;
+use crate::io::udp::source_towards;
 use crate::types::is_global_v4;
 
 /// A router has this long to carry out what it said it can do.
@@ -55,26 +56,23 @@ impl Asker {
     }
 }
 
-/// Finds the router of the IPv4 default route; none when there is none, or when our own address is
-/// public and there is nothing to map. `own_index` is the overlay's interface, which leads nowhere.
-pub async fn find_gateway(own_index: Option<u32>) -> Option<Gateway> {
-    let netlink = Netlink::connect().ok()?;
-    let routes = netlink.routes().await.ok()?;
-    let router = routes
-        .iter()
-        .filter(|route| route.is_default() && Some(route.index) != own_index)
-        .filter_map(|route| match route.gateway {
-            Some(IpAddr::V4(router)) => Some((route.metric.unwrap_or(0), router)),
-            _ => None,
-        })
-        .min()
-        .map(|(_, router)| router)?;
+/// The router of the IPv4 default route in use, one of [`Underlay::gateways`]; none when there is none,
+/// or when our own address is public and there is nothing to map.
+///
+/// [`Underlay::gateways`]: crate::io::os::Underlay::gateways
+#[must_use]
+pub fn gateway_of(ways_out: &[Route]) -> Option<Gateway> {
+    let router = ways_out.iter().find_map(|way| match way.gateway {
+        Some(IpAddr::V4(router)) if way.dst.addr().is_ipv4() => Some(router),
+        _ => None,
+    })?;
     // Sends nothing: the kernel says which address it would send from.
-    let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
-    socket.connect((router, crab_nat::GATEWAY_PORT)).ok()?;
-    let SocketAddr::V4(local) = socket.local_addr().ok()? else { return None };
-    let gateway = Gateway { router, local: *local.ip() };
-    (!is_global_v4(gateway.local)).then_some(gateway)
+    let IpAddr::V4(local) =
+        source_towards(SocketAddr::from((router, crab_nat::GATEWAY_PORT))).ok()?
+    else {
+        return None;
+    };
+    (!is_global_v4(local)).then_some(Gateway { router, local })
 }
 
 /// Carries out a job. Takes the job's budget for finding out what the router speaks, and then two

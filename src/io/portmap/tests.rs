@@ -67,7 +67,21 @@ fn nothing_is_asked_without_a_gateway() {
 }
 
 #[test]
-fn searches_get_longer_and_rarer_and_a_change_starts_over() {
+fn the_router_of_the_way_out_is_asked_if_there_is_one() {
+    let way = |dst: &str, gateway: Option<&str>| Route {
+        gateway: gateway.map(|gateway| gateway.parse().unwrap()),
+        ..Route::direct(dst.parse().unwrap(), 1)
+    };
+    let v6 = way("::/0", Some("fe80::1"));
+    assert_eq!(gateway_of(&[]), None);
+    assert_eq!(gateway_of(&[way("0.0.0.0/0", None), v6.clone()]), None, "a line to a provider");
+    let home = loopback(7);
+    let ways = [v6, way("0.0.0.0/1", Some("127.9.0.7"))];
+    assert_eq!(gateway_of(&ways), Some(home), "also where halves hide the default route");
+}
+
+#[test]
+fn searches_get_longer_and_rarer_until_there_is_another_gateway() {
     let mut now = epoch();
     let mut keeper = Keeper::new(4000, LEASE);
     keeper.handle_network(Some(HOME), now);
@@ -86,13 +100,38 @@ fn searches_get_longer_and_rarer_and_a_change_starts_over() {
     }
     assert_eq!(waits, [1, 3, 30, 300, 1200, 1200]);
     assert_eq!(keeper.standing(), Standing::Unmapped);
+    for minute in 1..20 {
+        keeper.handle_network(Some(HOME), now - secs(1200) + secs(60 * minute));
+    }
+    assert_eq!(keeper.poll_timeout(), Some(now), "other changes say nothing of the router");
     let changed = now - secs(600);
-    keeper.handle_network(Some(HOME), changed);
+    keeper.handle_sleep(changed);
     let first = job(keeper.poll(changed));
-    assert_eq!(first.budget, Duration::from_millis(250));
+    assert_eq!(first.budget, Duration::from_millis(250), "it may be another one");
     failed(&mut keeper, first.id, changed);
-    keeper.handle_network(Some(HOME), changed);
-    assert_eq!(keeper.poll_timeout(), Some(changed + secs(1)), "not at once");
+    assert_eq!(job(keeper.poll(changed + secs(1))).budget, Duration::from_millis(1_500));
+    let other = Gateway { local: Ipv4Addr::new(192, 168, 1, 3), ..HOME };
+    keeper.handle_network(Some(other), changed + secs(2));
+    let first = job(keeper.poll(changed + secs(2)));
+    assert_eq!((first.gateway, first.budget), (other, Duration::from_millis(250)));
+}
+
+#[test]
+fn a_slow_router_is_found_however_often_containers_come_and_go() {
+    let mut now = epoch();
+    let mut keeper = Keeper::new(4000, LEASE);
+    let found = (0..20).any(|_| {
+        keeper.handle_network(Some(HOME), now);
+        if let Some(Order::Start(search)) = keeper.poll(now) {
+            if search.budget >= Duration::from_millis(1_500) {
+                return true;
+            }
+            failed(&mut keeper, search.id, now);
+        }
+        now += secs(5);
+        false
+    });
+    assert!(found);
 }
 
 #[test]

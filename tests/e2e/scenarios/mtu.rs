@@ -229,6 +229,12 @@ fn sender_is_told() {
     }
     let status = alice.status().unwrap();
     assert!(find_peer(&status, "bob")["too_big"].as_u64() >= Some(2), "{status}");
+    // A wider link comes: the interface is as wide, and the path is what it is.
+    assert_eq!(status["self"]["mtu"], 1_440);
+    alice.host.ns.ip("link set dev eth0 mtu 1600");
+    alice.wait_status("a wider interface", LIMIT, |status| status["self"]["mtu"] == 1_540);
+    assert!(alice.host.ns.ip("-o link show dev overlay0").contains("mtu 1540"));
+    wait_mtu(&mut alice, "bob", 1_360);
 }
 
 fn fixed() {

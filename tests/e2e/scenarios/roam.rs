@@ -224,7 +224,7 @@ const AWAKE_LIMIT: Duration = Duration::from_millis(300);
 
 /// Interfaces that have nothing to do with us come and go, hundreds of them.
 fn storm() {
-    let pair = Pair::new(Nat::PortRestricted, "direct");
+    let mut pair = Pair::new(Nat::PortRestricted, "direct");
     let stream = Stream::start(&pair.net, &pair.bob.host, &pair.alice.ipv4());
     stream.wait_for_more(20);
     let ns = &pair.alice.host.ns;
@@ -241,4 +241,19 @@ fn storm() {
         let moves = node.log().matches("path changed").count();
         assert!(moves <= 4, "{}: the path has changed {moves} times", node.name);
     }
+    // A network that lies in the overlay's range is no change of the way out, and yet told.
+    let overlay = pair.alice.ipv4();
+    let (range, _) = overlay.rsplit_once('.').expect("an IPv4 address");
+    let ns = &pair.alice.host.ns;
+    ns.ip("link add wifi type veth peer name air");
+    ns.ip(&format!("addr add {range}.201/29 dev wifi"));
+    ns.ip("link set wifi up");
+    let told = |status: &serde_json::Value| {
+        let warnings = status["self"]["warnings"].to_string();
+        warnings.contains(&format!("{range}.201/29 on wifi"))
+    };
+    pair.alice.wait_status("a warning of the collision", PATH_LIMIT, told);
+    pair.alice.host.ns.ip("link del wifi");
+    pair.alice.wait_status("no warning any more", PATH_LIMIT, |status| !told(status));
+    assert_eq!(pair.alice.log().matches("201/29 on wifi").count(), 1, "it is told once");
 }
