@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
-use overlay::lab::nat::NatKind::PortRestricted;
+use overlay::lab::nat::NatKind::{None, PortRestricted};
+use overlay::node::NodeSettings;
 
-use crate::named::{running, talk};
+use crate::epoch;
+use crate::link::Line;
+use crate::named::{path_kind, running, talk};
+use crate::world::World;
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -23,5 +27,39 @@ fn a_path_that_answers_again_carries_at_once_what_has_no_other_way() {
         world.run_for(100 * MS);
         let lost = pings.iter().filter(|it| world.ledger.ping(**it).took().is_none()).count();
         assert_eq!(lost, 0, "of {} packets after blackout {blackout}", pings.len());
+    }
+}
+
+fn is_direct(world: &World) -> bool {
+    path_kind(world, 0, 1) == "direct" && path_kind(world, 1, 0) == "direct"
+}
+
+#[test]
+fn the_cable_that_is_put_in_again_starts_a_round() {
+    for seconds in [40, 44, 48, 52, 300] {
+        let mut world = World::new(7, Line::clean(10 * MS), epoch());
+        let edge = world.add_edge(None, Line::clean(10 * MS));
+        for port in [5000, 5001] {
+            let host = world.add_host(edge, port, NodeSettings::default());
+            world.start_host(host);
+        }
+        world.run_for(Duration::from_secs(3));
+        world.kill_server();
+        world.run_for(Duration::from_secs(10));
+        assert!(is_direct(&world));
+        let look = |world: &mut World, there: bool| {
+            let endpoint = world.hosts[0].endpoint;
+            let (now, host) = (world.now, &mut world.hosts[0]);
+            let node = host.node_mut().expect("it runs");
+            node.handle_host_endpoints(there.then_some(endpoint).into_iter().collect(), now);
+            host.refresh();
+            world.settle(0);
+        };
+        world.set_partitioned(0, 1, true);
+        look(&mut world, false);
+        world.run_for(Duration::from_secs(seconds));
+        world.set_partitioned(0, 1, false);
+        look(&mut world, true);
+        assert!(world.run_until(100 * MS, is_direct), "after {seconds} s without a cable");
     }
 }

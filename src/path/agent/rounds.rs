@@ -159,8 +159,12 @@ impl PathAgent {
     /// We can be reached at more addresses than before: there may be a better path, and what was
     /// proved still holds.
     pub fn handle_more_addresses(&mut self, now: Instant) {
-        if self.wanted {
+        // That our candidates are others has perhaps started one just now.
+        if self.wanted && self.round_at != Some(now) {
             self.round_at = None;
+            if self.primary.is_none() {
+                self.retries = 0;
+            }
             self.start_round(Cause::Wanted, now);
         }
     }
