@@ -175,7 +175,10 @@ impl Node {
             peer.heard_until = None;
         }
         let eager = eager && (present || !link_up || direct);
-        let wanted = in_use || eager && (direct || peer.agent.is_wanted() || self.pace.take(now));
+        // A direct path that nobody could help to make again is kept, used or not.
+        let worth = eager || direct && !(link_up && present);
+        let going = peer.agent.is_wanted() || eager && direct;
+        let wanted = in_use || worth && (going || self.pace.take(now));
         peer.insight.note_presence(info.online, now);
         peer.agent.set_signalling(signalling);
         peer.agent.set_candidates(&candidates, now);

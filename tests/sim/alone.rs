@@ -35,6 +35,28 @@ fn is_direct(world: &World) -> bool {
 }
 
 #[test]
+fn paths_that_nobody_has_used_lately_outlive_the_server_in_a_large_network_too() {
+    let mut world = World::new(7, Line::clean(10 * MS), epoch());
+    for _ in 0..2 {
+        let edge = world.add_edge(PortRestricted, Line::clean(10 * MS));
+        let settings = NodeSettings { eager_peers: 0, ..NodeSettings::default() };
+        let host = world.add_host(edge, 5000, settings);
+        world.start_host(host);
+    }
+    world.run_for(Duration::from_secs(3));
+    talk(&mut world, Duration::from_secs(5), 100 * MS);
+    assert!(is_direct(&world));
+    world.run_for(Duration::from_secs(240));
+    world.kill_server();
+    world.run_for(Duration::from_secs(600));
+    assert!(is_direct(&world));
+    let first = world.ping(0, 1, 100).expect("both run");
+    // Keys of ten minutes ago are no good, and a handshake takes a round trip.
+    world.run_for(100 * MS);
+    assert!(world.ledger.ping(first).took().is_some(), "the first packet after ten minutes");
+}
+
+#[test]
 fn the_cable_that_is_put_in_again_starts_a_round() {
     for seconds in [40, 44, 48, 52, 300] {
         let mut world = World::new(7, Line::clean(10 * MS), epoch());
