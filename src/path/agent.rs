@@ -42,6 +42,7 @@ pub use messages::{Answer, PathEvent, PathTransmit, Traffic};
 use opener::Cause;
 pub use opener::{OPENER_TTL, Signalling};
 use proof::{Trial, Trust};
+pub use rounds::WORTH_A_PATH;
 pub use uplinks::Line;
 use uplinks::Uplinks;
 

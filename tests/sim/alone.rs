@@ -5,6 +5,7 @@ use std::time::Duration;
 use overlay::lab::nat::NatKind::{None, PortRestricted};
 use overlay::node::NodeSettings;
 
+use crate::check::check_delivery;
 use crate::epoch;
 use crate::link::Line;
 use crate::named::{path_kind, running, talk};
@@ -54,6 +55,50 @@ fn paths_that_nobody_has_used_lately_outlive_the_server_in_a_large_network_too()
     // Keys of ten minutes ago are no good, and a handshake takes a round trip.
     world.run_for(100 * MS);
     assert!(world.ledger.ping(first).took().is_some(), "the first packet after ten minutes");
+}
+
+#[test]
+fn a_peer_that_is_away_costs_a_ping_now_and_then_and_is_found_when_it_comes_back() {
+    for both_go in [true, false] {
+        let mut world = running(&[PortRestricted; 2]);
+        world.kill_server();
+        world.stop_host(1);
+        if both_go {
+            world.stop_host(0);
+            world.run_for(Duration::from_secs(60));
+            world.start_host(0);
+        }
+        world.run_for(Duration::from_secs(120));
+        let pings = |world: &World| -> Vec<u32> {
+            let peer = world.hosts[1].id().expect("it has joined");
+            let node = world.hosts[0].node().expect("it runs");
+            let tried = node.explain(peer, world.now).expect("it is known").own.tried;
+            tried.iter().map(|tried| tried.pings).collect()
+        };
+        let before = pings(&world);
+        world.run_for(Duration::from_secs(3600));
+        let after = pings(&world);
+        let sent: Vec<u32> = after.iter().zip(&before).map(|(now, then)| now - then).collect();
+        println!("pings to nobody in an hour: {sent:?}, both were away: {both_go}");
+        let bounds = 3600 / 24..=3600 / 20;
+        assert!(sent.iter().all(|sent| bounds.contains(sent)), "{sent:?} in an hour");
+        world.start_host(1);
+        assert!(world.run_until(Duration::from_secs(2), is_direct), "it asks everybody at once");
+        check_delivery(&mut world);
+    }
+}
+
+#[test]
+fn two_that_have_lost_each_other_for_hours_meet_again() {
+    for blackout in [100, 600, 3_600, 20_000] {
+        let mut world = running(&[PortRestricted; 2]);
+        world.kill_server();
+        world.set_partitioned(0, 1, true);
+        world.run_for(Duration::from_secs(blackout));
+        world.set_partitioned(0, 1, false);
+        assert!(world.run_until(Duration::from_secs(25), is_direct), "after {blackout} s");
+        check_delivery(&mut world);
+    }
 }
 
 #[test]
