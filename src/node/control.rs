@@ -193,10 +193,11 @@ impl Node {
         });
         endpoints.sort_unstable();
         endpoints.dedup();
+        // Rounds have started without what is seen at the first look; they need no other for it.
+        let first = !std::mem::replace(&mut self.looked_at_host, true);
         if endpoints == self.host_endpoints {
             return;
         }
-        let first = self.host_endpoints.is_empty();
         let gone = self.host_endpoints.iter().any(|endpoint| !endpoints.contains(endpoint));
         self.host_endpoints = endpoints;
         self.announce(None, now);

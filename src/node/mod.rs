@@ -240,6 +240,8 @@ pub struct Node {
     wanted: Wanted,
     link_up: bool,
     host_endpoints: Vec<SocketAddr>,
+    /// Whether they have been told at all; there may be none.
+    looked_at_host: bool,
     /// Where the server sees us, if that is no address of ours.
     reflexive: Option<SocketAddr>,
     mapped: Mapped,
@@ -304,6 +306,7 @@ impl Node {
             wanted: Wanted::default(),
             link_up: false,
             host_endpoints: Vec::new(),
+            looked_at_host: false,
             reflexive: None,
             mapped: Mapped::default(),
             announced: Vec::new(),

@@ -49,6 +49,12 @@ impl Node {
         ours
     }
 
+    /// Whether we can send by IPv4, as far as is known. A translator for IPv6 hosts (NAT64) gives the server
+    /// an IPv4 endpoint of ours to see, and leads to no peer.
+    pub(super) fn has_ipv4(&self) -> bool {
+        self.host_endpoints.is_empty() || self.host_endpoints.iter().any(SocketAddr::is_ipv4)
+    }
+
     /// The network in front of us, as far as it is known.
     #[must_use]
     pub fn facts(&self, now: Instant) -> Facts {
@@ -78,6 +84,7 @@ impl Node {
             counts: self.prediction.counts(),
             reflexive: first,
             ipv6: self.host_endpoints.iter().any(|endpoint| global(endpoint.ip())),
+            ipv4: (!self.host_endpoints.is_empty()).then(|| self.has_ipv4()),
             port_mapped: self.announced.iter().any(|candidate| mapped(candidate.kind)),
             port: self
                 .host_endpoints

@@ -111,8 +111,11 @@ impl Node {
     pub(super) fn handle_peer_wanted(&mut self, packet: Vec<u8>, now: Instant) {
         let Ok(view) = IpView::parse(&packet) else { return };
         let text = view.dst.to_string();
-        if self.netmap.find(&text).is_some() {
-            return self.send_again([packet], now);
+        match self.netmap.find(&text) {
+            Some(id) if self.peers.contains_key(&id) => return self.send_again([packet], now),
+            // Its membership has ended: nothing may go there, and it would only come back here.
+            Some(_) => return self.refuse_packet(&packet),
+            None => {}
         }
         if !self.want_peer(&text, now) {
             return self.refuse_packet(&packet);
@@ -275,9 +278,10 @@ fn bytes_of(peer: &PeerControl) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataplane::Note;
     use crate::node::Identity;
     use crate::testing::epoch;
-    use crate::wire::control::{NetmapUpdate, ServerMessage, Welcome, WirePeer};
+    use crate::wire::control::{NetmapUpdate, ServerMessage, Standing, Welcome, WirePeer};
 
     #[test]
     fn a_peer_is_let_go_of_once_after_its_last_packet() {
@@ -292,13 +296,15 @@ mod tests {
         assert_eq!(looks(&mut record, 9, 55..90), [Use::NoMore]);
         assert!(record.touch(epoch() + minute * 91) && !record.touch(epoch() + minute * 92));
     }
-    #[test]
-    fn who_was_let_go_of_before_a_reconnect_is_let_go_of_again() {
-        let now = epoch();
+
+    const SERVER: &str = "198.51.100.7:443";
+
+    /// A node that nobody has told anything, and a first message that tells it of a peer whose
+    /// membership ends then.
+    fn node_and_message(expires: Option<u64>) -> (Node, ServerMessage) {
         let key = crate::types::SecretKey::from_bytes([1; 32]);
         let settings = crate::node::NodeSettings::default();
-        let mut node = Node::new(key, crate::node::Netmap::default(), settings, [7; 32], 1, now);
-        let server = "198.51.100.7:443".parse().unwrap();
+        let node = Node::new(key, crate::node::Netmap::default(), settings, [7; 32], 1, epoch());
         let welcome = Welcome {
             version: 1,
             network: [7; 8],
@@ -324,7 +330,7 @@ mod tests {
             ipv6: addrs.v6,
             online: false,
             candidates: Vec::new(),
-            expires: None,
+            expires,
         };
         let update = NetmapUpdate {
             to: 1,
@@ -334,9 +340,18 @@ mod tests {
         };
         let message = ServerMessage {
             welcome: Some(welcome),
+            standing: Some(Standing { now: 1_000, expires: None }),
             netmap: Some(update),
             ..ServerMessage::default()
         };
+        (node, message)
+    }
+
+    #[test]
+    fn who_was_let_go_of_before_a_reconnect_is_let_go_of_again() {
+        let now = epoch();
+        let (mut node, message) = node_and_message(None);
+        let server = SERVER.parse().unwrap();
         let mut unused = |from: Duration| {
             node.handle_message(&message, server, now + from);
             let mut said = 0;
@@ -351,5 +366,25 @@ mod tests {
         };
         assert_eq!(unused(Duration::ZERO), 1);
         assert_eq!(unused(LOOK_INTERVAL * 30), 1, "the new hello has named it as known");
+    }
+
+    #[test]
+    fn a_packet_to_a_peer_whose_membership_has_ended_is_refused() {
+        let (mut node, message) = node_and_message(Some(999));
+        node.handle_message(&message, SERVER.parse().unwrap(), epoch());
+        let peer = NodeId::new(2).unwrap();
+        assert!(node.netmap.peers.contains_key(&peer) && !node.peers.contains_key(&peer));
+        let mut packet = vec![0; 28];
+        (packet[0], packet[3], packet[8], packet[9]) = (0x45, 28, 64, 17);
+        packet[12..16].copy_from_slice(&[10, 77, 0, 1]);
+        packet[16..20].copy_from_slice(&[10, 77, 0, 2]);
+        node.handle_note(Note::PeerWanted(packet), epoch());
+        let refused = node.poll_packet().expect("who sends is told");
+        // ICMP, and "host unreachable".
+        assert_eq!((refused[9], &refused[20..22]), (1, &[3, 1][..]));
+        assert!(node.poll_packet().is_none());
+        let counts = node.shared.drops();
+        assert_eq!(counts.of(DropReason::NoRoute), 1);
+        assert_eq!(counts.of(DropReason::QueueFull), 0);
     }
 }

@@ -12,13 +12,13 @@ use super::part::UseRecord;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
 use crate::dataplane::{ForwardingTable, Peer, SLOT_MASK, flush_pending, send_keepalive};
-use crate::path::{BASE_MTU, PathAgent, PathEvent, PathTransmit, Via};
+use crate::path::{BASE_MTU, PathAgent, PathEvent, PathTransmit, Via, WORTH_A_PATH};
 use crate::policy::Filter;
 use crate::types::{Candidate, CandidateKind, NodeId};
 use crate::wire::disco::Message;
 
-/// A peer that was sent to this long ago is still in use.
-const IN_USE: Duration = Duration::from_secs(180);
+/// Who has gone is often back soon, from sleep or a restart: our NAT is kept open for it so long.
+const AWAITED: Duration = Duration::from_secs(15 * 60);
 
 #[derive(Debug)]
 pub(super) struct PeerControl {
@@ -40,6 +40,10 @@ pub(super) struct PeerControl {
     pub(super) use_record: UseRecord,
     /// The server does not see it, and it was heard by relay: it counts as present until then.
     pub(super) heard_until: Option<Instant>,
+    /// It is wanted and not there: whether it still is wanted is asked again then.
+    pub(super) lapses_at: Option<Instant>,
+    /// It went away while data went straight to it, and is expected back until then.
+    pub(super) awaited_until: Option<Instant>,
     pub(super) second: SecondLane,
 }
 
@@ -96,6 +100,8 @@ impl Node {
             waiting_until: None,
             use_record: UseRecord::new(now),
             heard_until: None,
+            lapses_at: None,
+            awaited_until: None,
             second: SecondLane::default(),
         };
         self.peers.insert(id, peer);
@@ -169,13 +175,25 @@ impl Node {
             .map(|last| Candidate::new(last, CandidateKind::PeerReflexive));
         let candidates: Vec<Candidate> =
             last_direct.into_iter().chain(info.candidates.iter().copied()).collect();
-        let in_use = peer.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
+        let unused_at = peer.used_at.map(|at| at + WORTH_A_PATH).filter(|at| *at > now);
         let direct = matches!(peer.agent.choice().primary, Some(Via::Direct { .. }));
         if info.online {
             peer.heard_until = None;
         }
-        let eager = eager && (present || !link_up || direct);
-        let wanted = in_use || eager && (direct || peer.agent.is_wanted() || self.pace.take(now));
+        let reachable = link_up && present;
+        let eager = eager && (reachable || !link_up || direct);
+        // A direct path that nobody could help to make again is kept, used or not.
+        if reachable {
+            peer.awaited_until = None;
+        } else if direct {
+            peer.awaited_until = Some(now + AWAITED);
+        }
+        let awaited_until = peer.awaited_until.filter(|until| *until > now);
+        let worth = eager || awaited_until.is_some();
+        let going = peer.agent.is_wanted() || eager && direct;
+        let wanted = unused_at.is_some() || worth && (going || self.pace.take(now));
+        let lapses = wanted && !reachable;
+        peer.lapses_at = lapses.then(|| unused_at.max(awaited_until).unwrap_or(now + WORTH_A_PATH));
         peer.insight.note_presence(info.online, now);
         peer.agent.set_signalling(signalling);
         peer.agent.set_candidates(&candidates, now);

@@ -39,18 +39,19 @@ impl Node {
         }
     }
 
-    /// Those that have become silent are away, if the server says so.
+    /// Those that have become silent are away, if the server says so; and those that are away are not
+    /// looked for for ever because somebody once sent them something.
     pub(super) fn handle_presence_timeout(&mut self, now: Instant) {
-        let silent = |until: Option<Instant>| until.is_some_and(|until| until <= now);
+        let over = |until: Option<Instant>| until.is_some_and(|until| until <= now);
         let ids: Vec<NodeId> = self
             .peers
             .iter()
-            .filter(|(_, peer)| silent(peer.heard_until))
+            .filter(|(_, peer)| over(peer.heard_until) || over(peer.lapses_at))
             .map(|(id, _)| *id)
             .collect();
         for id in ids {
             if let Some(peer) = self.peers.get_mut(&id) {
-                peer.heard_until = None;
+                peer.heard_until = peer.heard_until.filter(|until| *until > now);
             }
             self.update_peer(id, now);
         }

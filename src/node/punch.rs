@@ -127,9 +127,9 @@ impl Node {
         self.peers.iter().filter_map(due).min()
     }
 
-    /// Where the server sees our main socket, over IPv4.
+    /// Where the server sees our main socket, over IPv4; none if we can send nothing by it.
     fn reflexive_v4(&self) -> Option<SocketAddr> {
-        self.prediction.first_mapping().filter(SocketAddr::is_ipv4)
+        self.prediction.first_mapping().filter(|seen| seen.is_ipv4() && self.has_ipv4())
     }
 
     fn can_probe(&self, now: Instant) -> bool {
@@ -205,6 +205,9 @@ impl Node {
     }
 
     fn answer_offer(&mut self, id: NodeId, offer: &Punch, birthday: bool, tries: u8, now: Instant) {
+        if !self.has_ipv4() {
+            return self.refuse_offer(id, offer, now);
+        }
         let own = self.netmap.identity.as_ref().map(|identity| identity.id);
         let crossed = self.punching.run.as_ref().is_some_and(|run| {
             run.peer == id && matches!(run.part, Part::Offered) && own > Some(id)
@@ -231,11 +234,14 @@ impl Node {
                 self.say(id, offer.run, Step::Accept { way });
                 self.start_run(id, offer, way, false, tries, now);
             }
-            None => {
-                self.say(id, offer.run, Step::Hopeless);
-                self.punching.history(id).postpone(HOPELESS_WAIT, now);
-            }
+            None => self.refuse_offer(id, offer, now),
         }
+    }
+
+    /// There is no way that could work.
+    fn refuse_offer(&mut self, id: NodeId, offer: &Punch, now: Instant) {
+        self.say(id, offer.run, Step::Hopeless);
+        self.punching.history(id).postpone(HOPELESS_WAIT, now);
     }
 
     /// Both have agreed: our part.
@@ -352,5 +358,28 @@ impl super::predict::Prediction {
             Some(_) => NatHint::Varies,
             None => NatHint::Unknown,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::{Netmap, NodeSettings};
+    use crate::testing::epoch;
+    use crate::types::SecretKey;
+
+    #[test]
+    fn an_endpoint_behind_a_translator_starts_no_run_that_cannot_send() {
+        let key = SecretKey::from_bytes([1; 32]);
+        let settings = NodeSettings::default();
+        let mut node = Node::new(key, Netmap::default(), settings, [7; 32], 1, epoch());
+        node.note_first_port("198.51.100.9:4000".parse().unwrap(), epoch());
+        assert!(node.reflexive_v4().is_some() && node.facts(epoch()).ipv4.is_none());
+        let [six, four] = ["[2001:db8::7]:4000", "192.168.1.7:4000"].map(|it| it.parse().unwrap());
+        node.handle_host_endpoints(vec![six], epoch());
+        node.note_first_port("198.51.100.9:4000".parse().unwrap(), epoch());
+        assert_eq!((node.reflexive_v4(), node.facts(epoch()).ipv4), (None, Some(false)));
+        node.handle_host_endpoints(vec![six, four], epoch());
+        assert!(node.reflexive_v4().is_some() && node.facts(epoch()).ipv4 == Some(true));
     }
 }

@@ -38,8 +38,8 @@ pub(super) const REFRESH: Duration = Duration::from_secs(20);
 const REFRESH_IN_USE: Duration = Duration::from_secs(5);
 /// The same when there is another uplink to go by.
 const REFRESH_WITH_CHOICE: Duration = Duration::from_secs(1);
-/// A relayed peer that was heard or sent to this long ago is in use.
-const IN_USE: Duration = Duration::from_secs(30);
+/// A relayed peer that was heard or sent to this long ago needs the relay soon again.
+const RELAYED_LATELY: Duration = Duration::from_secs(30);
 
 /// The node's side of the relay's sign-on.
 #[derive(Debug, Default)]
@@ -315,7 +315,7 @@ impl Node {
     fn is_relaying(&self, now: Instant) -> bool {
         let recent = |stamp: u64| {
             let at = self.shared.unstamp(stamp);
-            at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE)
+            at.is_some_and(|at| now.saturating_duration_since(at) < RELAYED_LATELY)
         };
         self.peers.values().any(|peer| {
             let counters = &peer.fast.counters;

@@ -90,6 +90,7 @@ impl Node {
             soonest.add(peer.waiting_until, "packets wait for a path");
             soonest.add(peer.keys.next_at(), "a peer's old key");
             soonest.add(peer.heard_until, "a peer that the server does not see");
+            soonest.add(peer.lapses_at, "a peer that is away may be wanted no more");
         }
         soonest.add(self.wanted.next_at(), "peers of a large network");
         soonest.add(self.relay.next_at(), "relay bind");

@@ -42,6 +42,7 @@ pub use messages::{Answer, PathEvent, PathTransmit, Traffic};
 use opener::Cause;
 pub use opener::{OPENER_TTL, Signalling};
 use proof::{Trial, Trust};
+pub use rounds::WORTH_A_PATH;
 pub use uplinks::Line;
 use uplinks::Uplinks;
 
@@ -157,6 +158,10 @@ impl PathAgent {
             self.wanted = true;
             let told = self.told_at == Some(now);
             self.start_round(if told { Cause::ToldBoth } else { Cause::Wanted }, now);
+            if self.keepalive_at.is_none() {
+                // The path in use is kept open again, if it is still there.
+                self.verify(now);
+            }
         }
         if self.wanted && !wanted {
             self.forget_extra_sockets(now);

@@ -43,7 +43,7 @@ pub mod verdict;
 
 pub use agent::{
     Answer, EARLY_BYTES, Line, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic,
-    UNDERLAY_BYTES,
+    UNDERLAY_BYTES, WORTH_A_PATH,
 };
 pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};

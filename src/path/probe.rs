@@ -48,6 +48,8 @@ pub(crate) struct Prober {
     opener_at: Option<Instant>,
     /// Pings in a round; none for all that there are.
     steps: Option<usize>,
+    /// The round is one ping.
+    is_single: bool,
     round_start: Option<Instant>,
     next_step: usize,
     in_flight: BTreeMap<TxId, Instant>,
@@ -63,6 +65,13 @@ impl Prober {
         self.opener_at = None;
         self.round_start = Some(now);
         self.next_step = 0;
+        self.is_single = false;
+    }
+
+    /// Starts a round of one ping.
+    pub(crate) fn start_single(&mut self, now: Instant) {
+        self.start_round(now);
+        self.is_single = true;
     }
 
     /// Starts a round with an opener now and the first ping after `hold`; without a hold there is
@@ -117,7 +126,7 @@ impl Prober {
         if self.opener_at.take().is_some() {
             return Some(Due::Opener);
         }
-        let steps = self.steps.unwrap_or(ROUND_MS.len());
+        let steps = if self.is_single { 1 } else { self.steps.unwrap_or(ROUND_MS.len()) };
         if self.next_step >= steps {
             self.round_start = None;
             return None;

@@ -25,6 +25,9 @@ pub struct Facts {
     pub reflexive: Option<SocketAddr>,
     /// Whether the node has a global IPv6 address.
     pub ipv6: bool,
+    /// Whether the node has an IPv4 address; none when that is not known, or an older node does not
+    /// tell.
+    pub ipv4: Option<bool>,
     /// Whether a router maps a port to it.
     pub port_mapped: bool,
     /// Its own UDP port.
@@ -85,6 +88,8 @@ pub enum Outlook {
     RelayOnly,
     /// Relay over TCP: one side has no UDP.
     NoUdp,
+    /// Relay: one side has only IPv6, the other one only IPv4.
+    NoFamily,
     /// Too little is known of one side.
     Unknown,
 }
@@ -99,6 +104,7 @@ impl Outlook {
             Self::IfGuessed => "relay-unless-guessed",
             Self::RelayOnly => "relay",
             Self::NoUdp => "relay-tcp",
+            Self::NoFamily => "relay-no-common-family",
             Self::Unknown => "unknown",
         }
     }
@@ -121,6 +127,7 @@ impl Outlook {
                  nothing can guess both"
             }
             Self::NoUdp => "UDP is blocked on one side",
+            Self::NoFamily => "one side has only IPv6, and the other one only IPv4",
             Self::Unknown => "too little is known of one of the networks",
         }
     }
@@ -162,6 +169,18 @@ impl Facts {
         behind(self) && behind(other) && at(self).is_some() && at(self) == at(other)
     }
 
+    /// Whether it has IPv6, and no IPv4 of its own. It may still reach servers with IPv4 only, by a translator
+    /// (NAT64); what is sent to a bare IPv4 address does not go there.
+    pub(super) fn is_ipv6_only(&self) -> bool {
+        self.ipv4 == Some(false) && self.ipv6
+    }
+
+    /// Whether one has only IPv6, and the other one only IPv4.
+    pub(super) fn no_common_family(&self, other: &Self) -> bool {
+        let ipv4_only = |facts: &Self| !facts.ipv6 && facts.ipv4 != Some(false);
+        self.is_ipv6_only() && ipv4_only(other) || other.is_ipv6_only() && ipv4_only(self)
+    }
+
     /// What is to be expected between two nodes with these networks in front of them.
     #[must_use]
     pub fn outlook(&self, other: &Self) -> Outlook {
@@ -170,6 +189,9 @@ impl Facts {
         }
         if self.ipv6 && other.ipv6 || self.same_nat(other) {
             return Outlook::Direct;
+        }
+        if self.no_common_family(other) {
+            return Outlook::NoFamily;
         }
         self.outlook_ipv4(other)
     }
@@ -297,5 +319,23 @@ mod tests {
         assert_eq!(blocked.outlook(&with_ipv6), Outlook::NoUdp);
         assert_eq!(Facts::default().outlook(&random), Outlook::Unknown);
         assert_eq!(Facts::default().kind(), "unknown");
+    }
+
+    #[test]
+    fn one_with_ipv6_only_and_one_with_ipv4_only_have_no_way_but_the_relay() {
+        // What its translator maps, or that nothing maps its IPv6 address, is no IPv4 of its own.
+        for mapping in [Mapping::None, Mapping::EndpointIndependent] {
+            let six = Facts { ipv6: true, ipv4: Some(false), ..facts(mapping, false, false) };
+            let four = Facts { ipv4: Some(true), ..facts(Mapping::None, false, false) };
+            let older = Facts { ipv4: None, ..four };
+            for other in [four, older] {
+                assert_eq!(six.outlook(&other), Outlook::NoFamily);
+                assert_eq!(other.outlook(&six), Outlook::NoFamily);
+            }
+            let both = Facts { ipv6: true, ..four };
+            assert_eq!(six.outlook(&both), Outlook::Direct);
+            assert_eq!(both.outlook(&four), Outlook::Direct);
+            assert_eq!(six.outlook(&six), Outlook::Direct);
+        }
     }
 }

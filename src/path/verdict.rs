@@ -106,6 +106,8 @@ words! {
     Trying => "trying",
     /// Guesses of a port that can be guessed are under way.
     Predicting => "predicting",
+    /// One side has only IPv6, the other one only IPv4.
+    NoCommonFamily => "no-common-family",
     /// One router that does not turn packets around, and no way inside.
     SameNat => "same-nat-no-hairpin",
     /// Two NATs with another port for each destination.
@@ -272,6 +274,9 @@ fn by_networks(pair: &Pair<'_>) -> Option<Judged> {
                 .into(),
         ));
     }
+    if own.facts.no_common_family(&peer.facts) {
+        return Some(no_common_family(pair));
+    }
     let relayed = "data is relayed";
     match own.facts.outlook_ipv4(&peer.facts) {
         Outlook::RelayOnly => Some((
@@ -309,8 +314,24 @@ fn by_networks(pair: &Pair<'_>) -> Option<Judged> {
                 forward(pair, peer),
             ))
         }
-        Outlook::Direct | Outlook::NoUdp | Outlook::Unknown => None,
+        Outlook::Direct | Outlook::NoUdp | Outlook::NoFamily | Outlook::Unknown => None,
     }
+}
+
+fn no_common_family(pair: &Pair<'_>) -> Judged {
+    let Pair { own_name, peer_name, own, .. } = pair;
+    let (six, four) = match own.facts.is_ipv6_only() {
+        true => (own_name, peer_name),
+        false => (peer_name, own_name),
+    };
+    (
+        Word::NoCommonFamily,
+        format!(
+            "{six} has only IPv6 and {four} has only IPv4: no datagram gets from one to the other, so \
+             data is relayed"
+        ),
+        format!("switch on IPv6 in {four}'s network, or IPv4 in {six}'s; one of them is enough"),
+    )
 }
 
 /// Forward a port on the side where one is enough; the stricter one if there is a difference.

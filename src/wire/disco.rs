@@ -119,7 +119,8 @@ pub enum Message {
     Pong {
         /// Of the ping.
         tx: TxId,
-        /// Where the ping came from, as the answering node saw it: the peer is a reflector too.
+        /// Where the ping came from, as the answering node saw it. It helps who reads a capture; no node
+        /// acts on it, since a peer could name any address.
         observed: Option<SocketAddr>,
         /// How much data the answering node has got from the asking one on the path of the ping.
         arrived: Option<SizeCounts>,

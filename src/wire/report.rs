@@ -60,6 +60,9 @@ pub struct WireFacts {
     /// Its own UDP port.
     #[n(7)]
     pub port: Option<u16>,
+    /// Whether the node has an IPv4 address.
+    #[n(8)]
+    pub ipv4: Option<bool>,
 }
 
 /// A candidate of the other side, and how it answered.

@@ -6,6 +6,7 @@
 //!   named       scenarios with a name and a time bound; hard: those of hard NATs
 //!   bounds      how soon, in round trips      quiet    how much is sent when nothing happens
 //!   large     networks of more nodes than everybody is told of
+//!   alone     without a server
 //!   filtered    paths that let questions through and no data
 //!   rotation    node keys are renewed            dark     hosts with two uplinks
 //!   evil      a relay that harms what it carries, and a server that names victims
@@ -46,6 +47,7 @@
 //! `SIM_SEED=7 cargo test --test sim` replays one seed, `SIM_SCENARIOS=1000` sets how many are
 //! tried. Nothing here reads a clock but this file, which takes the start of time once.
 
+mod alone;
 mod bounds;
 mod check;
 mod control_link;

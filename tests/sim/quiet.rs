@@ -93,3 +93,20 @@ fn a_network_that_starts_at_once_is_no_flood() {
         assert!(busiest <= bound, "{nodes} nodes: {busiest} datagrams in a second");
     }
 }
+
+#[test]
+fn a_packet_to_a_peer_that_is_offline_does_not_start_a_search_without_end() {
+    let mut world = network([PortRestricted; 2]);
+    world.run_for(Duration::from_secs(10));
+    world.stop_host(1);
+    // So long it is expected back.
+    world.run_for(Duration::from_secs(16 * 60));
+    world.ping(0, 1, 64).expect("it is known");
+    // That long it counts as in use.
+    world.run_for(Duration::from_secs(190));
+    let (datagrams, _) = an_hour(&mut world)[0];
+    println!(
+        "{datagrams} datagrams in an hour, with one packet to a peer that is offline before it"
+    );
+    assert!(datagrams <= 3600 / 20 + 2, "{datagrams} datagrams in an hour");
+}

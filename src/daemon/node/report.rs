@@ -279,8 +279,8 @@ pub struct Forecast {
     pub id: String,
     /// Its name.
     pub name: String,
-    /// `direct`, `direct-after-prediction`, `relay-unless-guessed`, `relay`, `relay-tcp`, `offline`
-    /// or `unknown`.
+    /// `direct`, `direct-after-prediction`, `relay-unless-guessed`, `relay`, `relay-tcp`,
+    /// `relay-no-common-family`, `offline` or `unknown`.
     pub forecast: String,
     /// Why, in a sentence.
     pub reason: String,

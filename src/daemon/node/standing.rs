@@ -52,10 +52,12 @@ impl Daemon {
 
 /// When something is that is so many seconds away. Not to the minute: each change is said in the log.
 fn from_now(seconds: u64) -> String {
-    match seconds {
-        ..=HOUR_S => "within the hour".to_owned(),
-        ..=DAY_S => format!("{} h from now", seconds.div_ceil(HOUR_S)),
-        _ => format!("{} d from now", seconds.div_ceil(DAY_S)),
+    if seconds <= HOUR_S {
+        "within the hour".to_owned()
+    } else if seconds <= DAY_S {
+        format!("{} h from now", seconds.div_ceil(HOUR_S))
+    } else {
+        format!("{} d from now", seconds.div_ceil(DAY_S))
     }
 }
 

@@ -21,10 +21,9 @@ impl PathAgent {
     pub(super) fn choose(&mut self, why: &'static str, now: Instant) {
         let has_relay = self.relay.is_some();
         let usable = |endpoint: &Endpoint| {
-            endpoint.proved(now)
-                && endpoint.penalty_until.is_none_or(|until| until <= now)
-                // Where there is nothing else, a bad path is better than none.
-                && !(has_relay && endpoint.trust == Trust::Distrusted)
+            let bad = endpoint.is_penalised(now) || endpoint.trust == Trust::Distrusted;
+            // Where there is nothing else, a bad path is better than none.
+            endpoint.proved(now) && !(has_relay && bad)
         };
         let best = self
             .endpoints
@@ -32,9 +31,10 @@ impl PathAgent {
             .filter(|(_, endpoint)| usable(endpoint))
             .filter_map(|(place, endpoint)| {
                 let score = self.score(*place, endpoint)?;
-                Some((score, endpoint.via(*place)))
+                Some((endpoint.is_penalised(now), score, endpoint.via(*place)))
             })
-            .min();
+            .min()
+            .map(|(_, score, via)| (score, via));
         let current = self.primary.and_then(Via::place).and_then(|place| {
             let endpoint = self.endpoints.get(&place).filter(|endpoint| usable(endpoint))?;
             Some((self.score(place, endpoint)?, endpoint.via(place)))
@@ -102,9 +102,10 @@ impl PathAgent {
     fn instead_of_a_doubted(&self, now: Instant) -> Option<Via> {
         let since = self.doubt.doubled_since()?;
         let on_second = self.on_second();
+        let has_relay = self.relay.is_some();
         self.endpoints
             .iter()
-            .filter(|(_, endpoint)| endpoint.penalty_until.is_none_or(|until| until <= now))
+            .filter(|(_, endpoint)| !(has_relay && endpoint.is_penalised(now)))
             .filter(|(_, endpoint)| endpoint.prober.last_pong().is_some_and(|at| at >= since))
             // A second one gets copies until the doubt is over: it may cost money.
             .filter(|(place, _)| on_second || !self.is_second(**place))

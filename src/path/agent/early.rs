@@ -54,7 +54,7 @@ impl PathAgent {
         let announced = self.endpoints.get(&place).is_some_and(|endpoint| {
             endpoint.kind != CandidateKind::PeerReflexive
                 && endpoint.trust == Trust::New
-                && endpoint.penalty_until.is_none_or(|until| until <= now)
+                && !endpoint.is_penalised(now)
                 && !endpoint.proved(now)
                 && endpoint.prober.sent_pings() > 0
         });

@@ -76,6 +76,11 @@ impl Endpoint {
         fresh(self.prober.last_pong()) || (self.prober.last_pong().is_some() && fresh(self.heard))
     }
 
+    /// Whether it has failed a moment ago: it is not taken before anything else that there is.
+    pub(super) fn is_penalised(&self, now: Instant) -> bool {
+        self.penalty_until.is_some_and(|until| until > now)
+    }
+
     pub(super) fn heard_lately(&self, now: Instant) -> bool {
         let last = self.heard.max(self.prober.last_pong());
         last.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW)

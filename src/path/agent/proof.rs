@@ -197,6 +197,8 @@ impl PathAgent {
         }
         let Some(endpoint) = self.endpoints.get_mut(&place) else { return };
         endpoint.trust = Trust::New;
+        // Taken because there was nothing else, it has nothing more to wait for.
+        endpoint.penalty_until = None;
         endpoint.delivery.begin_proof();
         if endpoint.mtu.found(now).is_none() || endpoint.mtu.next_at().is_none() {
             endpoint.mtu.start(limit, now);

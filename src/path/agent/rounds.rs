@@ -32,8 +32,14 @@ const RETRY: [Duration; 6] = [
 ];
 /// While data flows by the relay, the waits do not grow beyond this one.
 const IN_USE_RETRY: usize = 3;
-/// Data that was sent this long ago still flows.
-pub(super) const IN_USE: Duration = Duration::from_secs(180);
+/// A peer that was sent to this long ago is worth a path.
+pub const WORTH_A_PATH: Duration = Duration::from_secs(180);
+/// So many rounds without any path: the peer is away, and may be for months.
+const ROUNDS_TO_NOBODY: usize = 6;
+/// From then on each of its endpoints gets one ping after this and a part of it that is random. That keeps
+/// our NAT open, and the endpoint that it gives us; a peer that comes back does the same, so that
+/// two behind NATs find each other without any help.
+const ROLL_CALL: Duration = Duration::from_secs(20);
 
 /// Guesses miss by chance, and the next ones may hit: they are made again after this,
 const GUESS_AGAIN: Duration = Duration::from_millis(700);
@@ -120,9 +126,9 @@ impl PathAgent {
             return;
         }
         self.round_at = Some(now);
-        // Without any path nothing else can help, so the rounds stay close enough together to
-        // keep our NAT open for a peer that comes back.
-        let in_use = self.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE);
+        // Without any path nothing else can help, so the rounds stay close together.
+        let in_use =
+            self.used_at.is_some_and(|at| now.saturating_duration_since(at) < WORTH_A_PATH);
         let last = match (self.primary, in_use) {
             (None, _) => 1,
             (Some(_), true) => IN_USE_RETRY,
@@ -159,8 +165,12 @@ impl PathAgent {
     /// We can be reached at more addresses than before: there may be a better path, and what was
     /// proved still holds.
     pub fn handle_more_addresses(&mut self, now: Instant) {
-        if self.wanted {
+        // That our candidates are others has perhaps started one just now.
+        if self.wanted && self.round_at != Some(now) {
             self.round_at = None;
+            if self.primary.is_none() {
+                self.retries = 0;
+            }
             self.start_round(Cause::Wanted, now);
         }
     }
@@ -202,11 +212,26 @@ impl PathAgent {
 
     /// The last round led to nothing.
     pub(super) fn retry(&mut self, now: Instant) {
+        if self.primary.is_none() && self.retries >= ROUNDS_TO_NOBODY {
+            return self.call_the_roll(now);
+        }
         let guessed =
             self.endpoints.values().any(|endpoint| endpoint.kind == CandidateKind::Predicted);
         let cause = if guessed && self.guesses < GUESSES { Cause::Guess } else { Cause::Wanted };
         self.guesses += 1;
         self.start_round(cause, now);
+    }
+
+    /// Nobody has answered for long: one ping to each endpoint. What it opens in our NAT is needed as much as
+    /// what it may bring back, so it is not held back for an opener.
+    fn call_the_roll(&mut self, now: Instant) {
+        // A guess of a port is worth nothing by now.
+        let lasts = |it: &&mut Endpoint| it.kind != CandidateKind::Predicted;
+        for endpoint in self.endpoints.values_mut().filter(lasts) {
+            endpoint.prober.start_single(now);
+        }
+        self.ping_due(now);
+        self.retry_at = Some(now + ROLL_CALL.mul_f64(self.rng.random_range(1.0..1.2)));
     }
 
     /// Sends the pings of all rounds that are due; the first ones of a round leave in the same

@@ -14,7 +14,7 @@ use rand::Rng;
 
 use super::choose::KEEPALIVE;
 use super::opener::Cause;
-use super::rounds::{CALL_SPACING, IN_USE};
+use super::rounds::{CALL_SPACING, WORTH_A_PATH};
 use super::{Endpoint, PathAgent, PathTransmit};
 use crate::path::{Place, Via};
 use crate::types::{CandidateKind, SocketId, is_of_one_site};
@@ -179,7 +179,7 @@ impl PathAgent {
     }
 
     fn is_used(&self, now: Instant) -> bool {
-        self.used_at.is_some_and(|at| now.saturating_duration_since(at) < IN_USE)
+        self.used_at.is_some_and(|at| now.saturating_duration_since(at) < WORTH_A_PATH)
     }
 
     /// Data flows: second places are looked after again.

@@ -215,6 +215,19 @@ fn one_router_that_does_not_turn_packets_around() {
 }
 
 #[test]
+fn no_common_family_is_no_firewall() {
+    let (mut own, mut peer) = (relayed("none", HERE), relayed("port-restricted", THERE));
+    (own.facts.ipv4, own.facts.ipv6) = (Some(false), true);
+    peer.facts.ipv4 = Some(true);
+    assert_eq!(word(&own, &peer), Word::NoCommonFamily);
+    let of = |own: &Side, peer: &Side| judged(own, Some(peer), Presence::Online);
+    assert!(of(&own, &peer).sentence.starts_with("alice has only IPv6 and bob has only IPv4"));
+    assert!(of(&peer, &own).sentence.starts_with("bob has only IPv6 and alice has only IPv4"));
+    peer.facts.ipv6 = true;
+    assert_eq!(word(&own, &peer), Word::Firewall, "by IPv6 it should work");
+}
+
+#[test]
 fn a_firewall_is_found_by_who_hears_whom() {
     let deaf = relayed("none", HERE);
     let mut hearing = relayed("none", THERE);
