@@ -1,7 +1,7 @@
 //! `overlay up`: runs a node in the foreground; systemd starts the same.
 
 use std::io::{BufRead, IsTerminal, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -299,6 +299,9 @@ fn failure(error: &StartError) -> Failure {
             error,
             format!("restore {} from a backup, or remove it and join anew", path.display()),
         ),
+        StartError::State(
+            StateError::KeysLost { path, .. } | StateError::OtherKeys { path, .. },
+        ) => Failure::caused_by(STATE, error, keys_help(path)),
         StartError::State(StateError::File(FileError::Locked { .. })) => Failure::caused_by(
             STATE,
             error,
@@ -341,6 +344,17 @@ fn failure(error: &StartError) -> Failure {
         ),
     };
     if denied { failure.code(PERMISSION) } else { failure }
+}
+
+/// What to do about a member without its keys.
+fn keys_help(path: &Path) -> String {
+    let dir = path.parent().unwrap_or(path);
+    format!(
+        "restore {} from a backup; or give the membership up: remove {} and join anew with a line \
+         of the server, sudo overlay up JOINLINE",
+        path.display(),
+        dir.display()
+    )
 }
 
 /// A port that was asked for, and is not taken either.

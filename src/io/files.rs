@@ -163,10 +163,15 @@ pub fn write_twice(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError
     write_atomically(&beside(path, BACKUP), bytes, mode)
 }
 
-/// Where the content of a file may be when the file itself is there and of no use: one that was
+/// Where the content of a file may be when the file itself is missing or of no use: one that was
 /// written and not yet put in place, then the second copy.
 pub fn other_places(path: &Path) -> [PathBuf; 2] {
     [beside(path, NEW), beside(path, BACKUP)]
+}
+
+/// Whether this is the second copy of a file.
+pub fn is_copy(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().ends_with(BACKUP.as_bytes())
 }
 
 const NEW: &str = ".new";
