@@ -354,3 +354,4 @@ fn file_help(error: &FileError) -> String {
         FileError::Io { .. } => "run it with sudo, or choose another place with --state-dir".into(),
     }
 }
+        FileError::NotAFile { path } => format!("look at it: ls -l {}", path.display()),
