@@ -250,7 +250,9 @@ impl StateDir {
     pub(super) fn prepare(&mut self, join: &JoinLine) {
         let listen_port = self.enrolment.as_ref().map_or(0, |enrolment| enrolment.listen_port);
         // Keys that were put here since are another machine's: it joins as a new one.
-        let of_keys = |it: &Option<PublicKey>| it.is_none() || it == &self.machine;
+        // Where the keys are gone it is still a member: that there are none is an error of its own.
+        let of_keys =
+            |it: &Option<PublicKey>| it.is_none() || self.machine.is_none() || it == &self.machine;
         let fits =
             |it: &&Enrolment| it.network == join.network && it.joined && of_keys(&it.machine);
         let before = self.enrolment.as_ref().filter(fits);
