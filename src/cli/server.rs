@@ -295,6 +295,10 @@ fn explain(error: &StartError, options: &Options) -> Failure {
             "{RESTORE}; to start a new network instead, remove {}",
             key.display()
         )),
+        StartError::OtherKey { key, .. } => failure(&format_args!(
+            "put the network's own key back as {}, mode 600; or {RESTORE}",
+            key.display()
+        )),
         StartError::KeyLost { .. } => {
             failure(&format_args!("every node trusts this key and no other; {RESTORE}"))
         }
@@ -362,6 +366,7 @@ fn file_help(error: &FileError) -> String {
         FileError::Io { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
             "the file system is read-only: choose another place with --state-dir".into()
         }
+        FileError::NotAFile { path } => format!("look at it: ls -l {}", path.display()),
         FileError::Io { .. } => "run it with sudo, or choose another place with --state-dir".into(),
     }
 }

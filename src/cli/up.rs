@@ -1,7 +1,7 @@
 //! `overlay up`: runs a node in the foreground; systemd starts the same.
 
 use std::io::{BufRead, IsTerminal, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -294,33 +294,7 @@ fn failure(error: &StartError) -> Failure {
             error,
             "run it with sudo, or give --socket a place that this user may write to",
         ),
-        StartError::State(StateError::Damaged { path, .. }) => Failure::caused_by(
-            STATE,
-            error,
-            format!("restore {} from a backup, or remove it and join anew", path.display()),
-        ),
-        StartError::State(StateError::File(FileError::Locked { .. })) => Failure::caused_by(
-            STATE,
-            error,
-            "stop the other node (sudo overlay down), or choose another --state-dir",
-        ),
-        StartError::State(StateError::File(FileError::TooOpen { path, .. })) => {
-            Failure::caused_by(STATE, error, format!("sudo chmod 600 {}", path.display()))
-        }
-        StartError::State(StateError::File(FileError::Io { source, .. }))
-            if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
-        {
-            Failure::caused_by(
-                STATE,
-                error,
-                "the file system is read-only: choose another place with --state-dir",
-            )
-        }
-        StartError::State(error) => Failure::caused_by(
-            STATE,
-            error,
-            "run it with sudo, or give --state-dir a place that this user may write to",
-        ),
+        StartError::State(error) => state_failure(error),
         StartError::Metrics { address, .. } => metrics_failure(address, error),
         StartError::Io { .. } => Failure::caused_by(
             "the node cannot start",
@@ -341,6 +315,58 @@ fn failure(error: &StartError) -> Failure {
         ),
     };
     if denied { failure.code(PERMISSION) } else { failure }
+}
+
+/// How a state directory that is of no use says so.
+fn state_failure(error: &StateError) -> Failure {
+    match error {
+        StateError::Damaged { path, .. } => Failure::caused_by(
+            STATE,
+            error,
+            format!("restore {} from a backup, or remove it and join anew", path.display()),
+        ),
+        StateError::KeysLost { path, .. } | StateError::OtherKeys { path, .. } => {
+            Failure::caused_by(STATE, error, keys_help(path))
+        }
+        StateError::File(FileError::Locked { .. }) => Failure::caused_by(
+            STATE,
+            error,
+            "stop the other node (sudo overlay down), or choose another --state-dir",
+        ),
+        StateError::File(FileError::TooOpen { path, .. }) => {
+            Failure::caused_by(STATE, error, format!("sudo chmod 600 {}", path.display()))
+        }
+        StateError::File(FileError::NotAFile { path }) => Failure::caused_by(
+            STATE,
+            error,
+            format!("look at it: ls -l {0}; remove it, then: overlay up", path.display()),
+        ),
+        StateError::File(FileError::Io { source, .. })
+            if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
+        {
+            Failure::caused_by(
+                STATE,
+                error,
+                "the file system is read-only: choose another place with --state-dir",
+            )
+        }
+        StateError::File(_) => Failure::caused_by(
+            STATE,
+            error,
+            "run it with sudo, or give --state-dir a place that this user may write to",
+        ),
+    }
+}
+
+/// What to do about a member without its keys.
+fn keys_help(path: &Path) -> String {
+    let dir = path.parent().unwrap_or(path);
+    format!(
+        "restore {} from a backup; or give the membership up: remove {} and join anew with a line \
+         of the server, sudo overlay up JOINLINE",
+        path.display(),
+        dir.display()
+    )
 }
 
 /// A port that was asked for, and is not taken either.

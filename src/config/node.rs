@@ -20,8 +20,10 @@ pub struct NodeConfig {
     /// The name to ask the server for when joining. Default: the host name.
     pub name: Option<NodeName>,
     /// Where keys and the last netmap are kept.
+    #[serde(deserialize_with = "path")]
     pub state_dir: Option<PathBuf>,
     /// The local socket.
+    #[serde(deserialize_with = "path")]
     pub socket: Option<PathBuf>,
     /// The name of the TUN interface. Default: `overlay0`.
     #[serde(deserialize_with = "interface")]
@@ -136,6 +138,17 @@ fn interface<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String
     Ok(Some(name))
 }
 
+/// A path; no text at all names nothing.
+pub(super) fn path<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    if path.as_os_str().is_empty() {
+        return Err(serde::de::Error::custom("an empty path: name one, or leave the line out"));
+    }
+    Ok(Some(path))
+}
+
 fn rekey_after<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
     number(deserializer, 5..=120, "a new key each so many seconds")
 }
@@ -229,6 +242,10 @@ mod tests {
             assert_eq!(said(&format!("port-mapping-lease-s = {good}")), "good");
             let said = said(&format!("port-mapping-lease-s = {bad}"));
             assert!(said.starts_with("node.toml:1:24: ") && said.contains("from 20 to"), "{said}");
+        }
+        for key in ["state-dir", "socket"] {
+            let said = said(&format!("{key} = \"\""));
+            assert!(said.contains("an empty path"), "{said}");
         }
         assert_eq!(said("interface = \"lan7\""), "good");
         let said = said("interface = \"a b\"");

@@ -9,9 +9,10 @@ use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 
 use super::Config;
-use super::node::NodeConfig;
+use super::node::{NodeConfig, path};
 use super::paths::Role;
 use crate::io::metrics::LoopbackAddr;
+use crate::types::OverlayRange;
 use crate::wire::join::ServerAddr;
 
 /// The content of `server.toml`; what is not set has the default that `config/server.toml` shows.
@@ -23,12 +24,16 @@ pub struct ServerConfig {
     /// Addresses to put into join lines.
     pub public_addr: Vec<ServerAddr>,
     /// Where keys and members are kept.
+    #[serde(deserialize_with = "path")]
     pub state_dir: Option<PathBuf>,
     /// The local socket for `overlay server nodes` and the like.
+    #[serde(deserialize_with = "path")]
     pub socket: Option<PathBuf>,
     /// The overlay's IPv4 range; only before the first node has joined.
+    #[serde(deserialize_with = "network")]
     pub network: Option<Ipv4Net>,
     /// The overlay's IPv6 range; only before the first node has joined.
+    #[serde(deserialize_with = "network_ipv6")]
     pub network_ipv6: Option<Ipv6Net>,
     /// Where Prometheus may ask, an address of this machine alone. Default: nowhere.
     pub metrics: Option<LoopbackAddr>,
@@ -66,6 +71,19 @@ fn whole_netmap<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usi
     Ok(Some(nodes))
 }
 
+/// What the server would refuse when it starts.
+fn network<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ipv4Net>, D::Error> {
+    let range = Ipv4Net::deserialize(deserializer)?;
+    OverlayRange::check_v4(range).map_err(Error::custom)?;
+    Ok(Some(range))
+}
+
+fn network_ipv6<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ipv6Net>, D::Error> {
+    let range = Ipv6Net::deserialize(deserializer)?;
+    OverlayRange::check_v6(range).map_err(Error::custom)?;
+    Ok(Some(range))
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -79,6 +97,28 @@ mod tests {
     fn the_example_as_it_is_changes_nothing() {
         let config: ServerConfig = load(Path::new("config/server.toml"), EXAMPLE).unwrap();
         assert_eq!(config, ServerConfig::default());
+    }
+
+    #[test]
+    fn what_the_server_would_refuse_is_pointed_at() {
+        let said = |text: &str| {
+            let loaded = load::<ServerConfig>(Path::new("server.toml"), text);
+            loaded.map_or_else(|error| error.to_string(), |_| "good".into())
+        };
+        assert_eq!(said("network = \"10.0.0.0/20\"\nnetwork-ipv6 = \"fd00:1:2::/48\""), "good");
+        for (line, why) in [
+            ("network = \"127.0.0.0/8\"", "is not private"),
+            ("network = \"0.0.0.0/0\"", "a prefix length of 8 to 29"),
+            ("network = \"10.0.0.0/31\"", "a prefix length of 8 to 29"),
+            ("network = \"10.0.0.1/20\"", "write 10.0.0.0/20"),
+            ("network-ipv6 = \"fe80::/64\"", "must be in fd00::/8"),
+            ("network-ipv6 = \"fd00::1/64\"", "write fd00::/64"),
+            ("state-dir = \"\"", "an empty path"),
+            ("socket = \"\"", "an empty path"),
+        ] {
+            let said = said(line);
+            assert!(said.starts_with("server.toml:1:") && said.contains(why), "{line}: {said}");
+        }
     }
 
     #[test]

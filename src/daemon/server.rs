@@ -122,6 +122,17 @@ pub enum StartError {
         /// The key file.
         key: PathBuf,
     },
+    /// The key is one that no node of this network knows.
+    #[error("{} is the key {found} of another server; that of the network in the store is {known}",
+        key.display())]
+    OtherKey {
+        /// The key file.
+        key: PathBuf,
+        /// The start of the key in it.
+        found: String,
+        /// The start of the one that it should be.
+        known: String,
+    },
     /// A range that no network can have.
     #[error(transparent)]
     Range(#[from] RangeError),

@@ -43,6 +43,12 @@ pub enum FileError {
         /// Its permission bits.
         mode: u32,
     },
+    /// Not one of ours: a directory, a device, or a pipe, on which a reader may wait for ever.
+    #[error("{} is no ordinary file", path.display())]
+    NotAFile {
+        /// What it is called.
+        path: PathBuf,
+    },
     /// Not one of ours.
     #[error("{} is too large: more than {limit} bytes", path.display())]
     TooLarge {
@@ -163,10 +169,15 @@ pub fn write_twice(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError
     write_atomically(&beside(path, BACKUP), bytes, mode)
 }
 
-/// Where the content of a file may be when the file itself is there and of no use: one that was
+/// Where the content of a file may be when the file itself is missing or of no use: one that was
 /// written and not yet put in place, then the second copy.
 pub fn other_places(path: &Path) -> [PathBuf; 2] {
     [beside(path, NEW), beside(path, BACKUP)]
+}
+
+/// Whether this is the second copy of a file.
+pub fn is_copy(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().ends_with(BACKUP.as_bytes())
 }
 
 const NEW: &str = ".new";
@@ -209,7 +220,7 @@ fn leave_to_owner_of(directory: &Path, file: &File) {
 /// # Errors
 /// When it exists and cannot be read.
 pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
-    Ok(open(path, MAX_FILE_BYTES)?.map(|content| content.bytes.to_vec()))
+    Ok(open(path, Source::State)?.map(|content| content.bytes.to_vec()))
 }
 
 /// The content of a file that a person has written, or `None` when there is no such file.
@@ -217,7 +228,7 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
 /// # Errors
 /// When it exists and cannot be read, or has more than a mebibyte: another file, or a device.
 pub fn read_text(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
-    Ok(open(path, MAX_TEXT_BYTES)?.map(|content| content.bytes.to_vec()))
+    Ok(open(path, Source::Text)?.map(|content| content.bytes.to_vec()))
 }
 
 /// The content of a file that only its owner may read, or `None` when there is no such file.
@@ -225,7 +236,7 @@ pub fn read_text(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
 /// # Errors
 /// When it exists and cannot be read, or others can read it.
 pub fn read_secret(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, FileError> {
-    let Some(Content { bytes, mode }) = open(path, MAX_FILE_BYTES)? else {
+    let Some(Content { bytes, mode }) = open(path, Source::State)? else {
         return Ok(None);
     };
     if mode & 0o077 != 0 {
@@ -239,13 +250,30 @@ struct Content {
     mode: u32,
 }
 
-fn open(path: &Path, limit: u64) -> Result<Option<Content>, FileError> {
-    let file = match File::open(path) {
+/// Who has written a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// This program: it is an ordinary file.
+    State,
+    /// A person, who may have a program write it at this moment, into a pipe.
+    Text,
+}
+
+fn open(path: &Path, source: Source) -> Result<Option<Content>, FileError> {
+    let (limit, flags) = match source {
+        // Else opening a pipe would wait for somebody who writes.
+        Source::State => (MAX_FILE_BYTES, OFlag::O_NONBLOCK),
+        Source::Text => (MAX_TEXT_BYTES, OFlag::empty()),
+    };
+    let file = match OpenOptions::new().read(true).custom_flags(flags.bits()).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(FileError::io("read", path)(error)),
     };
     let metadata = file.metadata().map_err(FileError::io("read", path))?;
+    if source == Source::State && !metadata.is_file() {
+        return Err(FileError::NotAFile { path: path.to_path_buf() });
+    }
     let too_large = || FileError::TooLarge { path: path.to_path_buf(), limit };
     if metadata.len() > limit {
         return Err(too_large());
@@ -259,12 +287,30 @@ fn open(path: &Path, limit: u64) -> Result<Option<Content>, FileError> {
     Ok(Some(Content { bytes, mode: metadata.permissions().mode() & 0o777 }))
 }
 
+/// Says in the log when others may change a file or directory of ours: they could put in it what they
+/// like, or take from it what it keeps.
+pub(crate) fn warn_if_open(path: &Path) {
+    if let Some(mend) = fs::metadata(path).ok().and_then(|it| mend_of(path, &it)) {
+        tracing::warn!(path = %path.display(), "others may write to it; type: sudo {mend}");
+    }
+}
+
+/// What makes a file or directory private to which everybody may write. In a directory with the sticky
+/// bit nobody takes away what is another's.
+fn mend_of(path: &Path, metadata: &fs::Metadata) -> Option<String> {
+    let (mode, is_dir) = (metadata.mode(), metadata.is_dir());
+    let is_open = mode & 0o002 != 0 && !(is_dir && mode & 0o1000 != 0);
+    let private = if is_dir { "700" } else { "600" };
+    is_open.then(|| format!("chmod {private} {}", path.display()))
+}
+
 /// Makes sure that a directory exists; one that is made here is for its owner alone.
 ///
 /// # Errors
 /// When it cannot be made.
 pub fn private_dir(path: &Path) -> Result<(), FileError> {
     if path.is_dir() {
+        warn_if_open(path);
         return Ok(());
     }
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -292,7 +338,7 @@ impl DirLock {
             .truncate(false)
             .mode(SECRET_MODE)
             // The owner of the directory must not lead root to another file.
-            .custom_flags(OFlag::O_NOFOLLOW.bits())
+            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
             .open(&path)
             .map_err(FileError::io("lock", &path))?;
         leave_to_owner_of(directory, &file);
@@ -443,6 +489,35 @@ mod tests {
         write_atomically(&path, b"secret", 0o644).unwrap();
         assert!(matches!(read_secret(&path), Err(FileError::TooOpen { mode: 0o644, .. })));
         assert_eq!(read(&path).unwrap().unwrap(), b"secret");
+    }
+
+    #[test]
+    fn nobody_waits_for_a_pipe_in_the_place_of_a_state_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("node.key");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        assert!(matches!(read_secret(&path), Err(FileError::NotAFile { .. })));
+        assert!(matches!(read(&path), Err(FileError::NotAFile { .. })));
+        assert!(matches!(read(dir.path()), Err(FileError::NotAFile { .. })));
+        fs::rename(&path, dir.path().join(LOCK_FILE)).unwrap();
+        assert!(matches!(DirLock::acquire(dir.path()), Err(FileError::Io { .. })));
+    }
+
+    #[test]
+    fn what_everybody_may_write_to_is_named_with_what_mends_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("server.db");
+        fs::write(&file, "").unwrap();
+        let mend = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            mend_of(path, &fs::metadata(path).unwrap())
+        };
+        for (mode, is_open) in [(0o700, false), (0o755, false), (0o1777, false), (0o777, true)] {
+            let command = format!("chmod 700 {}", dir.path().display());
+            assert_eq!(mend(dir.path(), mode), is_open.then_some(command), "{mode:o}");
+        }
+        assert_eq!(mend(&file, 0o644), None);
+        assert_eq!(mend(&file, 0o666), Some(format!("chmod 600 {}", file.display())));
     }
 
     #[test]

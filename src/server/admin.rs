@@ -372,6 +372,10 @@ impl Server {
         if self.settings.addresses.is_empty() {
             return Err(RequestError::NoAddress);
         }
+        // The node that joins would be called otherwise, and rules may go by the name.
+        if let Some(name) = name.as_ref().filter(|name| self.members.name_owner(name).is_some()) {
+            return Err(RequestError::NameTaken { name: name.clone() });
+        }
         let (record, secret) = self.invites.make(uses, ttl_s, name, tags, &mut self.rng, wall);
         let line = JoinLine {
             network: self.network.record.id,

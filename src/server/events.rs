@@ -266,8 +266,13 @@ mod tests {
         let range: OverlayRange =
             OverlayRange::new("10.77.0.0/20".parse().unwrap(), "fd00::/48".parse().unwrap())
                 .unwrap();
-        let record =
-            NetworkRecord { id: NetworkId([1; 8]), range, created: 0, members_last_s: None };
+        let record = NetworkRecord {
+            id: NetworkId([1; 8]),
+            range,
+            created: 0,
+            members_last_s: None,
+            server_key: None,
+        };
         let member = MemberRecord {
             id: NodeId::new(7).unwrap(),
             machine_key: PublicKey([1; 32]),

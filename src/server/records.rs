@@ -16,6 +16,9 @@ pub struct NetworkRecord {
     /// How long the memberships last of nodes that join, in seconds; none for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub members_last_s: Option<u64>,
+    /// The key that the server of this network has; none until it has been seen once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_key: Option<PublicKey>,
 }
 
 /// A node that is let in.

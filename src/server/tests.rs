@@ -113,6 +113,7 @@ impl World {
             range: range.unwrap(),
             created: WALL,
             members_last_s: None,
+            server_key: None,
         };
         let records = Records {
             network: Versioned { rev: 1, record },

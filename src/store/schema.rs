@@ -9,7 +9,7 @@ use sqlx::{Any, AnyPool, Row, Transaction};
 use super::{Store, StoreError, StoredRecord, sum_of, unsigned};
 
 /// The version of the tables that this program writes.
-pub const SCHEMA: i64 = 5;
+pub const SCHEMA: i64 = 6;
 
 /// What a new store gets; equal to the oldest version after all steps.
 const TABLES: [&str; 5] = [
@@ -18,7 +18,7 @@ const TABLES: [&str; 5] = [
      deleted BIGINT NOT NULL, body TEXT NOT NULL, sum TEXT NOT NULL DEFAULT '', \
      PRIMARY KEY (kind, id))",
     EVENTS,
-    "INSERT INTO meta (key, value) VALUES ('schema', 5)",
+    "INSERT INTO meta (key, value) VALUES ('schema', 6)",
     "INSERT INTO meta (key, value) VALUES ('rev', 0)",
 ];
 const EVENTS: &str = "CREATE TABLE events (seq BIGINT NOT NULL PRIMARY KEY, at BIGINT NOT NULL, \
@@ -47,6 +47,8 @@ impl Store {
                 3 => {}
                 // 4 to 5: so may the mark of a name that an administrator gave.
                 4 => {}
+                // 5 to 6: so may the key of the server in the record of the network.
+                5 => {}
                 _ => return Err(StoreError::Unknown { found }),
             }
             let done = sqlx::query("UPDATE meta SET value = $1 WHERE key = 'schema'")

@@ -13,7 +13,7 @@ use sqlx::{AnyConnection, AnyPool, Row};
 
 use super::schema::{SCHEMA, create};
 use super::{Store, StoreError};
-use crate::io::files::{FileError, SECRET_MODE, leave_to_owner};
+use crate::io::files::{FileError, SECRET_MODE, leave_to_owner, warn_if_open};
 
 /// Settings of a connection. `FULL` and not `NORMAL`: with the write-ahead log, NORMAL may lose
 /// acknowledged commits when the power fails.
@@ -62,6 +62,7 @@ impl Store {
             .open(path)
             .map_err(FileError::io("open", path))?;
         leave_to_owner(path, &file);
+        warn_if_open(path);
         sqlx::any::install_default_drivers();
         let pool = AnyPoolOptions::new()
             .max_connections(1)

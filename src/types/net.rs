@@ -25,6 +25,14 @@ pub enum RangeError {
         /// The range.
         range: Ipv4Net,
     },
+    /// An address and the length of a prefix, which may be a slip of the keyboard.
+    #[error("{net} is an address in the range {range}: write {range}")]
+    Inside {
+        /// What was written.
+        net: IpNet,
+        /// What it is in.
+        range: IpNet,
+    },
     /// Public, loopback or multicast space.
     #[error("the IPv4 range {range} is not private (10/8, 172.16/12, 192.168/16, 100.64/10)")]
     V4NotPrivate {
@@ -69,16 +77,40 @@ impl OverlayRange {
     /// When a prefix is not private or its size makes no sense.
     pub fn new(v4: Ipv4Net, v6: Ipv6Net) -> Result<Self, RangeError> {
         let (v4, v6) = (v4.trunc(), v6.trunc());
+        Self::check_v4(v4)?;
+        Self::check_v6(v6)?;
+        Ok(Self { v4, v6 })
+    }
+
+    /// Whether a network can have this IPv4 range.
+    ///
+    /// # Errors
+    /// When it is not private, its size makes no sense, or it is not the start of a range.
+    pub fn check_v4(v4: Ipv4Net) -> Result<(), RangeError> {
+        if v4 != v4.trunc() {
+            return Err(RangeError::Inside { net: v4.into(), range: v4.trunc().into() });
+        }
         if !(8..=29).contains(&v4.prefix_len()) {
             return Err(RangeError::V4Size { range: v4 });
         }
         if !(is_inside(v4.network().into()) && is_inside(v4.broadcast().into())) {
             return Err(RangeError::V4NotPrivate { range: v4 });
         }
+        Ok(())
+    }
+
+    /// Whether a network can have this IPv6 range.
+    ///
+    /// # Errors
+    /// When it is not a unique local one of a sensible size, or not the start of a range.
+    pub fn check_v6(v6: Ipv6Net) -> Result<(), RangeError> {
+        if v6 != v6.trunc() {
+            return Err(RangeError::Inside { net: v6.into(), range: v6.trunc().into() });
+        }
         if v6.network().octets()[0] != 0xfd || !(48..=64).contains(&v6.prefix_len()) {
             return Err(RangeError::V6 { range: v6 });
         }
-        Ok(Self { v4, v6 })
+        Ok(())
     }
 
     /// The IPv4 prefix.

@@ -146,6 +146,11 @@ pub(crate) fn empty() -> Completion {
             fs::remove_file(place.state().join(name)).unwrap();
             refuses(&place, &format!("{name} removed"));
         }
+        let place = Place::new();
+        copy_dir(&original.state(), &place.state());
+        let other = overlay::types::SecretKey::from_bytes([7; 32]);
+        fs::write(place.state().join("server.key"), &*other.expose_base64()).unwrap();
+        refuses(&place, "server.key of another server");
     });
     Completion::Completed
 }

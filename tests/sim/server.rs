@@ -92,8 +92,13 @@ impl ServerHost {
             "fd12:3456:789a::/48".parse().expect("a range"),
         );
         let range = range.expect("both ranges are large enough");
-        let network =
-            NetworkRecord { id: NetworkId([7; 8]), range, created: WALL, members_last_s: None };
+        let network = NetworkRecord {
+            id: NetworkId([7; 8]),
+            range,
+            created: WALL,
+            members_last_s: None,
+            server_key: None,
+        };
         let record = Versioned { rev: 1, record: Record::Network(network) };
         let mut host = Self {
             running: None,

@@ -25,6 +25,7 @@ use crate::types::OverlayAddrs;
 use super::Daemon;
 use super::device::{choose, delete, open, withdraw};
 use super::startup::NodeOptions;
+use super::warnings::off_warning;
 pub(super) use widest::widest_mtu;
 
 /// When an interface that could not be made anew is tried again.
@@ -228,6 +229,11 @@ impl Interface {
         self.tun.index()
     }
 
+    /// Whether somebody has switched it off.
+    pub(super) fn is_off(&self) -> bool {
+        self.off
+    }
+
     pub(super) fn identity(&self) -> &Identity {
         &self.identity
     }
@@ -337,11 +343,7 @@ impl Daemon {
             }
             Ok(Condition::Off) => {
                 if self.interface.as_ref().is_some_and(|interface| !interface.off) {
-                    tracing::warn!(
-                        interface = name,
-                        "the interface was switched off, no packet \
-                        comes or goes; type: sudo ip link set {name} up"
-                    );
+                    tracing::warn!(interface = name, "{}", off_warning(&name));
                 }
             }
             Ok(Condition::Gone) => self.remake_interface(now).await,

@@ -32,6 +32,7 @@ mod standing;
 mod startup;
 mod state;
 mod threads;
+mod warnings;
 
 pub use device::try_interface;
 pub use interface::InterfaceError;
@@ -237,7 +238,7 @@ impl Daemon {
             }
             LinkEvent::Connected { server, local, device, sender, said } => {
                 tracing::debug!(%server, early = said.is_some(), "the key exchange is through");
-                self.server = Some(server);
+                (self.server, self.connect_error) = (Some(server), None);
                 self.link_local = Some(local);
                 self.link_device = device;
                 self.heard_server = now;
@@ -460,12 +461,6 @@ impl Daemon {
         for warning in self.rival_warnings(clock::now()).iter().filter(|_| first) {
             tracing::warn!("{warning}");
         }
-    }
-
-    /// What the user should do something about.
-    fn warnings(&self, now: Instant) -> Vec<String> {
-        let (rival, standing) = (self.rival_warnings(now), self.standing_warnings(now));
-        [rival, standing, self.uplink_warnings(), self.surroundings.warnings()].concat()
     }
 
     fn rival_warnings(&self, now: Instant) -> Vec<String> {

@@ -41,6 +41,24 @@ pub enum StateError {
         /// What is wrong.
         reason: String,
     },
+    /// There is an enrolment, and the keys that it was made with are nowhere.
+    #[error("{} and its copy are missing, and this machine is a member of network {network} by them",
+        path.display())]
+    KeysLost {
+        /// Where the keys should be.
+        path: PathBuf,
+        /// In the enrolment.
+        network: NetworkId,
+    },
+    /// There is an enrolment, and it was made with other keys.
+    #[error("{} has other keys than those by which this machine is a member of network {network}",
+        path.display())]
+    OtherKeys {
+        /// Where the keys are.
+        path: PathBuf,
+        /// In the enrolment.
+        network: NetworkId,
+    },
 }
 
 #[derive(Serialize, Deserialize, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
@@ -70,6 +88,9 @@ pub(super) struct Enrolment {
     /// Whether the server has let us in; before that this is only what the join line said.
     #[serde(default)]
     pub(super) joined: bool,
+    /// The machine key that it let in; none in a file of an older version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) machine: Option<PublicKey>,
 }
 
 impl Enrolment {
@@ -93,6 +114,8 @@ impl Enrolment {
 pub(super) struct StateDir {
     path: PathBuf,
     enrolment: Option<Enrolment>,
+    /// The machine key that this node shows the server.
+    machine: Option<PublicKey>,
     /// When the node key was made, in Unix seconds.
     key_since: u64,
     _lock: DirLock,
@@ -124,21 +147,45 @@ impl StateDir {
     pub(super) fn open(path: &Path) -> Result<Self, StateError> {
         files::private_dir(path)?;
         let lock = DirLock::acquire(path)?;
-        let mut dir = Self { path: path.to_path_buf(), enrolment: None, key_since: 0, _lock: lock };
+        let mut dir = Self {
+            path: path.to_path_buf(),
+            enrolment: None,
+            machine: None,
+            key_since: 0,
+            _lock: lock,
+        };
         dir.enrolment = dir.read_json(ENROLMENT_FILE)?;
+        dir.machine = dir.read_keys().ok().flatten().map(|keys| keys.machine.public());
         dir.key_since = dir.key_made();
         Ok(dir)
     }
 
-    /// The keys, made at the first start.
-    pub(super) fn keys(&self) -> Result<Keys, StateError> {
-        if let Some(keys) = self.read_first(KEY_FILE, parse_keys)? {
+    fn read_keys(&self) -> Result<Option<Keys>, StateError> {
+        self.read_first(KEY_FILE, parse_keys)
+    }
+
+    /// The keys, made at the first start. A member without them, or with others, is an error: with
+    /// new ones in their place the server would take it for one that it has removed.
+    pub(super) fn keys(&mut self) -> Result<Keys, StateError> {
+        let path = self.path.join(KEY_FILE);
+        let joined = self.enrolment.as_ref().filter(|enrolment| enrolment.joined);
+        if let Some(keys) = self.read_keys()? {
+            let machine = keys.machine.public();
+            if let Some(enrolment) = joined.filter(|it| it.machine.is_some_and(|it| it != machine))
+            {
+                return Err(StateError::OtherKeys { path, network: enrolment.network });
+            }
+            self.machine = Some(machine);
             return Ok(keys);
+        }
+        if let Some(enrolment) = joined {
+            return Err(StateError::KeysLost { path, network: enrolment.network });
         }
         let machine = SecretKey::from_bytes(rand::random());
         let node = NodeKeys::from(SecretKey::from_bytes(rand::random()));
         let keys = Keys { machine, node, since: Some(clock::unix_seconds()) };
         self.write_keys(&keys)?;
+        self.machine = Some(keys.machine.public());
         Ok(keys)
     }
 
@@ -155,7 +202,7 @@ impl StateDir {
 
     /// When the node key was made, as its file says, or at least the age of the file.
     fn key_made(&self) -> u64 {
-        let written = self.read_first(KEY_FILE, parse_keys).ok().flatten();
+        let written = self.read_keys().ok().flatten();
         let modified = std::fs::metadata(self.path.join(KEY_FILE)).and_then(|it| it.modified());
         let modified = modified.ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
         let since = written.and_then(|keys| keys.since);
@@ -182,14 +229,14 @@ impl StateDir {
     }
 
     /// The server has stored the node key.
-    pub(super) fn note_key_told(&self) -> Result<(), StateError> {
+    pub(super) fn note_key_told(&mut self) -> Result<(), StateError> {
         let mut keys = self.keys()?;
         keys.node.told = true;
         self.write_keys(&keys)
     }
 
     /// Nobody needs the old node key any more.
-    pub(super) fn forget_old_key(&self) -> Result<(), StateError> {
+    pub(super) fn forget_old_key(&mut self) -> Result<(), StateError> {
         let mut keys = self.keys()?;
         keys.node.previous = None;
         self.write_keys(&keys)
@@ -202,7 +249,14 @@ impl StateDir {
     /// Takes what a join line says, for the connection that is about to be made.
     pub(super) fn prepare(&mut self, join: &JoinLine) {
         let listen_port = self.enrolment.as_ref().map_or(0, |enrolment| enrolment.listen_port);
-        let same = self.enrolment.as_ref().is_some_and(|e| e.network == join.network && e.joined);
+        // Keys that were put here since are another machine's: it joins as a new one.
+        // Where the keys are gone it is still a member: that there are none is an error of its own.
+        let of_keys =
+            |it: &Option<PublicKey>| it.is_none() || self.machine.is_none() || it == &self.machine;
+        let fits =
+            |it: &&Enrolment| it.network == join.network && it.joined && of_keys(&it.machine);
+        let before = self.enrolment.as_ref().filter(fits);
+        let (same, machine) = (before.is_some(), before.and_then(|it| it.machine));
         self.enrolment = Some(Enrolment {
             schema: 1,
             network: join.network,
@@ -210,6 +264,7 @@ impl StateDir {
             servers: join.addresses.clone(),
             listen_port,
             joined: same,
+            machine,
         });
     }
 
@@ -239,6 +294,7 @@ impl StateDir {
         let Some(enrolment) = &mut self.enrolment else { return };
         let before = enrolment.clone();
         enrolment.joined = true;
+        enrolment.machine = self.machine;
         let told = told.iter().filter_map(|text| text.parse().ok());
         let mut servers: Vec<ServerAddr> = used.map(ServerAddr::from).into_iter().collect();
         for server in told.chain(enrolment.servers.clone()) {
@@ -301,8 +357,8 @@ impl StateDir {
         })
     }
 
-    /// The content of a file, or of the first of its other places that is of use if it is there
-    /// and cannot be read: a file system that loses power may leave a file empty.
+    /// The content of a file, or of the first of its other places that is of use if the file cannot
+    /// be read or is missing: a file system that loses power may leave one empty, or lose it.
     fn read_first<T>(
         &self,
         name: &str,
@@ -313,22 +369,39 @@ impl StateDir {
             KEY_FILE => files::read_secret(path),
             _ => Ok(files::read(path)?.map(Zeroizing::new)),
         };
-        let Some(text) = read(&path)? else { return Ok(None) };
-        let reason = match parse(&text) {
-            Ok(value) => return Ok(Some(value)),
-            Err(reason) => reason,
+        let reason = match read(&path)?.map(|text| parse(&text)) {
+            Some(Ok(value)) => return Ok(Some(value)),
+            Some(Err(reason)) => Some(reason),
+            None => None,
         };
+        // A copy alone that is of no use was one of something, unlike a first file half written.
+        let mut alone = None;
         for other in files::other_places(&path) {
-            if let Ok(Some(text)) = read(&other)
-                && let Ok(value) = parse(&text)
-            {
-                tracing::warn!(path = %path.display(), reason, used = %other.display(),
-                    "a state file cannot be read, its copy is used");
-                files::write_twice(&path, &text, SECRET_MODE)?;
-                return Ok(Some(value));
+            let text = match read(&other) {
+                Ok(Some(text)) => text,
+                Err(error) if reason.is_none() && files::is_copy(&other) => {
+                    return Err(error.into());
+                }
+                Ok(None) | Err(_) => continue,
+            };
+            match parse(&text) {
+                Ok(value) => {
+                    let reason = reason.as_deref().unwrap_or("it is missing");
+                    tracing::warn!(path = %path.display(), reason, used = %other.display(),
+                        "a state file cannot be read, its copy is used");
+                    files::write_twice(&path, &text, SECRET_MODE)?;
+                    return Ok(Some(value));
+                }
+                Err(reason) => alone = Some(StateError::Damaged { path: other, reason }),
             }
         }
-        Err(StateError::Damaged { path, reason })
+        match (reason, alone) {
+            (Some(reason), _) => Err(StateError::Damaged { path, reason }),
+            (None, Some(StateError::Damaged { path, reason })) if files::is_copy(&path) => {
+                Err(StateError::Damaged { path, reason })
+            }
+            (None, _) => Ok(None),
+        }
     }
 
     fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
@@ -393,8 +466,8 @@ mod tests {
         let mut state = StateDir::open(dir).unwrap();
         let keys = state.keys().unwrap();
         state.prepare(&line());
-        state.enrolment.as_mut().unwrap().joined = true;
         state.set_listen_port(4711);
+        state.note_addresses(&[], None);
         (keys, state.enrolment.clone().unwrap())
     }
 
@@ -415,7 +488,7 @@ mod tests {
                     }
                     files::write_atomically(&place, &whole, SECRET_MODE).unwrap();
                     std::fs::write(&path, &whole[..cut]).unwrap();
-                    let state = StateDir::open(dir.path()).unwrap();
+                    let mut state = StateDir::open(dir.path()).unwrap();
                     let same = state.keys().unwrap();
                     assert_eq!(same.machine.public(), keys.machine.public(), "{name} cut at {cut}");
                     assert_eq!(same.node.current.public(), keys.node.current.public());
@@ -438,13 +511,81 @@ mod tests {
             }
             let state = StateDir::open(dir.path());
             let error = match state {
-                Ok(state) => state.keys().map(drop).unwrap_err(),
+                Ok(mut state) => state.keys().map(drop).unwrap_err(),
                 Err(error) => error,
             };
             assert!(matches!(error, StateError::Damaged { .. }), "{name}: {error}");
-            // The next file is looked at with this one whole.
-            let _ = std::fs::remove_file(dir.path().join(name));
+            // The next file is looked at without this one.
+            for end in ["", end] {
+                let _ = std::fs::remove_file(dir.path().join(format!("{name}{end}")));
+            }
         }
+    }
+
+    /// What lies in the directory, without the lock.
+    fn content(dir: &Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
+        let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+        let mut files: Vec<_> = entries
+            .filter(|entry| entry.file_name() != "lock")
+            .map(|entry| (entry.file_name(), std::fs::read(entry.path()).unwrap()))
+            .collect();
+        files.sort();
+        files
+    }
+
+    #[test]
+    fn a_file_that_is_missing_is_made_again_from_its_copy() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keys, enrolment) = enrolled(dir.path());
+        let before = content(dir.path());
+        for names in [&[KEY_FILE][..], &[ENROLMENT_FILE], &[KEY_FILE, ENROLMENT_FILE]] {
+            for name in names {
+                std::fs::remove_file(dir.path().join(name)).unwrap();
+            }
+            let mut state = StateDir::open(dir.path()).unwrap();
+            assert_eq!(state.enrolment(), Some(&enrolment));
+            assert_eq!(state.keys().unwrap().machine.public(), keys.machine.public());
+            assert_eq!(content(dir.path()), before, "{names:?}: all is as it was");
+        }
+    }
+
+    #[test]
+    fn a_member_without_its_keys_or_with_others_is_an_error_and_loses_nothing() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        enrolled(dir.path());
+        enrolled(other.path());
+        for file in [KEY_FILE, "node.key.bak"] {
+            std::fs::remove_file(dir.path().join(file)).unwrap();
+        }
+        let before = content(dir.path());
+        let mut state = StateDir::open(dir.path()).unwrap();
+        // A join line of the network that it is in changes nothing about that.
+        for line in [None, Some(line())] {
+            line.iter().for_each(|line| state.prepare(line));
+            let error = state.keys().map(drop).unwrap_err();
+            assert!(matches!(error, StateError::KeysLost { .. }), "{error}");
+            assert_eq!(content(dir.path()), before);
+        }
+        drop(state);
+        std::fs::copy(other.path().join(KEY_FILE), dir.path().join(KEY_FILE)).unwrap();
+        let before = content(dir.path());
+        let mut state = StateDir::open(dir.path()).unwrap();
+        let error = state.keys().map(drop).unwrap_err();
+        assert!(matches!(error, StateError::OtherKeys { .. }), "{error}");
+        assert_eq!(content(dir.path()), before);
+        // With a join line it is a machine that was never in the network.
+        state.prepare(&line());
+        assert!(!state.enrolment().unwrap().joined);
+        state.keys().unwrap();
+    }
+
+    #[test]
+    fn a_first_start_that_was_cut_short_is_a_first_start() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("node.key.new"), "{\"machine").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(SECRET_MODE);
+        std::fs::set_permissions(dir.path().join("node.key.new"), mode).unwrap();
+        StateDir::open(dir.path()).unwrap().keys().unwrap();
     }
 
     #[test]
@@ -490,7 +631,7 @@ mod tests {
         std::fs::write(&path, serde_json::to_vec(&file).unwrap()).unwrap();
         let made = UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
         std::fs::File::options().write(true).open(&path).unwrap().set_modified(made).unwrap();
-        let state = StateDir::open(dir.path()).unwrap();
+        let mut state = StateDir::open(dir.path()).unwrap();
         assert_eq!(state.key_since(), 1_700_000_000);
         assert!(state.keys().unwrap().node.told, "it was told in its hello");
     }
@@ -511,7 +652,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (keys, _) = enrolled(dir.path());
         StateDir::open(dir.path()).unwrap().forget_enrolment();
-        let state = StateDir::open(dir.path()).unwrap();
+        let mut state = StateDir::open(dir.path()).unwrap();
         assert!(state.enrolment().is_none());
         assert_eq!(state.keys().unwrap().machine.public(), keys.machine.public());
     }

@@ -339,7 +339,8 @@ mod tests {
             OverlayRange::new("10.77.0.0/20".parse().unwrap(), "fd00::/48".parse().unwrap());
         let id = NetworkId([7; 8]);
         let range = range.unwrap();
-        let network = NetworkRecord { id, range, created: WALL, members_last_s: None };
+        let network =
+            NetworkRecord { id, range, created: WALL, members_last_s: None, server_key: None };
         let body = Some(serde_json::to_string(&network).unwrap());
         let record = StoredRecord { kind: "network".into(), id: "0".into(), rev: 1, body };
         let (records, events) = (vec![record], Vec::new());

@@ -74,26 +74,47 @@ pub(super) async fn open(options: &Options) -> Result<State, StartError> {
         None => create_network(options, &store, &mut rng).await?,
     };
     if fix_range(options, &mut records, &mut rng)? {
-        let network = records.network.clone();
-        let change = records::Change {
-            key: Key::Network,
-            expected_rev: network.rev,
-            record: Some(Record::Network(network.record)),
-        };
         let range = records.network.record.range;
         let event = Event::new(crate::io::clock::unix_seconds(), "range-changed", "server")
             .with("ipv4", range.v4())
             .with("ipv6", range.v6());
-        records.network.rev = store.commit(&rows_of(&[change])?, &lines_of(&[event])?).await?.rev;
+        rewrite_network(&store, &mut records.network, &[event]).await?;
     }
     let lost = || StartError::KeyLost { key: key_path.clone() };
+    let is_old = key_text.is_some();
     let key = match key_text {
         Some(text) => parse_key(&text).ok_or_else(lost)?,
         // The key is made last: without it nobody can have seen a join line yet.
         None if records.members.is_empty() && records.invites.is_empty() => create_key(&key_path)?,
         None => return Err(lost()),
     };
+    match records.network.record.server_key {
+        Some(known) if known == key.public() => {}
+        Some(known) if is_old => {
+            let found = key.public().short();
+            return Err(StartError::OtherKey { key: key_path, found, known: known.short() });
+        }
+        _ => {
+            records.network.record.server_key = Some(key.public());
+            rewrite_network(&store, &mut records.network, &[]).await?;
+        }
+    }
     Ok(State { key, store, records, lock, seed: rng.random() })
+}
+
+/// Writes what has changed in the record of the network.
+async fn rewrite_network(
+    store: &Store,
+    network: &mut Versioned<NetworkRecord>,
+    events: &[Event],
+) -> Result<(), StartError> {
+    let change = records::Change {
+        key: Key::Network,
+        expected_rev: network.rev,
+        record: Some(Record::Network(network.record.clone())),
+    };
+    network.rev = store.commit(&rows_of(&[change])?, &lines_of(events)?).await?.rev;
+    Ok(())
 }
 
 pub(super) fn random() -> Result<Zeroizing<[u8; 32]>, StartError> {
@@ -125,7 +146,7 @@ async fn create_network(
     let range = choose_range(options.network, options.network_ipv6, &local, rng)?;
     let created = crate::io::clock::unix_seconds();
     let id = NetworkId(rng.random());
-    let record = NetworkRecord { id, range, created, members_last_s: None };
+    let record = NetworkRecord { id, range, created, members_last_s: None, server_key: None };
     info!(network = %record.id, ipv4 = %range.v4(), ipv6 = %range.v6(), "network created");
     let change = records::Change {
         key: Key::Network,

@@ -104,7 +104,8 @@ fn slow_transport_checksum(ip: &[u8], transport: &[u8], protocol: u8) -> u16 {
     whole.extend_from_slice(&u16::try_from(transport.len()).unwrap().to_be_bytes());
     whole.extend_from_slice(transport);
     match slow_checksum(&whole) {
-        0 => u16::MAX,
+        // None at all is what it would mean in a UDP header; RFC 768. TCP has no such rule.
+        0 if protocol == 17 => u16::MAX,
         sum => sum,
     }
 }

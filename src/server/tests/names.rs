@@ -45,6 +45,12 @@ fn a_name_from_the_administrator_is_not_undone_by_a_wish() {
     assert_eq!(world.node(peer).peers[&1].name, "bob");
     let taken = world.ask(rename("bob", "node-2"));
     assert_eq!(taken, Err(RequestError::NameTaken { name: "node-2".parse().unwrap() }));
+    // Nor is it given away by an invite: the node that joins with that would be called otherwise.
+    let name = |name: &str| Some(name.parse().unwrap());
+    let invite = |name| Request::Invite { uses: 1, ttl_s: 3600, name, tags: Vec::new() };
+    let taken = world.ask(invite(name("node-2")));
+    assert_eq!(taken, Err(RequestError::NameTaken { name: "node-2".parse().unwrap() }));
+    assert!(world.ask(invite(name("node-3"))).is_ok(), "nobody has that name");
     let again = world.enter(1, hello(1, None));
     assert_eq!(world.node(again).name, "bob");
     let (wish, events) = enter_as(&mut world, 1, "carol", None);

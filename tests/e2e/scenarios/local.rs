@@ -7,6 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::case::Case;
 use crate::clock::wait_for;
 use crate::lab::{Host, Net};
@@ -289,6 +291,7 @@ fn interface_mended() {
     node.wait_path("bob", "direct", Duration::from_secs(10));
     let address = peer.ipv4();
     ping::assert_answers(&host, &address);
+    let is_off = |status: &Value| status["self"]["warnings"].to_string().contains("switched off");
     let harm = [
         "route flush dev overlay0",
         "addr flush dev overlay0",
@@ -298,7 +301,8 @@ fn interface_mended() {
     for words in harm {
         host.ns.ip(words);
         if words.ends_with("down") {
-            // That is a person's decision, and what goes with it comes back with it.
+            // That is a person's decision, of which the status tells; what goes with it comes back with it.
+            node.wait_status("the interface is off", Duration::from_secs(10), is_off);
             host.ns.ip("link set dev overlay0 up");
         }
         wait_for(&format!("bob answers again after `ip {words}`"), Duration::from_secs(5), || {
@@ -309,6 +313,7 @@ fn interface_mended() {
         let routes = host.ns.ip("-6 route show dev overlay0");
         assert!(routes.contains("/48"), "no IPv6 route in {routes}");
     }
+    node.wait_status("it is on again", Duration::from_secs(10), |status| !is_off(status));
     assert!(node.log().contains("the interface was removed"), "{}", node.log());
 }
 

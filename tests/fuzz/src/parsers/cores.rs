@@ -277,6 +277,7 @@ impl ServerWorld {
             range: range.expect("a range"),
             created: WALL,
             members_last_s: None,
+            server_key: None,
         };
         let members = (1..=3).map(|number| Versioned { rev: 1, record: member(number) }).collect();
         let records = Records {
