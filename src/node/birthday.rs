@@ -181,14 +181,15 @@ impl Node {
         }
     }
 
-    /// The peer does not know these messages: a fresh port of ours needs nothing of it but that it
-    /// answers a call.
+    /// The peer does not know these messages, or is asleep: a fresh port of ours needs nothing of it
+    /// but that it answers a call.
     fn move_alone(&mut self, now: Instant) {
         let varies = self.prediction.nat_hint() == NatHint::Varies;
+        let Some(peer) = self.punching.run.as_ref().map(|run| run.peer) else { return };
+        let asleep = self.punching.history(peer).takes_part();
         if let Some(run) = &mut self.punching.run {
-            // It will not answer the next offer either.
-            run.costly = true;
-            if varies {
+            run.silent = true;
+            if varies || asleep {
                 run.next_at = run.end_at;
                 return;
             }

@@ -69,6 +69,8 @@ pub(super) struct Run {
     pub(super) number: u32,
     pub(super) part: Part,
     pub(super) costly: bool,
+    /// Nobody answered our offer.
+    pub(super) silent: bool,
     pub(super) next_at: Instant,
     pub(super) end_at: Instant,
 }
@@ -82,7 +84,7 @@ impl Punching {
         }
     }
 
-    fn history(&mut self, id: NodeId) -> &mut History {
+    pub(super) fn history(&mut self, id: NodeId) -> &mut History {
         self.histories.entry(id).or_default()
     }
 }
@@ -152,6 +154,7 @@ impl Node {
             number,
             part: Part::Offered,
             costly: false,
+            silent: false,
             next_at: now + ANSWER_LIMIT,
             end_at: now + ANSWER_LIMIT * 2,
         });
@@ -175,6 +178,7 @@ impl Node {
         if !via.is_relay() {
             return;
         }
+        self.punching.history(id).hear();
         let ours = |run: &&Run| run.peer == id && run.number == punch.run;
         let open = self.punching.run.as_ref().filter(ours);
         let offered = open.is_some_and(|run| matches!(run.part, Part::Offered));
@@ -294,6 +298,7 @@ impl Node {
             next_at: now + part.delay(),
             end_at: now + part.limit(),
             costly: way.is_birthday(),
+            silent: false,
             part,
         });
         self.drive_run(now);
@@ -321,9 +326,14 @@ impl Node {
     /// The run has found nothing.
     fn end_run(&mut self, told: bool, now: Instant) {
         let Some(run) = &self.punching.run else { return };
-        let (id, number, costly) = (run.peer, run.number, run.costly);
+        let (id, number, costly, silent) = (run.peer, run.number, run.costly, run.silent);
         self.clear_run(now);
-        self.punching.history(id).fail(costly, now);
+        let history = self.punching.history(id);
+        if silent {
+            history.note_silence(now);
+        } else {
+            history.fail(costly, now);
+        }
         if !told {
             self.say(id, number, Step::Stop { found: false });
         }

@@ -44,6 +44,12 @@ const MAX_TARGETS: usize = 256;
 /// The wait after a fresh port did not help: it costs nothing, and another way is next.
 const NEXT_WAY: Duration = Duration::from_secs(1);
 
+/// A peer that has taken part before, and does not answer an offer, is asleep or cut off: it is asked
+/// again after this.
+const SILENT_WAIT: Duration = Duration::from_secs(15);
+/// Two direct paths that begin within this time are a pair that flaps.
+const FLAPPING: Duration = Duration::from_secs(60);
+
 /// Two sides do not end a try at the same instant.
 const SLACK: Duration = Duration::from_secs(1);
 
@@ -165,6 +171,11 @@ pub struct History {
     tries: u8,
     failed_runs: usize,
     not_before: Option<Instant>,
+    /// It has said something about a run once.
+    takes_part: bool,
+    /// The wait is for a peer that did not answer.
+    silent: bool,
+    succeeded_at: Option<Instant>,
 }
 
 impl History {
@@ -186,6 +197,32 @@ impl History {
         (stuck + PATIENCE).max(self.not_before.unwrap_or(stuck))
     }
 
+    /// Whether the peer has said something about a run before.
+    #[must_use]
+    pub fn takes_part(&self) -> bool {
+        self.takes_part
+    }
+
+    /// The peer says something about a run: what was held against its silence does not count.
+    pub fn hear(&mut self) {
+        self.takes_part = true;
+        if std::mem::take(&mut self.silent) {
+            self.not_before = None;
+            self.failed_runs = 0;
+        }
+    }
+
+    /// An offer was not answered. Who is known to take part is asleep, or cut off, and asked again
+    /// soon; anybody else may not know the message, and is asked ever more rarely.
+    pub fn note_silence(&mut self, now: Instant) {
+        if self.takes_part {
+            self.not_before = Some(now + SILENT_WAIT);
+        } else {
+            self.fail(true, now);
+        }
+        self.silent = true;
+    }
+
     /// Nothing was tried, but it has to wait.
     pub fn postpone(&mut self, wait: Duration, now: Instant) {
         self.not_before = Some(now + wait);
@@ -198,6 +235,7 @@ impl History {
 
     /// A way has found nothing.
     pub fn fail(&mut self, costly: bool, now: Instant) {
+        self.silent = false;
         let wait = if costly {
             self.failed_runs += 1;
             BACKOFF[(self.failed_runs - 1).min(BACKOFF.len() - 1)]
@@ -207,10 +245,17 @@ impl History {
         self.not_before = Some(now + wait);
     }
 
-    /// There is a direct path. When it is lost soon, the next try still waits until the entries of
-    /// this one are gone.
+    /// There is a direct path. When it is lost, another try may follow at once; in a pair that flaps
+    /// it waits until the entries of this one are gone.
     pub fn succeed(&mut self, now: Instant) {
-        *self = Self { not_before: Some(now + ENTRY_LIFETIME), ..Self::default() };
+        let flaps =
+            self.succeeded_at.is_some_and(|at| now.saturating_duration_since(at) < FLAPPING);
+        *self = Self {
+            not_before: flaps.then(|| now + ENTRY_LIFETIME),
+            takes_part: self.takes_part,
+            succeeded_at: Some(now),
+            ..Self::default()
+        };
     }
 }
 
@@ -304,5 +349,45 @@ mod tests {
         }
         history.succeed(now);
         assert_eq!(history.tries(), 0);
+    }
+    #[test]
+    fn a_success_ends_the_waits_and_a_pair_that_flaps_has_some() {
+        let (mut history, now) = (History::default(), epoch());
+        let at = |s| now + Duration::from_secs(s);
+        history.fail(true, now);
+        history.succeed(at(5));
+        assert_eq!(history.due_at(at(7)), at(7) + PATIENCE, "lost: as fast as the first time");
+        let mut runs = 0;
+        let mut s = 7;
+        while s < 607 {
+            history.succeed(at(s));
+            runs += 1;
+            while !history.allows(at(s)) {
+                s += 1;
+            }
+            s += PATIENCE.as_secs();
+        }
+        assert!(runs <= 20, "at most one in 30 s: {runs} in 600 s");
+        history.succeed(at(1_000));
+        assert_eq!(history.due_at(at(1_001)), at(1_001) + PATIENCE, "it has settled");
+    }
+
+    #[test]
+    fn silence_is_held_against_a_peer_only_until_it_speaks() {
+        let (mut history, now) = (History::default(), epoch());
+        history.note_silence(now);
+        history.note_silence(now);
+        assert_eq!(history.due_at(now), now + BACKOFF[1], "it may not know the message");
+        history.hear();
+        assert!(history.allows(now), "it does");
+        for _ in 0..5 {
+            history.note_silence(now);
+            assert_eq!(history.due_at(now), now + SILENT_WAIT, "asleep, for now");
+        }
+        history.hear();
+        assert!(history.allows(now));
+        history.fail(true, now);
+        history.hear();
+        assert_eq!(history.due_at(now), now + BACKOFF[0], "a run that found nothing counts");
     }
 }
