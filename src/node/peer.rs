@@ -18,7 +18,7 @@ use crate::types::{Candidate, CandidateKind, NodeId};
 use crate::wire::disco::Message;
 
 /// Who has gone is often back soon, from sleep or a restart: our NAT is kept open for it so long.
-const AWAITED: Duration = Duration::from_secs(15 * 60);
+const EXPECTED_BACK: Duration = Duration::from_secs(15 * 60);
 
 #[derive(Debug)]
 pub(super) struct PeerControl {
@@ -43,7 +43,7 @@ pub(super) struct PeerControl {
     /// It is wanted and not there: whether it still is wanted is asked again then.
     pub(super) lapses_at: Option<Instant>,
     /// It went away while data went straight to it, and is expected back until then.
-    pub(super) awaited_until: Option<Instant>,
+    pub(super) expected_until: Option<Instant>,
     pub(super) second: SecondLane,
 }
 
@@ -101,7 +101,7 @@ impl Node {
             use_record: UseRecord::new(now),
             heard_until: None,
             lapses_at: None,
-            awaited_until: None,
+            expected_until: None,
             second: SecondLane::default(),
         };
         self.peers.insert(id, peer);
@@ -184,16 +184,17 @@ impl Node {
         let eager = eager && (reachable || !link_up || direct);
         // A direct path that nobody could help to make again is kept, used or not.
         if reachable {
-            peer.awaited_until = None;
+            peer.expected_until = None;
         } else if direct {
-            peer.awaited_until = Some(now + AWAITED);
+            peer.expected_until = Some(now + EXPECTED_BACK);
         }
-        let awaited_until = peer.awaited_until.filter(|until| *until > now);
-        let worth = eager || awaited_until.is_some();
+        let expected_until = peer.expected_until.filter(|until| *until > now);
+        let worth = eager || expected_until.is_some();
         let going = peer.agent.is_wanted() || eager && direct;
         let wanted = unused_at.is_some() || worth && (going || self.pace.take(now));
         let lapses = wanted && !reachable;
-        peer.lapses_at = lapses.then(|| unused_at.max(awaited_until).unwrap_or(now + WORTH_A_PATH));
+        peer.lapses_at =
+            lapses.then(|| unused_at.max(expected_until).unwrap_or(now + WORTH_A_PATH));
         peer.insight.note_presence(info.online, now);
         peer.agent.set_signalling(signalling);
         peer.agent.set_candidates(&candidates, now);
