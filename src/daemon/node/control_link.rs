@@ -401,15 +401,21 @@ mod tests {
         assert_eq!(waits, [2, 4, 8, 16, 32, 64, 120, 120]);
     }
 
-    #[tokio::test]
-    async fn a_server_that_refuses_every_time_is_asked_ever_more_rarely() {
+    /// A server that nobody serves yet, its key, and a link that will ask it.
+    async fn listener_and_link() -> (tokio::net::TcpListener, SecretKey, ControlLink) {
         let server_key = SecretKey::from_bytes([1; 32]);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut link = ControlLink::new(Destination {
+        let link = ControlLink::new(Destination {
             servers: vec![listener.local_addr().unwrap().into()],
             server_keys: vec![server_key.public()],
             machine_key: SecretKey::from_bytes([2; 32]),
         });
+        (listener, server_key, link)
+    }
+
+    #[tokio::test]
+    async fn a_server_that_refuses_every_time_is_asked_ever_more_rarely() {
+        let (listener, server_key, mut link) = listener_and_link().await;
         tokio::spawn(async move {
             let mut links = Vec::new();
             loop {
@@ -443,13 +449,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_by_a_further_uplink_goes_back_to_the_preferred_one() {
-        let server_key = SecretKey::from_bytes([1; 32]);
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut link = ControlLink::new(Destination {
-            servers: vec![listener.local_addr().unwrap().into()],
-            server_keys: vec![server_key.public()],
-            machine_key: SecretKey::from_bytes([2; 32]),
-        });
+        let (listener, server_key, mut link) = listener_and_link().await;
         link.set_devices(vec!["lo".into()]);
         tokio::spawn(async move {
             // The first is by the preferred uplink, which does not work yet.
