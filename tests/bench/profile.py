@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Where the processors' time goes while two nodes on one machine carry a load.
 
-usage: profile.py [--load TEST] [--secs N] [--mtu N] [--config LINE] [--stacks N] BINARY
+usage: profile.py [--load TEST] [--secs N] [--mtu N] [--config LINE] [--stacks N | --waits [--rival R]] BINARY
 
 Brings up what run.py does, records all processors with `perf record -a -g` while TEST of run.py runs
 (tcp1, bidir, half, flood64, train64, ...), and prints the shares of the nodes' packet threads by what
 they did, and of the whole machine by program. Each sample counts once, for the first row that fits; what
 the kernel does with interrupts off counts where it lets them in again.
 
-  --waits     instead, how long threads wait for a processor once they are woken, by name
+  --waits     instead, how long threads wait for a processor once somebody wakes them, by name, and how long
+              where that was on another processor, which mostly slept
+  --rival R   BINARY is that rival's (see run.py); with --waits
   --stacks N  the N most frequent functions on top of a stack, too, with the row that they counted for
 
 Needs root, perf, and what run.py needs.
@@ -69,24 +71,32 @@ def share(counts, total, title):
 
 
 def waits(text):
-    """By thread name, the microseconds from being woken to running."""
-    woken, took = {}, collections.defaultdict(list)
+    """By thread name, the microseconds from somebody's call to running, and whether another processor called."""
+    called, took = {}, collections.defaultdict(list)
     for line in text:
-        fields = line.split()
-        at = float(fields[0].rstrip(":")) * 1e6
-        named = dict(field.partition("=")[::2] for field in fields if "=" in field)
-        if "sched_wakeup:" in fields[1]:
-            woken.setdefault(named["pid"], at)
-        elif "next_pid" in named and (since := woken.pop(named["next_pid"], None)):
-            took[named["next_comm"].rstrip("0123456789/-:")].append(at - since)
+        cpu, at, event, *rest = line.split()
+        at = float(at.rstrip(":")) * 1e6
+        named = dict(field.partition("=")[::2] for field in rest if "=" in field)
+        if "sched_waking:" in event:
+            called.setdefault(named["pid"], (at, cpu))
+        elif "next_pid" in named:
+            # Who is called while it runs has nothing to wait for.
+            called.pop(named["prev_pid"], None)
+            since, caller = called.pop(named["next_pid"], (None, None))
+            if since is None:
+                continue
+            took[named["next_comm"].rstrip("0123456789/-:")].append((at - since, caller != cpu))
     return took
 
 
 def print_waits(script):
-    print("\n| thread | woken, times | wait p50 us | p99 us | longest us |\n|---|---|---|---|---|")
+    print("\n| thread | woken, times | wait p50 us | p99 us | longest us | from another processor % | wait then, p50 us |")
+    print("|---|---|---|---|---|---|---|")
     for name, took in sorted(waits(script).items(), key=lambda item: -len(item[1]))[:8]:
         took.sort()
-        print(f"| {name} | {len(took)} | {took[len(took) // 2]:.0f} | {took[len(took) * 99 // 100]:.0f} | {took[-1]:.0f} |")
+        far = [wait for wait, is_far in took if is_far]
+        wait = [f"{took[at][0]:.0f}" for at in (len(took) // 2, len(took) * 99 // 100, -1)]
+        print(f"| {name} | {len(took)} | {' | '.join(wait)} | {100 * len(far) // len(took)} | {far[len(far) // 2] if far else 0:.0f} |")
 
 
 def main():
@@ -96,16 +106,19 @@ def main():
     parser.add_argument("--mtu", type=int, default=1420)
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--waits", action="store_true")
+    parser.add_argument("--rival")
     parser.add_argument("--stacks", type=int, default=0)
     parser.add_argument("binary")
     args = parser.parse_args()
+    if args.rival and not args.waits:
+        parser.error("--rival is for --waits: the rows are this program's functions")
     args.no_udp, args.ethtool = False, ""
-    pair = run.Pair("overlay", args.binary, 0, args)
+    pair = run.Pair(args.rival or "overlay", args.binary, 0, args, rival=bool(args.rival))
     data = tempfile.NamedTemporaryFile(prefix="perf-", suffix=".data")
     try:
         if args.load == "half":
             print(run.test_tcp1(pair, 1))
-        what = ("-e", "sched:sched_wakeup,sched:sched_switch") if args.waits else ("-g", "-F", "1999")
+        what = ("-e", "sched:sched_waking,sched:sched_switch") if args.waits else ("-g", "-F", "1999")
         # A ping run of run.py is over after two seconds.
         secs = 1 if args.load in ("half", "ping") else max(args.secs - 1, 1)
         recorder = threading.Timer(0.5, lambda: network.sh(
@@ -118,7 +131,7 @@ def main():
             print(f"drops {drops}")
     finally:
         pair.close()
-    fields = "time,event,trace" if args.waits else "comm,ip,sym"
+    fields = "cpu,time,event,trace" if args.waits else "comm,ip,sym"
     script = subprocess.Popen(
         ["perf", "script", "-i", data.name, "-F", fields, "--max-stack", "40"],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
