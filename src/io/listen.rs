@@ -244,14 +244,7 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// The connection has proved that somebody is there: it needs no place any more. What it has
-    /// cost its source is given back when it turns out to be a member's.
-    #[must_use]
-    pub fn leave(self) -> Fare {
-        self.fare()
-    }
-
-    /// The same for one that needs its place for a moment more.
+    /// What the connection has cost its source, to be given back when it turns out to be a member's.
     #[must_use]
     pub fn fare(&self) -> Fare {
         Fare { gate: Arc::clone(&self.gate), source: self.source }
@@ -523,7 +516,7 @@ mod tests {
                     assert!(!is_pushed_out(&place), "an honest one is not pushed out");
                     let mut key = [0; 32];
                     key[..2].copy_from_slice(&node.to_be_bytes());
-                    place.leave().give_back(PublicKey(key), epoch() + at);
+                    place.fare().give_back(PublicKey(key), epoch() + at);
                 }
             }
         }
@@ -544,7 +537,7 @@ mod tests {
         let gate = Arc::new(Gate::default());
         let loud: IpAddr = "192.0.2.1".parse().unwrap();
         let come = |key: Option<u8>| {
-            let place = gate.admit(loud, epoch())?.leave();
+            let place = gate.admit(loud, epoch())?.fare();
             if let Some(key) = key {
                 place.give_back(PublicKey([key; 32]), epoch());
             }

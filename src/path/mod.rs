@@ -128,22 +128,6 @@ impl std::fmt::Display for Via {
     }
 }
 
-/// What is known of one path to a peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Quality {
-    /// The path.
-    pub via: Via,
-    /// Its smoothed round trip.
-    pub rtt: Option<Duration>,
-    /// Of a thousand datagrams that we sent in the last seconds, so many did not arrive; none when
-    /// too few were sent, or the peer does not count.
-    pub loss_permille: Option<u16>,
-    /// The longest inner packet that it carries uncut, as far as was asked.
-    pub mtu: Option<u16>,
-    /// Whether it may carry data: it has not failed, or has proved itself since.
-    pub trusted: bool,
-}
-
 /// An endpoint of the peer, as one socket of ours reaches it. Behind a NAT two sockets that send to
 /// one endpoint are on two paths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -116,11 +116,6 @@ impl RelayMtu {
         self.open.clear();
     }
 
-    /// What the last search has found.
-    pub(super) fn found(&self) -> Option<u16> {
-        self.found
-    }
-
     /// The longest inner packet that gets through, as far as is known.
     pub(super) fn mtu(&self) -> u16 {
         let searching = matches!(self.phase, Phase::All(_));
