@@ -1,7 +1,7 @@
 //! The data plane: packet functions over shared per-peer state.
 //!
-//! Follow a packet out: TUN batch -> [`outbound::outbound`] (route, seal) -> [`UdpBatch`]. In: UDP
-//! batch -> [`inbound::inbound`] (classify, open, source check) -> [`TunBatch`]. Buffers and the
+//! Follow a packet out: TUN frame -> [`outbound_frame`] (route, cut, seal) -> [`UdpBatch`]. In: UDP
+//! train -> [`inbound_train`] (classify, open, source check) -> [`TunBatch`]. Buffers and the
 //! time come in as arguments; two threads, the simulator and the tests call the same functions.
 //!
 //! What cannot be decided here (a handshake, disco, no session yet) becomes a [`Note`] for the
@@ -97,7 +97,7 @@ pub enum Note {
     TooBig {
         /// Whom the packet was for.
         peer: NodeId,
-        /// What the answer says that the path carries.
+        /// Bytes of a packet that the answer says the path carries.
         mtu: u16,
         /// The answer.
         answer: Vec<u8>,

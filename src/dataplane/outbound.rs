@@ -122,7 +122,7 @@ struct Train<'t> {
     is_second: bool,
     notes: &'t mut Vec<Note>,
     now: Instant,
-    /// Longest packet that the path carries uncut.
+    /// Bytes of the longest packet that the path carries uncut.
     mtu: usize,
     counts: SizeCounts,
     copies: SizeCounts,

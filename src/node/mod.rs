@@ -13,7 +13,7 @@
 //! - `predict`: which ports our NAT will give us next
 //! - `punch`: costly ways, agreed on with the peer; `birthday`: our part in them
 //! - `sockets`: local ports beside the main one
-//! - `uplinks`: several default routes, and which of them the relay goes by
+//! - `uplinks`: several default routes, and which of them the relay goes by; `asks`: what one is asked
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out; `lanes`: a second session with busy peers
 //! - `roam`: other addresses, other routes, and waking up

@@ -23,7 +23,7 @@ const BURST: u32 = 22_400;
 /// And then 600 in a second. With the burst that is less than 1,000 bytes a second in any minute.
 const TRICKLE: Rate = Rate::new(BURST, INTERVAL);
 const INTERVAL: Duration = Duration::from_nanos(1_666_667);
-/// Headers of UDP with IPv4,
+/// Bytes of the headers of UDP with IPv4,
 const V4_HEADERS: u32 = 28;
 /// and with IPv6.
 const V6_HEADERS: u32 = 48;
@@ -55,7 +55,7 @@ impl Trickle {
         sent.has(TRICKLE, bytes, now)
     }
 
-    /// The same for so many bytes, headers and all: all of them, or none.
+    /// Takes so many bytes, headers and all: all of them, or none.
     pub(super) fn take_bytes(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
         let source = source_of(to);
         if !self.sent.contains_key(&source) && self.sent.len() >= MAX_SOURCES {

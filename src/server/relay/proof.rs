@@ -25,7 +25,7 @@ const WINDOW: Duration = Duration::from_secs(300);
 pub(super) const BURST: u32 = 16 * 1024;
 /// The same, and 600 bytes in a second after that.
 const UNPROVED: Rate = Rate::new(BURST, Duration::from_nanos(1_666_667));
-/// What came from there is remembered up to this.
+/// Bytes that came from there are remembered up to this.
 const MOST_CREDIT: u32 = 64 * 1024;
 /// Of IPv4 and UDP; the longer ones of IPv6 are as many on the way in.
 const HEADERS: u32 = 28;
