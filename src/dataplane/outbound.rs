@@ -10,8 +10,8 @@ use super::offload::{FrameHeader, Segments};
 use super::peer::LockedPeer;
 use super::session::{MIN_SEAL_BUFFER, SEAL_OVERHEAD, SealError, Session};
 use super::{ForwardingTable, Note, PathCounts, Peer, Shared};
-use crate::path::{BASE_MTU, Choice, Via};
-use crate::types::{DropReason, NodeId, SizeCounts};
+use crate::path::{Choice, Via};
+use crate::types::{BASE_MTU, DropReason, NodeId, SizeCounts};
 use crate::wire::ip::IpView;
 use crate::wire::relay;
 

@@ -9,9 +9,9 @@ use arc_swap::ArcSwap;
 
 use super::path_counts::PathCounts;
 use super::session::Session;
-use crate::path::{BASE_MTU, Choice, EARLY_BYTES, UNDERLAY_BYTES, Via};
+use crate::path::{Choice, EARLY_BYTES, UNDERLAY_BYTES, Via};
 use crate::policy::Flows;
-use crate::types::{Account, DropCounters, DropReason, NodeId, OverlayAddrs, Rate};
+use crate::types::{Account, BASE_MTU, DropCounters, DropReason, NodeId, OverlayAddrs, Rate};
 
 /// Packets that wait for a session, per peer: one TCP window's worth of a handshake's time.
 const MAX_PENDING: usize = 64;

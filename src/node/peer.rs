@@ -12,9 +12,9 @@ use super::part::UseRecord;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
 use crate::dataplane::{ForwardingTable, Peer, SLOT_MASK, flush_pending, send_keepalive};
-use crate::path::{BASE_MTU, PathAgent, PathEvent, PathTransmit, Via, WORTH_A_PATH};
+use crate::path::{PathAgent, PathEvent, PathTransmit, Via, WORTH_A_PATH};
 use crate::policy::Filter;
-use crate::types::{Candidate, CandidateKind, NodeId};
+use crate::types::{BASE_MTU, Candidate, CandidateKind, NodeId};
 use crate::wire::disco::Message;
 
 /// Who has gone is often back soon, from sleep or a restart: our NAT is kept open for it so long.

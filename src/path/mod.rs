@@ -45,7 +45,7 @@ pub use agent::{
     Answer, EARLY_BYTES, Line, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic,
     UNDERLAY_BYTES, WORTH_A_PATH,
 };
-pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};
+pub use mtu::OVERHEAD_V4;
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};
 pub use probe::ProbeOutcome;
 pub use soonest::Soonest;

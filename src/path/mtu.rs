@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::types::TxId;
-pub use crate::types::{BASE_MTU, SEAL_OVERHEAD};
+use crate::types::{BASE_MTU, SEAL_OVERHEAD};
 
 /// Bytes of all headers around an inner packet on an IPv4 path: IP, UDP, WireGuard.
 pub const OVERHEAD_V4: u16 = 20 + 8 + SEAL_OVERHEAD;

@@ -9,8 +9,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::mtu::{AGAIN, BASE_MTU, LINKS, OVERHEAD_V4, OVERHEAD_V6};
-use crate::types::TxId;
+use super::mtu::{AGAIN, LINKS, OVERHEAD_V4, OVERHEAD_V6};
+use crate::types::{BASE_MTU, TxId};
 use crate::wire::relay::DATA_HEADER_LEN;
 
 /// An answer takes this long, or two round trips.

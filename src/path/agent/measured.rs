@@ -6,8 +6,7 @@ use rand::Rng;
 
 use super::{PathAgent, PathTransmit};
 use crate::path::Via;
-use crate::path::mtu::BASE_MTU;
-use crate::types::TxId;
+use crate::types::{BASE_MTU, TxId};
 
 impl PathAgent {
     /// The smoothed round trip on the primary.

@@ -3,7 +3,8 @@
 use super::{Interface, routes_of};
 use crate::daemon::node::Daemon;
 use crate::io::os::{Link, LinkState, Netlink, NetlinkError};
-use crate::path::{BASE_MTU, OVERHEAD_V4};
+use crate::path::OVERHEAD_V4;
+use crate::types::BASE_MTU;
 
 /// Bytes of a jumbo frame; what is wider is no network, or no use.
 const WIDEST_LINK: u16 = 9_000;
