@@ -1,6 +1,6 @@
 //! Logging: to stderr, one line per change that a user feels; never per packet above `trace`.
 //!
-//! Field names are words of the vocabulary: `peer`, `path`, `was`, `why`, `server`, `address`.
+//! Field names are words of the vocabulary, such as `peer`, `path`, `was`, `why`, `server`, `interface`.
 
 use std::io::IsTerminal;
 

@@ -343,12 +343,6 @@ impl RunningServer {
         self.first_join_line.as_ref()
     }
 
-    /// Where Prometheus may ask.
-    #[must_use]
-    pub fn metrics(&self) -> Option<SocketAddr> {
-        self.metrics.as_ref().map(MetricsServer::address)
-    }
-
     /// What the relay has dropped, by reason.
     #[must_use]
     pub fn drops(&self) -> &DropCounters {

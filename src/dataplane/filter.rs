@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use super::Shared;
 use super::icmp::{self, Trouble};
 use super::peer::Records;
 use crate::policy::{Filter, Verdict};
@@ -15,12 +14,11 @@ pub(super) fn admit(
     peer: NodeId,
     packet: &[u8],
     records: &mut Records,
-    shared: &Shared,
     now: Instant,
 ) -> Result<(), Option<Vec<u8>>> {
     match filter.inbound(peer, packet, &mut records.flows, now) {
         Verdict::Allow => Ok(()),
-        Verdict::Refuse if records.may_answer(shared.micros(now)) => {
+        Verdict::Refuse if records.may_answer(now) => {
             let from = IpView::parse(packet).ok().map(|view| view.dst);
             Err(from.and_then(|from| icmp::answer(packet, from, Trouble::Prohibited)))
         }

@@ -12,24 +12,24 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
-use super::limit::{Limit, Rate};
 use super::session::{EngineKeys, HandshakeMacs, SecondMac};
-use crate::types::{DropReason, NodeId, source_of};
+use crate::types::{DropReason, NodeId, Rate, SharedAccount, source_of};
 
 /// Initiations without a cookie, of all senders together: a few hundredths of a processor.
-const UNPROVED: Rate = Rate { per_second: 200, burst: 200 };
+const UNPROVED: Rate = Rate::per_second(200, 200);
 /// Initiations with a cookie, of all senders together.
-const PROVED: Rate = Rate { per_second: 500, burst: 500 };
+const PROVED: Rate = Rate::per_second(500, 500);
 /// Handshake messages of one sender: an address that a cookie has proved, a member by the relay, or a
 /// session of ours that is answered.
-const ONE_SENDER: Rate = Rate { per_second: 20, burst: 20 };
+const ONE_SENDER: Rate = Rate::per_second(20, 20);
 /// Disco of one peer: birthday probing is the most that an honest one sends.
-const DISCO: Rate = Rate { per_second: 500, burst: 500 };
+const DISCO: Rate = Rate::per_second(500, 500);
 /// Answers of the server about our address and our sign-on.
-const RELAY_CONTROL: Rate = Rate { per_second: 500, burst: 500 };
+const RELAY_CONTROL: Rate = Rate::per_second(500, 500);
 /// Senders that share a place share a limit; who shares with whom, nobody outside can know.
 const PLACES: usize = 4096;
 /// Bytes of a cookie reply.
@@ -59,11 +59,11 @@ pub(super) struct Gate {
     macs: ArcSwap<Vec<HandshakeMacs>>,
     /// Chooses the places.
     seed: u64,
-    unproved: Limit,
-    proved: Limit,
-    relay_control: Limit,
-    senders: Box<[Limit]>,
-    disco: Box<[Limit]>,
+    unproved: SharedAccount,
+    proved: SharedAccount,
+    relay_control: SharedAccount,
+    senders: Box<[SharedAccount]>,
+    disco: Box<[SharedAccount]>,
 }
 
 impl std::fmt::Debug for Gate {
@@ -74,13 +74,13 @@ impl std::fmt::Debug for Gate {
 
 impl Gate {
     pub(super) fn new(keys: &EngineKeys) -> Self {
-        let places = || (0..PLACES).map(|_| Limit::default()).collect();
+        let places = || (0..PLACES).map(|_| SharedAccount::default()).collect();
         Self {
             macs: ArcSwap::from_pointee(vec![HandshakeMacs::new(keys)]),
             seed: keys.place_seed(),
-            unproved: Limit::default(),
-            proved: Limit::default(),
-            relay_control: Limit::default(),
+            unproved: SharedAccount::default(),
+            proved: SharedAccount::default(),
+            relay_control: SharedAccount::default(),
             senders: places(),
             disco: places(),
         }
@@ -91,28 +91,28 @@ impl Gate {
         self.macs.store(Arc::new(keys.map(HandshakeMacs::new).collect()));
     }
 
-    /// Looks at a handshake initiation; `now_us` is the time in microseconds since any moment.
-    pub(super) fn initiation(&self, sender: Sender, datagram: &[u8], now_us: u64) -> Entry {
+    /// Looks at a handshake initiation; `now` is the time since any moment.
+    pub(super) fn initiation(&self, sender: Sender, datagram: &[u8], now: Duration) -> Entry {
         let macs = self.macs.load();
         let Some(macs) = macs.iter().find(|macs| macs.first_is_ours(datagram)) else {
             return Entry::Out(DropReason::BadHandshake);
         };
         let ip = match sender {
             Sender::Member(id) => {
-                let within = self.senders[self.place(id)].take(ONE_SENDER, 0, now_us);
+                let within = self.senders[self.place(id)].take(ONE_SENDER, 1, now);
                 return if within { Entry::In } else { Entry::Out(DropReason::RateLimited) };
             }
             Sender::Address(ip) => ip,
         };
-        if self.unproved.take(UNPROVED, 0, now_us) {
+        if self.unproved.take(UNPROVED, 1, now) {
             return Entry::In;
         }
         match macs.second(ip, datagram) {
             SecondMac::Missing(reply) => Entry::Ask(reply),
             SecondMac::Good => {
                 let place = self.place(source_of(ip));
-                let within = self.senders[place].take(ONE_SENDER, 0, now_us)
-                    && self.proved.take(PROVED, 0, now_us);
+                let within = self.senders[place].take(ONE_SENDER, 1, now)
+                    && self.proved.take(PROVED, 1, now);
                 if within { Entry::In } else { Entry::Out(DropReason::RateLimited) }
             }
             SecondMac::Bad => Entry::Out(DropReason::BadHandshake),
@@ -120,20 +120,20 @@ impl Gate {
     }
 
     /// Whether an answer to a handshake of ours may pass, which `receiver` says.
-    pub(super) fn may_answer(&self, receiver: u32, datagram: &[u8], now_us: u64) -> bool {
+    pub(super) fn may_answer(&self, receiver: u32, datagram: &[u8], now: Duration) -> bool {
         let is_cookie = datagram.len() == COOKIE_LEN;
         let for_us = || self.macs.load().iter().any(|macs| macs.first_is_ours(datagram));
-        (is_cookie || for_us()) && self.senders[self.place(receiver)].take(ONE_SENDER, 0, now_us)
+        (is_cookie || for_us()) && self.senders[self.place(receiver)].take(ONE_SENDER, 1, now)
     }
 
     /// Whether one more disco message with the tag of this peer may pass.
-    pub(super) fn may_disco(&self, peer: NodeId, now_us: u64) -> bool {
-        self.disco[self.place(peer)].take(DISCO, 0, now_us)
+    pub(super) fn may_disco(&self, peer: NodeId, now: Duration) -> bool {
+        self.disco[self.place(peer)].take(DISCO, 1, now)
     }
 
     /// Whether one more answer of a relay or reflector may pass.
-    pub(super) fn may_relay_control(&self, now_us: u64) -> bool {
-        self.relay_control.take(RELAY_CONTROL, 0, now_us)
+    pub(super) fn may_relay_control(&self, now: Duration) -> bool {
+        self.relay_control.take(RELAY_CONTROL, 1, now)
     }
 
     fn place(&self, of: impl Hash) -> usize {
@@ -180,10 +180,10 @@ mod tests {
     fn a_handshake_for_another_key_never_passes() {
         let mut two = two();
         let mut call = two.call();
-        assert_eq!(two.gate.initiation(address("192.0.2.1"), &call, 0), Entry::In);
+        assert_eq!(two.gate.initiation(address("192.0.2.1"), &call, Duration::ZERO), Entry::In);
         call[40] ^= 1;
         let out = Entry::Out(DropReason::BadHandshake);
-        assert_eq!(two.gate.initiation(address("192.0.2.1"), &call, 0), out);
+        assert_eq!(two.gate.initiation(address("192.0.2.1"), &call, Duration::ZERO), out);
     }
 
     #[test]
@@ -191,7 +191,8 @@ mod tests {
         let mut two = two();
         let [own, next] = [1, 3].map(|key| EngineKeys::new(&SecretKey::from_bytes([key; 32])));
         let call = two.call();
-        let passes = |gate: &Gate| gate.initiation(address("192.0.2.1"), &call, 0) == Entry::In;
+        let passes =
+            |gate: &Gate| gate.initiation(address("192.0.2.1"), &call, Duration::ZERO) == Entry::In;
         two.gate.let_in([&next, &own].into_iter());
         assert!(passes(&two.gate));
         two.gate.let_in(std::iter::once(&next));
@@ -204,27 +205,29 @@ mod tests {
         let call = two.call();
         let spoofed = |n: u64| address(&format!("198.18.{}.{}", n / 250, n % 250));
         let passed = (0..50_000)
-            .filter(|n| two.gate.initiation(spoofed(*n), &call, *n) == Entry::In)
+            .filter(|n| {
+                two.gate.initiation(spoofed(*n), &call, Duration::from_micros(*n)) == Entry::In
+            })
             .count();
         assert!(passed < 220, "{passed} of 50,000 in 50 ms");
 
         let home: IpAddr = "192.0.2.1".parse().unwrap();
-        let now_us = 49_999;
+        let now = Duration::from_micros(49_999);
         let call = two.call();
-        let Entry::Ask(reply) = two.gate.initiation(Sender::Address(home), &call, now_us) else {
+        let Entry::Ask(reply) = two.gate.initiation(Sender::Address(home), &call, now) else {
             panic!("a cookie is asked for");
         };
         let took = two.caller.handle_handshake(&reply, home, &mut [0; MIN_SEAL_BUFFER], epoch());
         assert!(took.is_ok(), "{took:?}");
         let call = two.call();
-        assert_eq!(two.gate.initiation(Sender::Address(home), &call, now_us), Entry::In);
-        let elsewhere = two.gate.initiation(address("192.0.2.2"), &call, now_us);
+        assert_eq!(two.gate.initiation(Sender::Address(home), &call, now), Entry::In);
+        let elsewhere = two.gate.initiation(address("192.0.2.2"), &call, now);
         assert!(matches!(elsewhere, Entry::Ask(_)), "a cookie is for one address: {elsewhere:?}");
         // And its own limit.
         let passed = (0..1_000)
-            .filter(|_| two.gate.initiation(Sender::Address(home), &call, now_us) == Entry::In)
+            .filter(|_| two.gate.initiation(Sender::Address(home), &call, now) == Entry::In)
             .count();
-        assert_eq!(passed as u64, ONE_SENDER.burst - 1);
+        assert_eq!(passed as u64, u64::from(ONE_SENDER.burst()) - 1);
     }
 
     #[test]
@@ -233,9 +236,11 @@ mod tests {
         let call = two.call();
         let [loud, quiet] = [1, 2].map(|id| Sender::Member(NodeId::new(id).unwrap()));
         let count = |sender| {
-            (0..1_000).filter(|_| two.gate.initiation(sender, &call, 0) == Entry::In).count() as u64
+            (0..1_000)
+                .filter(|_| two.gate.initiation(sender, &call, Duration::ZERO) == Entry::In)
+                .count() as u64
         };
-        assert_eq!(count(loud), ONE_SENDER.burst);
-        assert_eq!(count(quiet), ONE_SENDER.burst);
+        assert_eq!(count(loud), u64::from(ONE_SENDER.burst()));
+        assert_eq!(count(quiet), u64::from(ONE_SENDER.burst()));
     }
 }

@@ -11,7 +11,7 @@ use crate::wire::ip::IpView;
 pub enum Trouble {
     /// It is longer than this many bytes, and must not be cut.
     TooBig {
-        /// What fits.
+        /// Bytes that fit.
         mtu: u16,
     },
     /// Nothing is known of the way to its destination.
@@ -22,7 +22,7 @@ pub enum Trouble {
 
 /// An answer about an IPv4 packet has no more bytes (RFC 1812 section 4.3.2.3).
 const LONGEST_V4: usize = 576;
-/// An answer about an IPv6 packet fits every link (RFC 4443 section 2.4 c).
+/// Nor one about an IPv6 packet, so that it fits every link (RFC 4443 section 2.4 c).
 const LONGEST_V6: usize = 1_280;
 const ICMP: u8 = 1;
 const ICMP_V6: u8 = 58;

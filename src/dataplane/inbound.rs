@@ -116,9 +116,9 @@ impl<'a> Run<'a> {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let (source, shared) = (self.source, self.shared);
-        let (gate, now_us) = (&shared.gate, shared.micros(self.now));
+        let (gate, now) = (&shared.gate, shared.since_start(self.now));
         let within = match kind {
-            PacketKind::HandshakeInitiation => match gate.initiation(sender, datagram, now_us) {
+            PacketKind::HandshakeInitiation => match gate.initiation(sender, datagram, now) {
                 Entry::In => true,
                 Entry::Out(reason) => return Err(reason),
                 Entry::Ask(reply) => {
@@ -131,14 +131,14 @@ impl<'a> Run<'a> {
                 if matches!(sender, Sender::Member(from) if from != peer.id) {
                     return Err(DropReason::BadRelayFrame);
                 }
-                gate.may_answer(receiver, datagram, now_us)
+                gate.may_answer(receiver, datagram, now)
             }
             PacketKind::Disco => {
                 let tag = disco::peek_tag(datagram).map_err(|_| DropReason::BadDisco)?;
                 let peer = self.table.by_tag(tag).ok_or(DropReason::BadDisco)?;
-                gate.may_disco(peer, now_us)
+                gate.may_disco(peer, now)
             }
-            _ => gate.may_relay_control(now_us),
+            _ => gate.may_relay_control(now),
         };
         if !within {
             return Err(DropReason::RateLimited);
@@ -214,12 +214,10 @@ impl<'a> Run<'a> {
             if let Some(filter) = &self.table.filter {
                 let records = &mut lane.peer.records();
                 let packet = &room[..view.len];
-                admit(filter, lane.peer.id, packet, records, self.shared, now).map_err(
-                    |answer| {
-                        refused = answer;
-                        DropReason::Filtered
-                    },
-                )?;
+                admit(filter, lane.peer.id, packet, records, now).map_err(|answer| {
+                    refused = answer;
+                    DropReason::Filtered
+                })?;
             }
             lane.rx_packets += 1;
             lane.rx_bytes += view.len;

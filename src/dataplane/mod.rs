@@ -1,7 +1,7 @@
 //! The data plane: packet functions over shared per-peer state.
 //!
-//! Follow a packet out: TUN batch -> [`outbound::outbound`] (route, seal) -> [`UdpBatch`]. In: UDP
-//! batch -> [`inbound::inbound`] (classify, open, source check) -> [`TunBatch`]. Buffers and the
+//! Follow a packet out: TUN frame -> [`outbound_frame`] (route, cut, seal) -> [`UdpBatch`]. In: UDP
+//! train -> [`inbound_train`] (classify, open, source check) -> [`TunBatch`]. Buffers and the
 //! time come in as arguments; two threads, the simulator and the tests call the same functions.
 //!
 //! What cannot be decided here (a handshake, disco, no session yet) becomes a [`Note`] for the
@@ -15,7 +15,6 @@ mod gate;
 pub mod icmp;
 mod inbound;
 mod lanes;
-mod limit;
 pub mod offload;
 mod outbound;
 mod path_counts;
@@ -43,13 +42,12 @@ pub use tun_batch::{Frame, TunBatch};
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
 use crate::path::Via;
-use crate::types::{DropCounters, NodeId, SocketId};
+use crate::types::{DropCounters, NodeId, Rate, SharedAccount, SocketId};
 use gate::Gate;
 
 /// Where a datagram came from.
@@ -99,7 +97,7 @@ pub enum Note {
     TooBig {
         /// Whom the packet was for.
         peer: NodeId,
-        /// What the answer says that the path carries.
+        /// Bytes of a packet that the answer says the path carries.
         mtu: u16,
         /// The answer.
         answer: Vec<u8>,
@@ -150,12 +148,9 @@ pub struct Shared {
     sent: Traffic,
     received: Traffic,
     base: Instant,
-    /// Stamp of the last [`Note::UnknownSession`].
-    unknown_noted: AtomicU64,
-    /// Stamp of the last answer to a packet that goes nowhere.
-    unroutable_answered: AtomicU64,
-    /// How many packets to unknown peers may still wait in this time slot, and which slot that is.
-    wanted_slot: AtomicU64,
+    unknown_noted: SharedAccount,
+    unroutable_answered: SharedAccount,
+    peers_wanted: SharedAccount,
     gate: Gate,
 }
 
@@ -170,9 +165,9 @@ impl Shared {
             sent: Traffic::default(),
             received: Traffic::default(),
             base,
-            unknown_noted: AtomicU64::new(0),
-            unroutable_answered: AtomicU64::new(0),
-            wanted_slot: AtomicU64::new(0),
+            unknown_noted: SharedAccount::default(),
+            unroutable_answered: SharedAccount::default(),
+            peers_wanted: SharedAccount::default(),
             gate: Gate::new(keys),
         })
     }
@@ -214,61 +209,42 @@ impl Shared {
     /// `now` as a number for an atomic: milliseconds since the start, never zero.
     #[must_use]
     pub fn stamp(&self, now: Instant) -> u64 {
-        let since = now.saturating_duration_since(self.base).as_millis();
-        u64::try_from(since).unwrap_or(u64::MAX - 1) + 1
+        u64::try_from(self.since_start(now).as_millis()).unwrap_or(u64::MAX - 1) + 1
     }
 
-    /// `now` in microseconds since the start.
-    fn micros(&self, now: Instant) -> u64 {
-        u64::try_from(now.saturating_duration_since(self.base).as_micros()).unwrap_or(u64::MAX / 2)
+    fn since_start(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.base)
     }
 
-    /// Whether an unknown session may be noted now: ten times a second at most, since anybody can
-    /// send such packets.
+    /// Whether a packet of an unknown session may be noted now.
     fn may_note_unknown(&self, now: Instant) -> bool {
-        spaced(&self.unknown_noted, self.stamp(now), UNKNOWN_SPACING_MS)
+        self.unknown_noted.take(UNKNOWN_NOTES, 1, self.since_start(now))
     }
 
     /// Whether a packet to an address that nobody has may be answered now.
     fn may_answer_unroutable(&self, now: Instant) -> bool {
-        spaced(&self.unroutable_answered, self.stamp(now), UNROUTABLE_SPACING_MS)
+        self.unroutable_answered.take(UNROUTABLE_ANSWERS, 1, self.since_start(now))
     }
 
-    /// Whether one more packet to an unknown peer may wait for it: so many in each slot, as a program
-    /// that sends to nobody for ever must not keep the control plane busy.
+    /// Whether one more packet to an unknown peer may wait for it.
     fn may_want_peer(&self, now: Instant) -> bool {
-        let slot = self.stamp(now) / WANTED_SLOT_MS;
-        let before = self.wanted_slot.load(Ordering::Relaxed);
-        let used = if before >> 16 == slot { before & 0xffff } else { 0 };
-        self.wanted_slot.store(slot << 16 | (used + 1).min(0xffff), Ordering::Relaxed);
-        used < WANTED_PER_SLOT
+        self.peers_wanted.take(PEERS_WANTED, 1, self.since_start(now))
     }
 
     /// The instant of a stamp; zero is never.
     #[must_use]
     pub fn unstamp(&self, stamp: u64) -> Option<Instant> {
-        (stamp != 0).then(|| self.base + std::time::Duration::from_millis(stamp - 1))
+        (stamp != 0).then(|| self.base + Duration::from_millis(stamp - 1))
     }
 }
 
-/// Whether something may happen at `stamp` that is at least `spacing_ms` apart.
-fn spaced(last: &AtomicU64, stamp: u64, spacing_ms: u64) -> bool {
-    let before = last.load(Ordering::Relaxed);
-    if stamp < before.saturating_add(spacing_ms) && before != 0 {
-        return false;
-    }
-    last.store(stamp, Ordering::Relaxed);
-    true
-}
-
-/// Notes of unknown sessions are at least this far apart.
-const UNKNOWN_SPACING_MS: u64 = 100;
+/// Notes of unknown sessions: anybody can send such packets.
+const UNKNOWN_NOTES: Rate = Rate::per_second(10, 1);
 /// Answers to packets that go nowhere: as many as a program that tries addresses can wait for.
-const UNROUTABLE_SPACING_MS: u64 = 20;
-/// Length of a slot of [`Shared::may_want_peer`].
-const WANTED_SLOT_MS: u64 = 100;
-/// Packets in one slot: the first ones to some dozens of peers at once.
-const WANTED_PER_SLOT: u64 = 64;
+const UNROUTABLE_ANSWERS: Rate = Rate::per_second(50, 1);
+/// Packets that wait for unknown peers: the first ones to some dozens at once. A program that sends to
+/// nobody for ever must not keep the control plane busy.
+const PEERS_WANTED: Rate = Rate::per_second(640, 64);
 
 #[cfg(test)]
 mod tests;

@@ -10,8 +10,8 @@ use super::offload::{FrameHeader, Segments};
 use super::peer::LockedPeer;
 use super::session::{MIN_SEAL_BUFFER, SEAL_OVERHEAD, SealError, Session};
 use super::{ForwardingTable, Note, PathCounts, Peer, Shared};
-use crate::path::{BASE_MTU, Choice, Via};
-use crate::types::{DropReason, NodeId, SizeCounts};
+use crate::path::{Choice, Via};
+use crate::types::{BASE_MTU, DropReason, NodeId, SizeCounts};
 use crate::wire::ip::IpView;
 use crate::wire::relay;
 
@@ -122,7 +122,7 @@ struct Train<'t> {
     is_second: bool,
     notes: &'t mut Vec<Note>,
     now: Instant,
-    /// Longest packet that the path carries uncut.
+    /// Bytes of the longest packet that the path carries uncut.
     mtu: usize,
     counts: SizeCounts,
     copies: SizeCounts,
@@ -188,7 +188,7 @@ impl<'t> Train<'t> {
         }
         self.peer.counters.too_big.fetch_add(1, Ordering::Relaxed);
         let mtu = u16::try_from(self.mtu).unwrap_or(u16::MAX);
-        if self.peer.records().may_answer(self.shared.micros(self.now))
+        if self.peer.records().may_answer(self.now)
             && let Some(answer) = icmp::answer(packet, view.dst, Trouble::TooBig { mtu })
         {
             self.notes.push(Note::TooBig { peer: self.peer.id, mtu, answer });
@@ -226,7 +226,7 @@ impl<'t> Train<'t> {
     }
 
     fn seal(&mut self, packet: &[u8], out: &mut UdpBatch) -> Result<bool, SealError> {
-        send(self.shared, &mut self.state.session, self.peer, &self.way, packet, self.now, out)
+        send(&mut self.state.session, self.peer, &self.way, packet, self.now, out)
     }
 }
 
@@ -254,7 +254,7 @@ pub fn flush_pending(
     }
     let way = Way::to(peer, table);
     while let Some(packet) = state.take_pending(shared.drops(), now) {
-        let Ok(copied) = send(shared, &mut state.session, peer, &way, &packet, now, out) else {
+        let Ok(copied) = send(&mut state.session, peer, &way, &packet, now, out) else {
             state.keep(&packet, shared.drops(), now);
             return;
         };
@@ -332,7 +332,6 @@ impl Way {
 
 /// Returns whether a copy went by the second path.
 fn send(
-    shared: &Shared,
     session: &mut Session,
     peer: &Peer,
     way: &Way,
@@ -350,7 +349,7 @@ fn send(
         let len = session.seal(packet, body, now)?;
         let may_copy = || match way.choice.early {
             true => peer.spend_early(len),
-            false => peer.records().may_copy(packet.len(), shared.micros(now)),
+            false => peer.records().may_copy(packet.len(), now),
         };
         copied = way.duplicate.is_some() && may_copy();
         Ok(header.len() + len)

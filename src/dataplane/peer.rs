@@ -7,12 +7,11 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
-use super::limit::{Limit, Rate};
 use super::path_counts::PathCounts;
 use super::session::Session;
-use crate::path::{BASE_MTU, Choice, EARLY_BYTES, UNDERLAY_BYTES, Via};
+use crate::path::{Choice, EARLY_BYTES, UNDERLAY_BYTES, Via};
 use crate::policy::Flows;
-use crate::types::{DropCounters, DropReason, NodeId, OverlayAddrs};
+use crate::types::{Account, BASE_MTU, DropCounters, DropReason, NodeId, OverlayAddrs, Rate};
 
 /// Packets that wait for a session, per peer: one TCP window's worth of a handshake's time.
 const MAX_PENDING: usize = 64;
@@ -21,12 +20,12 @@ const PENDING_LIFETIME: Duration = Duration::from_secs(3);
 
 /// Answers to a peer's packets that go no further, or to our own for it: one for every flow of a busy
 /// machine at once, and then so many in a second (RFC 1812 section 4.3.2.8, RFC 4443 section 2.4 f).
-const ANSWERS: Rate = Rate { per_second: 50, burst: 16 };
+const ANSWERS: Rate = Rate::per_second(50, 16);
 /// Packets that are doubled onto another path: 110 Mb/s of full ones. With all of a faster flow a relay
 /// would drown, and the flow slows down by itself if its path has failed.
-const COPIES: Rate = Rate { per_second: 10_000, burst: 1_000 };
+const COPIES: Rate = Rate::per_second(10_000, 1_000);
 /// So many of them are left for packets up to this length: what somebody waits for.
-const SHORT_COPIES: u64 = 500;
+const SHORT_COPIES: u32 = 500;
 const SHORT: usize = 256;
 
 /// A packet by another way than the primary is news once in this time,
@@ -71,16 +70,16 @@ pub struct Records {
     pub arrived: PathCounts,
     /// Flows with the peer, as far as access rules need to know them.
     pub(super) flows: Flows,
-    answers: Limit,
-    copies: Limit,
+    answers: Account,
+    copies: Account,
     /// The last packet by another way than the primary that the control plane heard of.
     heard: Option<(Via, Instant)>,
 }
 
 impl Records {
-    /// Whether one more answer may be given, `now_us` microseconds after the start.
-    pub(super) fn may_answer(&self, now_us: u64) -> bool {
-        self.answers.take(ANSWERS, 0, now_us)
+    /// Whether one more answer may be given.
+    pub(super) fn may_answer(&mut self, now: Instant) -> bool {
+        self.answers.take(ANSWERS, 1, now)
     }
 
     /// Whether the control plane is to hear of a packet that came by another way than the primary.
@@ -95,10 +94,10 @@ impl Records {
         is_news
     }
 
-    /// Whether a packet of this length may be doubled, `now_us` microseconds after the start.
-    pub(super) fn may_copy(&self, len: usize, now_us: u64) -> bool {
+    /// Whether a packet of this length may be doubled.
+    pub(super) fn may_copy(&mut self, len: usize, now: Instant) -> bool {
         let left = if len > SHORT { SHORT_COPIES } else { 0 };
-        self.copies.take(COPIES, left, now_us)
+        self.copies.has(COPIES, 1 + left, now) && self.copies.take(COPIES, 1, now)
     }
 }
 

@@ -123,8 +123,7 @@ mod tests {
 
     use super::super::{EngineKeys, MIN_SEAL_BUFFER, Peer, SessionSettings};
     use super::*;
-    use crate::path::BASE_MTU;
-    use crate::types::{NodeId, OverlayAddrs, SecretKey};
+    use crate::types::{BASE_MTU, NodeId, OverlayAddrs, SecretKey};
 
     fn key(number: u8) -> SecretKey {
         SecretKey::from_bytes([number; 32])

@@ -32,7 +32,6 @@ pub struct ForwardingTable {
     // Only for look-up, never iterated: their order is of no consequence.
     hosts: HashMap<IpAddr, Arc<Peer>>,
     by_index: HashMap<u32, Arc<Peer>>,
-    by_id: HashMap<NodeId, Arc<Peer>>,
     by_tag: HashMap<Tag, NodeId>,
 }
 
@@ -43,7 +42,7 @@ impl ForwardingTable {
         Self { own, relay, ..Self::default() }
     }
 
-    /// Adds a peer: its addresses, its session index, its id.
+    /// Adds a peer: its addresses, its session index.
     pub fn insert(&mut self, peer: Arc<Peer>) {
         for prefix in peer.addrs.prefixes() {
             match prefix {
@@ -54,8 +53,7 @@ impl ForwardingTable {
                 IpNet::V6(prefix) => drop(self.routes_v6.insert(prefix, Arc::clone(&peer))),
             }
         }
-        self.by_index.insert(peer.index >> SLOT_BITS, Arc::clone(&peer));
-        self.by_id.insert(peer.id, peer);
+        self.by_index.insert(peer.index >> SLOT_BITS, peer);
     }
 
     /// Expects disco messages with this tag, from this peer.
@@ -96,12 +94,6 @@ impl ForwardingTable {
     #[must_use]
     pub fn by_receiver(&self, receiver: u32) -> Option<&Arc<Peer>> {
         self.by_index.get(&(receiver >> (8 + SLOT_BITS)))
-    }
-
-    /// The peer with this id.
-    #[must_use]
-    pub fn by_id(&self, id: NodeId) -> Option<&Arc<Peer>> {
-        self.by_id.get(&id)
     }
 
     /// Whether a session index is one of a peer's.

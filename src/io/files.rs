@@ -54,7 +54,7 @@ pub enum FileError {
     TooLarge {
         /// Which file.
         path: PathBuf,
-        /// The most that is read.
+        /// The most that is read, in bytes.
         limit: u64,
     },
     /// Another process uses the directory.

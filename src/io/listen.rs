@@ -27,7 +27,7 @@ use tokio::time::timeout;
 
 use super::link::{self, Answered, Link, LinkError, Responder};
 use super::said::Said;
-use crate::types::{PublicKey, SecretKey, source_of};
+use crate::types::{Account, PublicKey, Rate, SecretKey, source_of};
 use crate::wire::frame::{HANDSHAKE_HEADER, UPGRADE_PATH, UPGRADE_PROTOCOL};
 
 /// From the first byte to the end of the upgrade.
@@ -40,14 +40,12 @@ const STRANGERS: usize = 384;
 const LEAVING: usize = 32;
 /// One that came this lately is about to prove itself, and makes no room for others of its source.
 const PROVING: Duration = Duration::from_millis(500);
-/// A source may open so many connections at once: a large network behind one address comes back.
-const CONNECTION_BURST: u32 = 1000;
-/// And one more after each of these.
-const CONNECTION_INTERVAL: Duration = Duration::from_millis(5);
+/// Connections that a source may open: a large network behind one address comes back at once.
+const CONNECTIONS: Rate = Rate::per_second(200, 1000);
 /// Sources whose pace is known, and members that have had their place back.
 const RATED_SOURCES: usize = 4096;
-/// A member has its connection back in the count of its source once in this time.
-const MEMBER_INTERVAL: Duration = Duration::from_secs(10);
+/// How often a member has its connection back in the count of its source.
+const RETURNS: Rate = Rate::new(1, Duration::from_secs(10));
 /// The least that the HTTP library takes; our request needs 400 bytes.
 const HEADER_BYTES: usize = 8 * 1024;
 /// Connections that the kernel keeps while we are busy: all nodes of a network at once.
@@ -110,10 +108,10 @@ struct Strangers {
     /// Pushed out, and not gone yet.
     leaving: usize,
     next: u64,
-    /// When all connections of a source would have come at the steady pace.
-    paid_until: HashMap<IpAddr, Instant>,
-    /// When a member may have a connection back again.
-    next_return: HashMap<PublicKey, Instant>,
+    /// Connections of each source.
+    connections: HashMap<IpAddr, Account>,
+    /// Connections that each member has had back.
+    returns: HashMap<PublicKey, Account>,
 }
 
 #[derive(Debug)]
@@ -170,36 +168,32 @@ impl Strangers {
     /// Whether a source may connect again already: each connection may cost two Diffie-Hellman
     /// operations. This machine itself has no limit.
     fn is_in_time(&self, source: IpAddr, now: Instant) -> bool {
-        let late = |at: &Instant| *at > now + CONNECTION_INTERVAL * CONNECTION_BURST;
-        source.is_loopback() || !self.paid_until.get(&source).is_some_and(late)
+        let late = |had: &Account| !had.has(CONNECTIONS, 1, now);
+        source.is_loopback() || !self.connections.get(&source).is_some_and(late)
     }
 
     /// One more connection of this source.
     fn pay(&mut self, source: IpAddr, now: Instant) {
-        make_room_in(&mut self.paid_until, &source, now);
-        let paid_until = self.paid_until.entry(source).or_insert(now);
-        *paid_until = (*paid_until).max(now) + CONNECTION_INTERVAL;
+        make_room_in(&mut self.connections, &source, now);
+        self.connections.entry(source).or_default().take(CONNECTIONS, 1, now);
     }
 
     /// It was a member's, so it does not count. One that comes again and again does.
     fn give_back(&mut self, source: IpAddr, member: PublicKey, now: Instant) {
-        if self.next_return.get(&member).is_some_and(|at| *at > now) {
-            return;
-        }
-        make_room_in(&mut self.next_return, &member, now);
-        self.next_return.insert(member, now + MEMBER_INTERVAL);
-        if let Some(paid_until) = self.paid_until.get_mut(&source) {
-            *paid_until = paid_until.checked_sub(CONNECTION_INTERVAL).unwrap_or(*paid_until);
+        make_room_in(&mut self.returns, &member, now);
+        let again = self.returns.entry(member).or_default().take(RETURNS, 1, now);
+        if let Some(had) = self.connections.get_mut(&source).filter(|_| again) {
+            had.give_back(CONNECTIONS, 1);
         }
     }
 }
 
 /// Keeps such a table from growing without end: what is over is forgotten, and at the worst all.
-fn make_room_in<K: Eq + Hash>(table: &mut HashMap<K, Instant>, key: &K, now: Instant) {
+fn make_room_in<K: Eq + Hash>(table: &mut HashMap<K, Account>, key: &K, now: Instant) {
     if table.len() < RATED_SOURCES || table.contains_key(key) {
         return;
     }
-    table.retain(|_, at| *at > now);
+    table.retain(|_, had| !had.is_settled(now));
     if table.len() >= RATED_SOURCES {
         table.clear();
     }
@@ -250,14 +244,7 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// The connection has proved that somebody is there: it needs no place any more. What it has
-    /// cost its source is given back when it turns out to be a member's.
-    #[must_use]
-    pub fn leave(self) -> Fare {
-        self.fare()
-    }
-
-    /// The same for one that needs its place for a moment more.
+    /// What the connection has cost its source, to be given back when it turns out to be a member's.
     #[must_use]
     pub fn fare(&self) -> Fare {
         Fare { gate: Arc::clone(&self.gate), source: self.source }
@@ -492,8 +479,8 @@ mod tests {
         let gate = Arc::new(Gate::default());
         let loud: IpAddr = "192.0.2.1".parse().unwrap();
         let count = |ip: IpAddr, now| (0..5000).filter(|_| gate.admit(ip, now).is_some()).count();
-        assert_eq!(count(loud, epoch()), CONNECTION_BURST as usize + 1);
-        assert_eq!(count(loud, epoch() + CONNECTION_INTERVAL * 3), 3);
+        assert_eq!(count(loud, epoch()), CONNECTIONS.burst() as usize);
+        assert_eq!(count(loud, epoch() + Duration::from_millis(15)), 3);
         assert!(gate.admit("192.0.2.2".parse().unwrap(), epoch()).is_some());
         assert_eq!(count("127.0.0.1".parse().unwrap(), epoch()), 5000);
     }
@@ -529,7 +516,7 @@ mod tests {
                     assert!(!is_pushed_out(&place), "an honest one is not pushed out");
                     let mut key = [0; 32];
                     key[..2].copy_from_slice(&node.to_be_bytes());
-                    place.leave().give_back(PublicKey(key), epoch() + at);
+                    place.fare().give_back(PublicKey(key), epoch() + at);
                 }
             }
         }
@@ -550,7 +537,7 @@ mod tests {
         let gate = Arc::new(Gate::default());
         let loud: IpAddr = "192.0.2.1".parse().unwrap();
         let come = |key: Option<u8>| {
-            let place = gate.admit(loud, epoch())?.leave();
+            let place = gate.admit(loud, epoch())?.fare();
             if let Some(key) = key {
                 place.give_back(PublicKey([key; 32]), epoch());
             }
@@ -559,6 +546,6 @@ mod tests {
         // Each of a hundred members comes ten times, and has one of them back.
         let members = (0..1_000).filter_map(|i| come(Some((i % 100) as u8))).count();
         let strangers = (0..5_000).filter_map(|_| come(None)).count();
-        assert_eq!((members, strangers), (1_000, CONNECTION_BURST as usize + 1 - 900));
+        assert_eq!((members, strangers), (1_000, CONNECTIONS.burst() as usize - 900));
     }
 }

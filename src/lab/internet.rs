@@ -98,7 +98,6 @@ pub struct Internet {
     in_flight: BTreeMap<(Instant, u64), InFlight>,
     sent: u64,
     rng: StdRng,
-    delivered: u64,
     drops: BTreeMap<InternetDrop, u64>,
 }
 
@@ -126,7 +125,6 @@ impl Internet {
             in_flight: BTreeMap::new(),
             sent: 0,
             rng: StdRng::seed_from_u64(seed),
-            delivered: 0,
             drops: BTreeMap::new(),
         }
     }
@@ -151,10 +149,7 @@ impl Internet {
                 Segment::Lan => Ok(()),
             };
             match arrived {
-                Ok(()) => {
-                    self.delivered += 1;
-                    return Some((site, packet));
-                }
+                Ok(()) => return Some((site, packet)),
                 Err(reason) => self.count_drop(reason),
             }
         }
@@ -163,11 +158,6 @@ impl Internet {
     /// When the next packet is due.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.in_flight.first_key_value().map(|((due, _), _)| *due)
-    }
-
-    /// How many packets reached a host.
-    pub fn delivered(&self) -> u64 {
-        self.delivered
     }
 
     /// How many packets died, by reason.

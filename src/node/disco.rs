@@ -8,8 +8,8 @@ use rand::Rng;
 
 use super::{Event, Node, WholeProbe};
 use crate::dataplane::{Source, send_datagram};
-use crate::path::{SEAL_OVERHEAD, Via};
-use crate::types::{DropReason, NodeId, SocketId, TxId};
+use crate::path::Via;
+use crate::types::{DropReason, NodeId, SEAL_OVERHEAD, SocketId, TxId};
 use crate::wire::PacketKind;
 use crate::wire::disco::{self, Message};
 

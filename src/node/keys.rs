@@ -24,7 +24,7 @@ use crate::wire::disco::DiscoKeys;
 pub(super) const OVERLAP: Duration = Duration::from_secs(180);
 /// A peer that the server sees has heard of our new key so long after the server has.
 pub(super) const NEWS_TRAVEL: Duration = Duration::from_secs(5);
-/// The server is told again when it has not answered; it takes one key a minute.
+/// The server is told again when it has not answered; in the long run it takes one key a minute.
 const TELL_AGAIN: Duration = Duration::from_secs(65);
 
 /// Why the key cannot be renewed now.

@@ -13,7 +13,7 @@
 //! - `predict`: which ports our NAT will give us next
 //! - `punch`: costly ways, agreed on with the peer; `birthday`: our part in them
 //! - `sockets`: local ports beside the main one
-//! - `uplinks`: several default routes, and which of them the relay goes by
+//! - `uplinks`: several default routes, and which of them the relay goes by; `asks`: what one is asked
 //! - `signalling`: how news travels to the peers, and who may send to whom first
 //! - `handshake`: WireGuard handshakes in and out; `lanes`: a second session with busy peers
 //! - `roam`: other addresses, other routes, and waking up
@@ -23,7 +23,7 @@
 //! - `peer`: one peer's control state, and publishing it to the data plane
 //! - `timers`: everything that happens because time passes
 //! - `presence`: who is there
-//! - `reach`: what programs are told that send to nobody
+//! - `unreachable`: what programs are told that send to nobody
 //! - `standing`: memberships that end
 //! - `status`: read-only views
 //! - `nat`: what the network in front of us does
@@ -49,7 +49,6 @@ mod peer;
 mod predict;
 mod presence;
 mod punch;
-mod reach;
 mod relay;
 mod report;
 mod roam;
@@ -59,6 +58,7 @@ mod sockets;
 mod standing;
 mod status;
 mod timers;
+mod unreachable;
 mod uplinks;
 
 pub use history::{History, PathChange, PathRecord, PathTimes};
@@ -81,9 +81,9 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::dataplane::{Note, SessionSettings, Shared, Source, Target, UdpBatch};
-use crate::path::{Answer, BASE_MTU, Together, Via};
+use crate::path::{Answer, Together, Via};
 use crate::policy::Filter;
-use crate::types::{Candidate, NodeId, OverlayAddrs, PublicKey, SocketId, Uplink};
+use crate::types::{BASE_MTU, Candidate, NodeId, OverlayAddrs, PublicKey, SocketId, Uplink};
 use crate::wire::control::{ClientMessage, RefusedCode};
 use crate::wire::disco::Tag;
 use crate::wire::relay::Token;
@@ -266,7 +266,7 @@ pub struct Node {
     openers: VecDeque<Opener>,
     whole_probes: VecDeque<WholeProbe>,
     scratch: VecDeque<(SocketAddr, Vec<u8>)>,
-    packets: VecDeque<reach::Answer>,
+    packets: VecDeque<unreachable::Answer>,
     messages: VecDeque<ClientMessage>,
     events: VecDeque<Event>,
     /// Handshakes that made a session.

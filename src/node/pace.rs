@@ -3,62 +3,55 @@
 
 use std::time::{Duration, Instant};
 
-/// So many peers at once in a small network,
+use crate::types::{Account, Rate};
+
+/// So many peers start at once in a small network,
 pub(super) const BURST: u32 = 4;
-/// and one more after each of these.
-const INTERVAL: Duration = Duration::from_millis(250);
+/// and then one after the other.
+const FEW: Rate = Rate::new(BURST, Duration::from_millis(250));
 /// A larger one has more peers than this. There every node is called by others all the time while the
 /// network starts,
 const SMALL: usize = 8;
-/// so it starts one peer after each of these.
-const LARGE_INTERVAL: Duration = Duration::from_millis(600);
+/// so it starts one peer at a time.
+const MANY: Rate = Rate::new(1, Duration::from_millis(600));
 /// Peers that have called put off those who wait by so many turns at the most.
 const MAX_TURNS: u32 = 8;
 
-/// Lets peers start, a few at once and then at a steady pace (the generic cell rate algorithm).
+/// Lets peers start, a few at once and then at a steady pace.
 #[derive(Debug)]
 pub(super) struct Pace {
-    /// When all that has started would have done so at the steady pace.
-    paid_until: Option<Instant>,
+    rate: Rate,
+    started: Account,
     waiting: bool,
-    burst: u32,
-    interval: Duration,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { paid_until: None, waiting: false, burst: BURST, interval: INTERVAL }
+        Self { rate: FEW, started: Account::default(), waiting: false }
     }
 }
 
 impl Pace {
     /// Sets the pace for a network of so many peers.
     pub(super) fn set_peers(&mut self, peers: usize) {
-        let small = peers <= SMALL;
-        (self.burst, self.interval) = if small { (BURST, INTERVAL) } else { (1, LARGE_INTERVAL) };
+        self.rate = if peers <= SMALL { FEW } else { MANY };
     }
 
     /// Whether one more may start now. If not, [`Self::next_at`] says when to ask again.
     pub(super) fn take(&mut self, now: Instant) -> bool {
-        let paid_until = self.paid_until.map_or(now, |at| at.max(now));
-        if paid_until > now + self.interval * (self.burst - 1) {
-            self.waiting = true;
-            return false;
-        }
-        self.paid_until = Some(paid_until + self.interval);
-        true
+        let may = self.started.take(self.rate, 1, now);
+        self.waiting |= !may;
+        may
     }
 
     /// A peer has called and is answered at once; somebody who waits does so for longer instead.
     pub(super) fn charge(&mut self, now: Instant) {
-        let paid_until = self.paid_until.map_or(now, |at| at.max(now)) + self.interval;
-        self.paid_until = Some(paid_until.min(now + self.interval * MAX_TURNS));
+        self.started.charge(self.rate, 1, MAX_TURNS, now);
     }
 
     /// When somebody who waits may start.
     pub(super) fn next_at(&self) -> Option<Instant> {
-        let ahead = self.interval * (self.burst - 1);
-        self.paid_until.filter(|_| self.waiting).map(|at| at - ahead)
+        self.started.room_at(self.rate).filter(|_| self.waiting)
     }
 
     /// Everybody who waits asks again.
@@ -71,6 +64,9 @@ impl Pace {
 mod tests {
     use super::*;
     use crate::testing::epoch;
+
+    const INTERVAL: Duration = Duration::from_millis(250);
+    const LARGE_INTERVAL: Duration = Duration::from_millis(600);
 
     #[test]
     fn a_few_start_at_once_and_the_others_in_turn() {

@@ -128,7 +128,7 @@ impl Node {
     }
 
     /// Asks the server for the peer with this name, overlay address or id, unless that is under way.
-    /// Returns whether there is an answer to wait for: [`Self::is_wanted`] until it has come.
+    /// Returns whether there is an answer to wait for.
     pub fn want_peer(&mut self, text: &str, now: Instant) -> bool {
         if self.wanted.open.contains_key(text) {
             return true;
@@ -141,12 +141,6 @@ impl Node {
         self.wanted.open.insert(text.into(), want);
         self.ask_for(text);
         true
-    }
-
-    /// Whether the server has been asked for this peer and may still answer.
-    #[must_use]
-    pub fn is_wanted(&self, text: &str) -> bool {
-        self.wanted.open.contains_key(text)
     }
 
     /// How many nodes the network has, when we know only the peers that we use.

@@ -12,9 +12,9 @@ use super::part::UseRecord;
 use super::report::Insight;
 use super::{Event, Netmap, Node};
 use crate::dataplane::{ForwardingTable, Peer, SLOT_MASK, flush_pending, send_keepalive};
-use crate::path::{BASE_MTU, PathAgent, PathEvent, PathTransmit, Via, WORTH_A_PATH};
+use crate::path::{PathAgent, PathEvent, PathTransmit, Via, WORTH_A_PATH};
 use crate::policy::Filter;
-use crate::types::{Candidate, CandidateKind, NodeId};
+use crate::types::{BASE_MTU, Candidate, CandidateKind, NodeId};
 use crate::wire::disco::Message;
 
 /// Who has gone is often back soon, from sleep or a restart: our NAT is kept open for it so long.
@@ -22,6 +22,7 @@ const EXPECTED_BACK: Duration = Duration::from_secs(15 * 60);
 
 #[derive(Debug)]
 pub(super) struct PeerControl {
+    /// What packets see of it.
     pub(super) fast: Arc<Peer>,
     pub(super) agent: PathAgent,
     /// What of its pings was answered lately.
@@ -29,7 +30,7 @@ pub(super) struct PeerControl {
     pub(super) keys: PeerKeys,
     /// Somebody waits for a session with it.
     pub(super) session_wanted: bool,
-    /// Stamp of the last packet sent to it, when the traffic tick looked last.
+    /// When the last packet was sent to it, as the traffic tick saw it last.
     pub(super) used_at: Option<Instant>,
     /// When an unknown session of this peer was last answered with a handshake.
     pub(super) stale_at: Option<Instant>,
@@ -158,7 +159,7 @@ impl Node {
         }
     }
 
-    /// The same for one peer.
+    /// Tells the agent of one peer what the netmap, the relay and use mean for it.
     pub(super) fn update_peer(&mut self, id: NodeId, now: Instant) {
         let relay = self.relay_path();
         let eager = self.netmap.peers.len() <= self.settings.eager_peers;

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Identity, Node};
-use crate::path::{Quality, Via};
+use crate::path::Via;
 use crate::types::{Candidate, NodeId, NodeName, OverlayAddrs, PublicKey, Uplink};
 
 /// How a peer can be reached at this moment.
@@ -126,12 +126,6 @@ impl Node {
     #[must_use]
     pub fn peer_statuses(&self, now: Instant) -> Vec<PeerStatus> {
         self.peers.keys().filter_map(|id| self.peer_status(*id, now)).collect()
-    }
-
-    /// How good each known path to a peer is.
-    #[must_use]
-    pub fn path_quality(&self, id: NodeId, now: Instant) -> Vec<Quality> {
-        self.peers.get(&id).map(|peer| peer.agent.quality(now)).unwrap_or_default()
     }
 
     /// How a peer can be reached at this moment.

@@ -79,6 +79,9 @@ impl Node {
     }
 
     /// When [`Self::handle_timeout`] has something to do, and what.
+    ///
+    /// All peers are looked at each time. A list in order of time would have to be told of every change
+    /// of a peer, and the packet threads move the deadlines of sessions without a word.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<(Instant, &'static str)> {
         let mut soonest = Soonest::default();

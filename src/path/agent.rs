@@ -23,7 +23,6 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::liveness::Doubt;
-use super::mtu::BASE_MTU;
 use super::probe::Prober;
 use super::quality::Delivery;
 use super::relay_mtu::RelayMtu;
@@ -31,7 +30,7 @@ use super::soonest::Soonest;
 use super::trickle::{Together, Trickle};
 use super::{Place, Via};
 use crate::types::{
-    Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
+    BASE_MTU, Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
 };
 use crate::wire::disco::{PING_LEN, PONG_LEN};
 use choose::KEEPALIVE;

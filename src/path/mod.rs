@@ -45,7 +45,7 @@ pub use agent::{
     Answer, EARLY_BYTES, Line, OPENER_TTL, PathAgent, PathEvent, PathTransmit, Signalling, Traffic,
     UNDERLAY_BYTES, WORTH_A_PATH,
 };
-pub use mtu::{BASE_MTU, OVERHEAD_V4, SEAL_OVERHEAD};
+pub use mtu::OVERHEAD_V4;
 pub use nat::{Filtering, Mapping, NatFacts, NatKind};
 pub use probe::ProbeOutcome;
 pub use soonest::Soonest;
@@ -126,22 +126,6 @@ impl std::fmt::Display for Via {
             Self::RelayTcp => f.write_str("relay-tcp"),
         }
     }
-}
-
-/// What is known of one path to a peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Quality {
-    /// The path.
-    pub via: Via,
-    /// Its smoothed round trip.
-    pub rtt: Option<Duration>,
-    /// Of a thousand datagrams that we sent in the last seconds, so many did not arrive; none when
-    /// too few were sent, or the peer does not count.
-    pub loss_permille: Option<u16>,
-    /// The longest inner packet that it carries uncut, as far as was asked.
-    pub mtu: Option<u16>,
-    /// Whether it may carry data: it has not failed, or has proved itself since.
-    pub trusted: bool,
 }
 
 /// An endpoint of the peer, as one socket of ours reaches it. Behind a NAT two sockets that send to

@@ -11,9 +11,9 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::types::TxId;
-pub use crate::types::{BASE_MTU, SEAL_OVERHEAD};
+use crate::types::{BASE_MTU, SEAL_OVERHEAD};
 
-/// Of all headers around an inner packet on an IPv4 path: IP, UDP, WireGuard.
+/// Bytes of all headers around an inner packet on an IPv4 path: IP, UDP, WireGuard.
 pub const OVERHEAD_V4: u16 = 20 + 8 + SEAL_OVERHEAD;
 /// The same on an IPv6 path.
 pub(super) const OVERHEAD_V6: u16 = 40 + 8 + SEAL_OVERHEAD;

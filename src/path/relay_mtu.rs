@@ -9,8 +9,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::mtu::{AGAIN, BASE_MTU, LINKS, OVERHEAD_V4, OVERHEAD_V6};
-use crate::types::TxId;
+use super::mtu::{AGAIN, LINKS, OVERHEAD_V4, OVERHEAD_V6};
+use crate::types::{BASE_MTU, TxId};
 use crate::wire::relay::DATA_HEADER_LEN;
 
 /// An answer takes this long, or two round trips.
@@ -114,11 +114,6 @@ impl RelayMtu {
         self.rest_until = Some(now + rest);
         self.hurry_from = Some(now + SOON);
         self.open.clear();
-    }
-
-    /// What the last search has found.
-    pub(super) fn found(&self) -> Option<u16> {
-        self.found
     }
 
     /// The longest inner packet that gets through, as far as is known.

@@ -16,14 +16,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::types::source_of;
+use crate::types::{Account, Rate, SharedAccount, source_of};
 
 /// Bytes at once: 240 pings, more than all candidates and guesses of a hard NAT's first rounds.
 const BURST: u32 = 22_400;
-/// One more byte after each of these, 600 in a second. With the burst that is less than 1,000 bytes
-/// a second in any minute.
+/// And then 600 in a second. With the burst that is less than 1,000 bytes a second in any minute.
+const TRICKLE: Rate = Rate::new(BURST, INTERVAL);
 const INTERVAL: Duration = Duration::from_nanos(1_666_667);
-/// Headers of UDP with IPv4,
+/// Bytes of the headers of UDP with IPv4,
 const V4_HEADERS: u32 = 28;
 /// and with IPv6.
 const V6_HEADERS: u32 = 48;
@@ -38,8 +38,8 @@ const ANSWER_LIFETIME_S: u64 = 120;
 /// The account of one peer.
 #[derive(Debug, Default)]
 pub(super) struct Trickle {
-    /// When all that was sent there would have been at the steady pace.
-    paid_until: BTreeMap<IpAddr, Instant>,
+    /// Bytes that were sent to each source.
+    sent: BTreeMap<IpAddr, Account>,
 }
 
 impl Trickle {
@@ -51,26 +51,20 @@ impl Trickle {
 
     /// Whether so many bytes, headers and all, may go there now; takes nothing.
     pub(super) fn has_bytes(&self, bytes: u32, to: IpAddr, now: Instant) -> bool {
-        let at = self.paid_until.get(&source_of(to)).map_or(now, |paid_until| now.max(*paid_until));
-        at + INTERVAL * bytes <= now + INTERVAL * BURST
+        let sent = self.sent.get(&source_of(to)).copied().unwrap_or_default();
+        sent.has(TRICKLE, bytes, now)
     }
 
-    /// The same for so many bytes, headers and all: all of them, or none.
+    /// Takes so many bytes, headers and all: all of them, or none.
     pub(super) fn take_bytes(&mut self, bytes: u32, to: IpAddr, now: Instant) -> bool {
         let source = source_of(to);
-        if !self.paid_until.contains_key(&source) && self.paid_until.len() >= MAX_SOURCES {
-            self.paid_until.retain(|_, at| *at > now);
-            if self.paid_until.len() >= MAX_SOURCES {
+        if !self.sent.contains_key(&source) && self.sent.len() >= MAX_SOURCES {
+            self.sent.retain(|_, sent| !sent.is_settled(now));
+            if self.sent.len() >= MAX_SOURCES {
                 return false;
             }
         }
-        let paid_until = self.paid_until.entry(source).or_insert(now);
-        let at = (*paid_until).max(now);
-        if at + INTERVAL * bytes > now + INTERVAL * BURST {
-            return false;
-        }
-        *paid_until = at + INTERVAL * bytes;
-        true
+        self.sent.entry(source).or_default().take(TRICKLE, bytes, now)
     }
 }
 
@@ -94,8 +88,8 @@ struct Table {
 
 #[derive(Debug, Default)]
 struct Place {
-    /// When all that was sent there would have been at the steady pace, in nanoseconds.
-    paid_until: AtomicU64,
+    /// Bytes that were sent there, in time since the table's origin.
+    sent: SharedAccount,
     /// The last address of a peer's answer, as 32 bits of its hash, and 32 bits of seconds and one.
     answered: AtomicU64,
 }
@@ -135,15 +129,7 @@ impl Together {
         if at != 0 && of == tag && passed.as_secs() + 1 < at + ANSWER_LIFETIME_S {
             return true;
         }
-        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let now = nanos(passed);
-        let paid_until = place.paid_until.load(Ordering::Relaxed).max(now);
-        let after = paid_until.saturating_add(nanos(INTERVAL * bytes));
-        if after > now.saturating_add(nanos(INTERVAL * BURST)) {
-            return false;
-        }
-        place.paid_until.store(after, Ordering::Relaxed);
-        true
+        place.sent.take(TRICKLE, bytes, passed)
     }
 }
 

@@ -19,7 +19,7 @@ const FRAGMENT: u8 = 44;
 const DESTINATION_OPTIONS: u8 = 60;
 /// More extension headers than any program sends.
 const MAX_HEADERS: usize = 8;
-/// The largest IP payload that can be put together of fragments.
+/// Bytes of the largest IP payload that can be put together of fragments.
 const MAX_PAYLOAD: u32 = 65_535;
 
 /// A packet that is broken, or made so that a filter and a host could read it differently.

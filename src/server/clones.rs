@@ -32,9 +32,9 @@ pub(super) struct Clones(BTreeMap<NodeId, Runs>);
 #[derive(Debug, Default)]
 struct Runs {
     seen: VecDeque<u64>,
-    /// When a run came back while another was connected.
+    /// When a run came back while another was connected, in Unix seconds.
     returns: Vec<u64>,
-    /// When the last machine was turned away.
+    /// When the last machine was turned away, in Unix seconds.
     marked: Option<u64>,
 }
 

@@ -10,10 +10,6 @@ use super::{Act, ConnectionId, Decision, Server};
 use crate::types::{NodeId, PublicKey};
 use crate::wire::control::ServerMessage;
 
-/// A member renews its key on one connection no more often than this, in seconds; `pace` has the limit
-/// for all its connections.
-const SPACING_S: u64 = 60;
-
 /// Whether it could be anybody's.
 pub(super) fn is_key(key: PublicKey) -> bool {
     key.0 != [0; 32]
@@ -36,13 +32,9 @@ impl Server {
             return Some(Decision { changes: Vec::new(), act });
         }
         let possible = self.may_have_key(Some(node), key);
-        let known = self.connections.get_mut(&connection)?;
-        let lately = |at: u64| wall.abs_diff(at) < SPACING_S;
-        let paced = self.pace.allows(node, wall);
-        if !possible || !paced || known.rekeyed.is_some_and(lately) {
+        if !possible || !self.pace.allows(node, wall) {
             return None;
         }
-        known.rekeyed = Some(wall);
         self.pace.note(node, wall);
         Some(Decision { changes: vec![self.members.write(record)], act })
     }

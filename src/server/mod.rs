@@ -189,8 +189,6 @@ struct Connection {
     applied: u64,
     /// Which run of the node's program it belongs to.
     instance: Option<u64>,
-    /// When the node last renewed its key on it, in Unix seconds.
-    rekeyed: Option<u64>,
     /// The member that waits on it, since its time is over.
     expired: Option<NodeId>,
     /// The server has had its last word on it: nothing counts that still comes.
@@ -278,7 +276,6 @@ impl Server {
             node: None,
             applied: 0,
             instance: None,
-            rekeyed: None,
             expired: None,
             refused: false,
             can_part: false,

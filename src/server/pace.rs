@@ -4,34 +4,34 @@
 //! It counts for the member, whatever connections it makes.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use crate::types::NodeId;
+use crate::types::{Account, NodeId, Rate};
 
-/// A member changes something no more often than this in the long run, in seconds.
-const SPACING_S: u64 = 60;
-/// So many changes may come at once: a node that is set up, moved and set up again.
-const AT_ONCE_S: u64 = 5 * SPACING_S;
+/// So many at once, for a node that is set up, moved and set up again, and then one a minute.
+const CHANGES: Rate = Rate::new(5, Duration::from_secs(60));
 
-/// Until when each member has used up its changes, in Unix seconds. As many as there are members.
+/// What each member has had of its changes, in time since the Unix epoch. As many as there are members.
 #[derive(Debug, Default)]
-pub(super) struct Pace(BTreeMap<NodeId, u64>);
+pub(super) struct Pace(BTreeMap<NodeId, Account<Duration>>);
 
 impl Pace {
-    /// Whether a change of this member is taken now.
+    /// Whether a change of this member is taken now, in Unix seconds.
     pub(super) fn allows(&self, node: NodeId, wall: u64) -> bool {
-        self.used_until(node, wall) + SPACING_S <= wall.saturating_add(AT_ONCE_S)
+        let now = Duration::from_secs(wall);
+        self.account(node, now).has(CHANGES, 1, now)
     }
 
-    /// One was taken.
+    /// One that was allowed was taken.
     pub(super) fn note(&mut self, node: NodeId, wall: u64) {
-        let until = self.used_until(node, wall) + SPACING_S;
-        self.0.insert(node, until);
+        let now = Duration::from_secs(wall);
+        let mut account = self.account(node, now);
+        account.take(CHANGES, 1, now);
+        self.0.insert(node, account);
     }
 
-    /// No earlier than now. A time that no change can have led to is of a clock that was set back.
-    fn used_until(&self, node: NodeId, wall: u64) -> u64 {
-        let possible = wall..=wall.saturating_add(AT_ONCE_S);
-        self.0.get(&node).copied().filter(|until| possible.contains(until)).unwrap_or(wall)
+    fn account(&self, node: NodeId, now: Duration) -> Account<Duration> {
+        self.0.get(&node).copied().unwrap_or_default().unless_set_back(CHANGES, now)
     }
 
     pub(super) fn forget(&mut self, node: NodeId) {

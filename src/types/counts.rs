@@ -52,9 +52,9 @@ impl SizeCounts {
     }
 }
 
-/// Shorter ones pass wherever a question passes.
+/// In bytes; shorter ones pass wherever a question passes.
 const SHORTEST_FULL: usize = 1_000;
-/// The packet that every path takes, sealed.
+/// Bytes of the packet that every path takes, sealed.
 const LONGEST_FULL: usize = (BASE_MTU + SEAL_OVERHEAD) as usize;
 
 #[cfg(test)]

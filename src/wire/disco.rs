@@ -42,7 +42,7 @@ pub const PING_LEN: usize = OVERHEAD + 14;
 /// The longest sealed pong.
 pub const PONG_LEN: usize = OVERHEAD + 13 + ENDPOINT_LEN + COUNTS_LEN;
 
-/// The largest packet that is opened: more than any message needs, less than costs time.
+/// Bytes of the largest packet that is opened: more than any message needs, less than costs time.
 pub const MAX_PACKET: usize = 9000;
 
 /// In a ping: the sender answers a second session beside the first.

@@ -25,7 +25,7 @@ pub const NOISE_PATTERN: &str = "Noise_IK_25519_ChaChaPoly_BLAKE2s";
 /// Mixed into the handshake by both sides, so that nobody between them can talk the version down.
 pub const NOISE_PROLOGUE: &[u8] = b"overlay control 1";
 
-/// The largest hello in a first Noise message: the HTTP header that it is in has to have 8 KiB at most.
+/// Bytes of the largest hello in a first Noise message: the HTTP header that it is in has to have 8 KiB at most.
 pub const MAX_EARLY_HELLO: usize = 4096;
 /// In the second Noise message: the hello in the first one counts.
 pub const EARLY_TAKEN: &[u8] = &[1];
@@ -34,9 +34,9 @@ pub const EARLY_TAKEN: &[u8] = &[1];
 pub const LENGTH_LEN: usize = 2;
 /// Bytes that Noise adds to a message.
 pub const MAC_LEN: usize = 16;
-/// The largest body of one frame: what a Noise message can hold, less type and MAC.
+/// Bytes of the largest body of one frame: what a Noise message can hold, less type and MAC.
 pub const MAX_BODY: usize = 65_535 - MAC_LEN - 1;
-/// The largest control message: the netmap of a network of ten thousand nodes.
+/// Bytes of the largest control message: the netmap of a network of ten thousand nodes.
 pub const MAX_MESSAGE: usize = 4 << 20;
 /// The same for what a node says, who may be a stranger: a hello has some hundred bytes.
 pub const MAX_CLIENT_MESSAGE: usize = 64 << 10;

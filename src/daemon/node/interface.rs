@@ -19,8 +19,7 @@ use crate::io::os::{
 use crate::io::service::{forget_tun, store_tun};
 use crate::io::tun::{Tun, TunError, TunOptions};
 use crate::node::Identity;
-use crate::path::BASE_MTU;
-use crate::types::OverlayAddrs;
+use crate::types::{BASE_MTU, OverlayAddrs};
 
 use super::Daemon;
 use super::device::{choose, delete, open, withdraw};

@@ -28,9 +28,8 @@ use crate::io::os::{Netlink, NetlinkError};
 use crate::io::service::reload::{Read, Reload};
 use crate::io::service::{Watchdog, handed_tuns};
 use crate::node::{Event, Node, NodeSettings};
-use crate::path::BASE_MTU;
 use crate::server::admin::rfc3339;
-use crate::types::{NetworkId, NodeName};
+use crate::types::{BASE_MTU, NetworkId, NodeName};
 use crate::wire::control::RefusedCode;
 use crate::wire::join::JoinLine;
 

@@ -3,12 +3,12 @@
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
 use super::core::Event;
@@ -20,14 +20,12 @@ use crate::io::listen::{self, Admission, Gate, HANDSHAKE_LIMIT};
 use crate::io::said::Said;
 use crate::server::fresh::{Freshness, Tokens};
 use crate::server::{Connected, ConnectionId};
-use crate::types::{PublicKey, SecretKey};
+use crate::types::{Account, PublicKey, Rate, SecretKey};
 use crate::wire::control::{ClientMessage, decode};
 use crate::wire::frame::{Early, MAX_CLIENT_MESSAGE};
 
-/// Control messages that a node may send in a burst; an honest one sends a few.
-const BURST_MESSAGES: u32 = 200;
-/// Above that, two messages in this time: one for the wait, and one that is earned meanwhile.
-const MESSAGE_INTERVAL: Duration = Duration::from_millis(100);
+/// Control messages of a connection that are read at once; an honest node sends a few.
+const MESSAGES: Rate = Rate::per_second(20, 200);
 /// After an error like "too many open files", until the next try.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Until those that make room are looked at again; they may wait for the core.
@@ -172,7 +170,7 @@ async fn read(
     entrance: &Entrance,
 ) {
     let mut inbound = Ok(Inbound::Control(first));
-    let mut budget = Budget::new();
+    let mut messages = Account::default();
     loop {
         match inbound {
             Ok(Inbound::Relay(first)) => {
@@ -182,7 +180,7 @@ async fn read(
                 entrance.hub.handle_link_datagrams(id, &mut datagrams);
             }
             Ok(Inbound::Control(bytes)) => {
-                budget.spend().await;
+                wait_for_room(&mut messages).await;
                 let message = match decode::<ClientMessage>(&bytes) {
                     Ok(message) => message,
                     Err(error) => return debug!(connection = id.0, %error, "not understood"),
@@ -214,30 +212,11 @@ async fn read(
     }
 }
 
-/// How many messages a connection may send without waiting.
-struct Budget {
-    left: u32,
-    since: Instant,
-}
-
-impl Budget {
-    fn new() -> Self {
-        Self { left: BURST_MESSAGES, since: clock::now() }
-    }
-
-    /// Pays for one message; who has spent everything waits.
-    async fn spend(&mut self) {
-        let now = clock::now();
-        let elapsed = now.saturating_duration_since(self.since);
-        let earned = elapsed.as_millis() / MESSAGE_INTERVAL.as_millis();
-        if earned > 0 {
-            let earned = u32::try_from(earned).unwrap_or(u32::MAX);
-            self.left = self.left.saturating_add(earned).min(BURST_MESSAGES);
-            self.since = now;
-        }
-        match self.left.checked_sub(1) {
-            Some(left) => self.left = left,
-            None => sleep(MESSAGE_INTERVAL).await,
+/// Who has sent too many messages waits for each.
+async fn wait_for_room(messages: &mut Account) {
+    while !messages.take(MESSAGES, 1, clock::now()) {
+        if let Some(at) = messages.room_at(MESSAGES) {
+            sleep_until(at.into()).await;
         }
     }
 }

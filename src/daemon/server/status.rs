@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::core::Core;
 use crate::server::admin::{SCHEMA, rfc3339};
-use crate::server::relay::limit::Rate;
+use crate::server::relay::limit::Throughput;
 
 /// What the server does, as `--json` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,8 +70,8 @@ pub struct RateInfo {
     pub packets: u32,
 }
 
-impl From<Rate> for RateInfo {
-    fn from(Rate { mbit, datagrams }: Rate) -> Self {
+impl From<Throughput> for RateInfo {
+    fn from(Throughput { mbit, datagrams }: Throughput) -> Self {
         Self { mbit, packets: datagrams }
     }
 }

@@ -7,7 +7,7 @@ use super::checksum;
 use super::header::{FrameHeader, Segmentation, SegmentationKind};
 use crate::types::DropReason;
 
-/// The longest headers that are cut: IPv4 and TCP with all options, or IPv6 with a few extensions.
+/// Bytes of the longest headers that are cut: IPv4 and TCP with all options, or IPv6 with a few extensions.
 const MAX_HEADERS: usize = 192;
 const TCP_FIN_PSH: u8 = 0x09;
 const TCP_CWR: u8 = 0x80;

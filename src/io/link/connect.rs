@@ -31,7 +31,7 @@ const TCP_LIMIT: Duration = Duration::from_secs(5);
 const UPGRADE_LIMIT: Duration = Duration::from_secs(5);
 /// Head start of one resolved address over the next (RFC 8305 section 8).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// Neither side sends longer segments, whatever its own network takes: on the way there may be a narrow
+/// Neither side sends longer segments (in bytes), whatever its own network takes: on the way there may be a narrow
 /// link that drops what does not fit without a word, and TCP alone would send the same again for ever.
 const LONGEST_SEGMENT: u32 = 1_024;
 

@@ -16,9 +16,9 @@ use crate::wire::frame::{
 };
 use crate::wire::relay::TOKEN_LEN;
 
-/// No payload is longer: a token and a hello.
+/// No payload has more bytes: a token and a hello.
 const MAX_PAYLOAD: usize = TOKEN_LEN + MAX_EARLY_HELLO;
-/// No handshake message of IK is longer: two keys, one of them with a MAC, and a payload with one.
+/// No handshake message of IK has more bytes: two keys, one of them with a MAC, and a payload with one.
 const MAX_HANDSHAKE: usize = 32 + 48 + MAX_PAYLOAD + MAC_LEN;
 
 /// The handshake did not work out: another key, or no Noise at all.

@@ -4,10 +4,9 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 
-use super::{PathAgent, PathTransmit, Trust};
-use crate::path::mtu::BASE_MTU;
-use crate::path::{Quality, Via};
-use crate::types::TxId;
+use super::{PathAgent, PathTransmit};
+use crate::path::Via;
+use crate::types::{BASE_MTU, TxId};
 
 impl PathAgent {
     /// The smoothed round trip on the primary.
@@ -17,29 +16,6 @@ impl PathAgent {
             Some(place) => self.endpoints.get(&place)?.prober.srtt(),
             None => self.relay_prober.srtt(),
         }
-    }
-
-    /// How good each path is on which something is known: the direct ones, then the relay.
-    #[must_use]
-    pub fn quality(&self, now: Instant) -> Vec<Quality> {
-        let direct = self.endpoints.iter().filter_map(|(place, endpoint)| {
-            let rtt = endpoint.prober.srtt()?;
-            Some(Quality {
-                via: endpoint.via(*place),
-                rtt: Some(rtt),
-                loss_permille: endpoint.delivery.loss_permille(),
-                mtu: endpoint.mtu.found(now),
-                trusted: endpoint.trust != Trust::Distrusted,
-            })
-        });
-        let relay = self.relay.map(|via| Quality {
-            via,
-            rtt: self.relay_prober.srtt(),
-            loss_permille: self.relay_delivery.loss_permille(),
-            mtu: self.relay_mtu.found(),
-            trusted: true,
-        });
-        direct.chain(relay).collect()
     }
 
     /// Of a thousand datagrams sent on this path in the last seconds, so many did not arrive.

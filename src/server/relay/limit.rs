@@ -4,6 +4,9 @@
 //! done with it. What is over a node's limit is its own loss. When the network is over its limit,
 //! a node that sends no more than its part of it is still carried: the part is the limit divided by
 //! the number of nodes that send, and only what others leave of theirs is for whoever comes first.
+//!
+//! An `Account` of `types` would not do: it saves time up, and what time is worth to a node changes
+//! with the number of those that send.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +23,7 @@ const EPOCH: Duration = Duration::from_secs(1);
 
 /// So much in a second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rate {
+pub struct Throughput {
     /// Megabits (1,000,000 bits) of datagrams with their relay headers.
     pub mbit: u32,
     /// Datagrams.
@@ -31,17 +34,17 @@ pub struct Rate {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// What one node may send.
-    pub node: Rate,
+    pub node: Throughput,
     /// What all of them may send.
-    pub network: Rate,
+    pub network: Throughput,
 }
 
 /// More than a machine of today forwards, so that nobody meets them who has not set others.
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            node: Rate { mbit: 10_000, datagrams: 2_000_000 },
-            network: Rate { mbit: 40_000, datagrams: 8_000_000 },
+            node: Throughput { mbit: 10_000, datagrams: 2_000_000 },
+            network: Throughput { mbit: 40_000, datagrams: 8_000_000 },
         }
     }
 }
@@ -56,7 +59,7 @@ struct Bucket {
 
 impl Bucket {
     /// Adds what has been earned at `rate`, of which `share` nodes have a part each.
-    fn fill(&mut self, rate: Rate, share: f64, now: Instant) {
+    fn fill(&mut self, rate: Throughput, share: f64, now: Instant) {
         let per_second = (f64::from(rate.mbit) * 125_000.0, f64::from(rate.datagrams));
         let most = (
             (per_second.0 * FILL.as_secs_f64()).max(LEAST_BYTES),
@@ -202,8 +205,8 @@ mod tests {
     fn limits(node_mbit: u32, network_mbit: u32) -> Limits {
         let plenty = 100_000_000;
         Limits {
-            node: Rate { mbit: node_mbit, datagrams: plenty },
-            network: Rate { mbit: network_mbit, datagrams: plenty },
+            node: Throughput { mbit: node_mbit, datagrams: plenty },
+            network: Throughput { mbit: network_mbit, datagrams: plenty },
         }
     }
 
@@ -236,7 +239,7 @@ mod tests {
 
     #[test]
     fn datagrams_are_counted_beside_bytes_and_the_reason_is_told() {
-        let rate = Rate { mbit: 10_000, datagrams: 10_000 };
+        let rate = Throughput { mbit: 10_000, datagrams: 10_000 };
         let wide = Limits::default();
         let start = epoch();
         for (limits, reason) in [

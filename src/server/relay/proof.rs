@@ -16,16 +16,16 @@ use blake2::digest::consts::U8;
 use blake2::digest::{KeyInit, Mac};
 
 use super::Arrival;
-use crate::types::NodeId;
+use crate::types::{Account, NodeId, Rate};
 use crate::wire::relay::{AddressProof, RelayKey};
 
 /// A proof is good in the window in which it is told and in the next one.
 const WINDOW: Duration = Duration::from_secs(300);
 /// Bytes at once to an address that has proved nothing.
 pub(super) const BURST: u32 = 16 * 1024;
-/// One more byte after each of these, 600 in a second.
-const INTERVAL: Duration = Duration::from_nanos(1_666_667);
-/// What came from there is remembered up to this.
+/// The same, and 600 bytes in a second after that.
+const UNPROVED: Rate = Rate::new(BURST, Duration::from_nanos(1_666_667));
+/// Bytes that came from there are remembered up to this.
 const MOST_CREDIT: u32 = 64 * 1024;
 /// Of IPv4 and UDP; the longer ones of IPv6 are as many on the way in.
 const HEADERS: u32 = 28;
@@ -88,8 +88,8 @@ impl Prover {
 pub(super) struct Unproved {
     /// Bytes that came from such an address, and were not used up by what went there.
     credit: u32,
-    /// When all that was sent beyond them would have been at the steady pace.
-    paid_until: Option<Instant>,
+    /// Bytes that were sent beyond them.
+    sent: Account,
 }
 
 impl Unproved {
@@ -112,12 +112,7 @@ impl Unproved {
             self.credit -= len;
             return true;
         }
-        let paid_until = self.paid_until.map_or(now, |at| at.max(now)) + INTERVAL * len;
-        let within = paid_until <= now + INTERVAL * BURST;
-        if within {
-            self.paid_until = Some(paid_until);
-        }
-        within
+        self.sent.take(UNPROVED, len, now)
     }
 }
 

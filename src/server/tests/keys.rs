@@ -57,21 +57,24 @@ fn what_is_not_on_disk_is_neither_confirmed_nor_told() {
 }
 
 #[test]
-fn keys_of_others_and_no_keys_are_not_taken_nor_more_than_one_a_minute() {
+fn keys_of_others_and_no_keys_are_not_taken_nor_many_in_a_minute() {
     let (mut world, first, second) = pair();
-    for bad in [[0; 32], [102; 32]] {
+    for bad in [[0; 32], [102; 32]].into_iter().cycle().take(20) {
         assert_eq!(announce(&mut world, first, bad, WALL), Vec::<String>::new());
         assert_eq!(world.node(first).node_key, None);
     }
-    announce(&mut world, first, NEW, WALL);
-    for (key, wall, taken) in [(7, 30, false), (7, 59, false), (7, 60, true), (8, 0, true)] {
+    let keys = 10..200u8;
+    let taken = keys.filter(|key| !announce(&mut world, first, [*key; 32], WALL).is_empty());
+    assert_eq!(taken.count(), 5, "at once");
+    for (key, wall, taken) in [(7, 30, false), (7, 59, false), (7, 60, true), (8, 61, false)] {
         announce(&mut world, first, [key; 32], WALL + wall);
         assert_eq!(world.node(first).node_key == Some([key; 32]), taken, "{key} after {wall} s");
     }
+    announce(&mut world, first, [9; 32], WALL - 10_000);
     world.pass(Duration::from_secs(1));
     assert_eq!(
         key_seen_by(&world, second),
-        [[8; 32]],
+        [[9; 32]],
         "a clock that was set back keeps nobody out"
     );
 }

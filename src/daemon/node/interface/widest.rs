@@ -3,9 +3,10 @@
 use super::{Interface, routes_of};
 use crate::daemon::node::Daemon;
 use crate::io::os::{Link, LinkState, Netlink, NetlinkError};
-use crate::path::{BASE_MTU, OVERHEAD_V4};
+use crate::path::OVERHEAD_V4;
+use crate::types::BASE_MTU;
 
-/// Jumbo frames; what is wider is no network, or no use.
+/// Bytes of a jumbo frame; what is wider is no network, or no use.
 const WIDEST_LINK: u16 = 9_000;
 
 /// The MTU for an interface that shall use what the paths have: the widest link's, less what goes

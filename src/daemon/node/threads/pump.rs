@@ -36,7 +36,7 @@ const QUIET_DRAINS: u32 = 16;
 const BUSY_BYTES: usize = 32 << 10;
 /// And so many times at most, before it looks at the other descriptors.
 const BUSY_ROUNDS: usize = 16;
-/// The largest packet that a TUN interface can hand over, with its header.
+/// Bytes of the largest packet that a TUN interface can hand over, with its header.
 const MAX_PACKET: usize = 65_536 + 64;
 /// Sealed bytes that are sent before more packets are read: one full run.
 const SEND_BYTES: usize = MAX_TRAIN_BYTES;
