@@ -342,7 +342,8 @@ fn from_wire(report: Report) -> Side {
             ipv4: facts.ipv4,
             port_mapped: facts.port_mapped,
             port: facts.port,
-        },
+        }
+        .of_ipv4(),
         tried: tried.collect(),
     }
 }
