@@ -310,6 +310,7 @@ pub async fn run(
         interface: None,
         kept,
         peer_mtus: std::collections::BTreeMap::new(),
+        unrouted: super::interface::Unrouted::default(),
         state,
         control_link,
         server: None,
