@@ -49,6 +49,8 @@ pub struct Tried {
     pub rtt: Option<Duration>,
     /// Time since anything authenticated was heard from it.
     pub heard: Option<Duration>,
+    /// Whether this machine has no route there, so that nothing has left it. Not known of a peer.
+    pub no_route: bool,
 }
 
 /// One side's view.
