@@ -31,6 +31,7 @@ mod scratch;
 mod standing;
 mod startup;
 mod state;
+mod taken;
 mod threads;
 mod warnings;
 
