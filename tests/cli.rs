@@ -156,6 +156,27 @@ fn the_access_rules_in_the_readme_are_good_ones() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("all 1 tests pass"), "{output:?}");
 }
 
+/// What is allowed and hardly meant is told, and changes no exit code.
+#[test]
+fn a_rule_for_nobody_is_warned_of_and_any_in_a_group_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("policy.toml");
+    let look = |text: &str, command: &str| {
+        fs::write(&file, text).unwrap();
+        overlay(&format!("server policy {command}")).arg(&file).output().unwrap()
+    };
+    let nobody = "[[rules]]\nfrom = []\nto = 'any'\nprotocol = 'any'\n";
+    for command in ["check", "test"] {
+        let output = look(nobody, command);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("# warning: line 2: the rule matches nobody"), "{said}");
+    }
+    let output = look("[groups]\nx = ['any']\n", "check");
+    let said = assert_failure("any in a group", &output, fail::USAGE);
+    assert!(said.contains("policy.toml:2:5") && said.contains("every member"), "{said}");
+}
+
 /// Checks that `output` is an error of three parts with this exit code, and returns the text.
 fn assert_failure(what: &str, output: &Output, code: u8) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
@@ -257,9 +278,6 @@ fn the_file_of_the_other_daemon_is_an_error_that_says_so() {
 /// A node that is killed while it answers: what came before is told, and not taken for all.
 #[test]
 fn a_ping_whose_node_vanishes_has_failed() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("node.sock");
-    let listener = UnixListener::bind(&socket).unwrap();
     let reply = r#"{"ok":{"seq":1,"name":"bob","ipv4":"10.77.0.2","rtt_ms":1.5,"kind":"direct","remote":null}}"#;
     let end = r#"{"ok":null}"#;
     let cases = [
@@ -269,6 +287,10 @@ fn a_ping_whose_node_vanishes_has_failed() {
         (vec![end], fail::NO_REPLY),
     ];
     for (said, code) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("node.sock");
+        // Somebody goes on to listen, like a node with no place left for a command.
+        let listener = UnixListener::bind(&socket).unwrap();
         let line = format!("ping bob --socket {}", socket.display());
         let ping = overlay(&line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (stream, _) = listener.accept().unwrap();
@@ -281,6 +303,121 @@ fn a_ping_whose_node_vanishes_has_failed() {
         assert_eq!(text.contains("hung up"), code == fail::FAILED, "{said:?}: {text}");
         let summary = String::from_utf8_lossy(&output.stdout);
         assert!(summary.contains(" received"), "what was received is told: {summary}");
+    }
+}
+
+/// A command whose answers go on, and whose daemon is gone in the middle of them.
+#[test]
+fn a_daemon_that_ends_while_it_is_asked_is_one_that_does_not_run() {
+    let status = r#"{"schema":1,"self":{"id":"00000001","name":"alice","ipv4":"10.77.0.1",
+        "ipv6":"fd00::1","interface":"overlay0","mtu":1280,"listen_port":4711,"public_key":"",
+        "network":"","drops":{},"version":""},"server":{"state":"connected","address":null,
+        "rtt_ms":null},"peers":[]}"#;
+    let status = format!("{{\"ok\":{}}}", status.replace('\n', ""));
+    let reply = r#"{"ok":{"seq":1,"name":"bob","ipv4":"10.77.0.2","rtt_ms":1.5,"kind":"direct","remote":null}}"#;
+    for (line, said) in [
+        ("ping bob", reply),
+        ("status --watch", &status),
+        ("server events --follow", r#"{"ok":{"events":[]}}"#),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("daemon.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut command = overlay(&format!("{line} --socket {}", socket.display()));
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        BufReader::new(&stream).read_line(&mut String::new()).unwrap();
+        writeln!(&stream, "{said}").unwrap();
+        drop((stream, listener));
+        let output = command.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(fail::NOT_RUNNING.into()), "{line}: {text}");
+    }
+}
+
+/// Both daemons know some of the same questions, and none of the other's answers.
+#[test]
+fn a_command_that_meets_the_other_daemon_says_which_one_that_is() {
+    let node = r#"{"ok":{"schema":1,"self":{"id":"00000001"},"peers":[]}}"#;
+    let server = r#"{"ok":{"status":{"schema":1}}}"#;
+    let refused = r#"{"error":{"code":2,"error":"?","cause":"not understood","help":"?"}}"#;
+    for (line, first, second, said) in [
+        ("status", server, server, "a server answers on this socket"),
+        ("why bob", refused, server, "a server answers on this socket"),
+        ("down", refused, server, "a server answers on this socket"),
+        ("server status", node, node, "a node answers on this socket"),
+        ("server nodes", refused, node, "a node answers on this socket"),
+        // Of its own kind it is as the daemon says.
+        ("server nodes", refused, server, "not understood"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("daemon.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut command = overlay(&format!("{line} --socket {}", socket.display()));
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut streams = Vec::new();
+        for answer in [first, second] {
+            let (stream, _) = listener.accept().unwrap();
+            BufReader::new(&stream).read_line(&mut String::new()).unwrap();
+            writeln!(&stream, "{answer}").unwrap();
+            streams.push(stream);
+        }
+        let text = assert_failure(line, &command.wait_with_output().unwrap(), fail::USAGE);
+        assert!(text.contains(said), "{line}: {text}");
+        let named = text.contains(&socket.display().to_string());
+        assert_eq!(named, said.contains("socket"), "{line}: {text}");
+    }
+}
+
+/// A node that is started on the socket of another one, or of a server.
+#[test]
+fn a_second_node_on_the_socket_of_another_daemon_is_told_whose_it_is() {
+    let line = include_str!("golden/join-line.txt").trim();
+    let dir = tempfile::tempdir().unwrap();
+    let elsewhere = dir.path().join("elsewhere");
+    let node = |state: &Path| {
+        serde_json::json!({"ok": {"self": {"state_dir": state}, "peers": []}}).to_string()
+    };
+    let server = r#"{"ok":{"status":{}}}"#.to_owned();
+    for (answer, code, said) in [
+        (node(&elsewhere), fail::FAILED, ["another node", elsewhere.to_str().unwrap()]),
+        (node(dir.path()), fail::FAILED, ["already runs", "overlay down"]),
+        (server, fail::USAGE, ["a server answers", "leave --socket"]),
+    ] {
+        let socket = dir.path().join("daemon.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut command = overlay(&format!("up {line} --socket {}", socket.display()));
+        command.arg("--state-dir").arg(dir.path().join("."));
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // The first one only looks whether somebody listens.
+        drop(listener.accept().unwrap());
+        let (stream, _) = listener.accept().unwrap();
+        BufReader::new(&stream).read_line(&mut String::new()).unwrap();
+        writeln!(&stream, "{answer}").unwrap();
+        let output = command.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code.into()), "{text}");
+        assert!(said.iter().all(|said| text.contains(said)), "{said:?}: {text}");
+        fs::remove_file(socket).unwrap();
+    }
+}
+
+/// The line of an invite is a secret, also where it was typed in the wrong place.
+#[test]
+fn no_error_repeats_a_join_line() {
+    let line = include_str!("golden/join-line.txt").trim();
+    for typed in [
+        format!("up {line} {line}"),
+        format!("up --config {line}"),
+        format!("up {line}x --state-dir /nonexistent"),
+        format!("up file:{line} --state-dir /nonexistent"),
+        format!("service install {line}"),
+        format!("config check {line}"),
+        line.to_uppercase(),
+    ] {
+        let output = overlay(&typed).output().unwrap();
+        let text = assert_failure("a join line", &output, fail::USAGE).to_lowercase();
+        assert!(!text.contains(&line[..12]), "{text}");
     }
 }
 

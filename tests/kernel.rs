@@ -26,7 +26,7 @@ use overlay::dataplane::offload::{
     FrameHeader, MergeKinds, Segmentation, SegmentationKind, Segments,
 };
 use overlay::io::tun::{Tun, TunOptions};
-use overlay::io::udp::{RecvBuffers, UdpSocket};
+use overlay::io::udp::{RecvBuffers, UdpSocket, has_route};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -82,6 +82,7 @@ fn run(arguments: &Arguments, missing: Option<String>) -> ExitCode {
         test("the_kernel_cuts_a_super_packet_as_we_do", cut_alike),
         test("the_kernel_makes_of_our_trains_what_came_in", merged_and_cut),
         test("what_the_link_does_not_take_leaves_in_fragments_or_not_at_all", fragments),
+        test("a_destination_without_a_route_is_known", routes),
         test("a_socket_that_stays_full_is_waited_for_once_and_not_for_each", full_socket),
     ];
     // Each has the two devices for itself.
@@ -460,6 +461,21 @@ fn fragments() {
     for (end, to) in ends.iter().zip(to) {
         assert_eq!(socket.send_to(&[6; 1_312], to).unwrap(), 1_312);
         assert_eq!(arrived(end, 1), [(6, 1_312)]);
+    }
+}
+
+/// In this namespace there is no default route.
+fn routes() {
+    ip("link set lo up");
+    let [ipv4, ipv6] = ["198.51.100.9:9", "[2001:db8:9::9]:9"].map(|at| at.parse().unwrap());
+    assert!(!has_route(ipv4) && !has_route(ipv6));
+    ip("route add 198.51.100.0/24 dev lo");
+    ip("route add 2001:db8:9::/64 dev lo");
+    assert!(has_route(ipv4) && has_route(ipv6));
+    for kind in ["unreachable", "prohibit", "blackhole"] {
+        ip(&format!("route add {kind} 198.51.100.9/32"));
+        assert!(!has_route(ipv4), "{kind}");
+        ip(&format!("route del {kind} 198.51.100.9/32"));
     }
 }
 

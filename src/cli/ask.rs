@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::fail::{Failure, NO_REPLY, NOT_RUNNING, PERMISSION};
+use super::fail::{Failure, NO_REPLY, NOT_ENROLLED, NOT_RUNNING, PERMISSION, USAGE};
 use super::runtime;
 use crate::config::node::NodeConfig;
 use crate::config::paths::{Paths, Role};
@@ -24,6 +24,20 @@ fn answer_limit(role: Role) -> Duration {
         Role::Node => Duration::from_secs(8),
         Role::Server => Duration::from_secs(20),
     }
+}
+
+/// How often and how long apart it is looked whether a daemon that has hung up is gone.
+const GONE_LOOKS: u32 = 5;
+const GONE_LOOK: Duration = Duration::from_millis(100);
+/// How long a daemon may take to say whether it is a node or a server.
+const ASIDE_LIMIT: Duration = Duration::from_secs(2);
+
+/// What tells a node's answer from a server's.
+#[derive(Debug, Deserialize)]
+struct Daemon {
+    #[serde(rename = "self")]
+    own: Option<IgnoredAny>,
+    status: Option<IgnoredAny>,
 }
 
 /// Where the running node is asked.
@@ -80,7 +94,7 @@ pub(super) fn ask<Q: Serialize, A: DeserializeOwned>(
     question: &Q,
 ) -> Result<A, Failure> {
     let mut answers = Answers::to(role, socket, question)?;
-    answers.next_answer()?.ok_or_else(|| answers.hung_up())
+    answers.next_answer()?.ok_or_else(|| answers.ended())
 }
 
 /// What came next of a row of answers.
@@ -96,6 +110,7 @@ pub(super) enum Next<A> {
 #[derive(Debug)]
 pub struct Answers {
     role: Role,
+    socket: PathBuf,
     runtime: Runtime,
     client: LocalClient,
     /// Ctrl-C, where it ends the row and not the program.
@@ -115,7 +130,7 @@ impl Answers {
             Ok(client)
         });
         let client = client.map_err(|error| unanswered(role, &error))?;
-        Ok(Self { role, runtime, client, interrupt: None })
+        Ok(Self { role, socket: socket.to_path_buf(), runtime, client, interrupt: None })
     }
 
     /// From here on Ctrl-C ends the row of answers, and the command tells what it has.
@@ -159,21 +174,86 @@ impl Answers {
             }
         });
         let Some(reply) = reply else { return Ok(Next::Interrupted) };
-        match reply.map_err(|error| unanswered(self.role, &error))? {
-            None => Ok(Next::HungUp),
-            Some(Reply::Ok(answer)) => Ok(Next::Answer(answer)),
-            Some(Reply::Error(refusal)) => Err(refusal.into()),
+        match reply {
+            Ok(None) => Ok(Next::HungUp),
+            Ok(Some(Reply::Ok(answer))) => Ok(Next::Answer(answer)),
+            Ok(Some(Reply::Error(refusal))) if refusal.code != USAGE => Err(refusal.into()),
+            Ok(Some(Reply::Error(refusal))) => Err(self.other_daemon().unwrap_or(refusal.into())),
+            Err(error @ LocalError::NotUnderstood { .. }) => {
+                Err(self.other_daemon().unwrap_or_else(|| unanswered(self.role, &error)))
+            }
+            Err(error) => Err(unanswered(self.role, &error)),
         }
     }
 
-    /// How a command fails that waited for more.
-    pub(super) fn hung_up(&self) -> Failure {
+    /// How a command fails whose question the daemon does not understand, or whose answer makes no sense,
+    /// where that is since the socket is the other daemon's.
+    fn other_daemon(&self) -> Option<Failure> {
+        let asked = self.runtime.block_on(async {
+            let asked = async {
+                let mut client = LocalClient::connect(&self.socket).await?;
+                // Both know this question, and each has an answer of its own.
+                client.ask(&Question::Status).await?;
+                client.next::<Reply<Daemon>>().await
+            };
+            tokio::time::timeout(ASIDE_LIMIT, asked).await
+        });
+        let answers = match asked.ok()?.ok()?? {
+            Reply::Ok(Daemon { own: Some(_), .. }) => Role::Node,
+            Reply::Ok(Daemon { status: Some(_), .. }) => Role::Server,
+            // Only a node says that it has not joined yet.
+            Reply::Error(refusal) if refusal.code == NOT_ENROLLED => Role::Node,
+            Reply::Ok(_) | Reply::Error(_) => return None,
+        };
+        (answers != self.role).then(|| wrong_socket(self.role, &self.socket))
+    }
+
+    /// How a command fails that waited for more, when there is no more.
+    pub(super) fn ended(&self) -> Failure {
+        // A daemon that ends takes its commands with it, and its socket a moment later.
+        let gone = self.runtime.block_on(async {
+            for _ in 0..GONE_LOOKS {
+                match LocalClient::connect(&self.socket).await {
+                    Err(LocalError::NotRunning { .. }) => return true,
+                    Ok(_) | Err(_) => tokio::time::sleep(GONE_LOOK).await,
+                }
+            }
+            false
+        });
+        if gone {
+            return Failure::new(
+                format!("{} has stopped", running(self.role)),
+                format!("nobody listens on {} any more", self.socket.display()),
+                format!("start it again: {}; why it ended: {}", start(self.role), log(self.role)),
+            )
+            .code(NOT_RUNNING);
+        }
         Failure::new(
             format!("{} hung up without an answer", running(self.role)),
             "it came to its end, or it serves too many other commands at this moment",
             format!("type the command again; if that does not help: {}", log(self.role)),
         )
     }
+}
+
+/// How a command fails that was told the socket of the other daemon.
+fn wrong_socket(role: Role, socket: &Path) -> Failure {
+    let socket = socket.display();
+    let (error, cause, help) = match role {
+        Role::Node => (
+            "a server answers on this socket, not a node",
+            format!("this command asks a node, and {socket} is the socket of a server"),
+            "the server is asked with: overlay server status --socket PATH (or nodes, events ...); a \
+             node with --socket PATH or OVERLAY_SOCKET, which both may be left out",
+        ),
+        Role::Server => (
+            "a node answers on this socket, not a server",
+            format!("this command asks a server, and {socket} is the socket of a node"),
+            "the node is asked with: overlay status --socket PATH (or why, ping ...); a server with \
+             --socket PATH or OVERLAY_SOCKET, which both may be left out",
+        ),
+    };
+    Failure::new(error, cause, help).code(USAGE)
 }
 
 fn running(role: Role) -> &'static str {
@@ -235,6 +315,13 @@ fn unanswered(role: Role, error: &LocalError) -> Failure {
             format!("look at what it says: {}; then start it anew: {}", log(role), restart(role)),
         )
         .code(NO_REPLY),
+    }
+}
+
+fn start(role: Role) -> &'static str {
+    match role {
+        Role::Node => "sudo overlay up (as a service: sudo systemctl start overlay)",
+        Role::Server => "overlay server (as a service: sudo systemctl start overlay-server)",
     }
 }
 

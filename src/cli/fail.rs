@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 pub use crate::daemon::exit::*;
 use crate::io::local::Refusal;
+use crate::wire::join::without_lines;
 
 /// The end of a command that did not do its work; printed to stderr as it displays.
 ///
@@ -77,9 +78,10 @@ impl From<Refusal> for Failure {
     }
 }
 
-/// Further lines of a part stand to the right, so that each of the three words starts one line.
+/// Further lines of a part stand to the right, so that each of the three words starts one line. A join
+/// line that was typed in the wrong place is not repeated: it has a secret.
 fn indented(text: &str) -> String {
-    text.trim().replace('\n', "\n       ")
+    without_lines(text.trim()).replace('\n', "\n       ")
 }
 
 /// The text of an error and of what lies under it. Many errors repeat their source in their own

@@ -29,6 +29,14 @@ pub(super) fn end(error: &Error) -> ExitCode {
 
 fn failure(error: &Error, typed: &Typed) -> Failure {
     let path = &typed.path;
+    if let Some(number) = negative(error) {
+        return Failure::new(
+            format!("{number} is negative, and no value here is"),
+            format!("`{path}` takes numbers and times from 0 or 1 on"),
+            format!("{path} --help"),
+        )
+        .code(USAGE);
+    }
     let argument = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.clone()),
         Some(ContextValue::Strings(texts)) => Some(texts.join(", ")),
@@ -56,6 +64,17 @@ fn failure(error: &Error, typed: &Typed) -> Failure {
     };
     let help = tip.unwrap_or_else(|| format!("{path} --help"));
     Failure::new(said, cause, help).code(USAGE)
+}
+
+/// The number that was taken for a flag, since it starts as one.
+fn negative(error: &Error) -> Option<&String> {
+    match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(text)) if error.kind() == ErrorKind::UnknownArgument => {
+            let number = text.strip_prefix('-')?;
+            Some(text).filter(|_| number.starts_with(|c: char| c.is_ascii_digit()))
+        }
+        _ => None,
+    }
 }
 
 /// What the parser says, without its prefix, its usage lines and its tips; and the tips.
@@ -153,6 +172,30 @@ mod tests {
                 "invalid value 'none' for '--uses <N>': invalid digit found in string",
                 "`overlay server invite` got it for --uses <N>",
                 "overlay server invite --help",
+            ),
+            (
+                "overlay ping bob -c -1",
+                "-1 is negative, and no value here is",
+                "`overlay ping` takes numbers and times from 0 or 1 on",
+                "overlay ping --help",
+            ),
+            (
+                "overlay ping bob -c 0",
+                "invalid value '0' for '--count <N>': at least one ping",
+                "`overlay ping` got it for --count <N>",
+                "overlay ping --help",
+            ),
+            (
+                "overlay ping bob --timeout 0s",
+                "invalid value '0s' for '--timeout <D>': a time longer than that, for example 5s",
+                "`overlay ping` got it for --timeout <D>",
+                "overlay ping --help",
+            ),
+            (
+                "overlay up ovl1_abcd ovl1_efgh",
+                "unexpected argument 'ovl1_...' found",
+                "`overlay up` has no argument \"ovl1_...\" here",
+                "overlay up --help",
             ),
             (
                 "overlay ping",

@@ -95,7 +95,7 @@ fn side_lines(side: &SideReport, other: &str) -> Vec<String> {
         table.add_row(vec![
             format!("  {}", candidate.endpoint),
             candidate.kind.clone(),
-            candidate.outcome.clone(),
+            if candidate.no_route { "no route".into() } else { candidate.outcome.clone() },
             candidate.pings.to_string(),
             candidate.rtt_ms.map_or_else(|| "-".into(), |rtt| format!("{rtt:.1} ms")),
             candidate.heard_s.map_or_else(|| "-".into(), |ago| format!("{ago:.1} s ago")),

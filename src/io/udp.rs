@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
@@ -295,6 +296,30 @@ impl std::fmt::Debug for RecvBuffers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("RecvBuffers").field("filled", &self.filled).finish_non_exhaustive()
     }
+}
+
+/// Whether the kernel has a route to `remote`. Nothing is sent: a UDP socket is connected, and dropped.
+#[must_use]
+pub fn has_route(remote: SocketAddr) -> bool {
+    let any: SocketAddr = match remote {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let connected = std::net::UdpSocket::bind(any).and_then(|socket| socket.connect(remote));
+    let Err(error) = connected else { return true };
+    // No route, one that says so (`unreachable`, `prohibit`, `blackhole` of ip-route(8)), or none of this
+    // family; whatever else fails says nothing of routes.
+    !matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::ENETUNREACH
+                | Errno::EHOSTUNREACH
+                | Errno::EACCES
+                | Errno::EINVAL
+                | Errno::EAFNOSUPPORT
+                | Errno::EADDRNOTAVAIL
+        )
+    )
 }
 
 #[cfg(test)]

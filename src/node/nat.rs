@@ -92,5 +92,6 @@ impl Node {
                 .min_by_key(|endpoint| endpoint.is_ipv6())
                 .map(SocketAddr::port),
         }
+        .of_ipv4()
     }
 }

@@ -6,6 +6,7 @@
 //! answered a few times a second at most.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
@@ -168,11 +169,19 @@ impl Node {
 
     /// Both sides' views of the ways to a peer. The peer's is what it told within the last seconds.
     #[must_use]
-    pub fn explain(&self, id: NodeId, now: Instant) -> Option<Explanation> {
+    pub fn explain(
+        &self,
+        id: NodeId,
+        has_route: impl Fn(SocketAddr) -> bool,
+        now: Instant,
+    ) -> Option<Explanation> {
         let peer = self.peers.get(&id)?;
         let info = self.netmap.peers.get(&id)?;
         let own_name = self.netmap.identity.as_ref()?.name.as_str();
-        let own = self.own_side(id, now)?;
+        let mut own = self.own_side(id, now)?;
+        for tried in own.tried.iter_mut().filter(|tried| tried.heard.is_none()) {
+            tried.no_route = !has_route(tried.endpoint);
+        }
         let fresh = |at: Instant| now.saturating_duration_since(at) < FRESH;
         // Without a path it cannot have told anything of this moment.
         let heard = peer.insight.heard.as_ref().filter(|(at, _)| fresh(*at) && own.path.is_some());
@@ -320,6 +329,7 @@ fn from_wire(report: Report) -> Side {
         pings: tried.pings,
         rtt: tried.rtt_us.map(|us| Duration::from_micros(us.into())),
         heard: tried.heard_ms.map(Duration::from_millis),
+        no_route: false,
     });
     Side {
         path,
@@ -342,7 +352,8 @@ fn from_wire(report: Report) -> Side {
             ipv4: facts.ipv4,
             port_mapped: facts.port_mapped,
             port: facts.port,
-        },
+        }
+        .of_ipv4(),
         tried: tried.collect(),
     }
 }
@@ -361,6 +372,7 @@ mod tests {
             pings: 7,
             rtt: Some(Duration::from_micros(1234)),
             heard: Some(Duration::from_millis(99)),
+            no_route: false,
         };
         let remote = at("192.0.2.7:4");
         for path in [None, Some(Via::direct(remote)), Some(Via::RelayTcp)] {

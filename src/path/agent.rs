@@ -33,7 +33,7 @@ use crate::types::{
     BASE_MTU, Candidate, CandidateKind, MAX_CANDIDATES, SizeCounts, SocketId, TxId, usable_underlay,
 };
 use crate::wire::disco::{PING_LEN, PONG_LEN};
-use choose::KEEPALIVE;
+use choose::{KEEPALIVE, relay_cause};
 use early::Early;
 pub use early::{EARLY_BYTES, UNDERLAY_BYTES};
 use endpoint::Endpoint;
@@ -178,6 +178,7 @@ impl PathAgent {
         // UDP leaves this place again: nothing else tells that a direct path may work now.
         let udp = self.relay == Some(Via::RelayTcp) && relay == Some(Via::RelayUdp);
         let udp_failed = self.relay == Some(Via::RelayUdp) && relay == Some(Via::RelayTcp);
+        let why = relay_cause(self.relay, relay);
         self.relay = relay;
         self.relay_prober.forget();
         if relay.is_none() {
@@ -185,7 +186,7 @@ impl PathAgent {
         }
         self.relay_delivery = Delivery::default();
         self.relay_mtu = RelayMtu::default();
-        self.choose("the relay changed", now);
+        self.choose(why, now);
         if udp_failed {
             self.show_that_udp_failed(now);
         }
@@ -374,7 +375,7 @@ impl PathAgent {
             self.doubt.handle_heard();
             self.postpone_keepalive(now);
         }
-        self.choose("a better path answered", now);
+        self.choose(self.answer_cause(), now);
         self.watch(now);
         Some(Answer { rtt, via })
     }

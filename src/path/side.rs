@@ -49,6 +49,8 @@ pub struct Tried {
     pub rtt: Option<Duration>,
     /// Time since anything authenticated was heard from it.
     pub heard: Option<Duration>,
+    /// Whether this machine has no route there, so that nothing has left it. Not known of a peer.
+    pub no_route: bool,
 }
 
 /// One side's view.
@@ -128,17 +130,34 @@ impl Outlook {
             }
             Self::NoUdp => "UDP is blocked on one side",
             Self::NoFamily => "one side has only IPv6, and the other one only IPv4",
-            Self::Unknown => "too little is known of one of the networks",
+            Self::Unknown => {
+                "too little is known of one of the networks (of a node with IPv4 and IPv6 whose \
+                 server answers by IPv6, not what its NAT does to IPv4)"
+            }
         }
     }
 }
 
 impl Facts {
+    /// Without what only looks like knowledge of a NAT: where a node with both families is seen by IPv6,
+    /// how that is mapped and filtered says nothing of its IPv4.
+    #[must_use]
+    pub fn of_ipv4(self) -> Self {
+        let by_ipv6 = self.reflexive.is_some_and(|endpoint| endpoint.is_ipv6());
+        if by_ipv6 && self.ipv4 == Some(true) {
+            Self { mapping: None, filtering: None, counts: false, ..self }
+        } else {
+            self
+        }
+    }
+
     pub(super) fn edge(&self) -> Option<Edge> {
+        if self.port_mapped {
+            return Some(Edge::Open);
+        }
         let facts = NatFacts { mapping: self.mapping?, filtering: self.filtering };
         let closed = facts.filtering == Some(Filtering::AddressAndPortDependent);
         Some(match facts.mapping {
-            _ if self.port_mapped => Edge::Open,
             Mapping::AddressAndPortDependent if self.counts => Edge::Counting,
             Mapping::AddressAndPortDependent => Edge::Random,
             Mapping::None if closed => Edge::Filtered,
@@ -319,6 +338,27 @@ mod tests {
         assert_eq!(blocked.outlook(&with_ipv6), Outlook::NoUdp);
         assert_eq!(Facts::default().outlook(&random), Outlook::Unknown);
         assert_eq!(Facts::default().kind(), "unknown");
+    }
+
+    #[test]
+    fn what_the_server_sees_by_ipv6_is_no_knowledge_of_an_ipv4_nat() {
+        let reflexive = "[2001:db8::7]:41000".parse().ok();
+        let ipv4 = Some(true);
+        let by_ipv6 = Facts { reflexive, ipv4, ipv6: true, ..facts(Mapping::None, false, true) };
+        let random = Facts { ipv4, ..facts(Mapping::AddressAndPortDependent, true, false) };
+        // No firewall and no NAT by IPv6 once made it a node that all reach by IPv4.
+        assert_eq!(by_ipv6.outlook(&random), Outlook::Direct);
+        let judged = by_ipv6.of_ipv4();
+        assert_eq!((judged.mapping, judged.filtering, judged.counts), (None, None, false));
+        assert_eq!((judged.kind(), judged.reflexive), ("unknown", reflexive));
+        assert_eq!(judged.outlook(&random), Outlook::Unknown);
+        assert!(Outlook::Unknown.reason().contains("IPv6"));
+        assert_eq!(judged.outlook(&judged), Outlook::Direct, "by IPv6");
+        let mapped = Facts { port_mapped: true, ..judged };
+        assert_eq!(mapped.outlook(&random), Outlook::Direct, "a router forwards IPv4");
+        for same in [random, Facts { ipv4: Some(false), ..by_ipv6 }] {
+            assert_eq!(same.of_ipv4(), same);
+        }
     }
 
     #[test]

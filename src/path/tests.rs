@@ -246,6 +246,26 @@ fn a_guess_that_the_server_confirms_is_a_guess_no_more() {
     assert_eq!(kind(CandidateKind::Static), CandidateKind::Reflexive);
 }
 
+/// What the history says of a way by the relay; the first path of all is no change of a relay.
+#[test]
+fn the_cause_of_a_path_by_the_relay_is_what_became_of_the_relay() {
+    let start = epoch();
+    let mut agent = PathAgent::new([7; 32], start);
+    let (udp, tcp) = (Some(Via::RelayUdp), Some(Via::RelayTcp));
+    for (relay, cause) in [
+        (udp, "the relay leads to the peer"),
+        (tcp, "UDP does not reach the relay any more"),
+        (udp, "UDP reaches the relay"),
+        (None, "the relay does not lead to the peer any more"),
+        (tcp, "the relay leads to the peer"),
+    ] {
+        agent.set_relay(relay, start);
+        let events = std::iter::from_fn(|| agent.poll_event());
+        let told: Vec<_> = events.map(|PathEvent::Primary { to, why, .. }| (to, why)).collect();
+        assert_eq!(told, [(relay, cause)]);
+    }
+}
+
 #[test]
 fn the_server_sees_that_udp_has_failed_a_node_which_has_nothing_to_send() {
     let start = epoch();

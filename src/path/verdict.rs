@@ -106,6 +106,8 @@ words! {
     Trying => "trying",
     /// Guesses of a port that can be guessed are under way.
     Predicting => "predicting",
+    /// This machine has no route to any candidate.
+    NoRouteHere => "no-route-here",
     /// One side has only IPv6, the other one only IPv4.
     NoCommonFamily => "no-common-family",
     /// One router that does not turn packets around, and no way inside.
@@ -150,7 +152,10 @@ fn judge(pair: &Pair<'_>) -> Judged {
     {
         return judged;
     }
-    blocked(pair).or_else(|| by_networks(pair)).unwrap_or_else(|| by_probes(pair))
+    no_route(pair)
+        .or_else(|| blocked(pair))
+        .or_else(|| by_networks(pair))
+        .unwrap_or_else(|| by_probes(pair))
 }
 
 fn removed(pair: &Pair<'_>, ago: Duration) -> Judged {
@@ -234,6 +239,28 @@ fn direct_kind(pair: &Pair<'_>, remote: SocketAddr) -> (Word, &'static str) {
         }
         _ => (Word::DirectPunched, "through NATs that both sides opened at the same time"),
     }
+}
+
+/// Nothing has left this machine, so nobody's silence says anything.
+fn no_route(pair: &Pair<'_>) -> Option<Judged> {
+    let Pair { own_name, peer_name, own, peer, .. } = pair;
+    let first = own.tried.first()?;
+    let apart = peer.is_some_and(|peer| own.facts.no_common_family(&peer.facts));
+    if apart || !own.tried.iter().all(|tried| tried.no_route) {
+        return None;
+    }
+    let total = own.tried.len();
+    Some((
+        Word::NoRouteHere,
+        format!(
+            "{own_name} itself has no route to any of {peer_name}'s {total} candidates: the kernel \
+             sends nothing there"
+        ),
+        format!(
+            "on {own_name}, add the missing route (often the default route): ip route; ip route get {}",
+            first.endpoint.ip()
+        ),
+    ))
 }
 
 fn blocked(pair: &Pair<'_>) -> Option<Judged> {

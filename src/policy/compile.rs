@@ -140,6 +140,25 @@ impl Policy {
         marks.flatten().filter_map(name).collect()
     }
 
+    /// The names and tags in groups that rules use and no member has; who joins later may.
+    #[must_use]
+    pub fn unknown<'m>(&self, members: impl IntoIterator<Item = Member<'m>>) -> Vec<String> {
+        let mut known = BTreeSet::new();
+        for Member { name, tags, .. } in members {
+            known.insert(Mark::Name(name.clone()));
+            known.extend(tags.iter().cloned().map(Mark::Tag));
+        }
+        let selections = self.rules.iter().flat_map(|rule| [&rule.from, &rule.to]);
+        let marks: BTreeSet<&Mark> = selections
+            .filter_map(|selection| match selection {
+                Selection::Any => None,
+                Selection::Marked(marks) => Some(marks),
+            })
+            .flatten()
+            .collect();
+        marks.difference(&known.iter().collect()).map(ToString::to_string).collect()
+    }
+
     /// Finds out which nodes the rules are about.
     #[must_use]
     pub fn compile<'m>(&self, members: impl IntoIterator<Item = Member<'m>>) -> Compiled {

@@ -23,6 +23,8 @@ const ANY: &str = "any";
 pub struct Policy {
     pub(super) rules: Vec<Rule>,
     pub(super) cases: Vec<Case>,
+    /// What is allowed and hardly meant, with its line.
+    warnings: Vec<String>,
 }
 
 /// Something that is allowed.
@@ -78,6 +80,10 @@ impl Selection {
             Self::Any => true,
             Self::Marked(marks) => !marks.is_disjoint(node),
         }
+    }
+
+    fn is_nobody(&self) -> bool {
+        matches!(self, Self::Marked(marks) if marks.is_empty())
     }
 }
 
@@ -163,9 +169,50 @@ impl Policy {
         }
         let raw: RawPolicy = strict::from_toml(text)?;
         let reader = Reader { text, groups: read_groups(text, &raw.groups)? };
-        let rules = raw.rules.iter().map(|rule| reader.rule(rule)).collect::<Result<_, _>>()?;
+        let rules: Vec<Rule> =
+            raw.rules.iter().map(|rule| reader.rule(rule)).collect::<Result<_, _>>()?;
         let cases = raw.tests.iter().map(|case| reader.case(case)).collect::<Result<_, _>>()?;
-        Ok(Self { rules, cases })
+        let warnings: Vec<String> = raw
+            .rules
+            .iter()
+            .zip(&rules)
+            .flat_map(|(raw, rule)| {
+                let empty = [("from", &raw.from, &rule.from), ("to", &raw.to, &rule.to)];
+                empty.into_iter().filter(|(.., selection)| selection.is_nobody()).map(
+                    |(key, words, _)| {
+                        let line = line_of(text, words);
+                        format!(
+                            "line {line}: the rule matches nobody: there is nobody in its \"{key}\""
+                        )
+                    },
+                )
+            })
+            .collect();
+        Ok(Self { rules, cases, warnings })
+    }
+
+    /// Like [`Self::parse`], for rules that are new. What was set once has to be read as it was, so some
+    /// mistakes are none there.
+    ///
+    /// # Errors
+    /// As [`Self::parse`], and when a group has "any" in it, which is no node there.
+    pub fn parse_new(text: &str) -> Result<Self, TextError> {
+        let policy = Self::parse(text)?;
+        let raw: RawPolicy = strict::from_toml(text)?;
+        match raw.groups.values().find(|words| words.get_ref().0.iter().any(|word| word == ANY)) {
+            None => Ok(policy),
+            Some(words) => {
+                let message = "\"any\" is every member, and no node that could be in a group; write \
+                               from = \"any\" or to = \"any\" in the rule";
+                Err(mistake(text, words, message.into()))
+            }
+        }
+    }
+
+    /// What is allowed and hardly meant, such as a rule that matches nobody, in sentences.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// How many rules there are.
@@ -179,6 +226,11 @@ impl Policy {
     pub fn case_count(&self) -> usize {
         self.cases.len()
     }
+}
+
+/// Where it stands, counted from 1.
+fn line_of<T>(text: &str, spanned: &Spanned<T>) -> usize {
+    TextError::at(text, spanned.span().start, Mistake::Other(String::new())).line
 }
 
 fn mistake<T>(text: &str, spanned: &Spanned<T>, message: String) -> TextError {
@@ -272,7 +324,7 @@ impl Reader<'_> {
 
     fn case(&self, raw: &Spanned<RawCase>) -> Result<Case, TextError> {
         let case = raw.get_ref();
-        let line = TextError::at(self.text, raw.span().start, Mistake::Other(String::new())).line;
+        let line = line_of(self.text, raw);
         match (&case.port, case.protocol.has_ports()) {
             (Some(port), false) => {
                 let message = format!("the protocol \"{}\" has no ports", case.protocol);
@@ -395,6 +447,30 @@ mod tests {
         let policy = Policy::parse(include_str!("../../config/policy.toml")).unwrap();
         assert!(policy.rule_count() > 2 && policy.case_count() > 2);
         assert!(policy.try_cases().iter().all(|case| case.passed), "{:?}", policy.try_cases());
+    }
+
+    #[test]
+    fn a_rule_for_nobody_is_a_warning_and_any_in_a_group_an_error_of_new_rules() {
+        let text = "[groups]\nnone = []\nall = ['alice']\n[[rules]]\nfrom = []\nto = 'any'\n\
+                    protocol = 'any'\n[[rules]]\nfrom = ['all', 'none']\nto = 'none'\n\
+                    protocol = 'any'\n";
+        let policy = Policy::parse_new(text).unwrap();
+        assert_eq!(
+            policy.warnings(),
+            [
+                "line 5: the rule matches nobody: there is nobody in its \"from\"",
+                "line 10: the rule matches nobody: there is nobody in its \"to\"",
+            ]
+        );
+        let text = "[groups]\nx = ['alice', 'any']\n";
+        let said = Policy::parse_new(text).unwrap_err().to_string();
+        assert!(said.starts_with("line 2, column 5: \"any\" is every member"), "{said}");
+        // A server that has such rules goes on with them: there may even be a node of that name.
+        assert_eq!(Policy::parse(text).unwrap().warnings(), [""; 0]);
+        assert_eq!(
+            Policy::parse_new(include_str!("../../config/policy.toml")).unwrap().warnings(),
+            [""; 0]
+        );
     }
 
     #[test]

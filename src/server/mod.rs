@@ -73,6 +73,9 @@ pub struct Settings {
 
 /// In a network of up to so many nodes each is told of every other, unless it is set otherwise.
 pub const WHOLE_NETMAP_UP_TO: usize = 256;
+/// What a node hears whose arrival could not be written down.
+const CANNOT_STORE: &str = "the server cannot store this node now, as it cannot write to its disk; its \
+                            operator finds the reason in the server's log";
 
 /// A new control connection.
 #[derive(Debug, Clone, Copy)]
@@ -365,7 +368,11 @@ impl Server {
     /// Drops a decision whose changes could not be written. Who waits for it is told.
     pub fn give_up(&mut self, decision: Decision) {
         match decision.act {
-            Act::Welcome(arrival) => self.refuse(arrival.connection, RefusedCode::Unavailable),
+            Act::Welcome(arrival) => {
+                let code = RefusedCode::Unavailable.code();
+                let refused = Refused { code, message: CANNOT_STORE.into() };
+                self.refuse_as(arrival.connection, refused);
+            }
             Act::Refuse { connection, code } => self.refuse(connection, code),
             Act::Guessed { connection, .. } => self.refuse(connection, RefusedCode::NotAccepted),
             Act::Rival { connection, node, .. } => self.turn_away(connection, node),
@@ -461,11 +468,14 @@ impl Server {
 
     /// The last word of the server on a connection.
     fn refuse(&mut self, connection: ConnectionId, code: RefusedCode) {
+        self.refuse_as(connection, Refused::from(code));
+    }
+
+    fn refuse_as(&mut self, connection: ConnectionId, refused: Refused) {
         let Some(known) = self.connections.get_mut(&connection) else { return };
         if std::mem::replace(&mut known.refused, true) {
             return;
         }
-        let refused = Refused::from(code);
         self.send(connection, &ServerMessage { refused: Some(refused), ..Default::default() });
         self.outputs.push_back(Output::Close { connection });
     }

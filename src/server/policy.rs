@@ -41,6 +41,10 @@ pub struct PolicyInfo {
     pub rules: usize,
     /// How many test cases there are.
     pub tests: usize,
+    /// What is allowed and hardly meant, as far as the rules themselves say, and when they are set who is in
+    /// a group and no member; in sentences.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// The rules, and what each node was told of them.
@@ -172,6 +176,7 @@ impl Access {
             set: record.map(|record| rfc3339(record.set)),
             rules: self.policy.as_ref().map_or(0, Policy::rule_count),
             tests: self.policy.as_ref().map_or(0, Policy::case_count),
+            warnings: self.policy.as_ref().map(|it| it.warnings().to_vec()).unwrap_or_default(),
         }
     }
 }
@@ -217,7 +222,7 @@ impl Server {
         text: String,
         wall: u64,
     ) -> Result<Decision, RequestError> {
-        let policy = Policy::parse(&text)
+        let policy = Policy::parse_new(&text)
             .map_err(|error| RequestError::BadPolicy { reason: error.to_string() })?;
         if let Some(failed) = policy.try_cases().iter().find(|case| !case.passed) {
             let reason = format!(
@@ -236,17 +241,20 @@ impl Server {
             );
             return Err(RequestError::BadPolicy { reason });
         }
-        Ok(self.write_policy(PolicyRecord { text: Some(text), set: wall }))
+        let unknown = policy.unknown(self.members.iter().map(about));
+        let warning = unknown_warning(&unknown);
+        Ok(self.write_policy(PolicyRecord { text: Some(text), set: wall }, warning))
     }
 
     /// Takes the rules away: everybody may send everything again.
     pub(super) fn decide_policy_clear(&self, wall: u64) -> Decision {
-        self.write_policy(PolicyRecord { text: None, set: wall })
+        self.write_policy(PolicyRecord { text: None, set: wall }, None)
     }
 
-    fn write_policy(&self, record: PolicyRecord) -> Decision {
+    fn write_policy(&self, record: PolicyRecord, warning: Option<String>) -> Decision {
         let rev = self.access.record.as_ref().map_or(0, |record| record.rev);
-        let answer = Access::new(Some(Versioned { rev, record: record.clone() })).info();
+        let mut answer = Access::new(Some(Versioned { rev, record: record.clone() })).info();
+        answer.warnings.extend(warning);
         let changes = vec![Change::put(Record::Policy(record), rev)];
         Decision { changes, act: Act::Answer(Answer::Policy(answer)) }
     }
@@ -263,6 +271,19 @@ impl Server {
         let answer = Answer::Tagged(self.node_info(&record, wall));
         Ok(Decision { changes: vec![self.members.write(record)], act: Act::Answer(answer) })
     }
+}
+
+/// What is said of names and tags that no member has.
+fn unknown_warning(unknown: &[String]) -> Option<String> {
+    const NAMED: usize = 20;
+    let more = match unknown.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let named = unknown.get(..NAMED).unwrap_or(unknown).join(", ");
+    (!unknown.is_empty()).then(|| {
+        format!("no member has this name or tag: {named}{more}; right if it is of one to come")
+    })
 }
 
 /// Each tag once, in order.

@@ -43,6 +43,8 @@ struct Node {
     peers: BTreeMap<u32, WirePeer>,
     filter: WireFilter,
     refused: Option<RefusedCode>,
+    /// In the server's words.
+    told: String,
     rival: Option<SocketAddr>,
     node_key: Option<[u8; 32]>,
     standing: Option<Standing>,
@@ -60,6 +62,7 @@ impl Node {
         }
         if let Some(refused) = message.refused {
             self.refused = Some(RefusedCode::from_code(refused.code));
+            self.told.clone_from(&refused.message);
         }
         self.ticks += usize::from(message.tick.is_some());
         self.rival = message.rival.or(self.rival);
@@ -285,6 +288,7 @@ fn a_failed_commit_changes_nothing() {
     world.store_works = false;
     let failed = world.enter(1, hello(1, Some(&invite)));
     assert_eq!(world.node(failed).refused, Some(RefusedCode::Unavailable));
+    assert!(world.node(failed).told.contains("disk"), "{}", world.node(failed).told);
     assert!(world.server.has_no_members());
     world.store_works = true;
     let node = world.enter(2, hello(2, Some(&invite)));

@@ -18,6 +18,25 @@ use crate::types::{InviteId, NetworkId, PublicKey};
 
 /// What every join line starts with; the digit is the version of the record.
 pub const PREFIX: &str = "ovl1_";
+
+/// `text` with what follows the start of a join line, in whichever case, taken out: a line that was typed
+/// in the wrong place is not to be printed or logged with its secret.
+#[must_use]
+pub fn without_lines(text: &str) -> String {
+    let (small, mut told, mut at) = (text.to_ascii_lowercase(), String::new(), 0);
+    while let Some(found) = small[at..].find(PREFIX) {
+        let body = at + found + PREFIX.len();
+        told += &text[at..body];
+        let rest = &text[body..];
+        let length =
+            rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+        if length > 0 {
+            told += "...";
+        }
+        at = body + length;
+    }
+    told + &text[at..]
+}
 const CHECKSUM_LEN: usize = 4;
 /// A join line holds at most this many server addresses.
 pub const MAX_ADDRESSES: usize = 16;
@@ -290,6 +309,19 @@ mod tests {
             addresses: vec!["203.0.113.1".parse().unwrap(), "[2001:db8::1]:443".parse().unwrap()],
             invite: InviteId([3; 4]),
             secret: InviteSecret([4; 20]),
+        }
+    }
+
+    #[test]
+    fn a_line_in_a_text_keeps_its_start_only() {
+        for (text, told) in [
+            ("unexpected 'ovl1_abc2' found", "unexpected 'ovl1_...' found"),
+            ("x=OVL1_AbC ovl1_d\novl1_", "x=OVL1_... ovl1_...\novl1_"),
+            ("starts with \"ovl1_\"", "starts with \"ovl1_\""),
+            ("\u{e4}ovl1_aovl1_b\u{e4}", "\u{e4}ovl1_...\u{e4}"),
+            ("none", "none"),
+        ] {
+            assert_eq!(without_lines(text), told, "{text}");
         }
     }
 

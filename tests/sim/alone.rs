@@ -72,7 +72,7 @@ fn a_peer_that_is_away_costs_a_ping_now_and_then_and_is_found_when_it_comes_back
         let pings = |world: &World| -> Vec<u32> {
             let peer = world.hosts[1].id().expect("it has joined");
             let node = world.hosts[0].node().expect("it runs");
-            let tried = node.explain(peer, world.now).expect("it is known").own.tried;
+            let tried = node.explain(peer, |_| true, world.now).expect("it is known").own.tried;
             tried.iter().map(|tried| tried.pings).collect()
         };
         let before = pings(&world);

@@ -6,7 +6,6 @@ use clap::Args;
 
 use crate::cli::Done;
 use crate::cli::ask::{self, Answers};
-use crate::cli::fail::Failure;
 use crate::cli::print::{hint, json, line};
 use crate::config::paths::Role;
 use crate::daemon::server::{EventInfo, Question, StoreAnswer};
@@ -53,11 +52,7 @@ pub(super) fn run(args: EventsArgs, socket: &Path) -> Done {
     while let Some(answer) = answers.next_answer()? {
         show(answer)?;
     }
-    Err(Failure::new(
-        "there are no more events",
-        "the server has stopped",
-        "systemctl status overlay-server, then type the command again",
-    ))
+    Err(answers.ended())
 }
 
 fn print(event: &EventInfo, as_json: bool) -> Done {

@@ -20,7 +20,7 @@ pub(super) struct PolicyArgs {
 
 #[derive(Debug, Subcommand)]
 enum PolicyCommand {
-    /// Read a file of access rules as the server would, and say what is wrong
+    /// Read a file of access rules as the server would, and say what is wrong and what matches nobody
     Check {
         /// The file
         file: PathBuf,
@@ -30,7 +30,8 @@ enum PolicyCommand {
         /// The file
         file: PathBuf,
     },
-    /// The same, and make it the rules of the running server
+    /// The same, and make it the rules of the running server; names and tags that no member has are a
+    /// warning
     Set {
         /// The file
         file: PathBuf,
@@ -61,9 +62,14 @@ impl PolicyArgs {
             PolicyCommand::Check { file } => {
                 let policy = parse(file, &read(file)?)?;
                 let (rules, tests) = (policy.rule_count(), policy.case_count());
+                warn(policy.warnings());
                 line(format!("{} is a good policy: {rules} rules, {tests} tests", file.display()))
             }
-            PolicyCommand::Test { file } => test(file, &parse(file, &read(file)?)?),
+            PolicyCommand::Test { file } => {
+                let policy = parse(file, &read(file)?)?;
+                warn(policy.warnings());
+                test(file, &policy)
+            }
             PolicyCommand::Set { .. } | PolicyCommand::Show { .. } | PolicyCommand::Clear => Ok(()),
         }
     }
@@ -97,6 +103,7 @@ pub(super) fn print(policy: &PolicyInfo) -> Done {
                 policy.tests,
                 policy.set.as_deref().unwrap_or("at an unknown time")
             ));
+            warn(&policy.warnings);
             if policy.rules == 0 {
                 hint(
                     "# no rule allows anything: nobody may send anything to anybody; to take the \
@@ -112,6 +119,13 @@ pub(super) fn print(policy: &PolicyInfo) -> Done {
             );
             Ok(())
         }
+    }
+}
+
+/// What is allowed and hardly meant.
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        hint(format!("# warning: {warning}"));
     }
 }
 
@@ -136,7 +150,7 @@ fn read(file: &Path) -> Result<String, Failure> {
 }
 
 fn parse(file: &Path, text: &str) -> Result<Policy, Failure> {
-    Policy::parse(text).map_err(|error: TextError| {
+    Policy::parse_new(text).map_err(|error: TextError| {
         let TextError { line, column, mistake } = error;
         let file = file.display();
         Failure::new(

@@ -9,10 +9,11 @@ use tokio::time::timeout;
 
 use super::Daemon;
 use super::local::{self, ask, unknown_peer};
-use super::netcheck::UDP_BLOCKED;
+use super::netcheck::facts_of;
 use super::report::{Forecast, Netcheck, PeerReport, SCHEMA, millis};
 use crate::io::clock;
 use crate::io::local::Reply;
+use crate::io::udp::has_route;
 use crate::node::{PathKind, PeerStatus};
 use crate::path::side::{Facts, Outlook, Side};
 use crate::path::verdict::{Pair, Presence, verdict};
@@ -107,6 +108,9 @@ pub struct CandidateReport {
     pub rtt_ms: Option<f64>,
     /// Seconds since anything authenticated came from it.
     pub heard_s: Option<f64>,
+    /// Whether the asked node has no route there; false in the half of a peer, which does not tell it.
+    #[serde(default)]
+    pub no_route: bool,
 }
 
 /// `overlay history --json`.
@@ -251,20 +255,6 @@ pub(super) async fn forecast(
     explain(requests, |sender| Request::Forecast(own, asked, sender)).await.unwrap_or_default()
 }
 
-/// What a measurement says, where it says anything.
-fn facts_of(report: &Netcheck) -> Facts {
-    let mapping = [Mapping::None, Mapping::EndpointIndependent, Mapping::AddressAndPortDependent];
-    let filtering =
-        [Filtering::EndpointIndependentOrAddressDependent, Filtering::AddressAndPortDependent];
-    Facts {
-        // Silence of a server that is away is none of a blocked network.
-        udp: (report.udp || report.nat.kind == UDP_BLOCKED).then_some(report.udp),
-        mapping: mapping.into_iter().find(|it| it.as_str() == report.nat.mapping),
-        filtering: filtering.into_iter().find(|it| it.as_str() == report.nat.filtering),
-        ..Facts::default()
-    }
-}
-
 impl Daemon {
     pub(super) fn handle_explain(&mut self, request: Request, now: Instant) {
         // A command that went away meanwhile does not take its answer; that is no error.
@@ -306,7 +296,7 @@ impl Daemon {
 
     fn why(&self, id: NodeId, now: Instant) -> Option<Why> {
         let status = self.node.peer_status(id, now)?;
-        let explanation = self.node.explain(id, now)?;
+        let explanation = self.node.explain(id, has_route, now)?;
         let name = status.name.to_string();
         let there_missing = explanation.peer.is_none().then(|| match status.path {
             PathKind::Via(_) => {
@@ -467,6 +457,7 @@ fn side_report(name: String, side: &Side) -> SideReport {
         pings: tried.pings,
         rtt_ms: tried.rtt.map(millis),
         heard_s: tried.heard.map(seconds),
+        no_route: tried.no_route,
     });
     SideReport {
         name,
@@ -497,6 +488,7 @@ fn seconds(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::node::netcheck::UDP_BLOCKED;
     use crate::types::SocketId;
 
     fn direct() -> PathKind {

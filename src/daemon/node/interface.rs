@@ -3,6 +3,7 @@
 //! Other programs have their hands on the same table: a network manager that is restarted may drop
 //! every route and address that it does not know. What is missing is put back.
 
+mod unrouted;
 mod widest;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use nix::errno::Errno;
 
+use crate::io::clock;
 use crate::io::os::{
     Conflict, InterfaceAddress, LinkState, Netlink, NetlinkError, Overlap, Route, conflicts,
 };
@@ -25,6 +27,7 @@ use super::Daemon;
 use super::device::{choose, delete, open, withdraw};
 use super::startup::NodeOptions;
 use super::warnings::off_warning;
+pub(super) use unrouted::Unrouted;
 pub(super) use widest::widest_mtu;
 
 /// When an interface that could not be made anew is tried again.
@@ -303,8 +306,14 @@ impl Daemon {
         }
         let Some(interface) = &self.interface else { return };
         tracing::debug!(peer = %addrs.v4, mtu, "the path's MTU");
-        if let Err(error) = interface.route_peer(addrs, mtu).await {
-            tracing::warn!(%error, peer = %addrs.v4, "the route to a peer could not be changed");
+        let changed = interface.route_peer(addrs, mtu).await;
+        self.unrouted.note(addrs, mtu, changed, clock::now());
+    }
+
+    /// Tries again what the kernel has refused.
+    pub(super) async fn retry_routes(&mut self, now: Instant) {
+        for (addrs, mtu) in self.unrouted.take_due(now) {
+            self.set_peer_mtu(addrs, mtu).await;
         }
     }
 
@@ -388,6 +397,7 @@ impl Daemon {
 
     /// Removes the interface, which a service manager would keep for the next run.
     pub(super) async fn remove_interface(&mut self) {
+        self.unrouted.clear();
         self.ports.set_tun(None);
         if let Some(interface) = self.interface.take() {
             interface.remove().await;

@@ -2,7 +2,6 @@
 //! control task for.
 
 use std::net::IpAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -13,10 +12,10 @@ use super::ping::{PingLine, PingPlan, ping};
 use super::portmap::PortMapping;
 use super::report::{OwnStatus, PeerReport, PunchReport, SCHEMA, ServerStatus, Status, millis};
 use super::rotate::Rotated;
-use super::{Daemon, Ended, explain, netcheck};
+use super::{Daemon, Ended, explain, netcheck, taken};
 use crate::daemon::exit;
 use crate::io::clock;
-use crate::io::local::{LocalClient, LocalConnection, LocalError, LocalListener, Refusal, Reply};
+use crate::io::local::{LocalConnection, LocalError, LocalListener, Refusal, Reply};
 use crate::io::metrics::Page;
 use crate::path::Answer;
 use crate::types::NodeId;
@@ -27,9 +26,6 @@ const ROTATE_LIMIT: Duration = Duration::from_secs(6);
 const SEEK_INTERVAL: Duration = Duration::from_millis(10);
 /// How long that is looked for; the node gives up before.
 const SEEK_LIMIT: Duration = Duration::from_secs(1);
-
-/// How long a node may take to say that it is about to end.
-const STOPPING_LIMIT: Duration = Duration::from_secs(1);
 
 /// What the command line asks a node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -250,28 +246,13 @@ async fn rotate(requests: &mpsc::Sender<Request>) -> Reply<Rotated> {
 }
 
 /// The error of whoever asks a node that is about to end.
-const STOPPING: &str = "the node does not answer any more";
-
-/// Whether the node behind this socket is about to end.
-pub(super) async fn is_stopping(socket: &Path) -> bool {
-    let asked = async {
-        let mut client = LocalClient::connect(socket).await?;
-        client.ask(&Question::Status).await?;
-        client.next::<Reply<serde_json::Value>>().await
-    };
-    match tokio::time::timeout(STOPPING_LIMIT, asked).await {
-        Ok(Ok(Some(Reply::Error(refusal)))) => refusal.error == STOPPING,
-        // It has just ended.
-        Ok(Ok(None) | Err(LocalError::NotRunning { .. })) => true,
-        Ok(Ok(Some(Reply::Ok(_))) | Err(_)) | Err(_) => false,
-    }
-}
+pub(super) const STOPPING: &str = "the node does not answer any more";
 
 pub(super) fn or_stopping<T>(answer: Option<T>) -> Reply<T> {
     answer.map_or_else(
         || {
             Reply::Error(Refusal {
-                code: exit::FAILED,
+                code: exit::NOT_RUNNING,
                 error: STOPPING.into(),
                 cause: "it is about to end: it was stopped, or removed from its network".into(),
                 help: "sudo overlay up (as a service: sudo systemctl start overlay)".into(),
@@ -451,6 +432,7 @@ impl Daemon {
                 expired: self.node.is_expired(now),
                 warnings: self.warnings(now),
                 uplinks: self.uplink_reports(),
+                state_dir: Some(taken::absolute(&self.options.state_dir)),
             },
             server: ServerStatus {
                 state: state.into(),

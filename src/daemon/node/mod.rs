@@ -31,6 +31,7 @@ mod scratch;
 mod standing;
 mod startup;
 mod state;
+mod taken;
 mod threads;
 mod warnings;
 
@@ -60,7 +61,7 @@ use crate::path::Answer;
 use crate::types::{NodeId, OverlayAddrs};
 use crate::wire::control::{self, ClientMessage, RefusedCode, SILENCE_LIMIT_S, ServerMessage};
 use control_link::{ControlLink, LinkEvent};
-use interface::Interface;
+use interface::{Interface, Unrouted};
 use local::Request;
 use portmap::PortMapping;
 use roam::Surroundings;
@@ -96,6 +97,7 @@ struct Daemon {
     kept: Vec<Tun>,
     /// What each direct path carries, where that is not what every path does.
     peer_mtus: BTreeMap<Ipv4Addr, (OverlayAddrs, u16)>,
+    unrouted: Unrouted,
     state: StateDir,
     control_link: ControlLink,
     server: Option<SocketAddr>,
@@ -220,6 +222,7 @@ impl Daemon {
             self.portmap_deadline(),
             self.watchdog.next(),
             Some(self.rotation.deadline()),
+            self.unrouted.due(),
         ]
         .into_iter()
         .flatten()
@@ -339,6 +342,7 @@ impl Daemon {
         while let Some(event) = self.node.poll_event() {
             self.handle_event(event, now).await?;
         }
+        self.retry_routes(now).await;
         self.flush();
         if self.surroundings.rescan_at.is_some_and(|at| at <= now) {
             self.surroundings.rescan_at = None;

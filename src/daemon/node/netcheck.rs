@@ -16,7 +16,8 @@ use super::report::{
 use super::{Daemon, path_mtu};
 use crate::io::clock;
 use crate::node::UplinkStatus;
-use crate::path::{NatFacts, NatKind};
+use crate::path::side::Facts;
+use crate::path::{Filtering, Mapping, NatFacts, NatKind};
 use crate::types::{TxId, Uplink, is_of_one_site};
 use crate::wire::control::DEFAULT_PORT;
 use crate::wire::join::ServerAddr;
@@ -177,6 +178,20 @@ pub(super) async fn run(mut inputs: Inputs) -> Netcheck {
         }
         .into(),
         forecast: Vec::new(),
+    }
+}
+
+/// What a measurement says, where it says anything.
+pub(super) fn facts_of(report: &Netcheck) -> Facts {
+    let mapping = [Mapping::None, Mapping::EndpointIndependent, Mapping::AddressAndPortDependent];
+    let filtering =
+        [Filtering::EndpointIndependentOrAddressDependent, Filtering::AddressAndPortDependent];
+    Facts {
+        // Silence of a server that is away is none of a blocked network.
+        udp: (report.udp || report.nat.kind == UDP_BLOCKED).then_some(report.udp),
+        mapping: mapping.into_iter().find(|it| it.as_str() == report.nat.mapping),
+        filtering: filtering.into_iter().find(|it| it.as_str() == report.nat.filtering),
+        ..Facts::default()
     }
 }
 

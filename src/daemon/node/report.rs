@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -77,6 +78,9 @@ pub struct OwnStatus {
     /// The default routes, the preferred one of each family first; empty when there is no choice.
     #[serde(default)]
     pub uplinks: Vec<UplinkReport>,
+    /// Where its keys and its netmap are; none of an older version.
+    #[serde(default)]
+    pub state_dir: Option<PathBuf>,
 }
 
 /// An interface with a default route.

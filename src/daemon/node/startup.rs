@@ -12,13 +12,13 @@ use super::bind::bind_udp;
 use super::control_link::ControlLink;
 use super::device::reserve;
 use super::interface::{InterfaceError, widest_mtu};
-use super::local::{LocalServer, is_stopping, serve_local};
+use super::local::{LocalServer, serve_local};
 use super::portmap::PortMapping;
 use super::roam::Surroundings;
 use super::rotate::Rotation;
-use super::state::{StateDir, StateError, is_known};
+use super::state::{StateDir, StateError};
 use super::threads::{Ports, Threads};
-use super::{Daemon, Ended};
+use super::{Daemon, Ended, taken};
 use crate::dataplane::{Note, TunBatch, UdpBatch};
 use crate::io::clock;
 use crate::io::link::ConnectError;
@@ -37,9 +37,6 @@ use crate::wire::join::JoinLine;
 const ENROL_LIMIT: Duration = Duration::from_secs(20);
 /// Notes and requests that wait for the control task.
 const QUEUE: usize = 1024;
-/// How long a node that is about to end is waited for, and how often it is looked whether it has.
-const ENDING: Duration = Duration::from_secs(5);
-const ENDING_LOOK: Duration = Duration::from_millis(50);
 /// One scratch socket lives at a time; a second answer may be late.
 const SCRATCH_QUEUE: usize = 8;
 
@@ -124,6 +121,22 @@ pub enum StartError {
     #[error("overlay is already running (it answers on {}), and uses another join line",
         socket.display())]
     RunsOtherwise {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// A daemon with another state directory serves this socket.
+    #[error("another node (state directory {}) answers on {}", runs.display(), socket.display())]
+    RunsElsewhere {
+        /// The socket.
+        socket: PathBuf,
+        /// The state directory of that one.
+        runs: PathBuf,
+        /// The state directory of this one.
+        wanted: PathBuf,
+    },
+    /// The socket is that of a server.
+    #[error("a server answers on {}", socket.display())]
+    ServerAnswers {
         /// The socket.
         socket: PathBuf,
     },
@@ -244,31 +257,6 @@ fn prepare(options: &NodeOptions, state: &mut StateDir) -> Result<(), StartError
     Ok(())
 }
 
-/// Another daemon serves the socket: that is an error only where it lacks what the join line says.
-fn already_running(options: &NodeOptions, socket: PathBuf) -> StartError {
-    let known = |join: &JoinLine| is_known(&options.state_dir, join);
-    match options.join.as_ref().is_none_or(known) {
-        true => StartError::AlreadyRunning { socket },
-        false => StartError::RunsOtherwise { socket },
-    }
-}
-
-/// Takes the local socket. A node that is about to end still has it, and is waited for.
-async fn listen(options: &NodeOptions) -> Result<LocalListener, StartError> {
-    let until = clock::now() + ENDING;
-    loop {
-        match LocalListener::bind(&options.socket).await {
-            Err(LocalError::AlreadyRunning { path }) => {
-                if clock::now() > until || !is_stopping(&path).await {
-                    return Err(already_running(options, path));
-                }
-                tokio::time::sleep(ENDING_LOOK).await;
-            }
-            result => return Ok(result?),
-        }
-    }
-}
-
 /// Runs a node until it is stopped or removed. `ready` is called when the overlay address is
 /// usable; `read` reads the options anew when SIGHUP comes.
 ///
@@ -283,7 +271,7 @@ pub async fn run(
     let (reload, configured) = (Reload::new(read), NodeOptions { join: None, ..options.clone() });
     options.settle_mtu().await;
     let mut stop = StopSignals::new()?;
-    let listener = listen(&options).await?;
+    let listener = taken::listen(&options).await?;
     let mut state = StateDir::open(&options.state_dir)?;
     prepare(&options, &mut state)?;
     let enrolment = state.enrolment().ok_or(StartError::NotEnrolled)?.clone();
@@ -309,6 +297,7 @@ pub async fn run(
         interface: None,
         kept,
         peer_mtus: std::collections::BTreeMap::new(),
+        unrouted: super::interface::Unrouted::default(),
         state,
         control_link,
         server: None,

@@ -17,6 +17,7 @@ impl Daemon {
         warnings.extend(self.standing_warnings(now));
         warnings.extend(self.uplink_warnings());
         warnings.extend(self.surroundings.warnings());
+        warnings.extend(self.unrouted.warning());
         warnings
     }
 }

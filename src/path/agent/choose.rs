@@ -16,6 +16,16 @@ const SWITCH_SPACING: Duration = Duration::from_secs(10);
 /// time for the answer to be asked for again.
 pub(super) const KEEPALIVE: Duration = Duration::from_secs(25);
 
+/// Why data goes another way when there is another way by the relay, or none.
+pub(super) fn relay_cause(before: Option<Via>, after: Option<Via>) -> &'static str {
+    match (before, after) {
+        (None, _) => "the relay leads to the peer",
+        (Some(_), None) => "the relay does not lead to the peer any more",
+        (Some(_), Some(Via::RelayTcp)) => "UDP does not reach the relay any more",
+        (Some(_), Some(_)) => "UDP reaches the relay",
+    }
+}
+
 impl PathAgent {
     /// Makes the best path the primary, if it is better by enough.
     pub(super) fn choose(&mut self, why: &'static str, now: Instant) {
@@ -90,6 +100,14 @@ impl PathAgent {
         }
         self.note_primary(now);
         self.events.push_back(PathEvent::Primary { from, to: next, why });
+    }
+
+    /// Why a path is taken that has just answered.
+    pub(super) fn answer_cause(&self) -> &'static str {
+        match self.primary {
+            None => "the first path answered",
+            Some(_) => "a better path answered",
+        }
     }
 
     fn score(&self, place: Place, endpoint: &Endpoint) -> Option<Score> {

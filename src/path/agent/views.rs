@@ -64,6 +64,7 @@ impl PathAgent {
                 pings: state.prober.sent_pings(),
                 rtt: state.prober.srtt(),
                 heard: heard.map(|at| now.saturating_duration_since(at)),
+                no_route: false,
             };
             match merged.remove(&place.remote) {
                 Some(other) => merged.insert(place.remote, tried.or_better(other)),

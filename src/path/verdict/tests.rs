@@ -38,6 +38,7 @@ fn tried(endpoint: &str, outcome: ProbeOutcome) -> Tried {
         pings: 10,
         rtt: None,
         heard: None,
+        no_route: false,
     }
 }
 
@@ -249,6 +250,27 @@ fn probes_that_pass_where_data_does_not_are_no_firewall() {
     };
     assert_eq!(word(&heard(0), &heard(1)), Word::DataLost);
     assert_eq!(word(&heard(0), &heard(60)), Word::Trying, "it was so once");
+}
+
+/// What the kernel did not send nobody could answer.
+#[test]
+fn silence_of_whom_nothing_was_sent_to_is_for_want_of_a_route() {
+    let mut own = relayed("none", HERE);
+    own.tried.push(tried("203.0.113.9:2", ProbeOutcome::Probing));
+    let peer = relayed("none", THERE);
+    own.tried[0].no_route = true;
+    assert_eq!(word(&own, &peer), Word::Trying, "to the other one there is a route");
+    own.tried[1].no_route = true;
+    let verdict = judged(&own, Some(&peer), Presence::Online);
+    assert_eq!(verdict.word, Word::NoRouteHere);
+    assert!(verdict.sentence.contains("itself has no route"), "{}", verdict.sentence);
+    assert!(verdict.remedy.contains("ip route get 198.51.100.7"), "{}", verdict.remedy);
+    let udp = Some(false);
+    own.facts.udp = udp;
+    assert_eq!(judged(&own, None, Presence::Online).word, Word::NoRouteHere, "that is why");
+    own.facts = Facts { ipv4: Some(false), ipv6: true, ..own.facts };
+    let apart = judged(&own, Some(&peer), Presence::Online).word;
+    assert_eq!(apart, Word::UdpBlockedHere, "no common family, and that is said elsewhere");
 }
 
 #[test]

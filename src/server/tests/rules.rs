@@ -82,3 +82,26 @@ fn rules_that_outgrow_a_message_let_in_less_and_cut_nobody_off() {
     let text = format!("[groups]\nw='tag:web'\n{}", rule.repeat(200));
     world.ask(Request::PolicySet { text }).unwrap();
 }
+
+#[test]
+fn who_sets_rules_hears_which_names_and_tags_nobody_has() {
+    let mut world = World::new("10.77.0.0/20");
+    let invite = world.invite(1);
+    world.enter(1, hello(1, Some(&invite)));
+    let mut set = |group: &str| {
+        let text = format!(
+            "[groups]\ng = [{group}]\nunused = 'nobody'\n[[rules]]\nfrom = 'g'\nto = 'any'\n\
+             protocol = 'any'\n"
+        );
+        match world.ask(Request::PolicySet { text }) {
+            Ok(Some(Answer::Policy(policy))) => Ok(policy.warnings),
+            other => Err(format!("{other:?}")),
+        }
+    };
+    assert_eq!(set("'node'").unwrap(), [""; 0]);
+    let said = set("'node', 'nodee-1', 'tag:wbe'").unwrap();
+    assert_eq!(said.len(), 1);
+    assert!(said[0].starts_with("no member has this name or tag: nodee-1, tag:wbe;"), "{said:?}");
+    assert!(set("").unwrap()[0].starts_with("line 5: the rule matches nobody"));
+    assert!(set("'any'").unwrap_err().contains("is every member"));
+}

@@ -171,6 +171,8 @@ fn black_hole() {
     assert_eq!(last["to"], "relay-udp", "{last}");
     assert_eq!(last["cause"], "the direct path went silent", "{last}");
     assert_eq!(changes[0]["from"], "none", "{history}");
+    let first = ["the relay leads to the peer", "the first path answered"];
+    assert!(first.contains(&text(&changes[0], "/cause").as_str()), "{history}");
     for times in ["direct_s", "relayed_s"] {
         assert!(history[times].as_f64().is_some_and(|time| time > 0.0), "{history}");
     }
