@@ -144,6 +144,21 @@ impl UdpBatch {
         }
     }
 
+    /// Adds a datagram that is there already, and leaves by itself: a train passes where none of its
+    /// datagrams would, as a router judges it by what it was cut from.
+    pub fn push_alone(&mut self, target: Target, datagram: &[u8]) {
+        let (segment, start) = (datagram.len(), self.used);
+        if self.buf.len() < start + segment {
+            self.buf.resize(start + segment, 0);
+        }
+        self.buf[start..start + segment].copy_from_slice(datagram);
+        self.used = start + segment;
+        self.last = start;
+        // As if it were full: nothing joins it.
+        let (range, segments) = (start..self.used, MAX_TRAIN_DATAGRAMS);
+        self.runs.push(Run { target, segment, range, segments });
+    }
+
     /// Adds the last datagram once more, on another way, with `header` in place of its first `skip`
     /// bytes. Copies leave behind all the others.
     pub fn copy_last(&mut self, skip: usize, target: Target, header: &[u8]) {
@@ -198,6 +213,19 @@ mod tests {
         assert_eq!(runs, [(100, 260), (100, 100), (120, 120), (120, 120)]);
         let lens: Vec<_> = batch.datagrams().map(|(_, datagram)| datagram.len()).collect();
         assert_eq!(lens, [100, 100, 60, 100, 120, 120]);
+    }
+
+    #[test]
+    fn what_leaves_alone_joins_no_run_and_is_joined_by_none() {
+        let mut batch = UdpBatch::default();
+        batch.push_bytes(target(1), &[1; 100]);
+        batch.push_alone(target(1), &[2; 100]);
+        batch.push_bytes(target(1), &[3; 100]);
+        batch.push_bytes(target(1), &[4; 100]);
+        let runs: Vec<_> = batch.runs().map(|(run, bytes)| (run.segment, bytes.len())).collect();
+        assert_eq!(runs, [(100, 100), (100, 100), (100, 200)]);
+        let order: Vec<u8> = batch.datagrams().map(|(_, datagram)| datagram[0]).collect();
+        assert_eq!(order, [1, 2, 3, 4]);
     }
 
     #[test]

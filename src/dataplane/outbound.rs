@@ -13,7 +13,7 @@ use super::{ForwardingTable, Note, PathCounts, Peer, Shared};
 use crate::path::{Choice, Via};
 use crate::types::{BASE_MTU, DropReason, NodeId, SizeCounts};
 use crate::wire::ip::IpView;
-use crate::wire::relay;
+use crate::wire::{disco, relay};
 
 /// After a pause this long the control plane no longer watches the peer's path.
 const PAUSE_MS: u64 = 1_000;
@@ -408,12 +408,15 @@ pub(crate) fn send_datagram(
     out: &mut UdpBatch,
 ) -> bool {
     let Some(target) = target_of(via, table) else { return false };
+    // What may be a question of its length travels by itself.
+    let alone = disco::travels_alone(datagram);
+    let push = if alone { UdpBatch::push_alone } else { UdpBatch::push_bytes };
     if via.is_relay() {
         let mut framed = relay::data_header(peer).to_vec();
         framed.extend_from_slice(datagram);
-        out.push_bytes(target, &framed);
+        push(out, target, &framed);
     } else {
-        out.push_bytes(target, datagram);
+        push(out, target, datagram);
     }
     true
 }

@@ -190,8 +190,8 @@ impl Node {
         if let Some(run) = &mut self.punching.run {
             run.silent = true;
             if varies || asleep {
-                run.next_at = run.end_at;
-                return;
+                // Nothing more to wait for, and the peer's own offer may be under way.
+                return self.end_run(false, now);
             }
             run.part = Part::moving();
             (run.next_at, run.end_at) = (now, now + MOVE_LIMIT);

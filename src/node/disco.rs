@@ -167,7 +167,8 @@ impl Node {
         }
     }
 
-    /// Seals a ping that is as long as the data that holds an inner packet of `inner` bytes.
+    /// Seals a ping that is as long as the data that holds an inner packet of `inner` bytes. Its length is the
+    /// question: it is never part of a train.
     pub(super) fn send_sized(&mut self, id: NodeId, via: Via, tx: TxId, inner: u16, whole: bool) {
         let ping = Message::ping_of_len(tx, self.able(), inner + SEAL_OVERHEAD);
         let (Via::Direct { remote, socket, .. }, true) = (via, whole) else {

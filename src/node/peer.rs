@@ -226,10 +226,12 @@ impl Node {
     pub(super) fn drain_agent(&mut self, id: NodeId, now: Instant) {
         self.close_idle_sockets(id, now);
         let Some(peer) = self.peers.get_mut(&id) else { return };
-        let mut moved = false;
+        let (mut moved, mut newly_direct) = (false, false);
         while let Some(event) = peer.agent.poll_event() {
             let PathEvent::Primary { from, to, why } = event;
             moved = true;
+            let is_direct = |via| matches!(via, Some(Via::Direct { .. }));
+            newly_direct |= is_direct(to) && !is_direct(from);
             peer.insight.note_path(&peer.agent, from, to, why, now);
             if !is_upgrade(from, to) {
                 // What is under way on the old path is lost.
@@ -295,7 +297,7 @@ impl Node {
         }
         if moved {
             if self.is_direct(id) {
-                self.note_direct(id, now);
+                self.note_direct(id, newly_direct, now);
             }
             self.handle_path_change(id, now);
         }

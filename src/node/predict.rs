@@ -97,6 +97,7 @@ impl Node {
         if before.is_some_and(|before| before != observed) {
             // The NAT has started over; which answer comes first to a new socket says nothing.
             self.prediction.second = None;
+            self.ask_second_port();
         }
         self.weigh_mappings(now);
     }

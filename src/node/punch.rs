@@ -163,7 +163,7 @@ impl Node {
 
     fn wait_for_turn(&mut self, id: NodeId, now: Instant) {
         let wait = BUSY_WAIT.mul_f64(self.rng.random_range(1.0..2.0));
-        self.punching.history(id).postpone(wait, now);
+        self.punching.history(id).ask_again(wait, now);
     }
 
     /// By relay, like everything here.
@@ -220,8 +220,14 @@ impl Node {
             self.punching.run = None;
             self.punching.history(id).postpone(Duration::ZERO, now);
         }
+        let direct = self.is_direct(id);
+        if let Some(peer) = self.peers.get_mut(&id).filter(|_| direct) {
+            // The peer is not direct: does our path still lead to it?
+            peer.agent.verify(now);
+            self.drain_agent(id, now);
+        }
         let busy = self.punching.run.is_some()
-            || self.is_direct(id)
+            || direct
             || self.reflexive_v4().is_none()
             || !self.punching.history(id).allows(now);
         if busy {
@@ -304,8 +310,8 @@ impl Node {
         self.drive_run(now);
     }
 
-    /// A peer that is direct needs no costly way.
-    pub(super) fn note_direct(&mut self, id: NodeId, now: Instant) {
+    /// A peer that is direct needs no costly way. `newly` tells that it was not direct before.
+    pub(super) fn note_direct(&mut self, id: NodeId, newly: bool, now: Instant) {
         let run = self.punching.run.as_ref().filter(|run| run.peer == id);
         if let Some((number, offered)) =
             run.map(|run| (run.number, matches!(run.part, Part::Offered)))
@@ -314,7 +320,7 @@ impl Node {
             self.clear_run(now);
             self.say(id, number, Step::Stop { found: true });
         }
-        if let Some(history) = self.punching.histories.get_mut(&id) {
+        if let Some(history) = self.punching.histories.get_mut(&id).filter(|_| newly) {
             history.succeed(now);
         }
         let primary = self.peers.get(&id).and_then(|peer| peer.agent.choice().primary);
@@ -324,7 +330,7 @@ impl Node {
     }
 
     /// The run has found nothing.
-    fn end_run(&mut self, told: bool, now: Instant) {
+    pub(super) fn end_run(&mut self, told: bool, now: Instant) {
         let Some(run) = &self.punching.run else { return };
         let (id, number, costly, silent) = (run.peer, run.number, run.costly, run.silent);
         self.clear_run(now);
@@ -366,6 +372,8 @@ impl super::predict::Prediction {
         match self.mappings() {
             Some((first, second)) if first == second => NatHint::Steady,
             Some(_) => NatHint::Varies,
+            // Its NAT has started over, and is still the same one.
+            None if self.has_guesses() => NatHint::Varies,
             None => NatHint::Unknown,
         }
     }

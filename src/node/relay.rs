@@ -40,6 +40,8 @@ const REFRESH_IN_USE: Duration = Duration::from_secs(5);
 const REFRESH_WITH_CHOICE: Duration = Duration::from_secs(1);
 /// A relayed peer that was heard or sent to this long ago needs the relay soon again.
 const RELAYED_LATELY: Duration = Duration::from_secs(30);
+/// Data that goes by the control connection has paused for this long: perhaps nothing can arrive any more.
+const LINK_PAUSE: Duration = Duration::from_secs(2);
 
 /// The node's side of the relay's sign-on.
 #[derive(Debug, Default)]
@@ -237,6 +239,23 @@ impl Node {
             }
             self.update_peers(now);
         }
+        self.check_quiet_link(now);
+    }
+
+    /// Without UDP, data comes by the control connection, and a NAT that has started over keeps it
+    /// from us without a word: who sends is told by TCP, who only receives has to ask. Not while
+    /// anything goes or comes, which an answer would have to wait behind.
+    fn check_quiet_link(&mut self, now: Instant) {
+        let used_at = self.relayed_at(Via::RelayTcp);
+        let Some(pause) = used_at.map(|at| now.saturating_duration_since(at)) else { return };
+        let Some(session) = &mut self.relay.session else { return };
+        if session.bound || pause >= RELAYED_LATELY {
+            return;
+        }
+        session.next_at = session.next_at.min(now + REFRESH_IN_USE);
+        if pause >= LINK_PAUSE {
+            self.ask_server(now);
+        }
     }
 
     /// The server answered a bind.
@@ -313,15 +332,75 @@ impl Node {
 
     /// Whether data goes to or comes from some peer by the UDP relay.
     fn is_relaying(&self, now: Instant) -> bool {
-        let recent = |stamp: u64| {
-            let at = self.shared.unstamp(stamp);
-            at.is_some_and(|at| now.saturating_duration_since(at) < RELAYED_LATELY)
-        };
-        self.peers.values().any(|peer| {
+        let used_at = self.relayed_at(Via::RelayUdp);
+        used_at.is_some_and(|at| now.saturating_duration_since(at) < RELAYED_LATELY)
+    }
+
+    /// When data last went to or came from a peer whose path this relay is.
+    fn relayed_at(&self, relay: Via) -> Option<Instant> {
+        let peers = self.peers.values();
+        let relayed = peers.filter(|peer| peer.agent.choice().primary == Some(relay));
+        let stamps = relayed.flat_map(|peer| {
             let counters = &peer.fast.counters;
-            peer.agent.choice().primary == Some(Via::RelayUdp)
-                && (recent(counters.last_sent.load(Ordering::Relaxed))
-                    || recent(counters.last_heard.load(Ordering::Relaxed)))
-        })
+            [&counters.last_sent, &counters.last_heard].map(|stamp| stamp.load(Ordering::Relaxed))
+        });
+        self.shared.unstamp(stamps.max()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::{Netmap, NodeSettings, PeerInfo};
+    use crate::testing::epoch;
+    use crate::types::{OverlayAddrs, SecretKey};
+
+    /// When a node without UDP asks its server for a sign of life, in milliseconds; it has a peer by the
+    /// control connection that it last heard at these times.
+    fn asked_at(heard_ms: &[u64], until_ms: u64) -> Vec<u64> {
+        let (start, id) = (epoch(), NodeId::new(2).unwrap());
+        let bob = PeerInfo {
+            name: "bob".parse().unwrap(),
+            node_key: SecretKey::from_bytes([2; 32]).public(),
+            addrs: OverlayAddrs {
+                v4: "10.77.0.2".parse().unwrap(),
+                v6: "fd00:1:2::2".parse().unwrap(),
+            },
+            online: true,
+            candidates: Vec::new(),
+            expires: None,
+            last_direct: None,
+        };
+        let netmap = Netmap { peers: [(id, bob)].into(), ..Netmap::default() };
+        let key = SecretKey::from_bytes([1; 32]);
+        let mut node = Node::new(key, netmap, NodeSettings::default(), [7; 32], 1, start);
+        node.link_up = true;
+        let server = "192.0.2.1:41820".parse().unwrap();
+        node.relay.start(server, NodeId::new(1).unwrap(), RelayKey([3; 32]), start);
+        let peer = node.peers.get_mut(&id).unwrap();
+        peer.agent.set_relay(Some(Via::RelayTcp), start);
+        let mut asked = Vec::new();
+        for ms in (0..until_ms).step_by(10) {
+            let now = start + Duration::from_millis(ms);
+            if heard_ms.contains(&ms) {
+                let stamp = node.shared.stamp(now);
+                node.peers[&id].fast.counters.last_heard.store(stamp, Ordering::Relaxed);
+            }
+            node.handle_relay_timeout(now);
+            while let Some(message) = node.poll_message() {
+                asked.extend(message.ping.map(|_| ms));
+            }
+        }
+        asked
+    }
+
+    #[test]
+    fn who_only_receives_by_the_control_connection_asks_in_a_pause_whether_it_stands() {
+        assert_eq!(asked_at(&[], 120_000), [0; 0], "nothing came that way");
+        let flow: Vec<u64> = (0..60_000).step_by(500).collect();
+        assert_eq!(asked_at(&flow, 60_000), [0; 0], "data says enough");
+        let asked = asked_at(&flow, 180_000);
+        assert!((62_000..68_000).contains(&asked[0]), "{asked:?}");
+        assert!(asked.len() <= 6 && asked.iter().all(|at| *at < 90_000), "for a while: {asked:?}");
     }
 }

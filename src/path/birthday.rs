@@ -14,7 +14,7 @@
 //! inside port to another one, and Linux goes on to use that for new destinations of the old port.
 //! Nobody can see which side it was, so both sides take a fresh one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -44,11 +44,17 @@ const MAX_TARGETS: usize = 256;
 /// The wait after a fresh port did not help: it costs nothing, and another way is next.
 const NEXT_WAY: Duration = Duration::from_secs(1);
 
-/// A peer that has taken part before, and does not answer an offer, is asleep or cut off: it is asked
-/// again after this.
-const SILENT_WAIT: Duration = Duration::from_secs(15);
-/// Two direct paths that begin within this time are a pair that flaps.
-const FLAPPING: Duration = Duration::from_secs(60);
+/// A peer that has taken part before, and does not answer an offer, is asleep or cut off, perhaps only until
+/// it binds again: it is asked again after this, and twice as long each time,
+const SILENT_WAIT: Duration = Duration::from_secs(2);
+/// up to this.
+const LONGEST_SILENT_WAIT: Duration = Duration::from_secs(15);
+/// So many direct paths, and another one, that begin within
+const FREE_SUCCESSES: usize = 3;
+/// this time are a pair that flaps,
+const FLAPPING: Duration = Duration::from_secs(120);
+/// which waits for so long: the entries of its last run are gone by then.
+const FLAPPING_WAIT: Duration = ENTRY_LIFETIME.saturating_add(PATIENCE);
 
 /// Two sides do not end a try at the same instant.
 const SLACK: Duration = Duration::from_secs(1);
@@ -170,12 +176,16 @@ impl Targets {
 pub struct History {
     tries: u8,
     failed_runs: usize,
+    /// No try before this, whoever starts it.
     not_before: Option<Instant>,
+    /// We start none before this.
+    ask_at: Option<Instant>,
     /// It has said something about a run once.
     takes_part: bool,
-    /// The wait is for a peer that did not answer.
-    silent: bool,
-    succeeded_at: Option<Instant>,
+    /// Offers that it has not answered, in a row; the wait is for it.
+    silences: u32,
+    /// When the last direct paths began, the newest last.
+    succeeded_at: VecDeque<Instant>,
 }
 
 impl History {
@@ -191,10 +201,10 @@ impl History {
         self.not_before.is_none_or(|at| at <= now + SLACK)
     }
 
-    /// When another try may start, for a pair that has waited since `stuck`.
+    /// When we may start another try, for a pair that has waited since `stuck`.
     #[must_use]
     pub fn due_at(&self, stuck: Instant) -> Instant {
-        (stuck + PATIENCE).max(self.not_before.unwrap_or(stuck))
+        (stuck + PATIENCE).max(self.not_before.max(self.ask_at).unwrap_or(stuck))
     }
 
     /// Whether the peer has said something about a run before.
@@ -206,7 +216,7 @@ impl History {
     /// The peer says something about a run: what was held against its silence does not count.
     pub fn hear(&mut self) {
         self.takes_part = true;
-        if std::mem::take(&mut self.silent) {
+        if std::mem::take(&mut self.silences) > 0 {
             self.not_before = None;
             self.failed_runs = 0;
         }
@@ -215,12 +225,20 @@ impl History {
     /// An offer was not answered. Who is known to take part is asleep, or cut off, and asked again
     /// soon; anybody else may not know the message, and is asked ever more rarely.
     pub fn note_silence(&mut self, now: Instant) {
+        let silences = self.silences;
         if self.takes_part {
-            self.not_before = Some(now + SILENT_WAIT);
+            let wait = SILENT_WAIT * 2u32.pow(silences.min(3));
+            self.not_before = Some(now + wait.min(LONGEST_SILENT_WAIT));
         } else {
             self.fail(true, now);
         }
-        self.silent = true;
+        self.silences = silences.saturating_add(1);
+    }
+
+    /// The peer is busy. We ask again after this; it may ask us before, or two that are both told to wait
+    /// would refuse each other in turn.
+    pub fn ask_again(&mut self, wait: Duration, now: Instant) {
+        self.ask_at = Some(now + wait);
     }
 
     /// Nothing was tried, but it has to wait.
@@ -235,7 +253,7 @@ impl History {
 
     /// A way has found nothing.
     pub fn fail(&mut self, costly: bool, now: Instant) {
-        self.silent = false;
+        self.silences = 0;
         let wait = if costly {
             self.failed_runs += 1;
             BACKOFF[(self.failed_runs - 1).min(BACKOFF.len() - 1)]
@@ -248,12 +266,17 @@ impl History {
     /// There is a direct path. When it is lost, another try may follow at once; in a pair that flaps
     /// it waits until the entries of this one are gone.
     pub fn succeed(&mut self, now: Instant) {
-        let flaps =
-            self.succeeded_at.is_some_and(|at| now.saturating_duration_since(at) < FLAPPING);
+        let mut succeeded_at = std::mem::take(&mut self.succeeded_at);
+        let recent = |at: &Instant| now.saturating_duration_since(*at) < FLAPPING;
+        let flaps = succeeded_at.len() == FREE_SUCCESSES && succeeded_at.iter().all(recent);
+        if succeeded_at.len() == FREE_SUCCESSES {
+            succeeded_at.pop_front();
+        }
+        succeeded_at.push_back(now);
         *self = Self {
-            not_before: flaps.then(|| now + ENTRY_LIFETIME),
+            not_before: flaps.then(|| now + FLAPPING_WAIT),
             takes_part: self.takes_part,
-            succeeded_at: Some(now),
+            succeeded_at,
             ..Self::default()
         };
     }
@@ -380,9 +403,10 @@ mod tests {
         assert_eq!(history.due_at(now), now + BACKOFF[1], "it may not know the message");
         history.hear();
         assert!(history.allows(now), "it does");
-        for _ in 0..5 {
+        for wait in [2, 4, 8, 15, 15] {
             history.note_silence(now);
-            assert_eq!(history.due_at(now), now + SILENT_WAIT, "asleep, for now");
+            let again = now + Duration::from_secs(wait).max(PATIENCE);
+            assert_eq!(history.due_at(now), again, "asleep, for now");
         }
         history.hear();
         assert!(history.allows(now));

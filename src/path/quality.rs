@@ -255,6 +255,11 @@ impl Delivery {
         self.classes[SizeCounts::LARGE].missing >= 2
     }
 
+    /// Whether large datagrams, or full ones, do not arrive.
+    pub(super) fn long_missing(&self) -> bool {
+        self.large_missing() || self.classes[SizeCounts::FULL].missing >= 2
+    }
+
     /// What was sent of large ones was too long; a new count begins.
     pub(super) fn forgive_large(&mut self) {
         let sent = self.history.back().map_or(0, |(_, sent)| sent.0[SizeCounts::LARGE]);

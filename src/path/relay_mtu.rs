@@ -41,6 +41,9 @@ pub(super) struct RelayMtu {
     rest_until: Option<Instant>,
     /// and not even when long packets are lost before this.
     hurry_from: Option<Instant>,
+    /// Long packets were lost since the last search: who waits for one of them sends ever more rarely, and
+    /// may send nothing when the next search is allowed.
+    lossy: bool,
     open: BTreeMap<TxId, u16>,
     /// Largest in this search.
     best: Option<u16>,
@@ -51,8 +54,10 @@ impl RelayMtu {
     /// Data goes by the relay. `lossy` tells that long packets do not arrive, whatever was found.
     pub(super) fn want(&mut self, lossy: bool, now: Instant) {
         let rests = self.rest_until.is_some_and(|until| now < until);
-        let hurries = lossy && self.hurry_from.is_some_and(|at| at <= now);
+        self.lossy |= lossy && self.phase == Phase::Idle;
+        let hurries = self.lossy && self.hurry_from.is_some_and(|at| at <= now);
         if self.phase == Phase::Idle && (!rests || hurries) {
+            self.lossy = false;
             self.phase = Phase::Full(0);
             self.best = None;
             self.next_at = Some(now);
@@ -224,6 +229,21 @@ mod tests {
         let (_, took) = play(&mut search, 0, 0, later);
         search.want(true, later + took);
         assert_eq!(search.next_at(), None, "nobody answers, and packets are lost");
+    }
+
+    #[test]
+    fn packets_that_were_lost_while_a_search_was_not_allowed_are_not_forgotten() {
+        let mut search = RelayMtu::default();
+        search.want(false, epoch());
+        play(&mut search, 1_400, 0, epoch());
+        search.want(true, epoch() + SOON / 2);
+        // A transport sends again after a while, and that is all that it sends.
+        let later = epoch() + SOON + FIRST_PATIENCE;
+        search.want(false, later);
+        play(&mut search, 1_056, 0, later);
+        assert_eq!(search.mtu(), 1_056);
+        search.want(false, later + SOON * 2);
+        assert_eq!(search.next_at(), None, "and count once");
     }
 
     #[test]

@@ -51,6 +51,13 @@ pub const TWO_LANES: u8 = 1;
 /// Of the counts in a pong.
 const COUNTS_LEN: usize = 4 * SizeCounts::CLASSES;
 
+/// Whether this may be a ping that asks how long a datagram a path carries. Such a one is no part of a train:
+/// a router judges a train by what it was cut from, and lets it pass where none of its datagrams would.
+#[must_use]
+pub fn travels_alone(datagram: &[u8]) -> bool {
+    datagram.first() == Some(&MAGIC) && datagram.len() > PONG_LEN
+}
+
 const PING: u8 = 1;
 const PONG: u8 = 2;
 const CALL_ME_MAYBE: u8 = 3;

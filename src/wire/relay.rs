@@ -49,6 +49,7 @@ use blake2::digest::consts::U16;
 use blake2::digest::{KeyInit, Mac};
 
 use super::cursor::{ENDPOINT_LEN, Reader, UnexpectedEnd, endpoint_bytes};
+use super::disco;
 use crate::types::{NodeId, TxId};
 
 /// First byte of a relay datagram.
@@ -121,6 +122,12 @@ pub fn data_header_by_link(node: NodeId) -> [u8; DATA_HEADER_LEN] {
     let mut header = data_header(node);
     header[2] = FLAG_BY_LINK;
     header
+}
+
+/// Whether what is relayed is no part of a train, see [`disco::travels_alone`].
+#[must_use]
+pub fn travels_alone(datagram: &[u8]) -> bool {
+    datagram.get(DATA_HEADER_LEN..).is_some_and(disco::travels_alone)
 }
 
 /// Whether a relay datagram is to reach its receiver by the control connection.

@@ -182,3 +182,59 @@ fn a_pair_that_an_open_input_has_spoiled_moves_to_a_fresh_port() {
         assert!(is_direct(&world), "and stays");
     }
 }
+
+/// Asks for the peer until the two have noticed that their path is gone, and are direct again: by data, or by
+/// what `overlay ping` sends. Returns how long that took, or the limit.
+fn back_after(world: &mut World, by_data: bool, limit: Duration) -> Duration {
+    let (start, peer) = (world.now, world.hosts[1].id().expect("it has joined"));
+    let mut lost = false;
+    while world.now < start + limit {
+        if by_data {
+            world.ping(0, 1, 100);
+        } else {
+            let now = world.now;
+            world.hosts[0].node_mut().expect("it runs").ping(peer, 1, now);
+            world.settle(0);
+        }
+        let next = |world: &World| is_direct(world) == lost;
+        if world.run_until(500 * MS, next) {
+            if lost {
+                return world.now - start;
+            }
+            lost = true;
+        }
+    }
+    limit
+}
+
+#[test]
+fn a_path_between_hard_nats_that_is_lost_is_found_again_soon() {
+    let limit = Duration::from_secs(120);
+    let mut times = Vec::new();
+    for seed in 0..20 {
+        let kinds = [Symmetric, PortRestricted];
+        let kinds = if seed % 2 == 0 { kinds } else { [kinds[1], kinds[0]] };
+        let easy = if seed % 2 == 0 { 1 } else { 0 };
+        let mut world = started(kinds, seed, NodeSettings::default());
+        assert!(world.run_until(Duration::from_secs(90), is_direct), "seed {seed}");
+        world.run_for(Duration::from_secs(if seed % 4 < 2 { 3 } else { 100 }));
+        for round in 0..3 {
+            // Both routers forget all at once, the relay's way back included.
+            world.edges.iter_mut().for_each(crate::edge::Edge::flush);
+            let before = counters(&world, easy);
+            let took = back_after(&mut world, seed % 8 < 4, limit);
+            let after = counters(&world, easy);
+            let runs = after.birthday_runs - before.birthday_runs;
+            println!("{kinds:?} {round}: {took:?}, {} probes", after.probes - before.probes);
+            assert!(after.probes - before.probes <= 1024 * runs && runs <= 2, "{runs} runs");
+            times.push(took);
+            world.run_for(Duration::from_secs(3));
+        }
+    }
+    times.sort();
+    let late = times.iter().filter(|took| **took > Duration::from_secs(36)).count();
+    println!("median {:?}, 36 s or more: {late} of {}, all: {times:?}", times[30], times.len());
+    assert!(times[30] <= Duration::from_secs(15), "{times:?}");
+    // A run finds nothing now and then, and is not repeated for a minute.
+    assert!(late <= 3 && times.iter().all(|took| *took < limit), "{times:?}");
+}

@@ -35,6 +35,7 @@ use crate::server::relay::limit::Limits;
 use crate::server::relay::queue::{FairQueues, Train};
 use crate::server::relay::{Arrival, RelayChange, RelayTable, SocketId, Verdict, Way};
 use crate::types::{DropCounters, DropReason, NodeId, PublicKey};
+use crate::wire::relay::travels_alone;
 use decide::{Decided, decide, keep_within_limits};
 use trains::Trains;
 
@@ -206,6 +207,7 @@ impl Hub {
         let mut table = lock(&self.table);
         for range in ranges {
             let Some(datagram) = bytes.get_mut(range.clone()) else { continue };
+            let alone = travels_alone(datagram);
             let mut verdict = table.handle_from(sender, datagram, now);
             if matches!(verdict, Verdict::Forward(_)) {
                 let admitted = table.admit(sender, 1, datagram.len(), now);
@@ -214,7 +216,7 @@ impl Hub {
                 }
             }
             match verdict {
-                Verdict::Forward(way) => trains.push(way, range),
+                Verdict::Forward(way) => trains.push(way, range, alone),
                 Verdict::Drop(reason) => self.drops.count(reason),
                 // Only UDP sockets are asked questions.
                 Verdict::Reply { .. } | Verdict::Knock { .. } => {

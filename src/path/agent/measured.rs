@@ -30,7 +30,7 @@ impl PathAgent {
     /// Data goes by the relay: does it carry full packets?
     pub(super) fn note_relay_mtu(&mut self, now: Instant) {
         if self.relay.is_some() && self.primary == self.relay {
-            self.relay_mtu.want(self.relay_delivery.large_missing(), now);
+            self.relay_mtu.want(self.relay_delivery.long_missing(), now);
             self.ask_for_relay_mtu(now);
         }
     }

@@ -227,6 +227,8 @@ impl PathAgent {
         endpoint.penalty_until = Some(now + penalty.min(LONGEST_PENALTY));
         endpoint.delivery.start_over();
         endpoint.mtu = Default::default();
+        // Does it answer at all? If not, no trial of it is worth waiting for.
+        endpoint.prober.start_round(now);
     }
 
     /// Starts, goes on with, and ends the trial of a distrusted path.

@@ -31,7 +31,9 @@ impl PathAgent {
         let since = self
             .stuck_since
             .filter(|_| self.wanted && self.relay.is_some() && !self.is_direct())?;
-        let answered = self.endpoints.values().filter_map(|it| it.prober.last_pong()).max();
+        let pongs = self.endpoints.values().filter_map(|it| it.prober.last_pong());
+        // What answered before has died since.
+        let answered = pongs.filter(|at| *at >= since).max();
         Some(answered.map_or(since, |at| since.max(at + PROOF_LIFETIME)))
     }
 
@@ -138,6 +140,30 @@ mod tests {
         assert_eq!(agent.choice().primary, Some(via), "the main socket is never closed");
         agent.handle_socket_closed(EXTRA, now);
         assert_eq!(agent.choice().primary, Some(Via::RelayUdp));
+    }
+
+    #[test]
+    fn what_answered_before_the_path_was_lost_does_not_keep_costly_ways_waiting() {
+        let now = epoch();
+        for answers in [false, true] {
+            let (mut agent, via) = agent_on_extra_socket();
+            let left = now + Duration::from_secs(1);
+            let place = via.place().expect("it is direct");
+            agent.leave(place, "for the test", left);
+            assert_eq!((agent.choice().primary, agent.stuck_since()), (agent.relay, Some(left)));
+            // Whether it answers still is asked at once.
+            agent.handle_timeout(left);
+            let asked = std::iter::from_fn(|| agent.poll_transmit()).find_map(|it| match it {
+                PathTransmit::Ping { via: by, tx } if by == via => Some(tx),
+                _ => None,
+            });
+            let tx = asked.expect("a ping on the path that was left");
+            if answers {
+                let at = left + Duration::from_millis(40);
+                agent.handle_pong(tx, via, None, at);
+                assert_eq!(agent.stuck_since(), Some(at + PROOF_LIFETIME), "the NATs are open");
+            }
+        }
     }
 
     #[test]

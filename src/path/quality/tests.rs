@@ -92,6 +92,16 @@ fn a_death_in_the_middle_of_a_burst_is_noticed_by_the_first_retransmission() {
 }
 
 #[test]
+fn full_datagrams_that_do_not_arrive_are_long_ones_that_are_missing() {
+    let mut flow = Flow::new();
+    flow.step([5, 50, 0], [5, 50, 0], true);
+    assert!(!flow.delivery.long_missing());
+    flow.step([5, 2, 0], [5, 0, 0], true);
+    flow.step([5, 1, 0], [5, 0, 0], true);
+    assert!(flow.delivery.long_missing() && !flow.delivery.large_missing());
+}
+
+#[test]
 fn one_lost_retransmission_of_a_large_datagram_is_enough_to_double() {
     let mut flow = Flow::new();
     flow.step([0, 0, 50], [0, 0, 50], true);
