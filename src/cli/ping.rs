@@ -17,8 +17,9 @@ const UNTIL_DIRECT_LIMIT: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone, Args)]
 #[command(
     about = "Ping a peer over the path that data takes; shows the path of each reply",
-    after_help = "One ping a second. Exit codes: 0 a reply came, 3 the node stopped meanwhile, 5 unknown peer, 6 no reply, 7 replies, but only \
-                  relayed ones (--until-direct)."
+    after_help = "A ping goes out every second (every 100 ms with --until-direct). Exit codes: \
+                  0 a reply came, 3 the node stopped meanwhile, 5 unknown peer, 6 no reply, 7 \
+                  replies, but only relayed ones (--until-direct)."
 )]
 pub struct PingArgs {
     /// Name, overlay address or id

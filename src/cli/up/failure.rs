@@ -89,8 +89,11 @@ pub(super) fn failure(error: &StartError) -> Failure {
                 runs.display(),
                 wanted.display()
             ),
-            "a second node on this machine needs a --state-dir, --socket and --interface of its \
-             own; to ask or start the one that runs, leave --state-dir out: overlay status",
+            format!(
+                "a second node on this machine needs a --state-dir, --socket and --interface of its \
+                 own, and another network; to ask the one that runs: overlay status --socket {}",
+                socket.display()
+            ),
         ),
         StartError::ServerAnswers { socket } => Failure::new(
             "a server answers on this socket",
