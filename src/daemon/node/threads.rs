@@ -299,8 +299,7 @@ pub(super) fn write_tun(ports: &Ports, batch: &mut TunBatch) {
     let tun = ports.tun.load();
     for frame in batch.frames() {
         let lost = match tun.as_ref() {
-            Some(tun) if tun.write_frame(&frame).is_ok() => 0,
-            Some(_) => frame.packets().count(),
+            Some(tun) => tun.write_frame(&frame),
             None => frame.packets().filter(|packet| !ports.keep_waiting(packet)).count(),
         };
         if lost > 0 {
