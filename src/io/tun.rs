@@ -176,6 +176,20 @@ impl Tun {
         self.write_frame_by(frame, |pieces| nix::sys::uio::writev(self, pieces))
     }
 
+    /// Writes one whole packet, with a header where the device wants one.
+    ///
+    /// # Errors
+    /// Those of [`Self::write`].
+    pub fn write_packet(&self, packet: &[u8]) -> io::Result<()> {
+        Ok(self.write_packet_by(packet, |pieces| nix::sys::uio::writev(self, pieces))?)
+    }
+
+    /// A device whose packets a test reads at the other end.
+    #[cfg(test)]
+    pub(crate) fn over(device: OwnedFd) -> Self {
+        Self::of(device, "lo".into(), None, 0).unwrap()
+    }
+
     fn write_frame_by(
         &self,
         frame: &Frame<'_>,
