@@ -99,10 +99,8 @@ impl Ports {
     }
 
     /// The calling thread, number 0 or 1, begins to move packets.
-    fn begin_turn(&self, thread: usize) -> Turn {
-        let turn = Turn::new(self.realtime, thread, clock::now());
-        self.ahead.fetch_add(turn.is_granted().into(), Ordering::Relaxed);
-        turn
+    fn begin_turn(&self, thread: usize) -> Turn<'_> {
+        Turn::new(self.realtime, thread, &self.ahead, clock::now())
     }
 
     /// Whether both threads run ahead of ordinary programs.
