@@ -416,7 +416,7 @@ fn merged_and_cut() {
         batch.finish();
         for frame in batch.frames() {
             trains.set(trains.get() + u32::from(frame.is_train()));
-            kernel.borrow().entry.write_frame(&frame).unwrap();
+            assert_eq!(kernel.borrow().entry.write_frame(&frame), 0);
         }
         let came = kernel.borrow_mut().packets(packets.len());
         let went: Vec<Vec<u8>> = packets.into_iter().map(forwarded).collect();

@@ -76,6 +76,8 @@ struct Lane<'a> {
     rx_packets: u64,
     rx_bytes: usize,
     arrived: SizeCounts,
+    /// Refused by their counters, which are looked at before the seal: second copies, or anything.
+    copies: SizeCounts,
 }
 
 impl Drop for Run<'_> {
@@ -189,9 +191,18 @@ impl<'a> Run<'a> {
             let peer = self.table.by_receiver(receiver).ok_or(DropReason::UnknownSession)?;
             let state = peer.lock_lane(receiver).ok_or(DropReason::UnknownSession)?;
             let (authentic, rx_packets, rx_bytes) = (false, 0, 0);
-            let arrived = SizeCounts::default();
-            self.lane =
-                Some(Lane { peer, state, receiver, via, authentic, rx_packets, rx_bytes, arrived });
+            let (arrived, copies) = (SizeCounts::default(), SizeCounts::default());
+            self.lane = Some(Lane {
+                peer,
+                state,
+                receiver,
+                via,
+                authentic,
+                rx_packets,
+                rx_bytes,
+                arrived,
+                copies,
+            });
         }
         let Some(lane) = &mut self.lane else { return Err(DropReason::UnknownSession) };
         let (own, now) = (self.table.own, self.now);
@@ -223,9 +234,17 @@ impl<'a> Run<'a> {
             lane.rx_bytes += view.len;
             Ok(view.len)
         });
-        // The second copy of a doubled packet proves as much of its path as the first one.
-        if !matches!(taken, Err(DropReason::Undecryptable | DropReason::UnknownSession)) {
-            lane.arrived.count(datagram.len(), 1);
+        match taken {
+            // The second copy of a doubled packet says as much of its path as the first one, but
+            // nobody can tell it from what a stranger made up.
+            Err(DropReason::Replayed) => lane.copies.count(datagram.len(), 1),
+            Err(
+                DropReason::Undecryptable
+                | DropReason::UnknownSession
+                | DropReason::Malformed
+                | DropReason::TooLarge,
+            ) => {}
+            _ => lane.arrived.count(datagram.len(), 1),
         }
         self.notes.extend(refused.map(Note::Refused));
         if confirmed && !lane.peer.is_second(receiver) {
@@ -239,10 +258,13 @@ impl<'a> Run<'a> {
     /// Unlocks the session and tells what was heard from the peer.
     fn close_lane(&mut self) {
         let Some(lane) = self.lane.take() else { return };
-        let Lane { peer, state, via, authentic, rx_packets, rx_bytes, arrived, .. } = lane;
+        let Lane { peer, state, via, authentic, rx_packets, rx_bytes, arrived, copies, .. } = lane;
         drop(state);
         let mut records = peer.records();
-        records.arrived.add(via, arrived);
+        if arrived != SizeCounts::default() {
+            records.arrived.add(via, arrived);
+        }
+        records.arrived.add_known(via, copies);
         if !authentic {
             return;
         }

@@ -170,16 +170,34 @@ impl Tun {
     }
 
     /// Writes a packet or a train, with a header where the device wants one. A kernel that refuses
-    /// a train gets its packets singly, and no trains of that kind from there on.
+    /// a train gets its packets singly, and no trains of that kind from there on. Returns how many
+    /// packets were lost.
+    pub fn write_frame(&self, frame: &Frame<'_>) -> usize {
+        self.write_frame_by(frame, |pieces| nix::sys::uio::writev(self, pieces))
+    }
+
+    /// Writes one whole packet, with a header where the device wants one.
     ///
     /// # Errors
     /// Those of [`Self::write`].
-    pub fn write_frame(&self, frame: &Frame<'_>) -> io::Result<()> {
-        if !self.has_headers {
-            return frame.packets().try_for_each(|packet| self.write(packet).map(drop));
-        }
-        if !frame.is_train() {
-            return frame.packets().try_for_each(|packet| self.write_single(packet));
+    pub fn write_packet(&self, packet: &[u8]) -> io::Result<()> {
+        Ok(self.write_packet_by(packet, |pieces| nix::sys::uio::writev(self, pieces))?)
+    }
+
+    /// A device whose packets a test reads at the other end.
+    #[cfg(test)]
+    pub(crate) fn over(device: OwnedFd) -> Self {
+        Self::of(device, "lo".into(), None, 0).unwrap()
+    }
+
+    fn write_frame_by(
+        &self,
+        frame: &Frame<'_>,
+        write: impl Fn(&[IoSlice<'_>]) -> nix::Result<usize>,
+    ) -> usize {
+        let is_lost = |packet: &&[u8]| self.write_packet_by(packet, &write).is_err();
+        if !self.has_headers || !frame.is_train() {
+            return frame.packets().filter(is_lost).count();
         }
         let mut slices = [IoSlice::new(&[]); MAX_PIECES];
         let pieces = std::iter::once(frame.head()).chain(frame.pieces());
@@ -188,10 +206,14 @@ impl Tun {
             *slice = IoSlice::new(piece);
             count += 1;
         }
-        match nix::sys::uio::writev(self, &slices[..count]) {
-            Ok(_) => Ok(()),
+        let packets = frame.packets().count();
+        match write(&slices[..count]) {
+            Ok(_) => 0,
             Err(Errno::EINVAL) => {
-                frame.packets().try_for_each(|packet| self.write_single(packet))?;
+                let lost = frame.packets().filter(is_lost).count();
+                if lost == packets {
+                    return lost;
+                }
                 let udp = frame.kind() == Some(SegmentationKind::Udp);
                 let switch = if udp { &self.uso } else { &self.tso };
                 switch.store(false, Ordering::Relaxed);
@@ -201,16 +223,19 @@ impl Tun {
                     "the kernel takes no trains, going on \
                     without"
                 );
-                Ok(())
+                lost
             }
-            Err(errno) => Err(errno.into()),
+            Err(_) => packets,
         }
     }
 
-    fn write_single(&self, packet: &[u8]) -> io::Result<()> {
+    fn write_packet_by(
+        &self,
+        packet: &[u8],
+        write: impl Fn(&[IoSlice<'_>]) -> nix::Result<usize>,
+    ) -> nix::Result<()> {
         let pieces = [IoSlice::new(&[0; VIRTIO_HEADER_LEN]), IoSlice::new(packet)];
-        nix::sys::uio::writev(self, &pieces)?;
-        Ok(())
+        write(&pieces[usize::from(!self.has_headers)..]).map(drop)
     }
 }
 
@@ -342,7 +367,11 @@ fn open_error(name: &str, source: io::Error) -> TunError {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+    use crate::dataplane::TunBatch;
+    use crate::dataplane::offload::{FrameHeader, Segmentation, Segments};
 
     #[test]
     fn names_that_linux_refuses_are_refused_before_the_kernel_is_asked() {
@@ -377,6 +406,76 @@ mod tests {
         let wanted = TunOptions::named("lo");
         assert!(!made.has_headers() && made.is(&wanted.clone().with_offloads(true)));
         assert!(!made.is(&wanted), "with and without are two kinds where the kernel has both");
+    }
+
+    /// A device that nothing is written to, since the tests say what the kernel answers.
+    fn unwritten(kinds: Option<MergeKinds>) -> Tun {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        Tun::of(null.into(), "lo".into(), kinds, 0).unwrap()
+    }
+
+    /// Five datagrams of one flow, as one train if `kinds` has it.
+    fn five_datagrams(kinds: MergeKinds) -> TunBatch {
+        let segmentation = Some(Segmentation { kind: SegmentationKind::Udp, size: 100 });
+        let header = FrameHeader { checksum: Some((20, 6)), segmentation, header_len: 28 };
+        let mut packet = vec![0x45, 0, 0x02, 0x10, 0, 0, 0, 0, 64, 17, 0, 0, 10, 77, 0, 1, 10, 77];
+        packet.extend([0, 2, 0, 80, 1, 187, 0x01, 0xfc, 0, 0]);
+        packet.extend([7; 500]);
+        let mut segments = Segments::new(&header, &mut packet).unwrap();
+        let mut batch = TunBatch::default();
+        batch.clear(kinds);
+        while let Some(segment) = segments.next_segment() {
+            let pushed: Result<(), ()> = batch.push(segment.len(), |room| {
+                room.copy_from_slice(segment);
+                Ok(segment.len())
+            });
+            pushed.unwrap();
+        }
+        batch.finish();
+        batch
+    }
+
+    #[test]
+    fn of_a_train_that_is_refused_every_packet_is_tried_and_the_lost_ones_are_counted() {
+        let both = MergeKinds { tcp: true, udp: true };
+        let batch = five_datagrams(both);
+        let frames: Vec<_> = batch.frames().collect();
+        assert_eq!((frames.len(), frames[0].kind()), (1, Some(SegmentationKind::Udp)));
+        for (bad, lost, udp) in [
+            (vec![], 0, false),
+            (vec![0], 1, false),
+            (vec![1, 3], 2, false),
+            (vec![0, 1, 2, 3, 4], 5, true),
+        ] {
+            let (tun, singly) = (unwritten(Some(both)), Cell::new(0));
+            let write = |pieces: &[IoSlice<'_>]| {
+                if pieces.len() != 2 {
+                    return Err(Errno::EINVAL);
+                }
+                assert_eq!((pieces[0].len(), pieces[1].len()), (VIRTIO_HEADER_LEN, 128));
+                let number = singly.replace(singly.get() + 1);
+                if bad.contains(&number) { Err(Errno::ENOBUFS) } else { Ok(138) }
+            };
+            assert_eq!(tun.write_frame_by(&frames[0], write), lost, "{bad:?}");
+            assert_eq!(singly.get(), 5, "{bad:?}");
+            assert_eq!(tun.trains(), MergeKinds { tcp: true, udp }, "{bad:?}");
+        }
+        let tun = unwritten(Some(both));
+        assert_eq!(tun.write_frame_by(&frames[0], |_| Err(Errno::EIO)), 5, "it is down");
+        assert_eq!(tun.trains(), both);
+    }
+
+    #[test]
+    fn a_device_without_headers_loses_what_it_refuses_and_no_more() {
+        let batch = five_datagrams(MergeKinds { tcp: true, udp: true });
+        let frame = batch.frames().next().unwrap();
+        let (tun, number) = (unwritten(None), Cell::new(0));
+        let write = |pieces: &[IoSlice<'_>]| {
+            assert_eq!((pieces.len(), pieces[0].len()), (1, 128));
+            let is_first = number.replace(number.get() + 1) == 0;
+            if is_first { Err(Errno::EINVAL) } else { Ok(128) }
+        };
+        assert_eq!((tun.write_frame_by(&frame, write), number.get()), (1, 5));
     }
 
     #[test]

@@ -281,7 +281,8 @@ impl Node {
                     }
                 }
                 PathTransmit::Pong { via, tx } => {
-                    let arrived = self.peers.get(&id).map(|it| it.fast.records().arrived.of(via));
+                    let peer = self.peers.get(&id);
+                    let arrived = peer.map(|it| it.fast.records().arrived.report(via));
                     let observed = match via {
                         Via::Direct { remote, .. } => Some(remote),
                         Via::RelayUdp | Via::RelayTcp => None,

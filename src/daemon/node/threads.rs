@@ -99,10 +99,8 @@ impl Ports {
     }
 
     /// The calling thread, number 0 or 1, begins to move packets.
-    fn begin_turn(&self, thread: usize) -> Turn {
-        let turn = Turn::new(self.realtime, thread, clock::now());
-        self.ahead.fetch_add(turn.is_granted().into(), Ordering::Relaxed);
-        turn
+    fn begin_turn(&self, thread: usize) -> Turn<'_> {
+        Turn::new(self.realtime, thread, &self.ahead, clock::now())
     }
 
     /// Whether both threads run ahead of ordinary programs.
@@ -129,11 +127,19 @@ impl Ports {
         *self.waiting() = Some(Vec::new());
     }
 
+    /// What has waited is written before anybody else can write to the interface: flows keep their
+    /// order.
     pub(super) fn set_tun(&self, tun: Option<Arc<Tun>>) {
+        let mut waiting = self.waiting();
+        let mut lost = 0;
+        for packet in waiting.take().into_iter().flatten() {
+            let written = tun.as_ref().is_some_and(|tun| tun.write_packet(&packet).is_ok());
+            lost += u64::from(!written);
+        }
         self.tun.store(tun);
-        let waiting = self.waiting().take();
-        for packet in waiting.into_iter().flatten() {
-            write_packet(self, &packet);
+        drop(waiting);
+        if lost > 0 {
+            self.shared.drops().count_many(DropReason::TunWriteFailed, lost);
         }
         // These fail only when the counter is full, and then the thread is awake anyway.
         let _ = self.wake_sender.write(1);
@@ -145,14 +151,19 @@ impl Ports {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a packet for the interface that is being made; `false` when there is none or no room.
+    /// Keeps a packet for the interface that is being made, or writes it to the one that was made
+    /// since the caller looked; `false` when there is none or no room.
     fn keep_waiting(&self, packet: &[u8]) -> bool {
         let mut waiting = self.waiting();
-        let Some(packets) = waiting.as_mut().filter(|it| it.len() < WAITING_PACKETS) else {
-            return false;
-        };
-        packets.push(packet.into());
-        true
+        if let Some(packets) = waiting.as_mut() {
+            let has_room = packets.len() < WAITING_PACKETS;
+            if has_room {
+                packets.push(packet.into());
+            }
+            return has_room;
+        }
+        drop(waiting);
+        self.tun.load().as_ref().is_some_and(|tun| tun.write_packet(packet).is_ok())
     }
 
     /// Lets one thread watch the interface, and the other one not.
@@ -296,12 +307,15 @@ pub(super) fn write_packet(ports: &Ports, packet: &[u8]) {
 /// Writes a whole batch to the TUN interface.
 pub(super) fn write_tun(ports: &Ports, batch: &mut TunBatch) {
     batch.finish();
-    let tun = ports.tun.load();
+    let mut tun = ports.tun.load();
     for frame in batch.frames() {
         let lost = match tun.as_ref() {
-            Some(tun) if tun.write_frame(&frame).is_ok() => 0,
-            Some(_) => frame.packets().count(),
-            None => frame.packets().filter(|packet| !ports.keep_waiting(packet)).count(),
+            Some(tun) => tun.write_frame(&frame),
+            None => {
+                let lost = frame.packets().filter(|packet| !ports.keep_waiting(packet)).count();
+                tun = ports.tun.load();
+                lost
+            }
         };
         if lost > 0 {
             ports.shared.drops().count_many(DropReason::TunWriteFailed, lost as u64);
@@ -350,6 +364,9 @@ impl Drop for Threads {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
     use super::super::startup::Offloads;
     use super::*;
     use crate::dataplane::EngineKeys;
@@ -357,14 +374,84 @@ mod tests {
     use crate::testing::epoch;
     use crate::types::SecretKey;
 
+    fn ports(main: Option<UdpSocket>) -> Ports {
+        let keys = EngineKeys::new(&SecretKey::from_bytes([1; 32]));
+        Ports::new(main, None, Shared::new(epoch(), &keys), false).unwrap()
+    }
+
+    /// An interface, and where each byte written to it comes out.
+    fn interface() -> (Arc<Tun>, UnixStream) {
+        let (device, outside) = UnixStream::pair().unwrap();
+        outside.set_nonblocking(true).unwrap();
+        (Arc::new(Tun::over(device.into())), outside)
+    }
+
+    fn came_out(mut outside: &UnixStream) -> Vec<u8> {
+        let mut bytes = [0; 512];
+        let count = outside.read(&mut bytes).unwrap_or_default();
+        bytes[..count].to_vec()
+    }
+
+    #[test]
+    fn what_waits_for_an_interface_gets_there_also_when_it_comes_in_that_moment() {
+        let ports = ports(None);
+        let lost = || ports.shared.drops().of(DropReason::TunWriteFailed);
+        write_packet(&ports, &[0]);
+        assert_eq!(lost(), 1, "none is being made");
+        ports.expect_tun();
+        for number in 1..=3 {
+            write_packet(&ports, &[number]);
+        }
+        let (tun, outside) = interface();
+        ports.set_tun(Some(tun));
+        assert_eq!(came_out(&outside), [1, 2, 3]);
+        assert!(ports.keep_waiting(&[4]), "who has looked before there was one");
+        write_packet(&ports, &[5]);
+        assert_eq!((came_out(&outside), lost()), (vec![4, 5], 1));
+
+        ports.set_tun(None);
+        ports.expect_tun();
+        for _ in 0..=WAITING_PACKETS {
+            write_packet(&ports, &[6]);
+        }
+        assert_eq!(lost(), 2, "there is so much room");
+        ports.set_tun(None);
+        assert_eq!(lost(), 2 + WAITING_PACKETS as u64, "none was made");
+        let (tun, outside) = interface();
+        ports.set_tun(Some(tun));
+        assert!(came_out(&outside).is_empty());
+    }
+
+    #[test]
+    fn packets_keep_their_order_while_the_interface_is_handed_over() {
+        const PACKETS: u8 = 60;
+        for round in 0..200 {
+            let ports = ports(None);
+            ports.expect_tun();
+            let (tun, outside) = interface();
+            let written = AtomicUsize::new(0);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for number in 0..PACKETS {
+                        write_packet(&ports, &[number]);
+                        written.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                while written.load(Ordering::Relaxed) < round % usize::from(PACKETS) {
+                    std::hint::spin_loop();
+                }
+                ports.set_tun(Some(tun));
+            });
+            assert_eq!(came_out(&outside), (0..PACKETS).collect::<Vec<_>>(), "round {round}");
+        }
+    }
+
     #[test]
     fn an_extra_socket_without_an_offload_is_told() {
         let bind: SocketAddr = "127.0.0.1:0".parse().unwrap();
         let main = UdpSocket::bind_to(bind, None).unwrap();
         let (gso, gro) = (main.sends_trains(), main.receives_trains());
-        let keys = EngineKeys::new(&SecretKey::from_bytes([1; 32]));
-        let shared = Shared::new(epoch(), &keys);
-        let ports = Ports::new(Some(main), None, shared, false).unwrap();
+        let ports = ports(Some(main));
         let told = || (ports.offloads().udp_gso, ports.offloads().udp_gro);
         assert_eq!(told(), (gso, gro));
         let order =

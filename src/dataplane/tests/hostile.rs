@@ -5,6 +5,7 @@ use std::net::Ipv6Addr;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::super::inbound_all;
 use super::*;
 
 /// How many cases there are: what `variable` says, else `default`.
@@ -71,6 +72,52 @@ fn no_inner_source_but_the_peers_own_comes_out() {
     let truth = packet(a.addrs.v4, b.addrs.v4, b"true");
     let length = a.peer.lock().session.seal(&truth, &mut sealed, now).unwrap();
     assert_eq!(deliver(&b, &a, &sealed[..length], now).0, [truth]);
+}
+
+#[test]
+fn garbage_makes_no_path_and_takes_none_away() {
+    let now = epoch();
+    let (a, b) = pair(now);
+    let sent = packet(a.addrs.v4, b.addrs.v4, b"once");
+    let datagram = only_datagram(&send(&a, &sent, now).0);
+    assert_eq!(deliver(&b, &a, &datagram, now).0, [sent]);
+    let real = Via::direct(a.endpoint);
+    let arrived = |via: Via| b.peer.records().arrived.of(via).total();
+    assert_eq!(arrived(real), 2, "the keepalive of the handshake, and this");
+    let by = |endpoint: SocketAddr, datagrams: &[&[u8]]| {
+        let (mut tun, mut notes) = (TunBatch::default(), Vec::new());
+        let (table, source) = (b.shared.table(), Source::udp(endpoint, None));
+        let datagrams = datagrams.iter().copied();
+        inbound_all(&b.shared, &table, source, datagrams, now, &mut tun, &mut notes);
+        assert!(tun.is_empty());
+    };
+    // A counter of before with anything behind it; one to come; keys that are none.
+    let mut old = datagram.clone();
+    old[16..].fill(7);
+    let (mut new, mut other) = (old.clone(), old.clone());
+    new[8] ^= 0x40;
+    other[4] ^= 0x80;
+    for port in 1..=100 {
+        let endpoint = SocketAddr::from(([198, 51, 100, 1], port));
+        by(endpoint, &[&old, &new, &other, &old]);
+        assert_eq!(arrived(Via::direct(endpoint)), 0);
+    }
+    let drops = |reason| b.shared.drops().of(reason);
+    let reasons = [DropReason::Replayed, DropReason::Undecryptable, DropReason::UnknownSession];
+    assert_eq!(reasons.map(drops), [200, 100, 100], "it was what it should be");
+    assert_eq!(arrived(real), 2, "the path is as it was");
+
+    // The first that comes by a new path may be a second copy: it counts once the peer asks.
+    let new_path: SocketAddr = "198.51.100.9:9".parse().unwrap();
+    b.peer.records().arrived.report(Via::direct(new_path));
+    by(new_path, &[&datagram]);
+    assert_eq!(arrived(Via::direct(new_path)), 1);
+    // Or beside data that decrypts.
+    let newer_path: SocketAddr = "198.51.100.10:9".parse().unwrap();
+    let mut keepalive = [0; MIN_SEAL_BUFFER];
+    let length = a.peer.lock().session.seal(b"", &mut keepalive, now).unwrap();
+    by(newer_path, &[&keepalive[..length], &datagram]);
+    assert_eq!(arrived(Via::direct(newer_path)), 2);
 }
 
 #[test]

@@ -336,7 +336,7 @@ fn wait(
     ports: &Ports,
     thread: usize,
     watch: &mut Watch,
-    turn: &mut Turn,
+    turn: &mut Turn<'_>,
     notes: &NoteSender,
 ) -> io::Result<()> {
     notes.send(&mut Vec::new());

@@ -10,6 +10,8 @@
 //! go ahead of a program that sends packet after packet: it would be stopped for each of them, and
 //! none could be moved together.
 
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::place::{Place, Places};
@@ -34,11 +36,13 @@ const AMONG: Duration = Duration::from_millis(2);
 
 /// How the calling thread is scheduled.
 #[derive(Debug)]
-pub(super) struct Turn {
+pub(super) struct Turn<'a> {
     /// None when it is not allowed, or not wanted.
     state: Option<State>,
     /// Only who runs ahead can stay somewhere: there is nobody who might be in the way.
     place: Option<Place>,
+    /// How many threads run ahead, this one included as long as it does.
+    ahead: &'a AtomicUsize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -92,26 +96,23 @@ impl State {
     }
 }
 
-impl Turn {
-    /// Asks for the calling thread, number 0 or 1, if that is wanted.
-    pub(super) fn new(wanted: bool, thread: usize, now: Instant) -> Self {
+impl<'a> Turn<'a> {
+    /// Asks for the calling thread, number 0 or 1, if that is wanted. While it is granted, the thread
+    /// is one of those that are `ahead`.
+    pub(super) fn new(wanted: bool, thread: usize, ahead: &'a AtomicUsize, now: Instant) -> Self {
         // With a single processor there is none left for whoever is not ahead.
         let others = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
         let granted = wanted && others && sched::run_ahead(true).is_ok();
         let place = granted.then(|| Place::new(thread, now));
-        let mut turn = Self { state: granted.then(|| State::new(now)), place };
-        turn.take_turn(now, now + REST);
+        ahead.fetch_add(granted.into(), Ordering::Relaxed);
+        let mut turn = Self { state: granted.then(|| State::new(now)), place, ahead };
+        turn.take_turn(now, now + REST, sched::run_ahead);
         turn
-    }
-
-    /// Whether the thread runs ahead of others.
-    pub(super) fn is_granted(&self) -> bool {
-        self.state.is_some()
     }
 
     /// The thread has waited for work.
     pub(super) fn waited(&mut self, places: &Places, from: Instant, until: Instant) {
-        self.take_turn(from, until);
+        self.take_turn(from, until, sched::run_ahead);
         if let Some(place) = &mut self.place
             && let Err(error) = place.look(places, until)
         {
@@ -120,13 +121,19 @@ impl Turn {
         }
     }
 
-    fn take_turn(&mut self, from: Instant, until: Instant) {
+    fn take_turn(
+        &mut self,
+        from: Instant,
+        until: Instant,
+        run_ahead: impl FnOnce(bool) -> io::Result<()>,
+    ) {
         let Some(state) = &mut self.state else { return };
         if let Some(ahead) = state.waited(from, until)
-            && let Err(error) = sched::run_ahead(ahead)
+            && let Err(error) = run_ahead(ahead)
         {
             tracing::warn!(%error, ahead, "the packet thread cannot be scheduled anew");
             self.state = None;
+            self.ahead.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -174,6 +181,22 @@ mod tests {
             assert_eq!(state.waited(now - REST, now), None, "a lone packet now and then");
         }
     }
+
+    #[test]
+    fn who_is_not_scheduled_anew_is_no_longer_one_of_those_ahead() {
+        let now = epoch();
+        let ahead = AtomicUsize::new(2);
+        let mut turn = Turn { state: Some(State::new(now)), place: None, ahead: &ahead };
+        let refused = |_| Err(io::ErrorKind::PermissionDenied.into());
+        turn.take_turn(now, now, refused);
+        assert_eq!(ahead.load(Ordering::Relaxed), 2, "nothing was asked for");
+        for number in 1..3 {
+            let from = now + REST * number;
+            turn.take_turn(from, from + REST, refused);
+            assert_eq!(ahead.load(Ordering::Relaxed), 1, "once");
+        }
+    }
+
     #[test]
     fn a_program_that_sends_packet_after_packet_is_not_stopped_for_each() {
         let mut now = epoch();
