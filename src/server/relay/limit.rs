@@ -358,6 +358,23 @@ mod tests {
     }
 
     #[test]
+    fn nodes_that_are_silent_together_save_no_more_than_the_limit() {
+        // A part of 1 Mbit/s is 12,500 bytes a second, and 128 KiB may be saved up.
+        let limits = limits(10_000, 1);
+        let mut meter = Meter::new(limits);
+        let mut nodes: Vec<Allowance> = (0..10).map(|_| Allowance::default()).collect();
+        let mut sent = 0;
+        for round in 0..40 {
+            let now = epoch() + Duration::from_millis(2_500) * round;
+            for node in &mut nodes {
+                sent += meter.admit(node, 100, 1_400, now).datagrams * 1_400;
+            }
+        }
+        let most = 100.0 * 125_000.0 + burst(limits.network, 10).0;
+        assert!(sent as f64 <= most, "{sent} of {most}");
+    }
+
+    #[test]
     fn time_that_threads_read_in_another_order_is_counted_once() {
         let (mut meter, mut node) = (Meter::new(limits(10_000, 100)), Allowance::default());
         let mut sent = 0;
