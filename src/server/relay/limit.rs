@@ -5,6 +5,12 @@
 //! a node that sends no more than its part of it is still carried: the part is the limit divided by
 //! the number of nodes that send, and only what others leave of theirs is for whoever comes first.
 //!
+//! A part that was saved up may be sent after others have used up all there was. The network then
+//! has a debt, and nobody has more than its part until what is left over has paid it: were any of
+//! it forgiven, who saves and who floods would together have more than the limit for ever. Nobody
+//! stops counting as a sender meanwhile, so the parts never earn more than the limit and the debt
+//! is never more than what was saved.
+//!
 //! An `Account` of `types` would not do: it saves time up, and what time is worth to a node changes
 //! with the number of those that send.
 
@@ -58,17 +64,21 @@ struct Bucket {
 }
 
 impl Bucket {
-    /// Adds what has been earned at `rate`, of which `share` nodes have a part each.
+    /// Adds what has been earned at `rate`, of which `share` nodes have a part each, until this one
+    /// holds a `FILL` of its part.
     fn fill(&mut self, rate: Throughput, share: f64, now: Instant) {
         let per_second = (f64::from(rate.mbit) * 125_000.0, f64::from(rate.datagrams));
         let most = (
-            (per_second.0 * FILL.as_secs_f64()).max(LEAST_BYTES),
-            (per_second.1 * FILL.as_secs_f64()).max(LEAST_DATAGRAMS),
+            (per_second.0 / share * FILL.as_secs_f64()).max(LEAST_BYTES),
+            (per_second.1 / share * FILL.as_secs_f64()).max(LEAST_DATAGRAMS),
         );
-        let Some(before) = self.filled_at.replace(now) else {
+        let Some(before) = self.filled_at else {
             (self.bytes, self.datagrams) = most;
+            self.filled_at = Some(now);
             return;
         };
+        // Threads read the clock before they take turns here: no time is counted twice.
+        self.filled_at = Some(before.max(now));
         let seconds = now.saturating_duration_since(before).as_secs_f64() / share;
         self.bytes = (self.bytes + per_second.0 * seconds).min(most.0);
         self.datagrams = (self.datagrams + per_second.1 * seconds).min(most.1);
@@ -79,15 +89,19 @@ impl Bucket {
         (self.bytes / bytes).min(self.datagrams).max(0.0).floor()
     }
 
-    /// Takes tokens, down to `least` of what a full one holds.
+    /// Takes tokens; those that are not there are a debt.
     fn take(&mut self, datagrams: f64, bytes: f64) {
         self.bytes -= datagrams * bytes;
         self.datagrams -= datagrams;
     }
 
-    fn not_below(&mut self, bytes: f64, datagrams: f64) {
-        self.bytes = self.bytes.max(bytes);
-        self.datagrams = self.datagrams.max(datagrams);
+    fn forgive_debt(&mut self) {
+        self.bytes = self.bytes.max(0.0);
+        self.datagrams = self.datagrams.max(0.0);
+    }
+
+    fn in_debt(&self) -> bool {
+        self.bytes < 0.0 || self.datagrams < 0.0
     }
 }
 
@@ -141,9 +155,10 @@ impl Meter {
         self.limits
     }
 
-    /// Other limits from now on.
+    /// Other limits from now on. A debt under the old ones could last for hours under new ones.
     pub fn set_limits(&mut self, limits: Limits) {
         self.limits = limits;
+        self.all.forgive_debt();
     }
 
     /// Decides about `datagrams` of `bytes` each (the last may be shorter) of one node.
@@ -154,11 +169,11 @@ impl Meter {
         bytes: usize,
         now: Instant,
     ) -> Admitted {
-        let senders = self.count_sender(node, now);
         let Limits { node: own, network } = self.limits;
+        self.all.fill(network, 1.0, now);
+        let senders = self.count_sender(node, now);
         node.own.fill(own, 1.0, now);
         node.part.fill(network, senders, now);
-        self.all.fill(network, 1.0, now);
         let number = |length: usize| f64::from(u32::try_from(length).unwrap_or(u32::MAX));
         let (wanted, bytes) = (number(datagrams), number(bytes.max(1)));
         let of_node = node.own.room(bytes).min(wanted);
@@ -166,10 +181,9 @@ impl Meter {
         let carried = of_node.min(of_network);
         node.own.take(carried, bytes);
         node.part.take(carried, bytes);
-        node.part.not_below(0.0, 0.0);
+        // What it has of the others' parts it need not earn.
+        node.part.forgive_debt();
         self.all.take(carried, bytes);
-        // A debt is what nodes have sent of their parts after others had taken more than theirs.
-        self.all.not_below(-LEAST_BYTES, -LEAST_DATAGRAMS);
         let refused = if of_node < wanted && of_node <= of_network {
             DropReason::RelayNodeLimit
         } else {
@@ -184,10 +198,13 @@ impl Meter {
         let began = *self.epoch_began.get_or_insert(now);
         let passed = now.saturating_duration_since(began);
         if passed >= EPOCH {
-            let before = if passed < 2 * EPOCH { self.senders[0] } else { 0 };
-            self.senders = [0, before];
-            self.epoch += 1;
             self.epoch_began = Some(now);
+            // Who stops counting may come back with a part saved up: not before the last is paid.
+            if !self.all.in_debt() {
+                let before = if passed < 2 * EPOCH { self.senders[0] } else { 0 };
+                self.senders = [0, before];
+                self.epoch += 1;
+            }
         }
         if node.epoch != self.epoch {
             node.epoch = self.epoch;
@@ -199,6 +216,8 @@ impl Meter {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::testing::epoch;
 
@@ -300,6 +319,139 @@ mod tests {
             sent += if step >= 3_000 { admitted } else { 0 };
         }
         assert!(sent >= 37_500_000 * 98 / 100, "three seconds at 100 Mbit/s: {sent}");
+    }
+
+    /// How much the network may have at once: what it saves, and a part for each of so many nodes.
+    fn burst(rate: Throughput, nodes: u32) -> (f64, f64) {
+        let tenth = (f64::from(rate.mbit) * 12_500.0, f64::from(rate.datagrams) / 10.0);
+        let parts = (0..=nodes).map(|number| f64::from(number.max(1)));
+        parts.fold((0.0, 0.0), |(bytes, datagrams), number| {
+            let part = ((tenth.0 / number).max(131_072.0), (tenth.1 / number).max(128.0));
+            (bytes + part.0, datagrams + part.1)
+        })
+    }
+
+    #[test]
+    fn who_saves_and_who_floods_have_no_more_than_the_limit_together() {
+        // One floods; each of the others is silent until its part is full, and sends it in one go.
+        for count in [2, 3, 10, 40] {
+            let limits = limits(10_000, 300);
+            let mut meter = Meter::new(limits);
+            let mut nodes: Vec<Allowance> = (0..count).map(|_| Allowance::default()).collect();
+            let (mut sent, mut flooded, mut silent) = (0, 0, 1);
+            for step in 0..10_000 {
+                let now = epoch() + Duration::from_millis(step);
+                for _ in 0..5 {
+                    flooded += meter.admit(&mut nodes[0], 40, 1_400, now).datagrams * 1_400;
+                }
+                if step % 100 == 99 {
+                    sent += meter.admit(&mut nodes[silent], 4_000, 1_400, now).datagrams * 1_400;
+                    silent = silent % (nodes.len() - 1) + 1;
+                }
+            }
+            let most = 375_000_000.0 + burst(limits.network, u32::try_from(count).unwrap()).0;
+            let total = (sent + flooded) as f64;
+            assert!(total <= most, "{count} nodes: {total} of {most}");
+            assert!(total >= 0.98 * 375_000_000.0, "what they leave is carried: {total}");
+            assert!(flooded * count >= 370_000_000, "a debt takes nobody's part: {flooded}");
+        }
+    }
+
+    #[test]
+    fn nodes_that_are_silent_together_save_no_more_than_the_limit() {
+        // A part of 1 Mbit/s is 12,500 bytes a second, and 128 KiB may be saved up.
+        let limits = limits(10_000, 1);
+        let mut meter = Meter::new(limits);
+        let mut nodes: Vec<Allowance> = (0..10).map(|_| Allowance::default()).collect();
+        let mut sent = 0;
+        for round in 0..40 {
+            let now = epoch() + Duration::from_millis(2_500) * round;
+            for node in &mut nodes {
+                sent += meter.admit(node, 100, 1_400, now).datagrams * 1_400;
+            }
+        }
+        let most = 100.0 * 125_000.0 + burst(limits.network, 10).0;
+        assert!(sent as f64 <= most, "{sent} of {most}");
+    }
+
+    #[test]
+    fn time_that_threads_read_in_another_order_is_counted_once() {
+        let (mut meter, mut node) = (Meter::new(limits(10_000, 100)), Allowance::default());
+        let mut sent = 0;
+        for step in 0..4_000u64 {
+            let late = if step % 2 == 1 { 2 } else { 0 };
+            let now = epoch() + Duration::from_millis(10 + step - late);
+            sent += meter.admit(&mut node, 40, 1_400, now).datagrams * 1_400;
+        }
+        // Four seconds at 100 Mbit/s are 50 MB.
+        assert!((49_000_000..=51_300_000).contains(&sent), "{sent}");
+    }
+
+    /// A time, in ms, that a node is silent; trains that it then sends; datagrams and bytes of each.
+    type Turn = (u64, usize, usize, usize);
+
+    fn schedules() -> impl Strategy<Value = (Throughput, Vec<Vec<Turn>>)> {
+        let silence = prop_oneof![4 => 0..5u64, 3 => 50..400u64, 1 => 900..3_000u64];
+        let turn = (silence, prop_oneof![1..4usize, 1..200usize], 1..46usize, 64..1_400usize);
+        let turns = prop::collection::vec(turn, 1..12);
+        let senders = prop_oneof![Just(2usize), Just(3), Just(10)];
+        let mbit = prop_oneof![1..20u32, 50..500u32];
+        let rate = (mbit, prop_oneof![Just(100_000_000), 100..50_000u32])
+            .prop_map(|(mbit, datagrams)| Throughput { mbit, datagrams });
+        (rate, senders.prop_flat_map(move |n| prop::collection::vec(turns.clone(), n)))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+        /// Whoever sends how and when: over any time the limit and one burst, and a node below its
+        /// part loses nothing.
+        #[test]
+        fn no_order_of_bursts_exceeds_the_limit((network, nodes) in schedules()) {
+            let wide = Throughput { mbit: 1_000_000, datagrams: 100_000_000 };
+            let mut meter = Meter::new(Limits { node: wide, network });
+            let count = u32::try_from(nodes.len()).unwrap() + 1;
+            let mut steady = Allowance::default();
+            let mut senders: Vec<_> =
+                nodes.iter().map(|turns| (Allowance::default(), 0, turns[0].0)).collect();
+            let rate = (f64::from(network.mbit) * 125_000.0, f64::from(network.datagrams));
+            let burst = burst(network, count);
+            // What is carried from any moment until now is the growth since the least of these.
+            let (mut carried, mut least) = ((0.0, 0.0), (0.0f64, 0.0f64));
+            let (mut offered, mut lost) = ((0.0, 0.0), 0);
+            for ms in 0..6_000u64 {
+                let now = epoch() + Duration::from_millis(ms);
+                let earned = (rate.0 * ms as f64 / 1e3, rate.1 * ms as f64 / 1e3);
+                least.0 = least.0.min(carried.0 - earned.0);
+                least.1 = least.1.min(carried.1 - earned.1);
+                for ((node, turn, at), turns) in senders.iter_mut().zip(&nodes) {
+                    if ms < *at {
+                        continue;
+                    }
+                    let (_, trains, datagrams, bytes) = turns[*turn % turns.len()];
+                    for _ in 0..trains {
+                        let admitted = meter.admit(node, datagrams, bytes, now).datagrams as f64;
+                        carried.0 += admitted * bytes as f64;
+                        carried.1 += admitted;
+                    }
+                    *turn += 1;
+                    *at = ms + 1 + turns[*turn % turns.len()].0;
+                }
+                // As soon as it would still have sent less than its part.
+                let part = 0.99 / f64::from(count);
+                if offered.0 + 1_400.0 <= earned.0 * part && offered.1 + 1.0 <= earned.1 * part {
+                    let admitted = meter.admit(&mut steady, 1, 1_400, now).datagrams;
+                    lost += 1 - admitted;
+                    offered = (offered.0 + 1_400.0, offered.1 + 1.0);
+                    carried.0 += admitted as f64 * 1_400.0;
+                    carried.1 += admitted as f64;
+                }
+                let over = (carried.0 - earned.0 - least.0, carried.1 - earned.1 - least.1);
+                prop_assert!(over.0 <= burst.0 + 1.0, "{over:?} of {burst:?} at {ms}");
+                prop_assert!(over.1 <= burst.1 + 1.0, "{over:?} of {burst:?} at {ms}");
+            }
+            prop_assert_eq!(lost, 0);
+        }
     }
 
     #[test]
