@@ -10,10 +10,10 @@ mod messages;
 mod underlay;
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use futures_util::TryStreamExt;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressMessage;
@@ -271,6 +271,20 @@ impl Netlink {
         result.map_err(refused(|| Request::AddRoute { route: route.clone() }))
     }
 
+    /// Answers that `dst` is unreachable where no other route leads there, for as long as this machine
+    /// has the address `own`: when an IPv4 address goes, the kernel takes the routes that name it. It is
+    /// behind all other routes to the same place; one that is already there is replaced.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn guard(&self, dst: Ipv4Net, own: Ipv4Addr) -> Result<(), NetlinkError> {
+        let (pref_src, metric) = (Some(IpAddr::V4(own)), Some(u32::MAX));
+        let route = Route { pref_src, metric, ..Route::direct(dst.into(), 0) };
+        let message = messages::unreachable_message(&route)?;
+        let result = self.handle.route().add(message).replace().execute().await;
+        result.map_err(refused(|| Request::AddRoute { route }))
+    }
+
     /// Removes a route from the main table.
     ///
     /// # Errors
@@ -289,7 +303,7 @@ impl Netlink {
     pub async fn routes(&self) -> Result<Vec<Route>, NetlinkError> {
         let mut routes = Vec::new();
         for question in [
-            RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<Ipv4Addr>::new().build(),
             RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
         ] {
             let stream = self.handle.route().get(question).execute();

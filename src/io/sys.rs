@@ -118,6 +118,27 @@ fn set_number(
     nix::errno::Errno::result(result).map(drop)
 }
 
+/// How much of what came for `socket` the kernel has thrown away since it was opened, as its receive
+/// buffer was full or the checksum wrong: SO_MEMINFO, socket(7). A train counts once; the number wraps.
+///
+/// # Errors
+/// `ENOPROTOOPT` before Linux 4.12.
+pub(crate) fn receive_drops(socket: &impl AsFd) -> nix::Result<u32> {
+    const DROPS: usize = libc::SK_MEMINFO_DROPS as usize;
+    // Older kernels have fewer numbers, but all have this one.
+    let mut numbers = [0u32; DROPS + 1];
+    let mut length = size_of_val(&numbers) as libc::socklen_t;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the descriptor is open for as long as the borrow; the kernel writes at most `length`
+    // bytes to `numbers`, which is so long and for which any bytes are values, and one length.
+    let result = unsafe {
+        let to = numbers.as_mut_ptr().cast();
+        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_MEMINFO, to, &raw mut length)
+    };
+    nix::errno::Errno::result(result)?;
+    Ok(numbers[DROPS])
+}
+
 /// The descriptors that a service manager has opened for this process, and its names for them; the
 /// first caller gets them.
 pub(crate) fn inherited_descriptors() -> std::io::Result<Vec<(String, OwnedFd)>> {

@@ -17,7 +17,7 @@ use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::clock;
-use super::sys::{Fragments, set_fragments};
+use super::sys::{Fragments, receive_drops, set_fragments};
 
 mod gso;
 mod train;
@@ -53,6 +53,21 @@ impl Patience {
     }
 }
 
+/// What the kernel has thrown away of what came for a socket, as far as it was asked.
+#[derive(Debug, Default)]
+pub struct Unread(Mutex<u32>);
+
+impl Unread {
+    /// How many datagrams it were since this was last asked, a train of them being one; always 0 where
+    /// the kernel does not tell.
+    pub fn take(&self, socket: &impl AsFd) -> u64 {
+        // Held while the kernel is asked, or an older answer might be taken for a newer one.
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Ok(all) = receive_drops(socket) else { return 0 };
+        all.wrapping_sub(std::mem::replace(&mut seen, all)).into()
+    }
+}
+
 /// A UDP socket of one address family.
 #[derive(Debug)]
 pub struct UdpSocket {
@@ -61,6 +76,7 @@ pub struct UdpSocket {
     gso: Gso,
     gro: bool,
     patience: Patience,
+    unread: Unread,
 }
 
 impl UdpSocket {
@@ -95,7 +111,14 @@ impl UdpSocket {
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let (gso, gro) = (Gso::new(state.max_gso_segments()), state.gro_segments() > 1);
-        Ok(Self { socket, state, gso, gro, patience: Patience::default() })
+        Ok(Self {
+            socket,
+            state,
+            gso,
+            gro,
+            patience: Patience::default(),
+            unread: Unread::default(),
+        })
     }
 
     /// Sends every datagram singly from here on.
@@ -121,6 +144,11 @@ impl UdpSocket {
     /// Whether trains are received in one piece.
     pub fn receives_trains(&self) -> bool {
         self.gro
+    }
+
+    /// How many datagrams the kernel has thrown away since this was last asked; see [`Unread::take`].
+    pub fn take_unread(&self) -> u64 {
+        self.unread.take(self)
     }
 
     /// The address that the socket is bound to.
@@ -346,6 +374,27 @@ mod tests {
             }
         }
         assert_eq!(got, [vec![0; 1000], vec![1; 1000], vec![2; 500]]);
+    }
+
+    #[test]
+    fn what_finds_the_receive_buffer_full_is_counted_once() {
+        let receiver = UdpSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let sender = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        sender.connect(receiver.local_addr().unwrap()).unwrap();
+        assert_eq!(receiver.take_unread(), 0);
+        // The kernel doubles what is set, and never gives less than some thousand bytes.
+        receiver.state.set_recv_buffer_size((&receiver.socket).into(), 1).unwrap();
+        for _ in 0..50 {
+            sender.send(&[7; 1_000]).unwrap();
+        }
+        let mut read = 0;
+        let mut buffers = RecvBuffers::default();
+        while receiver.receive(&mut buffers).is_ok() {
+            read += buffers.trains().map(|train| train.bytes.len() as u64 / 1_000).sum::<u64>();
+        }
+        let unread = receiver.take_unread();
+        assert!(unread > 0 && read + unread == 50, "{read} read and {unread} not");
+        assert_eq!(receiver.take_unread(), 0, "each is told once");
     }
 
     #[test]

@@ -67,8 +67,7 @@ impl Node {
             self.events.push_back(Event::Rival(rival));
         }
         if let Some(refused) = &message.refused {
-            let code = RefusedCode::from_code(refused.code);
-            self.events.push_back(Event::Refused(code, refused.message.clone()));
+            self.events.push_back(Event::Refused(refused.reason(), refused.message.clone()));
         }
     }
 

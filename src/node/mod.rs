@@ -356,6 +356,11 @@ impl Node {
         }
     }
 
+    /// A link of this machine takes packets of another length now.
+    pub fn handle_link_mtu(&mut self, now: Instant) {
+        self.peers.values_mut().for_each(|peer| peer.agent.handle_link_mtu(now));
+    }
+
     /// What our last calls to peers were numbered with, to be saved.
     #[must_use]
     pub fn call_epoch(&self) -> u64 {

@@ -100,6 +100,15 @@ impl MtuSearch {
         }
     }
 
+    /// What was found, or is being looked for, may not be true any more: begins anew at `at`. What has not
+    /// been looked for yet stays so.
+    pub(super) fn look_again(&mut self, limit: u16, at: Instant) {
+        if self.next_at.is_some() {
+            self.phase = Phase::Idle;
+            self.start(limit, at);
+        }
+    }
+
     /// Nobody needs to know at the moment.
     pub(super) fn stop(&mut self) {
         self.phase = Phase::Idle;
@@ -291,6 +300,42 @@ mod tests {
         assert_eq!(search.found(now + LOWERED), Some(8_940));
         search.lower(now + LOWERED);
         assert_eq!(search.found(now + LOWERED * 2), Some(BASE_MTU), "longer the second time");
+    }
+
+    #[test]
+    fn another_mtu_of_the_link_is_found_without_a_wait() {
+        let (mut search, ..) = play(false, 1_440, 1_440, 9_000, 0);
+        for (limit, whole) in [(1_440, 1_280 - OVERHEAD_V4), (8_940, 8_940), (8_940, 1_440)] {
+            let begin = epoch() + Duration::from_secs(30);
+            assert!(search.next_at().unwrap() > begin + AGAIN / 2, "not by itself");
+            // Also when it comes in the middle of the search that the last one has started.
+            search.look_again(limit, begin);
+            search.take_due("192.0.2.1:1".parse().unwrap(), Duration::ZERO, begin);
+            search.look_again(limit, begin);
+            let took = go_on(&mut search, begin, whole);
+            assert_eq!(search.found(begin), Some(whole), "with {limit}");
+            assert!(took < Duration::from_secs(1), "{took:?}");
+        }
+        let mut untouched = MtuSearch::default();
+        untouched.look_again(1_440, epoch());
+        assert_eq!(untouched.next_at(), None, "nobody has asked for it");
+    }
+
+    /// Plays a search to its end where datagrams of inner MTU `whole` pass. Returns how long it took.
+    fn go_on(search: &mut MtuSearch, begin: Instant, whole: u16) -> Duration {
+        let remote = "192.0.2.1:1".parse().unwrap();
+        let (mut now, mut asked) = (begin, 0u8);
+        while search.phase != Phase::Idle {
+            now = search.next_at().unwrap();
+            for question in search.take_due(remote, Duration::from_millis(20), now) {
+                asked += 1;
+                search.asked(TxId([asked; 12]), question);
+                if question.inner <= whole || !question.whole {
+                    search.handle_pong(TxId([asked; 12]), now);
+                }
+            }
+        }
+        now - begin
     }
 
     proptest! {

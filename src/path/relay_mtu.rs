@@ -64,6 +64,11 @@ impl RelayMtu {
         }
     }
 
+    /// What was found may not be true any more.
+    pub(super) fn look_again(&mut self) {
+        self.rest_until = None;
+    }
+
     /// When [`Self::take_due`] has something.
     pub(super) fn next_at(&self) -> Option<Instant> {
         self.next_at

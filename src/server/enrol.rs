@@ -104,7 +104,7 @@ impl Server {
             Some(member) => {
                 let paced = self.pace.allows(member.record.id, wall);
                 if !paced && node_key != member.record.node_key {
-                    return Err(RefusedCode::Unavailable);
+                    return Err(RefusedCode::TooOften);
                 }
                 // A name alone can wait: it asks for it again when it comes back.
                 let wish = wish.filter(|_| paced);

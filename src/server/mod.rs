@@ -370,7 +370,7 @@ impl Server {
         match decision.act {
             Act::Welcome(arrival) => {
                 let code = RefusedCode::Unavailable.code();
-                let refused = Refused { code, message: CANNOT_STORE.into() };
+                let refused = Refused { code, message: CANNOT_STORE.into(), exact: None };
                 self.refuse_as(arrival.connection, refused);
             }
             Act::Refuse { connection, code } => self.refuse(connection, code),

@@ -61,7 +61,7 @@ impl Node {
             self.name = welcome.name;
         }
         if let Some(refused) = message.refused {
-            self.refused = Some(RefusedCode::from_code(refused.code));
+            self.refused = Some(refused.reason());
             self.told.clone_from(&refused.message);
         }
         self.ticks += usize::from(message.tick.is_some());

@@ -58,6 +58,8 @@ drop_reasons! {
     RelayNetworkLimit => "relay-network-limit",
     /// A bounded queue was full.
     QueueFull => "queue-full",
+    /// The kernel threw it away before it was read, mostly as the socket's receive buffer was full.
+    ReceiveBufferFull => "receive-buffer-full",
     /// The packet is larger than the tunnel or a frame may carry.
     TooLarge => "too-large",
     /// Too many of these from one source in too short a time.

@@ -214,6 +214,21 @@ pub struct Refused {
     /// A sentence for people.
     #[n(1)]
     pub message: String,
+    /// A code that older nodes do not know, where `code` is the next best for them.
+    #[n(2)]
+    pub exact: Option<u8>,
+}
+
+impl Refused {
+    /// Why, as exactly as this version knows it.
+    #[must_use]
+    pub fn reason(&self) -> RefusedCode {
+        // What is not known counts as this one, which says nothing.
+        let exact = self.exact.map(RefusedCode::from_code);
+        exact
+            .filter(|code| *code != RefusedCode::NotAccepted)
+            .unwrap_or_else(|| RefusedCode::from_code(self.code))
+    }
 }
 
 macro_rules! refused_codes {
@@ -269,6 +284,8 @@ refused_codes! {
     BadRequest = 11, "the server did not understand the request";
     /// Two running machines have the same keys, and the other one is connected.
     Cloned = 12, "another machine has the keys of this one: a copied disk, container or state directory";
+    /// More changes than are written down for one member; told to older nodes as [`Self::Unavailable`].
+    TooOften = 13, "this machine has changed its key too often";
 }
 
 impl RefusedCode {
@@ -285,7 +302,13 @@ impl RefusedCode {
 
 impl From<RefusedCode> for Refused {
     fn from(code: RefusedCode) -> Self {
-        Self { code: code.code(), message: code.text().into() }
+        let message = code.text().into();
+        match code {
+            RefusedCode::TooOften => {
+                Self { code: RefusedCode::Unavailable.code(), message, exact: Some(code.code()) }
+            }
+            _ => Self { code: code.code(), message, exact: None },
+        }
     }
 }
 
@@ -442,6 +465,16 @@ mod tests {
         encoder.u8(200).unwrap().array(2).unwrap().str("new").unwrap().u8(1).unwrap();
         let message: ClientMessage = decode(&encoder.into_writer()).unwrap();
         assert_eq!(message, ClientMessage { ping: Some(5), ..ClientMessage::default() });
+    }
+
+    #[test]
+    fn a_newer_code_is_told_beside_one_that_older_nodes_know() {
+        let refused = Refused::from(RefusedCode::TooOften);
+        assert_eq!(RefusedCode::from_code(refused.code), RefusedCode::Unavailable, "an older node");
+        assert_eq!(refused.reason(), RefusedCode::TooOften);
+        let newer = Refused { exact: Some(200), ..refused };
+        assert_eq!(newer.reason(), RefusedCode::Unavailable, "a newer server's");
+        assert_eq!(Refused::from(RefusedCode::Cloned).reason(), RefusedCode::Cloned);
     }
 
     #[test]

@@ -274,6 +274,10 @@ fn refused(code: RefusedCode, message: &str) -> Failure {
             "ask who runs the server to look at its disk (on it: df -h, journalctl -u \
              overlay-server), then type the command again; the join line is still good"
         }
+        RefusedCode::TooOften => {
+            "wait some minutes (the server takes one change a minute), then type the command again; \
+             what gave this machine new keys so often: journalctl -u overlay"
+        }
         RefusedCode::Replaced | RefusedCode::BadRequest => SERVER_LOG,
         RefusedCode::Cloned => {
             "give one of the two keys of its own: stop it, remove its state directory, and join \
@@ -323,5 +327,7 @@ mod tests {
         let said = refused(RefusedCode::Unavailable, "the server cannot store it").to_string();
         assert!(said.contains("cause: the server cannot store it\nhelp: ask who runs"), "{said}");
         assert!(said.contains("df -h"), "{said}");
+        let said = refused(RefusedCode::TooOften, RefusedCode::TooOften.text()).to_string();
+        assert!(said.contains("too often\nhelp: wait") && !said.contains("df -h"), "{said}");
     }
 }

@@ -9,6 +9,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -29,12 +30,14 @@ type Table = BTreeMap<SocketId, Arc<UdpSocket>>;
 pub(super) struct ExtraSockets {
     open: ArcSwap<Table>,
     epoll: Epoll,
+    /// What the kernel had thrown away of what came for sockets that are closed, until it is asked for.
+    unread: AtomicU64,
 }
 
 impl ExtraSockets {
     pub(super) fn new() -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self { open: ArcSwap::default(), epoll })
+        Ok(Self { open: ArcSwap::default(), epoll, unread: AtomicU64::new(0) })
     }
 
     /// Carries out orders; returns the sockets that could not be opened, and why.
@@ -58,6 +61,7 @@ impl ExtraSockets {
                 }
                 SocketOrder::Close { socket } => {
                     if let Some(closed) = open.remove(socket) {
+                        self.unread.fetch_add(closed.take_unread(), Ordering::Relaxed);
                         // A packet thread may hold it for a moment longer.
                         let _ = self.epoll.delete(closed.as_fd());
                     }
@@ -88,6 +92,12 @@ impl ExtraSockets {
     /// Whether this holds for every socket.
     pub(super) fn all(&self, has: impl Fn(&UdpSocket) -> bool) -> bool {
         self.open.load().values().all(|socket| has(socket))
+    }
+
+    /// How many datagrams the kernel has thrown away since this was last asked.
+    pub(super) fn take_unread(&self) -> u64 {
+        let open: u64 = self.open.load().values().map(|socket| socket.take_unread()).sum();
+        open + self.unread.swap(0, Ordering::Relaxed)
     }
 
     /// The sockets that have something to read.

@@ -120,6 +120,7 @@ impl Interface {
                 netlink.add_route(&route).await?;
             }
         }
+        guard(&netlink, &identity).await;
         tracing::info!(interface = options.interface, ipv4 = %identity.addrs.v4,
             ipv6 = %identity.addrs.v6, mtu, "interface is up");
         let is_kept = store_tun(&tun);
@@ -165,6 +166,7 @@ impl Interface {
                 left_out.push(prefix.addr());
             }
         }
+        guard(&netlink, &self.identity).await;
         // Read after the addresses are back: the kernel drops routes with their source address.
         let routes = netlink.routes().await?;
         let to_peers = peers.values().flat_map(|(addrs, mtu)| self.routes_to(*addrs, *mtu));
@@ -262,6 +264,14 @@ async fn lead_in(netlink: &Netlink, way: Route) {
     // Where the kernel has no IPv6, there is nothing to lead in.
     if let Err(error) = netlink.add_route(&Route { pref_src: None, ..way }).await {
         tracing::debug!(%error, "no route before the address");
+    }
+}
+
+/// Keeps what is for IPv4 addresses of the network from the default route while the interface is off: its
+/// address stays then, and its routes go. This one is bound to the address alone, and goes with it.
+async fn guard(netlink: &Netlink, identity: &Identity) {
+    if let Err(error) = netlink.guard(identity.range.v4(), identity.addrs.v4).await {
+        tracing::warn!(%error, "what is sent while the interface is off leaves in the open");
     }
 }
 

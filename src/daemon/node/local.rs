@@ -397,6 +397,7 @@ impl Daemon {
 
     fn status(&self) -> Option<Status> {
         let now = clock::now();
+        self.ports.count_unread();
         let own = self.node.self_status();
         let identity = own.identity?;
         // The server keeps the connection of a node whose time is over.

@@ -45,6 +45,7 @@ fn traffic(
 impl Daemon {
     /// Everything that is counted, as it is now.
     pub(super) fn metrics(&self) -> Page {
+        self.ports.count_unread();
         let (now, own, shared) = (clock::now(), self.node.self_status(), self.node.shared());
         let mut page = Page::default();
         page.process(self.started);

@@ -2,6 +2,7 @@
 //! changed, or when we wake up. The core is told what is new, a control connection that cannot lead
 //! anywhere any more is made anew, and people are told of a local network that collides with the overlay.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,8 @@ pub(super) struct Surroundings {
     changes: Option<Changes>,
     wake: Option<WakeWatch>,
     underlay: Option<Underlay>,
+    /// How long a packet of each link may be, by index, in bytes.
+    link_mtus: BTreeMap<u32, u32>,
     /// The local networks that collide with the overlay's range, in sentences.
     collisions: Vec<String>,
     pub(super) rescan_at: Option<Instant>,
@@ -66,6 +69,7 @@ impl Surroundings {
             changes: changes.ok(),
             wake: wake.ok(),
             underlay: None,
+            link_mtus: BTreeMap::new(),
             collisions: Vec::new(),
             rescan_at: None,
             looked_at: None,
@@ -117,6 +121,13 @@ impl Surroundings {
     /// What the user should do something about.
     pub(super) fn warnings(&self) -> Vec<String> {
         self.collisions.clone()
+    }
+
+    /// Keeps the lengths of packets that the links take; whether one has another than before.
+    fn note_link_mtus(&mut self, now: BTreeMap<u32, u32>) -> bool {
+        let before = std::mem::replace(&mut self.link_mtus, now);
+        let other = |(index, mtu)| before.get(index).is_some_and(|before| before != mtu);
+        self.link_mtus.iter().any(other)
     }
 
     /// A look has failed: what it should have seen is still unknown.
@@ -192,7 +203,7 @@ impl Daemon {
     pub(super) async fn scan_interfaces(&mut self) {
         self.surroundings.note_look(clock::now());
         let seen = look(self.interface.as_ref(), &self.options.interface).await;
-        let Seen { underlay, collisions, widest } = match seen {
+        let Seen { underlay, collisions, widest, link_mtus } = match seen {
             Ok(seen) => seen,
             Err(error) => {
                 self.surroundings.note_failed_look(&error, clock::now());
@@ -205,6 +216,10 @@ impl Daemon {
         }
         self.take_widest(widest).await;
         let now = clock::now();
+        if self.surroundings.note_link_mtus(link_mtus) {
+            tracing::info!("a link takes packets of another length now");
+            self.node.handle_link_mtu(now);
+        }
         let before = self.surroundings.underlay.replace(underlay.clone());
         let same = before.as_ref().is_some_and(|before| before.leads_out_like(&underlay));
         if !same {
@@ -259,6 +274,8 @@ struct Seen {
     collisions: Vec<String>,
     /// MTU of an interface that uses what the widest link has, in bytes.
     widest: u16,
+    /// Of each link that packets may leave by, by index, in bytes.
+    link_mtus: BTreeMap<u32, u32>,
 }
 
 /// `name` is the overlay's interface, whether or not it is there.
@@ -274,6 +291,9 @@ async fn look(interface: Option<&Interface>, name: &str) -> Result<Seen, Netlink
         collisions: interface.map(collide).unwrap_or_default(),
         underlay: Underlay::of(&links, &addresses, &routes, own),
         widest: widest_mtu(&links, name),
+        link_mtus: (links.iter().filter(|link| !link.loopback && link.name != name))
+            .map(|link| (link.index, link.mtu_bytes))
+            .collect(),
     })
 }
 
@@ -313,6 +333,7 @@ mod tests {
             changes: None,
             wake: None,
             underlay: None,
+            link_mtus: BTreeMap::new(),
             collisions: Vec::new(),
             rescan_at: None,
             looked_at: None,
@@ -320,6 +341,17 @@ mod tests {
             is_blind: false,
             asked: None,
         }
+    }
+
+    #[test]
+    fn only_another_length_of_a_link_that_was_there_is_news() {
+        let mut surroundings = unwatched();
+        let mut note =
+            |links: &[(u32, u32)]| surroundings.note_link_mtus(links.iter().copied().collect());
+        assert!(!note(&[(2, 1_500)]), "at the start");
+        assert!(!note(&[(2, 1_500), (3, 9_000)]), "another link is another way out, or none");
+        assert!(note(&[(2, 1_280), (3, 9_000)]));
+        assert!(!note(&[(2, 1_280)]) && note(&[(2, 1_500)]));
     }
 
     #[test]

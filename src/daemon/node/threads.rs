@@ -207,6 +207,13 @@ impl Ports {
         }
     }
 
+    /// Counts what the kernel has thrown away before it was read, as far as that is not counted yet.
+    pub(super) fn count_unread(&self) {
+        let main: u64 = self.sockets().map(UdpSocket::take_unread).sum();
+        let unread = main + self.extra.take_unread();
+        self.shared.drops().count_many(DropReason::ReceiveBufferFull, unread);
+    }
+
     /// Does something with a socket; nothing when it is not there (any more).
     fn with_socket<T>(
         &self,

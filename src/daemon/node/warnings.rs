@@ -35,8 +35,8 @@ fn server_warning(error: &ConnectError) -> Option<String> {
 /// An interface that somebody has switched off.
 pub(super) fn off_warning(interface: &str) -> String {
     format!(
-        "the interface {interface} was switched off, no packet comes or goes; type: sudo ip link \
-         set {interface} up"
+        "the interface {interface} was switched off: packets for the network go nowhere, those of \
+         open IPv6 connections by other routes of this machine; type: sudo ip link set {interface} up"
     )
 }
 

@@ -95,8 +95,9 @@ impl Core {
             family.value(&[("way", way)], read(&relayed.bytes));
         }
         let mut drops = page.counter("overlay_dropped_packets_total", "Datagrams that died here.");
+        let counted = hub.drops();
         for reason in DropReason::ALL {
-            drops.value(&[("reason", reason.as_str())], hub.drops().of(*reason));
+            drops.value(&[("reason", reason.as_str())], counted.of(*reason));
         }
         page.gauge("overlay_queue_length", "Entries that wait in a queue.")
             .value(&[("queue", "events")], waiting_events)

@@ -129,7 +129,10 @@ impl Hub {
         self.waiting.iter().map(|bytes| bytes.load(Ordering::Relaxed)).sum()
     }
 
+    /// What has died here, up to this moment.
     pub(super) fn drops(&self) -> &DropCounters {
+        let unread = self.ports.iter().map(|port| port.unread.take(&port.socket)).sum();
+        self.drops.count_many(DropReason::ReceiveBufferFull, unread);
         &self.drops
     }
 

@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 use super::StartError;
 use crate::io::listen;
 use crate::io::service::{forget_listener, store_listener};
-use crate::io::udp::{Gso, allow_fragments};
+use crate::io::udp::{Gso, Unread, allow_fragments};
 use crate::wire::control::DEFAULT_PORT;
 
 /// Passes most firewalls; taken when it is free and may be taken.
@@ -46,6 +46,7 @@ pub(super) struct UdpPort {
     /// The state has a number of its own, which one datagram to an impossible address is enough to
     /// change.
     pub(super) gso: Gso,
+    pub(super) unread: Unread,
 }
 
 /// Listening TCP sockets that somebody else has opened.
@@ -195,7 +196,7 @@ fn bind_udp_socket(address: SocketAddr) -> io::Result<UdpPort> {
     let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
     allow_fragments(&socket)?;
     let gso = Gso::new(state.max_gso_segments());
-    Ok(UdpPort { socket, state, gso })
+    Ok(UdpPort { socket, state, gso, unread: Unread::default() })
 }
 
 #[cfg(test)]

@@ -146,6 +146,16 @@ pub(super) fn route_message(route: &Route) -> Result<RouteMessage, NetlinkError>
     Ok(message)
 }
 
+/// A route that leads nowhere, and says so.
+pub(super) fn unreachable_message(route: &Route) -> Result<RouteMessage, NetlinkError> {
+    let mut message = route_message(route)?;
+    message.header.kind = RouteType::Unreachable;
+    message.header.scope = RouteScope::Universe;
+    // The kernel takes none with it.
+    message.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Oif(_)));
+    Ok(message)
+}
+
 pub(super) fn routes(message: &RouteMessage) -> Vec<Route> {
     let mut facts = Facts::default();
     facts.read(&message.attributes);

@@ -59,6 +59,43 @@ fn a_tun_gets_addresses_mtu_and_routes_and_they_are_listed_again() {
 }
 
 #[test]
+fn a_guard_stays_while_the_link_is_off_and_goes_with_the_address() {
+    in_namespace(|| async {
+        let netlink = Netlink::connect().unwrap();
+        let [tun, wide] = ["ovl-test", "ovl-wide"].map(|name| {
+            let tun = Tun::open(&TunOptions::named(name)).unwrap();
+            (tun.index(), tun)
+        });
+        for (index, _) in [&tun, &wide] {
+            netlink.set_link(*index, None, LinkState::Up).await.unwrap();
+        }
+        let own = "10.83.16.1".parse().unwrap();
+        let range: Ipv4Net = "10.83.16.0/20".parse().unwrap();
+        netlink.add_address(wide.0, net("192.0.2.1/24")).await.unwrap();
+        netlink.add_address(tun.0, net("10.83.16.1/32")).await.unwrap();
+        netlink.add_route(&Route::direct(net("0.0.0.0/0"), wide.0)).await.unwrap();
+        let inside = Route::direct(range.into(), tun.0);
+        netlink.add_route(&inside).await.unwrap();
+        let leads = |ip: &str| crate::io::udp::has_route(format!("{ip}:9").parse().unwrap());
+        for _ in 0..2 {
+            netlink.guard(range, own).await.unwrap();
+        }
+        assert!(leads("10.83.16.5") && leads("10.83.16.1") && leads("10.83.32.1"));
+        assert!(netlink.routes().await.unwrap().contains(&inside), "it is no other route");
+        netlink.set_link(tun.0, None, LinkState::Down).await.unwrap();
+        assert!(!leads("10.83.16.5") && leads("10.83.32.1"), "not by the default route");
+        let local = Route::direct(net("10.83.17.0/24"), wide.0);
+        netlink.add_route(&local).await.unwrap();
+        assert!(leads("10.83.17.5") && !leads("10.83.16.5"), "a narrower route counts");
+        netlink.set_link(tun.0, None, LinkState::Up).await.unwrap();
+        netlink.add_route(&inside).await.unwrap();
+        assert!(leads("10.83.16.5"));
+        drop(tun);
+        assert!(leads("10.83.16.5"), "nothing is left of it: the default route leads there");
+    });
+}
+
+#[test]
 fn a_second_tun_of_the_same_name_is_refused_as_taken() {
     in_namespace(|| async {
         let first = Tun::open(&TunOptions::named("ovl-test")).unwrap();

@@ -78,6 +78,16 @@ impl PathAgent {
         self.mtu_limit = limit;
     }
 
+    /// A link of this machine takes packets of another length now: looks again for what the paths in use
+    /// carry, within a second, so that many peers do not ask at once.
+    pub fn handle_link_mtu(&mut self, now: Instant) {
+        self.relay_mtu.look_again();
+        let at = now + Duration::from_millis(self.rng.random_range(0..1_000));
+        for endpoint in self.endpoints.values_mut() {
+            endpoint.mtu.look_again(self.mtu_limit, at);
+        }
+    }
+
     /// What the data plane has sent on a path so far; call it with every ping that leaves, and with
     /// [`Self::handle_traffic`].
     pub fn handle_counts(&mut self, via: Via, sent: SizeCounts, now: Instant) {

@@ -151,7 +151,7 @@ fn who_connects_again_and_again_with_another_key_or_name_writes_no_more_than_one
     let wrote = (0..100u8)
         .map(|n| come(WALL, 110 + n, &format!("a{n}")))
         .inspect(|(_, wrote, refused)| {
-            assert_eq!(*refused, (!wrote).then_some(RefusedCode::Unavailable));
+            assert_eq!(*refused, (!wrote).then_some(RefusedCode::TooOften));
         })
         .filter(|(_, wrote, _)| *wrote)
         .count();

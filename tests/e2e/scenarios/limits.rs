@@ -91,4 +91,16 @@ fn flood() {
         let series = format!("overlay_dropped_packets_total{{reason=\"{reason}\"}}");
         assert!(super::metrics::value(&page, &series) > 0.0, "{page}");
     }
+
+    // What comes while the server has no time to read is more than its socket holds.
+    server.signal(Signal::SIGSTOP);
+    let flood = crate::probe::open_socket(&nodes[0].host, ([0, 0, 0, 0], 0).into());
+    for _ in 0..10_000 {
+        // Not every one has to leave.
+        let _ = flood.send_to(&[0; 1_200], (hub.address, PORT));
+    }
+    server.signal(Signal::SIGCONT);
+    wait_for("what the kernel threw away is told", START_LIMIT, || {
+        (drops(&status(&server), "receive-buffer-full") > 0).then_some(())
+    });
 }

@@ -303,6 +303,10 @@ fn interface_mended() {
         if words.ends_with("down") {
             // That is a person's decision, of which the status tells; what goes with it comes back with it.
             node.wait_status("the interface is off", Duration::from_secs(10), is_off);
+            let socket = host.ns.enter(|| UdpSocket::bind((node.ipv4(), 0)).unwrap());
+            let error =
+                socket.connect((address.as_str(), 9)).expect_err("not by the default route");
+            assert_eq!(error.raw_os_error(), Some(libc::EHOSTUNREACH), "{error}");
             host.ns.ip("link set dev overlay0 up");
         }
         wait_for(&format!("bob answers again after `ip {words}`"), Duration::from_secs(5), || {
@@ -310,6 +314,8 @@ fn interface_mended() {
         });
         let addresses = host.ns.ip("-o addr show dev overlay0");
         assert!(addresses.contains(&node.ipv6()), "{} is not in {addresses}", node.ipv6());
+        let guard = host.ns.ip("route show type unreachable");
+        assert!(guard.contains(&node.ipv4()), "no guard in {guard}");
         let routes = host.ns.ip("-6 route show dev overlay0");
         assert!(routes.contains("/48"), "no IPv6 route in {routes}");
     }
