@@ -20,7 +20,7 @@ pub(super) struct PolicyArgs {
 
 #[derive(Debug, Subcommand)]
 enum PolicyCommand {
-    /// Read a file of access rules as the server would, and say what is wrong and what matches nobody
+    /// Read a file of access rules as the server would; say what is wrong or matches nobody
     Check {
         /// The file
         file: PathBuf,
@@ -30,8 +30,7 @@ enum PolicyCommand {
         /// The file
         file: PathBuf,
     },
-    /// The same, and make it the rules of the running server; names and tags that no member has are a
-    /// warning
+    /// The same, and put it in force; names and tags that no member has are told
     Set {
         /// The file
         file: PathBuf,

@@ -103,8 +103,10 @@ fn assert_all_there(container: &Container) {
         let help = container.ok(&[&["overlay"], &words(&command)[..], &["--help"]].concat());
         let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1);
         let names = lines.take_while(|line| !line.is_empty());
+        // Names stand two columns in, what is wrapped further.
         let below: Vec<String> = names
-            .filter_map(|line| line.split_whitespace().next())
+            .filter_map(|line| line.strip_prefix("  ").filter(|rest| !rest.starts_with(' ')))
+            .filter_map(|rest| rest.split_whitespace().next())
             .map(|name| format!("{command} {name}").trim().to_owned())
             .collect();
         if below.is_empty() {
