@@ -264,6 +264,25 @@ impl Netmap {
     }
 }
 
+/// A netmap with one peer, number 2.
+#[cfg(test)]
+pub(super) fn with_bob(online: bool) -> Netmap {
+    let bob = PeerInfo {
+        name: "bob".parse().unwrap(),
+        node_key: crate::types::SecretKey::from_bytes([2; 32]).public(),
+        addrs: OverlayAddrs {
+            v4: "10.77.0.2".parse().unwrap(),
+            v6: "fd00:1:2::2".parse().unwrap(),
+        },
+        online,
+        candidates: Vec::new(),
+        expires: None,
+        last_direct: None,
+    };
+    let peers = [(NodeId::new(2).unwrap(), bob)].into();
+    Netmap { peers, ..Netmap::default() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

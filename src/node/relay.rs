@@ -351,29 +351,17 @@ impl Node {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::{Netmap, NodeSettings, PeerInfo};
+    use crate::node::NodeSettings;
+    use crate::node::netmap::with_bob;
     use crate::testing::epoch;
-    use crate::types::{OverlayAddrs, SecretKey};
+    use crate::types::SecretKey;
 
     /// When a node without UDP asks its server for a sign of life, in milliseconds; it has a peer by the
     /// control connection that it last heard at these times.
     fn asked_at(heard_ms: &[u64], until_ms: u64) -> Vec<u64> {
         let (start, id) = (epoch(), NodeId::new(2).unwrap());
-        let bob = PeerInfo {
-            name: "bob".parse().unwrap(),
-            node_key: SecretKey::from_bytes([2; 32]).public(),
-            addrs: OverlayAddrs {
-                v4: "10.77.0.2".parse().unwrap(),
-                v6: "fd00:1:2::2".parse().unwrap(),
-            },
-            online: true,
-            candidates: Vec::new(),
-            expires: None,
-            last_direct: None,
-        };
-        let netmap = Netmap { peers: [(id, bob)].into(), ..Netmap::default() };
         let key = SecretKey::from_bytes([1; 32]);
-        let mut node = Node::new(key, netmap, NodeSettings::default(), [7; 32], 1, start);
+        let mut node = Node::new(key, with_bob(true), NodeSettings::default(), [7; 32], 1, start);
         node.link_up = true;
         let server = "192.0.2.1:41820".parse().unwrap();
         node.relay.start(server, NodeId::new(1).unwrap(), RelayKey([3; 32]), start);

@@ -108,28 +108,16 @@ impl Node {
 mod tests {
     use super::*;
     use crate::dataplane::Note;
-    use crate::node::{Netmap, NodeSettings, PeerInfo};
+    use crate::node::NodeSettings;
+    use crate::node::netmap::with_bob;
     use crate::testing::epoch;
-    use crate::types::{OverlayAddrs, SecretKey};
+    use crate::types::SecretKey;
 
     #[test]
     fn nobody_is_told_what_the_path_carried_before() {
         let (now, id) = (epoch(), NodeId::new(2).unwrap());
-        let bob = PeerInfo {
-            name: "bob".parse().unwrap(),
-            node_key: SecretKey::from_bytes([2; 32]).public(),
-            addrs: OverlayAddrs {
-                v4: "10.77.0.2".parse().unwrap(),
-                v6: "fd00:1:2::2".parse().unwrap(),
-            },
-            online: false,
-            candidates: Vec::new(),
-            expires: None,
-            last_direct: None,
-        };
-        let netmap = Netmap { peers: [(id, bob)].into(), ..Netmap::default() };
         let key = SecretKey::from_bytes([1; 32]);
-        let mut node = Node::new(key, netmap, NodeSettings::default(), [7; 32], 1, now);
+        let mut node = Node::new(key, with_bob(false), NodeSettings::default(), [7; 32], 1, now);
         let too_big = |mtu: u16| Note::TooBig { peer: id, mtu, answer: mtu.to_be_bytes().into() };
         let answers =
             |node: &mut Node| std::iter::from_fn(|| node.poll_packet()).collect::<Vec<_>>();
