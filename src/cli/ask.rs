@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use serde::de::{DeserializeOwned, IgnoredAny};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -14,7 +14,7 @@ use super::runtime;
 use crate::config::node::NodeConfig;
 use crate::config::paths::{Paths, Role};
 use crate::config::{self, ConfigError, Wanted};
-use crate::daemon::node::Question;
+use crate::daemon::node::{Question, Said, ask_for_status};
 use crate::io::local::{LocalClient, LocalError, Reply};
 
 /// A daemon that says nothing for so long hangs. Of a node the slowest answer, that to `netcheck`,
@@ -31,14 +31,6 @@ const GONE_LOOKS: u32 = 5;
 const GONE_LOOK: Duration = Duration::from_millis(100);
 /// How long a daemon may take to say whether it is a node or a server.
 const ASIDE_LIMIT: Duration = Duration::from_secs(2);
-
-/// What tells a node's answer from a server's.
-#[derive(Debug, Deserialize)]
-struct Daemon {
-    #[serde(rename = "self")]
-    own: Option<IgnoredAny>,
-    status: Option<IgnoredAny>,
-}
 
 /// Where the running node is asked.
 #[derive(Debug, Clone, Args)]
@@ -189,18 +181,10 @@ impl Answers {
     /// How a command fails whose question the daemon does not understand, or whose answer makes no sense,
     /// where that is since the socket is the other daemon's.
     fn other_daemon(&self) -> Option<Failure> {
-        let asked = self.runtime.block_on(async {
-            let asked = async {
-                let mut client = LocalClient::connect(&self.socket).await?;
-                // Both know this question, and each has an answer of its own.
-                client.ask(&Question::Status).await?;
-                client.next::<Reply<Daemon>>().await
-            };
-            tokio::time::timeout(ASIDE_LIMIT, asked).await
-        });
-        let answers = match asked.ok()?.ok()?? {
-            Reply::Ok(Daemon { own: Some(_), .. }) => Role::Node,
-            Reply::Ok(Daemon { status: Some(_), .. }) => Role::Server,
+        let said = self.runtime.block_on(ask_for_status(&self.socket, ASIDE_LIMIT));
+        let answers = match said?.ok()?? {
+            Reply::Ok(Said { own: Some(_), .. }) => Role::Node,
+            Reply::Ok(Said { status: Some(_), .. }) => Role::Server,
             // Only a node says that it has not joined yet.
             Reply::Error(refusal) if refusal.code == NOT_ENROLLED => Role::Node,
             Reply::Ok(_) | Reply::Error(_) => return None,

@@ -166,7 +166,7 @@ impl Peer {
         Some(self.second.get()?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The same; if there is none yet, there is one with this session.
+    /// Takes the lock of the second lane, and makes it with this session if there is none yet.
     pub(super) fn second_or(&self, make: impl FnOnce() -> Session) -> LockedPeer<'_> {
         let new = || Box::new(Mutex::new(PeerState::new(make())));
         self.second.get_or_init(new).lock().unwrap_or_else(PoisonError::into_inner)

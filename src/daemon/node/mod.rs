@@ -41,6 +41,7 @@ pub use local::Question;
 pub use ping::PingLine;
 pub use startup::{NodeOptions, Offloads, StartError, run};
 pub use state::{ENROLMENT_FILE, StateError, rewritten};
+pub use taken::{Said, ask_for_status};
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

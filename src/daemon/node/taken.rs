@@ -21,17 +21,19 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a daemon says of itself when it is asked for its status, of whichever kind it is.
 #[derive(Debug, Deserialize)]
-struct Said {
+pub struct Said {
     /// Of a node.
     #[serde(rename = "self")]
-    own: Option<Own>,
+    pub own: Option<Own>,
     /// Of a server.
-    status: Option<IgnoredAny>,
+    pub status: Option<IgnoredAny>,
 }
 
+/// What a node says of itself, as far as others look at it.
 #[derive(Debug, Deserialize)]
-struct Own {
-    state_dir: Option<PathBuf>,
+pub struct Own {
+    /// Older ones do not tell it.
+    pub state_dir: Option<PathBuf>,
 }
 
 /// Who has the socket.
@@ -61,19 +63,31 @@ pub(super) async fn listen(options: &NodeOptions) -> Result<LocalListener, Start
     }
 }
 
-async fn holder(socket: &Path) -> Holder {
+/// Asks who serves the socket for its status, which node and server both know, each with an answer of its
+/// own; none when it says nothing for `limit`.
+///
+/// # Errors
+/// What the socket says.
+pub async fn ask_for_status(
+    socket: &Path,
+    limit: Duration,
+) -> Option<Result<Option<Reply<Said>>, LocalError>> {
     let asked = async {
         let mut client = LocalClient::connect(socket).await?;
         client.ask(&Question::Status).await?;
-        client.next::<Reply<Said>>().await
+        client.next().await
     };
-    match tokio::time::timeout(ANSWER_LIMIT, asked).await {
-        Ok(Ok(Some(Reply::Ok(Said { status: Some(_), .. })))) => Holder::Server,
-        Ok(Ok(Some(Reply::Ok(said)))) => Holder::Node(said.own.and_then(|own| own.state_dir)),
-        Ok(Ok(Some(Reply::Error(refusal)))) if refusal.error == STOPPING => Holder::Ending,
+    tokio::time::timeout(limit, asked).await.ok()
+}
+
+async fn holder(socket: &Path) -> Holder {
+    match ask_for_status(socket, ANSWER_LIMIT).await {
+        Some(Ok(Some(Reply::Ok(Said { status: Some(_), .. })))) => Holder::Server,
+        Some(Ok(Some(Reply::Ok(said)))) => Holder::Node(said.own.and_then(|own| own.state_dir)),
+        Some(Ok(Some(Reply::Error(refusal)))) if refusal.error == STOPPING => Holder::Ending,
         // It has just ended.
-        Ok(Ok(None) | Err(LocalError::NotRunning { .. })) => Holder::Ending,
-        Ok(Ok(Some(Reply::Error(_))) | Err(_)) | Err(_) => Holder::Node(None),
+        Some(Ok(None) | Err(LocalError::NotRunning { .. })) => Holder::Ending,
+        Some(Ok(Some(Reply::Error(_))) | Err(_)) | None => Holder::Node(None),
     }
 }
 

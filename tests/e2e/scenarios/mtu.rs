@@ -38,7 +38,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 struct Pair {
     net: Net,
-    _server: Server,
+    server: Server,
     alice: Node,
     bob: Node,
 }
@@ -78,15 +78,14 @@ fn pair(link: u16, args: &[&str]) -> Pair {
     });
     alice.wait_path("bob", "direct", LIMIT);
     bob.wait_path("alice", "direct", LIMIT);
-    Pair { net, _server: server, alice, bob }
+    Pair { net, server, alice, bob }
 }
 
 /// The same by relay.
 const RELAY_OVERHEAD: u16 = OVERHEAD + 8;
 
-/// All that two symmetric NATs have is the relay, and the way between it and one of them loses what is
-/// longer than `link`, and fragments, without a word.
-fn relayed(link: u16) {
+/// Two nodes that have nothing but the relay.
+fn relayed_pair() -> Pair {
     let net = Net::new();
     let server = Server::start(&net, &net.machine("server", Nat::None));
     let [mut alice, mut bob] =
@@ -94,6 +93,13 @@ fn relayed(link: u16) {
     for (node, peer) in [(&mut alice, "bob"), (&mut bob, "alice")] {
         node.wait_path(peer, "relay-udp", LIMIT);
     }
+    Pair { net, server, alice, bob }
+}
+
+/// All that two symmetric NATs have is the relay, and the way between it and one of them loses what is
+/// longer than `link`, and fragments, without a word.
+fn relayed(link: u16) {
+    let Pair { net: _net, server, mut alice, mut bob } = relayed_pair();
     // What the kernel cuts late would look too long to the rules.
     for host in [&server.host, &alice.host, &bob.host] {
         host.ns.ip("link set dev eth0 gso_max_segs 1");
@@ -135,13 +141,7 @@ fn relayed(link: u16) {
 /// the datagrams of a train that comes in by it.
 fn relayed_by_trains() {
     const LINK: u16 = 1_280;
-    let net = Net::new();
-    let server = Server::start(&net, &net.machine("server", Nat::None));
-    let [mut alice, mut bob] =
-        ["alice", "bob"].map(|name| Node::start(&net, &net.machine(name, Nat::Symmetric), &server));
-    for (node, peer) in [(&mut alice, "bob"), (&mut bob, "alice")] {
-        node.wait_path(peer, "relay-udp", LIMIT);
-    }
+    let Pair { net: _net, server: _server, mut alice, bob } = relayed_pair();
     let router = bob.host.router.as_ref().expect("it is behind a NAT");
     router.ns.ip(&format!("link set dev wan mtu {LINK}"));
     router.ns.nft(
@@ -205,7 +205,7 @@ fn wait_mtu(node: &mut Node, peer: &str, mtu: u16) {
 
 /// Bulk both ways in both families starts at once, when little is known, and again when all is.
 fn bulk(link: u16) {
-    let Pair { net, _server, mut alice, mut bob } = pair(link, &[]);
+    let Pair { net, server: _server, mut alice, mut bob } = pair(link, &[]);
     let inner = link - OVERHEAD;
     let [there, back] = [bob.ipv4(), alice.ipv6()].map(|address| address.parse().unwrap());
     // Packets of full length all the while: nothing that the kernel is told of the path on the way to
@@ -251,7 +251,7 @@ fn ping_whole(host: &Host, address: &str, len: u16) -> (Option<i32>, String) {
 }
 
 fn sender_is_told() {
-    let Pair { net: _net, _server, mut alice, bob } = pair(1_420, &[]);
+    let Pair { net: _net, server: _server, mut alice, bob } = pair(1_420, &[]);
     wait_mtu(&mut alice, "bob", 1_360);
     for (address, length, mark) in
         [(bob.ipv4(), "32", "mtu = 1360"), (bob.ipv6(), "128", "mtu=1360")]
@@ -274,7 +274,7 @@ fn sender_is_told() {
 }
 
 fn fixed() {
-    let Pair { net: _net, _server, mut alice, bob } = pair(1_500, &["--mtu", "1380"]);
+    let Pair { net: _net, server: _server, mut alice, bob } = pair(1_500, &["--mtu", "1380"]);
     wait_mtu(&mut alice, "bob", 1_380);
     assert_eq!(alice.status().unwrap()["self"]["mtu"], 1_380);
     assert_eq!(ping_whole(&alice.host, &bob.ipv4(), 1_380).0, Some(0));
